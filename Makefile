@@ -1,0 +1,72 @@
+# The two commands of the README, `make demo` and `make test`, set up all they need on a fresh machine.
+# Another interpreter: `make test PYTHON=python3.12`. Another figure folder: `make demo OUT=figures`.
+
+PYTHON ?= python3
+OUT    ?= demo
+JOBS   ?= 2
+
+BIN     := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One thread per worker: the tests run in parallel already.
+PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs docs-serve notebooks deep clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        explain a photograph: prints a table, writes figures to $(OUT)/"
+	@echo "make test        lint, types, site (where mkdocs.yml is), tests"
+	@echo "make lint        ruff"
+	@echo "make types       mypy"
+	@echo "make docs        build the site into site/"
+	@echo "make docs-serve  serve the site locally and rebuild it on every change"
+	@echo "make notebooks   execute every notebook"
+	@echo "make deep        all tests, the slow ones too, with many random examples"
+	@echo "make clean       remove the environment and everything built"
+
+# The environment grows in two steps: what `make demo` needs, then what `make test` needs (torch among it).
+.venv/demo.stamp: pyproject.toml constraints.txt
+	@echo "== installing what the demo needs into .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dat_ref needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) --editable '.[viz]'
+	@touch $@
+
+.venv/test.stamp: .venv/demo.stamp
+	@echo "== installing what the tests and the site need into .venv"
+	@$(INSTALL) --editable '.[test,docs,dev]'
+	@touch $@
+
+demo: .venv/demo.stamp
+	@$(BIN)/dat-ref explain --out $(OUT)
+
+# pytest comes last, so that its closing line is the last one printed.
+test: lint types $(if $(wildcard mkdocs.yml),docs)
+	@echo "== pytest"
+	@$(PYTEST) -m "not slow"
+
+lint: .venv/test.stamp
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+
+types: .venv/test.stamp
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+# Not --quiet: that hides warnings from --strict as well, and a broken link would pass.
+docs: .venv/test.stamp
+	@echo "== mkdocs"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/test.stamp
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+notebooks: .venv/test.stamp
+	@$(PYTEST) --nbmake notebooks
+
+deep: .venv/test.stamp
+	@HYPOTHESIS_PROFILE=deep $(PYTEST)
+
+clean:
+	@rm -rf .venv demo site dist build .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache

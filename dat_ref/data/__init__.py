@@ -1,0 +1,51 @@
+"""Photographs that ship with the package, each in the public domain or under CC0.
+
+``MANIFEST.json`` beside them records who took each one, where it came from and what was done to it.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+
+
+@cache
+def _manifest() -> dict[str, dict[str, Any]]:
+    """Return the manifest's rows by photograph name, in the manifest's order."""
+    rows = json.loads((_FOLDER / "MANIFEST.json").read_text(encoding="utf-8"))["photographs"]
+    return {row["name"]: row for row in rows}
+
+
+def _row(name: str) -> dict[str, Any]:
+    if name not in _manifest():
+        raise ValueError(f"name: expected one of {', '.join(photographs())}, got {name!r}")
+    return _manifest()[name]
+
+
+def photographs() -> tuple[str, ...]:
+    """Return the names of the photographs, the default one first.
+
+    >>> photographs()
+    ('chelsea', 'coffee', 'rocket', 'astronaut')
+    """
+    return tuple(_manifest())
+
+
+def photograph_path(name: str = "chelsea") -> Path:
+    """Return the path of a photograph's JPEG file.
+
+    >>> photograph_path("coffee").name
+    'coffee.jpg'
+    """
+    return _FOLDER / str(_row(name)["file"])
+
+
+def provenance(name: str) -> dict[str, Any]:
+    """Return a photograph's row of the manifest: licence, author, source, checksum, what was changed.
+
+    >>> provenance("chelsea")["licence"]
+    'CC0-1.0'
+    """
+    return dict(_row(name))

@@ -1,0 +1,1 @@
+"""Helpers that several test modules share; `tests` is on the import path, so `from helpers... import ...`."""
