@@ -1,0 +1,63 @@
+"""Deformable attention, explained by code that runs: the NumPy reference of DAT (CVPR 2022) and DAT++ (2023).
+
+Reading order, which is also the import order (a module imports only from those above it):
+
+==========================  ====================================================================================
+`dat_ref.conventions`       four coordinate conventions, as data
+`dat_ref.config`            what a layer or a backbone is; the released argument names
+`dat_ref.presets`           the eight released backbones
+`dat_ref.params`            parameter trees: names and checks
+`dat_ref.official`          released parameter names and shapes, both ways
+`dat_ref.ops.basic`         linear, convolution, layer norm, GELU, softmax
+`dat_ref.ops.grid`          reference and query grids, coordinates and pixels
+`dat_ref.ops.offsets`       the offset network and the bound on its output
+`dat_ref.ops.sampling`      bilinear sampling
+`dat_ref.ops.bias`          the position bias and its siblings
+`dat_ref.ops.attention`     attention over sampled keys
+`dat_ref.peers`             window and neighborhood attention
+`dat_ref.layer`             the deformable-attention layer
+`dat_ref.block`             the Transformer block
+`dat_ref.backbone`          the whole backbone
+`dat_ref.initialization`    first values
+==========================  ====================================================================================
+"""
+
+from ._checks import CheckpointError, ConfigError, ShapeError
+from .backbone import DAT
+from .config import (
+    BiasKind,
+    BlockConfig,
+    DATConfig,
+    DeformableAttentionConfig,
+    NeighborhoodAttentionConfig,
+    OffsetBound,
+    WindowAttentionConfig,
+)
+from .conventions import Convention
+from .initialization import init_params
+from .layer import DeformableAttention, LayerTrace
+from .ops.attention import deformable_attention
+from .presets import PRESETS, config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DAT",
+    "PRESETS",
+    "BiasKind",
+    "BlockConfig",
+    "CheckpointError",
+    "ConfigError",
+    "Convention",
+    "DATConfig",
+    "DeformableAttention",
+    "DeformableAttentionConfig",
+    "LayerTrace",
+    "NeighborhoodAttentionConfig",
+    "OffsetBound",
+    "ShapeError",
+    "WindowAttentionConfig",
+    "config",
+    "deformable_attention",
+    "init_params",
+]

@@ -1,0 +1,441 @@
+"""What a layer or a backbone is, as frozen data: configurations, and the released argument names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Literal
+
+from ._checks import ConfigError, check_divides
+from .conventions import Convention
+
+
+class OffsetBound(Enum):
+    """How the offset network's raw output Δ moves a reference point p (all in normalised coordinates).
+
+    - ``TANH_PIXELS``: p + (s/2) · pitch · tanh(Δ): the point stays inside a region s key cells wide (the
+      article's s·tanh).
+    - ``TANH_COORDINATES``: tanh(p + Δ): the point stays inside the map (the 2022 code with a negative range).
+    - ``CLAMP``: clamp(p + Δ, -1, 1): likewise, with zero gradient outside (the 2023 code with a negative range).
+    - ``RAW``: p + Δ, unbounded.
+    - ``NONE``: no offset network; the points are the reference points.
+    """
+
+    TANH_PIXELS = "tanh_pixels"
+    TANH_COORDINATES = "tanh_coordinates"
+    CLAMP = "clamp"
+    RAW = "raw"
+    NONE = "none"
+
+
+class BiasKind(Enum):
+    """What tells the attention where a key lies relative to a query.
+
+    - ``TABLE``: a (2H-1) × (2W-1) table a head, read bilinearly at the continuous displacement (the article's choice).
+    - ``FIXED``: a number for every pair of query and key cell, whatever the offsets.
+    - ``LOG_CPB``: a small network of the log-scaled displacement (after Swin V2), in the 2023 code.
+    - ``DEPTHWISE``: a 3×3 depthwise convolution of the queries, added to the output instead of the logits.
+    - ``NONE``: nothing.
+    """
+
+    TABLE = "table"
+    FIXED = "fixed"
+    LOG_CPB = "log_cpb"
+    DEPTHWISE = "depthwise"
+    NONE = "none"
+
+
+BiasResolution = Literal["fractions", "pixels"]
+MLPKind = Literal["linear", "depthwise", "depthwise_residual"]
+SmallMap = Literal["shrink", "pad"]
+
+# The hidden width of the log-CPB network, fixed in the released code.
+LOG_CPB_HIDDEN = 32
+
+
+@dataclass(frozen=True)
+class DeformableAttentionConfig:
+    """One deformable-attention layer.
+
+    Args:
+        dim: channels C of the map; a multiple of `heads`.
+        heads: attention heads M; a multiple of `groups`.
+        groups: offset groups G; each moves its own key grid and samples its own C/G channels.
+        stride: r, map pixels per key cell.
+        kernel_size: k of the offset network's depthwise convolution.
+        offset_bound: how raw offsets become points, see `OffsetBound`.
+        offset_range: s of ``TANH_PIXELS``: the width, in key cells, of the region that a point can reach.
+        bias: kind of position bias, see `BiasKind`.
+        size: (H, W) of the map that a sized bias (``TABLE``, ``FIXED``) is built for.
+        convention: coordinate convention.
+        bias_resolution: how a table built for another size is read: in ``"fractions"`` of the map, or in ``"pixels"``.
+        average_pool: keys from average-pooled features instead of sampled ones (the 2023 code without offsets).
+        attention_dropout, projection_dropout: rates while training, used by `dat_ref.torch` only.
+
+    Raises:
+        ConfigError: if the sizes do not divide or the options do not go together.
+    """
+
+    dim: int
+    heads: int
+    groups: int = 1
+    stride: int = 1
+    kernel_size: int = 5
+    offset_bound: OffsetBound = OffsetBound.TANH_PIXELS
+    offset_range: float = 2.0
+    bias: BiasKind = BiasKind.TABLE
+    size: tuple[int, int] | None = None
+    convention: Convention = Convention.CELL_CENTER
+    bias_resolution: BiasResolution = "fractions"
+    average_pool: bool = False
+    attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
+
+    kind = "deformable"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        check_divides("groups", self.groups, "heads", self.heads)
+        if self.stride < 1 or self.kernel_size < 1:
+            raise ConfigError(f"stride, kernel_size: expected >= 1, got {self.stride}, {self.kernel_size}")
+        if self.offset_range < 0:
+            raise ConfigError(f"offset_range: expected >= 0 (a width in key cells), got {self.offset_range}")
+        if self.bias in (BiasKind.TABLE, BiasKind.FIXED) and self.size is None:
+            raise ConfigError(f"size: expected (H, W), which bias={self.bias.value!r} is built for, got None")
+        if self.bias_resolution not in ("fractions", "pixels"):
+            raise ConfigError(f"bias_resolution: expected 'fractions' or 'pixels', got {self.bias_resolution!r}")
+        if self.average_pool and self.offset_bound is not OffsetBound.NONE:
+            raise ConfigError("average_pool: expected offset_bound=OffsetBound.NONE (pooled features do not move)")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels d of one head."""
+        return self.dim // self.heads
+
+    @property
+    def group_dim(self) -> int:
+        """Channels of one offset group."""
+        return self.dim // self.groups
+
+    @property
+    def scale(self) -> float:
+        """What the dot products are multiplied with, d^(-1/2)."""
+        return self.head_dim**-0.5
+
+    @classmethod
+    def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DeformableAttentionConfig:
+        """Build from the released ``DAttentionBaseline``'s own argument names.
+
+        Args:
+            mapping: ``q_size, n_heads, n_head_channels, n_groups, stride, offset_range_factor, use_pe, dwc_pe, no_off,
+                fixed_pe`` and ``stage_idx`` (2022) or ``ksize, log_cpb`` (2023); others are ignored as the
+                release does.
+            release: ``"cvpr2022"`` or ``"datpp2023"``.
+
+        Raises:
+            ConfigError: if a name is missing.
+            ValueError: if the release is unknown.
+        """
+        convention = Convention.of_release(release)
+        latest = convention is Convention.DATPP2023
+        needed = [
+            "q_size",
+            "n_heads",
+            "n_head_channels",
+            "n_groups",
+            "stride",
+            "offset_range_factor",
+            "use_pe",
+            "dwc_pe",
+        ]
+        needed += ["no_off", "fixed_pe", "ksize" if latest else "stage_idx"]
+        _require("DAttentionBaseline", mapping, needed)
+        no_offset = bool(mapping["no_off"])
+        return cls(
+            dim=mapping["n_heads"] * mapping["n_head_channels"],
+            heads=mapping["n_heads"],
+            groups=mapping["n_groups"],
+            stride=mapping["stride"],
+            kernel_size=mapping["ksize"] if latest else (9, 7, 5, 3)[mapping["stage_idx"]],
+            offset_bound=_released_bound(mapping["offset_range_factor"], no_offset, latest),
+            offset_range=max(float(mapping["offset_range_factor"]), 0.0),
+            bias=_released_bias(mapping, no_offset, latest),
+            size=_pair(mapping["q_size"]),
+            convention=convention,
+            average_pool=no_offset and latest,
+            attention_dropout=mapping.get("attn_drop", 0.0),
+            projection_dropout=mapping.get("proj_drop", 0.0),
+        )
+
+
+def _released_bound(factor: float, no_offset: bool, latest: bool) -> OffsetBound:
+    if no_offset:
+        return OffsetBound.NONE
+    if latest:
+        return OffsetBound.TANH_PIXELS if factor >= 0 else OffsetBound.CLAMP
+    if factor == 0:
+        return OffsetBound.RAW
+    return OffsetBound.TANH_PIXELS if factor > 0 else OffsetBound.TANH_COORDINATES
+
+
+def _released_bias(mapping: Mapping[str, Any], no_offset: bool, latest: bool) -> BiasKind:
+    # The 2023 code drops the bias together with the offsets, so its "no offsets" is not a clean ablation.
+    if not mapping["use_pe"] or (no_offset and latest):
+        return BiasKind.NONE
+    if mapping["dwc_pe"]:
+        return BiasKind.DEPTHWISE
+    if mapping["fixed_pe"]:
+        return BiasKind.FIXED
+    return BiasKind.LOG_CPB if mapping.get("log_cpb") else BiasKind.TABLE
+
+
+@dataclass(frozen=True)
+class WindowAttentionConfig:
+    """Attention inside windows of `window_size`², cyclically shifted by `shift` pixels (Swin).
+
+    Maps of any size: the last windows are filled up, and what fills them is invisible.
+    """
+
+    dim: int
+    heads: int
+    window_size: int
+    shift: int = 0
+    attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        if not 0 <= self.shift < self.window_size:
+            raise ConfigError(f"shift: expected 0 <= shift < window_size={self.window_size}, got {self.shift}")
+
+    @property
+    def kind(self) -> str:
+        """``"window"`` or ``"shifted_window"``."""
+        return "shifted_window" if self.shift else "window"
+
+    @property
+    def scale(self) -> float:
+        """What the dot products are multiplied with, d^(-1/2)."""
+        return (self.dim // self.heads) ** -0.5
+
+
+@dataclass(frozen=True)
+class NeighborhoodAttentionConfig:
+    """Attention of each pixel to the `kernel_size`² pixels around it; at the border the neighborhood slides inwards.
+
+    Args:
+        small_map: on an axis shorter than the kernel, ``"shrink"`` the neighborhood to the map, or ``"pad"``
+            the map with zeros, which then take part as keys (the released DAT++, through NATTEN 0.14).
+    """
+
+    dim: int
+    heads: int
+    kernel_size: int = 7
+    small_map: SmallMap = "shrink"
+    attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
+
+    kind = "neighborhood"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"kernel_size: expected an odd number (a neighborhood has a center), got {self.kernel_size}"
+            )
+        if self.small_map not in ("shrink", "pad"):
+            raise ConfigError(f"small_map: expected 'shrink' or 'pad', got {self.small_map!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the dot products are multiplied with, d^(-1/2)."""
+        return (self.dim // self.heads) ** -0.5
+
+
+AttentionConfig = DeformableAttentionConfig | WindowAttentionConfig | NeighborhoodAttentionConfig
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One Transformer block: [local perception unit] → norm → attention → norm → MLP, each a residual branch.
+
+    Args:
+        attention: what the block attends with.
+        mlp: ``"linear"``; ``"depthwise"`` (a 3×3 depthwise convolution between its layers, 2022 code);
+            ``"depthwise_residual"`` (the same as a residual branch, 2023 code).
+        mlp_ratio: hidden channels of the MLP per channel.
+        local_perception: whether a residual 3×3 depthwise convolution comes first.
+        layer_scale: initial value of the learned per-channel scale of both branches, or None for no scale.
+    """
+
+    attention: AttentionConfig
+    mlp: MLPKind = "linear"
+    mlp_ratio: int = 4
+    local_perception: bool = False
+    layer_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mlp not in ("linear", "depthwise", "depthwise_residual"):
+            raise ConfigError(f"mlp: expected 'linear', 'depthwise' or 'depthwise_residual', got {self.mlp!r}")
+
+    @property
+    def dim(self) -> int:
+        """Channels of the map that the block works on."""
+        return self.attention.dim
+
+
+@dataclass(frozen=True)
+class DATConfig:
+    """A hierarchical backbone of four stages at strides 4, 8, 16 and 32.
+
+    Args:
+        stages: for each stage its blocks; all blocks of a stage have the same dim.
+        patch_embedding: ``"patch"`` (4×4 patches, then 2×2 between stages: 2022) or ``"conv"`` (overlapping 3×3: 2023).
+        image_size: (H, W) that sized biases are built for; any size can be fed.
+        in_channels, num_classes: of the image and of the head (0 for no head).
+        drop_path_rate, dropout: rates while training, used by `dat_ref.torch` only.
+    """
+
+    stages: tuple[tuple[BlockConfig, ...], ...]
+    patch_embedding: Literal["patch", "conv"] = "patch"
+    image_size: tuple[int, int] = (224, 224)
+    in_channels: int = 3
+    num_classes: int = 1000
+    drop_path_rate: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patch_embedding not in ("patch", "conv"):
+            raise ConfigError(f"patch_embedding: expected 'patch' or 'conv', got {self.patch_embedding!r}")
+        if not self.stages or any(not blocks for blocks in self.stages):
+            raise ConfigError("stages: expected at least one stage, each with at least one block")
+        for number, blocks in enumerate(self.stages, start=1):
+            if len({block.dim for block in blocks}) != 1:
+                raise ConfigError(f"stages: expected one dim in stage {number}, got {[block.dim for block in blocks]}")
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(blocks[0].dim for blocks in self.stages)
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Image pixels per map pixel, for each stage: 4, 8, 16, 32."""
+        return tuple(4 * 2**i for i in range(len(self.stages)))
+
+    def resized(self, image_size: tuple[int, int]) -> DATConfig:
+        """Return the same backbone with its sized biases built for another image size."""
+
+        def resize(block: BlockConfig, reduction: int) -> BlockConfig:
+            if not isinstance(block.attention, DeformableAttentionConfig) or block.attention.size is None:
+                return block
+            size = (image_size[0] // reduction, image_size[1] // reduction)
+            return replace(block, attention=replace(block.attention, size=size))
+
+        stages = tuple(
+            tuple(resize(block, reduction) for block in blocks)
+            for blocks, reduction in zip(self.stages, self.reductions, strict=True)
+        )
+        return replace(self, stages=stages, image_size=image_size)
+
+    @classmethod
+    def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DATConfig:
+        """Build from the released ``DAT`` class's own argument names (the ``MODEL.DAT`` part of its yaml files).
+
+        Raises:
+            ConfigError: if a name is missing, or a block letter other than L, S, N, D is asked for.
+            ValueError: if the release is unknown.
+        """
+        latest = Convention.of_release(release) is Convention.DATPP2023
+        needed = ["img_size", "dims", "depths", "stage_spec", "heads", "window_sizes", "groups", "strides"]
+        needed += ["offset_range_factor", "use_pes", "dwc_pes"] + (["nat_ksizes"] if latest else [])
+        _require("DAT", mapping, needed)
+        if [len(letters) for letters in mapping["stage_spec"]] != list(mapping["depths"]):
+            raise ConfigError(f"stage_spec: expected depths={mapping['depths']} letters, got {mapping['stage_spec']}")
+        if mapping.get("patch_size", 4) != 4 or mapping.get("dim_stem", mapping["dims"][0]) != mapping["dims"][0]:
+            raise ConfigError("patch_size, dim_stem: expected 4 and dims[0], as in every released configuration")
+        size = _pair(mapping["img_size"])
+        return cls(
+            stages=tuple(
+                _released_stage(mapping, index, (size[0] // (4 << index), size[1] // (4 << index)), release)
+                for index in range(len(mapping["dims"]))
+            ),
+            patch_embedding="conv" if mapping.get("use_conv_patches") else "patch",
+            image_size=size,
+            num_classes=mapping.get("num_classes", 1000),
+            drop_path_rate=mapping.get("drop_path_rate", 0.0),
+            dropout=mapping.get("drop_rate", 0.0),
+        )
+
+
+def _released_stage(
+    mapping: Mapping[str, Any], index: int, size: tuple[int, int], release: str
+) -> tuple[BlockConfig, ...]:
+    """Return the blocks of stage `index`, whose map has `size` at the built image size."""
+    latest = release == "datpp2023"
+
+    def of_stage(name: str, default: Any) -> Any:
+        return mapping[name][index] if name in mapping else default
+
+    dim, heads = mapping["dims"][index], mapping["heads"][index]
+    drops = {
+        "attention_dropout": mapping.get("attn_drop_rate", 0.0),
+        "projection_dropout": mapping.get("drop_rate", 0.0),
+    }
+    window = mapping["window_sizes"][index]
+
+    def attention(letter: str) -> AttentionConfig:
+        if letter == "L":
+            return WindowAttentionConfig(dim, heads, window, **drops)
+        if letter == "S":
+            return WindowAttentionConfig(dim, heads, window, shift=math.ceil(window / 2), **drops)
+        if letter == "N":
+            return NeighborhoodAttentionConfig(dim, heads, mapping["nat_ksizes"][index], small_map="pad", **drops)
+        if letter == "D":
+            layer = {
+                "q_size": size,
+                "n_heads": heads,
+                "n_head_channels": dim // heads,
+                "n_groups": mapping["groups"][index],
+                "attn_drop": drops["attention_dropout"],
+                "proj_drop": drops["projection_dropout"],
+                "stride": mapping["strides"][index],
+                "offset_range_factor": mapping["offset_range_factor"][index],
+                "use_pe": mapping["use_pes"][index],
+                "dwc_pe": mapping["dwc_pes"][index],
+                "no_off": of_stage("no_offs", False),
+                "fixed_pe": of_stage("fixed_pes", False),
+                "stage_idx": index,
+                "ksize": of_stage("ksizes", (9, 7, 5, 3)[index % 4]),
+                "log_cpb": of_stage("log_cpb", False),
+            }
+            return DeformableAttentionConfig.from_official(layer, release=release)
+        raise ConfigError(f"stage_spec: expected the letters L, S, N or D, got {letter!r} in stage {index + 1}")
+
+    mlp: MLPKind = "linear"
+    if of_stage("use_dwc_mlps", False):
+        mlp = "depthwise_residual" if latest else "depthwise"
+    layer_scale = of_stage("layer_scale_values", -1.0)
+    return tuple(
+        BlockConfig(
+            attention=attention(letter),
+            mlp=mlp,
+            mlp_ratio=mapping.get("expansion", 4),
+            local_perception=of_stage("use_lpus", False),
+            layer_scale=layer_scale if layer_scale > 0 else None,
+        )
+        for letter in mapping["stage_spec"][index]
+    )
+
+
+def _require(what: str, mapping: Mapping[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in mapping]
+    if missing:
+        raise ConfigError(f"mapping: expected the released arguments of {what}, missing {', '.join(missing)}")
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)

@@ -1,0 +1,167 @@
+"""Attention, and the core of this project: attention over sampled keys with a bias read at their positions.
+
+    z = softmax(q k̃ᵀ / √d + B) ṽ        for each head
+
+`deformable_attention` is what fast implementations compute in one pass. Its gradient has five parts: to the
+queries, the keys, the values, the bias table, and the points (here through the bias alone; through the keys and
+values the points get theirs from `bilinear_sample`, one step earlier).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._checks import Array, ConfigError, ShapeError, check_array
+from ..config import BiasResolution
+from ..conventions import Convention
+from .basic import softmax, softmax_vjp
+from .bias import table_bias, table_bias_vjp
+from .grid import Size
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """Cut the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, -1).swapaxes(2, 3)
+
+
+def merge_heads(x: Array, size: Size) -> Array:
+    """Lay heads back into a map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
+    return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1] * x.shape[3], *size)
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tuple[Array, Array]:
+    """Scaled dot-product attention with an additive bias.
+
+    Args:
+        q: (..., M, d).
+        k, v: (..., N, d).
+        bias: broadcasts to (..., M, N), or None; -inf hides a key.
+
+    Returns:
+        output (..., M, d) and attention weights (..., M, N), whose rows sum to one.
+    """
+    logits = (q * q.dtype.type(scale)) @ k.swapaxes(-1, -2)
+    if bias is not None:
+        logits = logits + bias
+    weights = softmax(logits)
+    return weights @ v, weights
+
+
+class AttendGradients(NamedTuple):
+    """Gradients of `attend`."""
+
+    q: Array
+    k: Array
+    v: Array
+    bias: Array  # (..., M, N), not yet summed over what the bias was broadcast along
+
+
+def attend_vjp(cotangent: Array, q: Array, k: Array, v: Array, weights: Array, scale: float) -> AttendGradients:
+    """With A the weights and S the logits: ∂L/∂V = Aᵀ ∂L/∂Z, ∂L/∂A = ∂L/∂Z Vᵀ, then `softmax_vjp`,
+    ∂L/∂Q = ∂L/∂S K/√d, ∂L/∂K = (∂L/∂S)ᵀ Q/√d, ∂L/∂B = ∂L/∂S."""
+    grad_logits = softmax_vjp(cotangent @ v.swapaxes(-1, -2), weights)
+    return AttendGradients(
+        q=(grad_logits @ k) * q.dtype.type(scale),
+        k=(grad_logits.swapaxes(-1, -2) @ q) * q.dtype.type(scale),
+        v=weights.swapaxes(-1, -2) @ cotangent,
+        bias=grad_logits,
+    )
+
+
+def attend_macs(batch: int, queries: int, keys: int, channels: int) -> int:
+    """Multiply-adds of q kᵀ and A v over all heads: 2 · M · N · C."""
+    return 2 * batch * queries * keys * channels
+
+
+def deformable_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    points: Array,
+    bias_table: Array | None,
+    *,
+    query_size: Size,
+    convention: Convention,
+    scale: float | None = None,
+    resolution: BiasResolution = "fractions",
+) -> Array:
+    """Attend to sampled keys, with a relative position bias read at their continuous positions.
+
+    Args:
+        q: (B, heads, H·W, d).
+        k, v: (B, heads, Ns, d), projected from the features sampled at `points`.
+        points: (B, G, Ns, 2), (y, x), normalised by the convention; heads [g·heads/G, (g+1)·heads/G) belong to group g.
+        bias_table: (heads, 2H-1, 2W-1), or None for no bias. A table of another size is read as `resolution` says.
+        query_size: (H, W).
+        scale: of the dot products, d^(-1/2) if None.
+
+    Returns:
+        (B, heads, H·W, d).
+
+    Raises:
+        ShapeError, ConfigError: if the shapes do not go together.
+    """
+    _check_core(q, k, v, points, bias_table, query_size)
+    bias = None
+    if bias_table is not None:
+        bias = table_bias(bias_table, points, query_size=query_size, convention=convention, resolution=resolution)
+    return attend(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+class CoreGradients(NamedTuple):
+    """Gradients of `deformable_attention`; `bias_table` is None where there is none, and `points` is then zero."""
+
+    q: Array
+    k: Array
+    v: Array
+    points: Array
+    bias_table: Array | None
+
+
+def deformable_attention_vjp(
+    cotangent: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    points: Array,
+    bias_table: Array | None,
+    *,
+    query_size: Size,
+    convention: Convention,
+    scale: float | None = None,
+    resolution: BiasResolution = "fractions",
+) -> CoreGradients:
+    """Return the five gradients of `deformable_attention`."""
+    _check_core(q, k, v, points, bias_table, query_size)
+    geometry: dict[str, Any] = {"query_size": query_size, "convention": convention, "resolution": resolution}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if bias_table is None else table_bias(bias_table, points, **geometry)
+    _, weights = attend(q, k, v, bias, scale)
+    grads = attend_vjp(cotangent, q, k, v, weights, scale)
+    if bias_table is None:
+        return CoreGradients(grads.q, grads.k, grads.v, np.zeros_like(points), None)
+    through_bias = table_bias_vjp(grads.bias, bias_table, points, **geometry)
+    return CoreGradients(grads.q, grads.k, grads.v, through_bias.points, through_bias.table)
+
+
+def _check_core(q: Array, k: Array, v: Array, points: Array, bias_table: Array | None, query_size: Size) -> None:
+    height, width = query_size
+    check_array("q", q, {"B": None, "heads": None, "H·W": height * width, "d": None})
+    batch, heads, _, depth = q.shape
+    check_array("k", k, {"B": batch, "heads": heads, "Ns": None, "d": depth})
+    samples = k.shape[2]
+    check_array("v", v, {"B": batch, "heads": heads, "Ns": samples, "d": depth})
+    check_array("points", points, {"B": batch, "groups": None, "Ns": samples, "(y, x)": 2})
+    if samples == 0:
+        raise ShapeError(f"k: expected (B, heads, Ns, d) with Ns >= 1, got {k.shape}")
+    if points.shape[1] == 0 or heads % points.shape[1]:
+        raise ConfigError(f"points: expected groups that divide heads={heads}, got {points.shape}")
+    if bias_table is not None:
+        check_array("bias_table", bias_table, {"heads": heads, "2H-1": None, "2W-1": None})
+        if bias_table.shape[1] % 2 == 0 or bias_table.shape[2] % 2 == 0:
+            raise ShapeError(
+                f"bias_table: expected ({heads}, 2H-1={2 * height - 1}, 2W-1={2 * width - 1}), odd on both axes, "
+                f"got {bias_table.shape}"
+            )

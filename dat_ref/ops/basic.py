@@ -1,0 +1,270 @@
+"""The building blocks that are not about deformable attention: maps in, maps out, each with its gradient and its cost.
+
+Maps are ``(B, C, H, W)``. A cotangent is the gradient of some scalar loss L with respect to an output; every
+``*_vjp`` turns it into the gradients with respect to the inputs. Costs are multiply-adds, as integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.special import erf
+
+from .._checks import Array
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+NO_PADDING: Padding = ((0, 0), (0, 0))
+LAYER_NORM_EPSILON = 1e-5
+
+
+class AffineGradients(NamedTuple):
+    """Gradients of an operation with a weight and perhaps a bias."""
+
+    x: Array
+    params: dict[str, Array]
+
+
+def _weight_and_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+# ------------------------------------------------------------------------------------------------ linear (1 × 1)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Mix the channels of every pixel: y[o] = Σ_c W[o, c] x[c] + b[o].
+
+    Args:
+        x: (B, C, H, W) or (B, C, N).
+        weight: (O, C).
+        bias: (O,) or None.
+
+    Returns:
+        (B, O, H, W) or (B, O, N).
+    """
+    columns = x.reshape(*x.shape[:2], -1)  # (B, C, H·W)
+    y = weight @ columns
+    if bias is not None:
+        y += bias[:, None]
+    return y.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+
+
+def linear_vjp(cotangent: Array, x: Array, weight: Array, bias: Array | None = None) -> AffineGradients:
+    """∂L/∂x = Wᵀ ∂L/∂y, ∂L/∂W = Σ ∂L/∂y xᵀ, ∂L/∂b = Σ ∂L/∂y, the sums over batch and pixels."""
+    grad_y = cotangent.reshape(*cotangent.shape[:2], -1)  # (B, O, H·W)
+    columns = x.reshape(*x.shape[:2], -1)
+    grad_weight = np.tensordot(grad_y, columns, axes=([0, 2], [0, 2]))
+    grad_bias = None if bias is None else grad_y.sum(axis=(0, 2))
+    return AffineGradients((weight.T @ grad_y).reshape(x.shape), _weight_and_bias(grad_weight, grad_bias))
+
+
+def linear_macs(pixels: int, channels_in: int, channels_out: int) -> int:
+    """Multiply-adds of `linear` over `pixels` = B·H·W."""
+    return pixels * channels_in * channels_out
+
+
+# ------------------------------------------------------------------------------------------------ convolution
+
+
+def conv_size(size: tuple[int, int], kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """Return the map size after a convolution: ⌊(H + padding - k)/r⌋ + 1 on each axis."""
+    height, width = ((length + sum(pad) - kernel) // stride + 1 for length, pad in zip(size, padding, strict=True))
+    return height, width
+
+
+def _pad(x: Array, padding: Padding) -> Array:
+    return x if padding == NO_PADDING else np.pad(x, ((0, 0), (0, 0), *padding))
+
+
+def _crop(x: Array, padding: Padding) -> Array:
+    (top, bottom), (left, right) = padding
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+def _taps(padded: Array, kernel: int, stride: int, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
+    """Yield (i, j, view) for each tap of the kernel: the pixels that tap (i, j) meets, one for each output pixel."""
+    for i in range(kernel):
+        for j in range(kernel):
+            rows = slice(i, i + stride * (size[0] - 1) + 1, stride)
+            columns = slice(j, j + stride * (size[1] - 1) + 1, stride)
+            yield i, j, padded[:, :, rows, columns]
+
+
+def conv2d(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: Padding = NO_PADDING
+) -> Array:
+    """Convolve: y[o, u] = Σ_c Σ_ij W[o, c, i, j] x[c, r u + (i, j)] + b[o], zeros outside the map.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C, k, k).
+        bias: (O,) or None.
+        padding: zeros around the map, ((top, bottom), (left, right)).
+
+    Returns:
+        (B, O, H', W') with the size of `conv_size`.
+    """
+    kernel = weight.shape[-1]
+    size = conv_size(x.shape[2:], kernel, stride, padding)
+    y = np.zeros((len(x), len(weight), *size), dtype=np.result_type(x, weight))
+    for i, j, tap in _taps(_pad(x, padding), kernel, stride, size):
+        y += linear(tap, weight[:, :, i, j])
+    return y if bias is None else y + bias[:, None, None]
+
+
+def conv2d_vjp(
+    cotangent: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = NO_PADDING,
+) -> AffineGradients:
+    """Each tap is a `linear` map of a shifted view, so its gradient is that of `linear`, added to the view."""
+    kernel, size = weight.shape[-1], cotangent.shape[2:]
+    padded = _pad(x, padding)
+    grad_padded, grad_weight = np.zeros_like(padded, dtype=cotangent.dtype), np.empty_like(weight)
+    views = _taps(grad_padded, kernel, stride, size)
+    for (i, j, tap), (_, _, grad_tap) in zip(_taps(padded, kernel, stride, size), views, strict=True):
+        gradients = linear_vjp(cotangent, tap, weight[:, :, i, j])
+        grad_tap += gradients.x
+        grad_weight[:, :, i, j] = gradients.params["weight"]
+    grad_bias = None if bias is None else cotangent.sum(axis=(0, 2, 3))
+    return AffineGradients(_crop(grad_padded, padding), _weight_and_bias(grad_weight, grad_bias))
+
+
+def conv2d_macs(pixels: int, channels_in: int, channels_out: int, kernel: int) -> int:
+    """Multiply-adds of `conv2d` for `pixels` = B·H'·W' outputs."""
+    return pixels * channels_in * channels_out * kernel**2
+
+
+def depthwise_conv2d(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: Padding = NO_PADDING
+) -> Array:
+    """Convolve each channel with a kernel of its own: y[c, u] = Σ_ij W[c, 0, i, j] x[c, r u + (i, j)] + b[c].
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, k, k).
+        bias: (C,) or None.
+    """
+    kernel = weight.shape[-1]
+    size = conv_size(x.shape[2:], kernel, stride, padding)
+    y = np.zeros((*x.shape[:2], *size), dtype=np.result_type(x, weight))
+    for i, j, tap in _taps(_pad(x, padding), kernel, stride, size):
+        y += weight[:, :, i, j, None] * tap
+    if bias is not None:
+        y += bias[:, None, None]
+    return y
+
+
+def depthwise_conv2d_vjp(
+    cotangent: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = NO_PADDING,
+) -> AffineGradients:
+    """Tap by tap: ∂L/∂x gains W ∂L/∂y at the pixels that the tap met, ∂L/∂W[i, j] = Σ ∂L/∂y · tap."""
+    kernel, size = weight.shape[-1], cotangent.shape[2:]
+    padded = _pad(x, padding)
+    grad_padded, grad_weight = np.zeros_like(padded, dtype=cotangent.dtype), np.empty_like(weight)
+    views = _taps(grad_padded, kernel, stride, size)
+    for (i, j, tap), (_, _, grad_tap) in zip(_taps(padded, kernel, stride, size), views, strict=True):
+        grad_tap += weight[:, :, i, j, None] * cotangent
+        grad_weight[:, 0, i, j] = np.einsum("bchw,bchw->c", cotangent, tap)
+    grad_bias = None if bias is None else cotangent.sum(axis=(0, 2, 3))
+    return AffineGradients(_crop(grad_padded, padding), _weight_and_bias(grad_weight, grad_bias))
+
+
+def depthwise_conv2d_macs(pixels: int, channels: int, kernel: int) -> int:
+    """Multiply-adds of `depthwise_conv2d` for `pixels` = B·H'·W' outputs."""
+    return pixels * channels * kernel**2
+
+
+# ------------------------------------------------------------------------------------------------ layer norm
+
+
+def _standardise(x: Array) -> tuple[Array, Array]:
+    """Return x with mean 0 and variance 1 over the channels, and the factor 1/√(variance + ε)."""
+    centered = x - x.mean(axis=1, keepdims=True)
+    variance = np.square(centered).mean(axis=1, keepdims=True)
+    inverse_deviation = 1 / np.sqrt(variance + x.dtype.type(LAYER_NORM_EPSILON))
+    return centered * inverse_deviation, inverse_deviation
+
+
+def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
+    """Normalise the channels of every pixel: y = γ (x - mean) / √(variance + ε) + β.
+
+    Args:
+        x: (B, C, H, W).
+        weight: γ (C,).
+        bias: β (C,).
+    """
+    return _standardise(x)[0] * weight[:, None, None] + bias[:, None, None]
+
+
+def layer_norm_vjp(cotangent: Array, x: Array, weight: Array, bias: Array) -> AffineGradients:
+    """With x̂ the standardised input and g = γ ∂L/∂y: ∂L/∂x = (g - mean(g) - x̂ mean(g x̂)) / √(variance + ε)."""
+    standardised, inverse_deviation = _standardise(x)
+    grad_standardised = cotangent * weight[:, None, None]
+    mean = grad_standardised.mean(axis=1, keepdims=True)
+    slope = (grad_standardised * standardised).mean(axis=1, keepdims=True)
+    grad_x = (grad_standardised - mean - standardised * slope) * inverse_deviation
+    grad_weight = (cotangent * standardised).sum(axis=(0, 2, 3))
+    return AffineGradients(grad_x, {"weight": grad_weight, "bias": cotangent.sum(axis=(0, 2, 3))})
+
+
+# ------------------------------------------------------------------------------------------------ pointwise
+
+
+def gelu(x: Array) -> Array:
+    """Gaussian error linear unit, exact: x Φ(x), with Φ the normal distribution function."""
+    return x * _normal_cdf(x)
+
+
+def gelu_vjp(cotangent: Array, x: Array) -> Array:
+    """d/dx x Φ(x) = Φ(x) + x φ(x), with φ the normal density."""
+    density = np.exp(-x * x / 2) * x.dtype.type(1 / np.sqrt(2 * np.pi))
+    return cotangent * (_normal_cdf(x) + x * density)
+
+
+def _normal_cdf(x: Array) -> Array:
+    half = x.dtype.type(0.5)
+    return half + half * erf(x * x.dtype.type(np.sqrt(0.5)))
+
+
+def softmax(logits: Array) -> Array:
+    """exp(l_n) / Σ_m exp(l_m) over the last axis; a logit of -inf gets weight 0."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-np.inf))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def softmax_vjp(cotangent: Array, weights: Array) -> Array:
+    """∂L/∂l_n = a_n (∂L/∂a_n - Σ_m a_m ∂L/∂a_m)."""
+    return weights * (cotangent - (weights * cotangent).sum(axis=-1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------------ gather and scatter
+
+
+def scatter_add(values: Array, rows: Array, count: int) -> Array:
+    """The transpose of a gather: out[r] = Σ of values[n] over all n with rows[n] = r.
+
+    ``gathered = table[rows]`` multiplies the table with a 0/1 matrix; its gradient multiplies with the transpose.
+
+    Args:
+        values: (N, C).
+        rows: (N,) integers in [0, count).
+
+    Returns:
+        (count, C).
+    """
+    taken = (np.ones(len(rows), dtype=values.dtype), rows, np.arange(len(rows) + 1))
+    return csr_array(taken, shape=(len(rows), count)).T @ values

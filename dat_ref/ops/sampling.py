@@ -1,0 +1,116 @@
+"""Bilinear sampling φ: the value of a map at a point between its pixels.
+
+    φ(z; p) = Σ_r g(p_y, r_y) g(p_x, r_x) z[r_y, r_x],      g(a, b) = max(0, 1 - |a - b|)
+
+The sum runs over all pixels r; only the four around p have a weight that is not zero. Outside the map there is
+nothing, so φ fades to zero within one pixel of the border. φ is linear in z, and piecewise bilinear in p with
+kinks where p crosses a row or column of pixel centers. There, the derivative in p is taken from the right:
+
+    ∂φ/∂p_y = Σ_r g'(p_y, r_y) g(p_x, r_x) z[r],        g'(a, b) = -1 for b ≤ a < b + 1, +1 for b - 1 ≤ a < b, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .._checks import Array
+from .basic import scatter_add
+
+
+class Corner(NamedTuple):
+    """One of the four pixels around each point: where it is, how much it counts, how that changes with the point."""
+
+    pixel: Array  # (N, P) index into H·W; any valid index where the corner lies outside
+    weight: Array  # (N, P) hat weight, zero outside the map
+    slope_y: Array  # (N, P) ∂weight/∂p_y
+    slope_x: Array  # (N, P) ∂weight/∂p_x
+
+
+def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
+    # Beyond two pixels outside nothing changes any more; the clip keeps the integers below small. NaN stays NaN.
+    y, x = (np.clip(points_px[..., axis], -2, length + 1) for axis, length in enumerate((height, width)))
+    top, left = np.floor(y), np.floor(x)
+    below, right = y - top, x - left  # distances in [0, 1)
+    for row, weight_y, sign_y in ((top, 1 - below, -1), (top + 1, below, 1)):
+        for column, weight_x, sign_x in ((left, 1 - right, -1), (left + 1, right, 1)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = np.where(inside, row, 0) * width + np.where(inside, column, 0)
+            yield Corner(
+                pixel=pixel.astype(np.intp),
+                weight=inside * (weight_y * weight_x),  # NaN · False stays NaN
+                slope_y=inside * (sign_y * weight_x),
+                slope_x=inside * (sign_x * weight_y),
+            )
+
+
+def _pixel_rows(x: Array) -> Array:
+    """Return the map as rows of channels, (N, H·W, C): gathering whole rows is fast."""
+    return x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
+
+
+def bilinear_sample(x: Array, points_px: Array) -> Array:
+    """Sample maps at continuous points, with zeros outside.
+
+    Args:
+        x: (N, C, H, W).
+        points_px: (N, P, 2), (y, x), in pixels; 0 is the center of the first pixel.
+
+    Returns:
+        (N, C, P). On a pixel center the pixel itself; one pixel outside or further, 0; for a NaN point, NaN.
+
+    >>> ramp = np.arange(6.0).reshape(1, 1, 2, 3)
+    >>> bilinear_sample(ramp, np.array([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
+    [[[2.5, 2.5, 0.0]]]
+    """
+    rows = np.ascontiguousarray(_pixel_rows(x))  # (N, H·W, C)
+    maps = np.arange(len(x))[:, None]
+    sampled = np.zeros((*points_px.shape[:2], x.shape[1]), dtype=np.result_type(x, points_px))
+    for corner in _corners(points_px, *x.shape[2:]):
+        sampled += corner.weight[..., None] * rows[maps, corner.pixel]  # (N, P, C)
+    return sampled.transpose(0, 2, 1)
+
+
+class SampleGradients(NamedTuple):
+    """Gradients of `bilinear_sample`."""
+
+    x: Array
+    points_px: Array
+
+
+def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleGradients:
+    """Gradients with respect to the map and to the points.
+
+    φ is a matrix of four weights a point; the map's gradient is its transpose: each corner pixel gains weight ·
+    ∂L/∂φ. A point's gradient is the slope of the weights, Σ_corners ∂weight/∂p · ⟨pixel, ∂L/∂φ⟩, from the right
+    on the lattice.
+
+    Args:
+        cotangent: ∂L/∂φ (N, C, P).
+
+    Returns:
+        ``x`` (N, C, H, W) and ``points_px`` (N, P, 2).
+    """
+    maps, channels, height, width = x.shape
+    rows = np.ascontiguousarray(_pixel_rows(x))
+    grad_samples = np.ascontiguousarray(cotangent.transpose(0, 2, 1))  # (N, P, C)
+    which = np.arange(maps)[:, None]
+    flat = grad_samples.reshape(-1, channels)
+    grad_rows = np.zeros((maps * height * width, channels), dtype=cotangent.dtype)
+    grad_points = np.zeros_like(points_px)
+    for corner in _corners(points_px, height, width):
+        pixels = (which * (height * width) + corner.pixel).ravel()
+        weighted = corner.weight.reshape(-1, 1).astype(cotangent.dtype) * flat
+        grad_rows += scatter_add(weighted, pixels, len(grad_rows))
+        along = np.einsum("npc,npc->np", rows[which, corner.pixel], grad_samples)  # ⟨pixel, ∂L/∂φ⟩
+        grad_points[..., 0] += corner.slope_y * along
+        grad_points[..., 1] += corner.slope_x * along
+    grad_x = grad_rows.reshape(maps, height * width, channels).transpose(0, 2, 1).reshape(x.shape)
+    return SampleGradients(grad_x, grad_points)
+
+
+def bilinear_sample_macs(points: int, channels: int) -> int:
+    """Multiply-adds of `bilinear_sample`: four a point and channel."""
+    return 4 * points * channels

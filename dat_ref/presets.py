@@ -1,0 +1,79 @@
+"""The eight released backbones, by name: DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ._checks import ConfigError
+from .config import DATConfig
+
+
+def _preset_2022(
+    dim: int, depth: int, heads: int, groups: int, drop_path: float, image_size: int = 224, window: int = 7
+) -> DATConfig:
+    released = {
+        "img_size": image_size,
+        "dims": [dim << i for i in range(4)],
+        "depths": [2, 2, depth, 2],
+        "stage_spec": [["L", "S"], ["L", "S"], ["L", "D"] * (depth // 2), ["L", "D"]],
+        "heads": [heads << i for i in range(4)],
+        "window_sizes": [window] * 4,
+        "groups": [-1, -1, groups, 2 * groups],
+        "strides": [-1, -1, 1, 1],
+        "offset_range_factor": [-1, -1, 2, 2],
+        "use_pes": [False, False, True, True],
+        "dwc_pes": [False] * 4,
+        "drop_path_rate": drop_path,
+    }
+    return DATConfig.from_official(released, release="cvpr2022")
+
+
+def _preset_2023(dim: int, heads: int, groups: Sequence[int], drop_path: float) -> DATConfig:
+    released = {
+        "img_size": 224,
+        "dims": [dim << i for i in range(4)],
+        "depths": [2, 4, 18, 2],
+        "stage_spec": [["N", "D"], ["N", "D"] * 2, ["N", "D"] * 9, ["D", "D"]],
+        "heads": [heads << i for i in range(4)],
+        "window_sizes": [7] * 4,
+        "groups": list(groups),
+        "strides": [8, 4, 2, 1],
+        "offset_range_factor": [-1] * 4,
+        "use_pes": [True] * 4,
+        "dwc_pes": [False] * 4,
+        "use_dwc_mlps": [True] * 4,
+        "use_lpus": [True] * 4,
+        "use_conv_patches": True,
+        "ksizes": [9, 7, 5, 3],
+        "nat_ksizes": [7] * 4,
+        "drop_path_rate": drop_path,
+    }
+    return DATConfig.from_official(released, release="datpp2023")
+
+
+# dat_pp_base_384 is dat_pp_base fed at 384²: its tables are built for 224² and read in fractions of the map.
+PRESETS: dict[str, DATConfig] = {
+    "dat_tiny": _preset_2022(96, 6, 3, 3, 0.2),
+    "dat_small": _preset_2022(96, 18, 3, 3, 0.3),
+    "dat_base": _preset_2022(128, 18, 4, 4, 0.5),
+    "dat_base_384": _preset_2022(128, 18, 4, 4, 0.5, image_size=384, window=12),
+    "dat_pp_tiny": _preset_2023(64, 2, (1, 2, 4, 8), 0.2),
+    "dat_pp_small": _preset_2023(96, 3, (1, 2, 3, 6), 0.4),
+    "dat_pp_base": _preset_2023(128, 4, (2, 4, 8, 16), 0.7),
+    "dat_pp_base_384": _preset_2023(128, 4, (2, 4, 8, 16), 0.6),
+}
+
+
+def config(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> DATConfig:
+    """Return a preset by name, for a number of classes and of image channels.
+
+    Raises:
+        ConfigError: for an unknown name, listing those that exist.
+
+    >>> config("dat_tiny").dims
+    (96, 192, 384, 768)
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name], num_classes=num_classes, in_channels=in_channels)
