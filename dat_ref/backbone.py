@@ -1,0 +1,327 @@
+"""The whole backbone: patch embedding, four stages with downsampling between them, norm, average, head.
+
+    image ─ embed /4 ─ stage 1 ─ /2 ─ stage 2 ─ /2 ─ stage 3 ─ /2 ─ stage 4 ─ LayerNorm ─ mean ─ linear ─ logits
+
+Two embeddings, as in the two releases: ``"patch"``, a 4×4 convolution of stride 4 and then 2×2 ones of stride
+2; ``"conv"``, overlapping 3×3 convolutions of stride 2 (two of them first, with a GELU between). An image whose
+sides are not multiples of the patch is filled up with zeros at the bottom and right, so that a map has ⌈H/4⌉,
+⌈H/8⌉ … rows whatever the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+
+from . import official
+from ._checks import Array, Tree, check_array, check_map
+from .block import BlockTrace, block, block_macs, block_shapes, block_vjp
+from .config import DATConfig
+from .ops.basic import (
+    Padding,
+    conv2d,
+    conv2d_macs,
+    conv2d_vjp,
+    conv_size,
+    gelu,
+    gelu_vjp,
+    layer_norm,
+    layer_norm_vjp,
+    linear,
+    linear_macs,
+    linear_vjp,
+)
+from .ops.grid import Size
+from .params import check_params
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+
+@dataclass(frozen=True)
+class EmbedTrace:
+    """Intermediates of one strided convolution and its norm."""
+
+    x: Array
+    projected: Array
+    output: Array
+
+
+def _embed_geometry(size: Size, kernel: int) -> tuple[int, Padding]:
+    """Return stride and padding: a 3×3 convolution overlaps (stride 2), any other kernel tiles (stride = kernel)."""
+    if kernel == 3:
+        return 2, ((1, 1), (1, 1))
+    bottom, right = (-length % kernel for length in size)
+    return kernel, ((0, bottom), (0, right))
+
+
+def embed(x: Array, projection: Tree, norm: Tree) -> tuple[Array, EmbedTrace]:
+    """Convolve with stride and normalise: (B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉)."""
+    stride, padding = _embed_geometry(x.shape[2:], projection["weight"].shape[-1])
+    projected = conv2d(x, **projection, stride=stride, padding=padding)
+    output = layer_norm(projected, **norm)
+    return output, EmbedTrace(x, projected, output)
+
+
+def embed_vjp(cotangent: Array, trace: EmbedTrace, projection: Tree, norm: Tree) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params)."""
+    stride, padding = _embed_geometry(trace.x.shape[2:], projection["weight"].shape[-1])
+    normed = layer_norm_vjp(cotangent, trace.projected, **norm)
+    convolved = conv2d_vjp(normed.x, trace.x, **projection, stride=stride, padding=padding)
+    return convolved.x, {"projection": convolved.params, "norm": normed.params}
+
+
+def embed_macs(batch: int, size: Size, channels_in: int, channels_out: int, kernel: int) -> tuple[int, Size]:
+    """Return multiply-adds and the size of the map that comes out."""
+    stride, padding = _embed_geometry(size, kernel)
+    height, width = conv_size(size, kernel, stride, padding)
+    return conv2d_macs(batch * height * width, channels_in, channels_out, kernel), (height, width)
+
+
+def embed_image(x: Array, params: list[Tree]) -> tuple[Array, list[EmbedTrace]]:
+    """Run the patch embedding, one `embed` for patches or two with a GELU between for the convolutional stem."""
+    traces: list[EmbedTrace] = []
+    for part in params:
+        x, trace = embed(gelu(x) if traces else x, **part)
+        traces.append(trace)
+    return x, traces
+
+
+def embed_image_vjp(cotangent: Array, traces: list[EmbedTrace], params: list[Tree]) -> tuple[Array, list[Tree]]:
+    """Return (∂L/∂x, ∂L/∂params)."""
+    grads: list[Tree] = []
+    for index in reversed(range(len(params))):
+        cotangent, grad = embed_vjp(cotangent, traces[index], **params[index])
+        if index:
+            cotangent = gelu_vjp(cotangent, traces[index - 1].output)
+        grads.insert(0, grad)
+    return cotangent, grads
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def dat_shapes(config: DATConfig) -> Tree:
+    """Return the backbone's parameter tree of shapes."""
+    dims = config.dims
+    if config.patch_embedding == "patch":
+        embedding = [_embed_shapes(config.in_channels, dims[0], kernel=4, bias=True)]
+    else:
+        widths = (config.in_channels, dims[0] // 2, dims[0])
+        embedding = [_embed_shapes(widths[i], widths[i + 1], kernel=3, bias=True) for i in range(2)]
+    between = 2 if config.patch_embedding == "patch" else 3
+    shapes: dict[str, Tree] = {
+        "patch_embedding": embedding,
+        "stages": [{"blocks": [block_shapes(block) for block in blocks]} for blocks in config.stages],
+        "downsamples": [_embed_shapes(dims[i], dims[i + 1], between, bias=False) for i in range(len(dims) - 1)],
+        "norm": _affine_shapes(dims[-1]),
+    }
+    if config.num_classes:
+        shapes["head"] = {"weight": (config.num_classes, dims[-1]), "bias": (config.num_classes,)}
+    return shapes
+
+
+def _embed_shapes(channels_in: int, channels_out: int, kernel: int, bias: bool) -> Tree:
+    projection: dict[str, tuple[int, ...]] = {"weight": (channels_out, channels_in, kernel, kernel)}
+    if bias:
+        projection["bias"] = (channels_out,)
+    return {"projection": projection, "norm": _affine_shapes(channels_out)}
+
+
+def _affine_shapes(dim: int) -> Tree:
+    return {"weight": (dim,), "bias": (dim,)}
+
+
+# ------------------------------------------------------------------------------------------------ traces
+
+
+class Step(NamedTuple):
+    """One block of a pass through the backbone, as `DAT.walk` yields it."""
+
+    stage: int
+    block: int
+    entering: list[
+        EmbedTrace
+    ]  # of the embedding or downsampling that led into the stage; empty but for its first block
+    trace: BlockTrace
+    output: Array  # (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """One stage: what led into it, its blocks, its output map."""
+
+    entering: list[EmbedTrace]
+    blocks: list[BlockTrace]
+    output: Array  # (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class DATTrace:
+    """Every intermediate of one pass through the backbone."""
+
+    stages: list[StageTrace]
+    normed: Array  # (B, C, H, W), the last map after the final norm
+    pooled: Array  # (B, C)
+
+
+# ------------------------------------------------------------------------------------------------ the object
+
+
+class DAT:
+    """A DAT or DAT++ backbone: a configuration and its parameters.
+
+    Args:
+        config: what the backbone is; ``dat_ref.config("dat_tiny")`` gives a preset.
+        params: tree of `dat_shapes`; ``dat_ref.init_params(config, seed)`` makes one.
+
+    Raises:
+        CheckpointError: if names, shapes or numbers of `params` do not fit the configuration.
+    """
+
+    def __init__(self, config: DATConfig, params: Tree) -> None:
+        self.config = config
+        self.params = check_params(params, dat_shapes(config))
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    def walk(self, x: Array) -> Iterator[Step]:
+        """Run block by block; a trace that the caller does not keep is freed before the next block.
+
+        Args:
+            x: images (B, channels, H, W), any H and W that leave each map at least as large as its stride.
+
+        Raises:
+            ShapeError, ConfigError: if an image does not fit, from the first step on.
+        """
+        x = check_map("x", x, self.config.in_channels)
+        y, entering = embed_image(x, self.params["patch_embedding"])
+        for stage, blocks in enumerate(self.config.stages):
+            if stage:
+                y, trace = embed(y, **self.params["downsamples"][stage - 1])
+                entering = [trace]
+            for index, block_config in enumerate(blocks):
+                y, block_trace = block(y, self.params["stages"][stage]["blocks"][index], block_config)
+                yield Step(stage, index, entering if index == 0 else [], block_trace, y)
+
+    @overload
+    def __call__(self, x: Array, return_trace: Literal[False] = ...) -> Array: ...
+
+    @overload
+    def __call__(self, x: Array, return_trace: Literal[True]) -> tuple[Array, DATTrace]: ...
+
+    def __call__(self, x: Array, return_trace: bool = False) -> Array | tuple[Array, DATTrace]:
+        """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
+
+        Without a head (``num_classes=0``): the pooled features (B, C).
+        """
+        if return_trace:
+            trace = self._trace(x)
+            return self.classify(trace.pooled), trace
+        return self.classify(self.pool(self.forward_intermediates(x)[-1]))
+
+    def forward_intermediates(self, x: Array) -> list[Array]:
+        """Return one feature map a stage, (B, dims[i], ⌈H/4⌉ …), before the final norm."""
+        outputs: dict[int, Array] = {}
+        for step in self.walk(x):
+            outputs[step.stage] = step.output
+        return list(outputs.values())
+
+    def pool(self, features: Array) -> Array:
+        """Normalise the last feature map (B, C, H, W) and average its pixels: (B, C)."""
+        return layer_norm(features, **self.params["norm"]).mean(axis=(2, 3))
+
+    def classify(self, pooled: Array) -> Array:
+        """Return logits (B, classes) of pooled features (B, C)."""
+        if not self.config.num_classes:
+            return pooled
+        return linear(pooled[:, :, None], **self.params["head"])[:, :, 0]
+
+    def _trace(self, x: Array) -> DATTrace:
+        steps = list(self.walk(x))
+        stages = []
+        for number in range(len(self.config.stages)):
+            of_stage = [step for step in steps if step.stage == number]
+            blocks = [step.trace for step in of_stage]
+            stages.append(StageTrace(of_stage[0].entering, blocks, of_stage[-1].output))
+        normed = layer_norm(stages[-1].output, **self.params["norm"])
+        return DATTrace(stages, normed, normed.mean(axis=(2, 3)))
+
+    # -------------------------------------------------------------------------------------------- gradient
+
+    def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Tree]]]:
+        """Return logits and their pullback: ``pullback(∂L/∂logits)`` gives (∂L/∂x, ∂L/∂params)."""
+        logits, trace = self(x, return_trace=True)
+
+        def pullback(cotangent: Array) -> tuple[Array, Tree]:
+            axes = dict(zip(("B", "classes"), logits.shape, strict=True))
+            return self._pull_back(check_array("cotangent", cotangent, axes), trace)
+
+        return logits, pullback
+
+    def _pull_back(self, cotangent: Array, trace: DATTrace) -> tuple[Array, Tree]:
+        params = self.params
+        grads: dict[str, Tree] = {}
+        if self.config.num_classes:
+            head = linear_vjp(cotangent[:, :, None], trace.pooled[:, :, None], **params["head"])
+            cotangent, grads["head"] = head.x[:, :, 0], head.params
+        height, width = trace.normed.shape[2:]
+        spread = np.broadcast_to(cotangent[:, :, None, None] / (height * width), trace.normed.shape)
+        norm = layer_norm_vjp(spread, trace.stages[-1].output, **params["norm"])
+        grad, grads["norm"] = norm.x, norm.params
+        grads["stages"] = [{"blocks": [None] * len(blocks)} for blocks in self.config.stages]
+        grads["downsamples"] = [None] * (len(self.config.stages) - 1)
+        for stage in reversed(range(len(self.config.stages))):
+            grad = self._pull_back_stage(grad, stage, trace.stages[stage], grads)
+        return grad, grads
+
+    def _pull_back_stage(self, grad: Array, stage: int, trace: StageTrace, grads: Tree) -> Array:
+        """Fill in the gradients of one stage and of what led into it; return ∂L/∂input of that."""
+        params = self.params["stages"][stage]["blocks"]
+        for index in reversed(range(len(params))):
+            config = self.config.stages[stage][index]
+            grad, block_grads = block_vjp(grad, trace.blocks[index], params[index], config)
+            grads["stages"][stage]["blocks"][index] = block_grads
+        if stage == 0:
+            grad, grads["patch_embedding"] = embed_image_vjp(grad, trace.entering, self.params["patch_embedding"])
+            return grad
+        downsample = self.params["downsamples"][stage - 1]
+        grad, grads["downsamples"][stage - 1] = embed_vjp(grad, trace.entering[0], **downsample)
+        return grad
+
+    # -------------------------------------------------------------------------------------------- released names
+
+    @classmethod
+    def from_official(cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str) -> DAT:
+        """Build from the released model's arguments and its state dict.
+
+        Raises:
+            CheckpointError: with a report of missing, unexpected and mis-shaped keys.
+        """
+        config = DATConfig.from_official(mapping, release=release)
+        return cls(config, official.to_ours(state, official.backbone_names(config), dat_shapes(config)))
+
+    def to_official(self, params_or_grads: Tree) -> dict[str, Array]:
+        """Return parameters or gradients under their released names and shapes."""
+        return official.to_official(params_or_grads, official.backbone_names(self.config))
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+def dat_macs(batch: int, size: Size, config: DATConfig) -> int:
+    """Multiply-adds of the whole backbone on images of `size`."""
+    stem = dat_shapes(config)["patch_embedding"]
+    total, between = 0, 2 if config.patch_embedding == "patch" else 3
+    for part in stem:
+        channels_out, channels_in, kernel, _ = part["projection"]["weight"]
+        macs, size = embed_macs(batch, size, channels_in, channels_out, kernel)
+        total += macs
+    for stage, blocks in enumerate(config.stages):
+        if stage:
+            macs, size = embed_macs(batch, size, config.dims[stage - 1], config.dims[stage], between)
+            total += macs
+        total += sum(block_macs(batch, size, block_config) for block_config in blocks)
+    return total + linear_macs(batch, config.dims[-1], config.num_classes)

@@ -1,0 +1,84 @@
+"""First values: what a model starts from before it has learned anything.
+
+Weights and biases are uniform in ±1/√fan_in: PyTorch's default, which is what the released models start from
+(their own ``reset_parameters`` changes nothing). Norms are one and zero. Bias tables are normal, σ = 0.01 (0.02
+in neighborhood attention), cut at ±2. The offset network starts like any other layer in the releases, so that
+their points start off the reference grid; ``offsets="zero_offset"`` starts them on it, as deformable
+convolution does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import truncnorm
+
+from ._checks import Array, Tree
+from .backbone import dat_shapes
+from .block import ATTENTIONS
+from .config import AttentionConfig, DATConfig
+
+Init = Literal["released", "zero_offset"]
+
+
+def init_params(
+    config: DATConfig | AttentionConfig,
+    seed: int | np.random.Generator,
+    *,
+    offsets: Init = "released",
+    dtype: Any = np.float32,
+) -> Tree:
+    """Return seeded first values for a backbone or for one attention layer.
+
+    Args:
+        config: what to make parameters for.
+        seed: the same seed gives the same parameters.
+        offsets: ``"released"``, or ``"zero_offset"``: the last layer of every offset network is zero.
+
+    >>> from dat_ref import DeformableAttentionConfig
+    >>> config = DeformableAttentionConfig(dim=4, heads=2, size=(3, 5))
+    >>> {name: leaf.shape for name, leaf in init_params(config, seed=0)["position_bias"].items()}
+    {'table': (2, 5, 9)}
+    """
+    rng = np.random.default_rng(seed)
+    if not isinstance(config, DATConfig):
+        return _first_values(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
+    params = _first_values(rng, dat_shapes(config), (), offsets, dtype)
+    for blocks, stage in zip(config.stages, params["stages"], strict=True):
+        for block, block_params in zip(blocks, stage["blocks"], strict=True):
+            for name in ("layer_scale1", "layer_scale2"):
+                if name in block_params:
+                    block_params[name]["weight"][:] = block.layer_scale
+    return params
+
+
+def _first_values(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:
+    if isinstance(tree, list):
+        return [_first_values(rng, branch, path, offsets, dtype) for branch in tree]
+    fan_in = int(np.prod(tree["weight"][1:])) if "weight" in tree else 0
+    return {
+        name: (
+            _first_values(rng, leaf, (*path, name), offsets, dtype)
+            if isinstance(leaf, (Mapping, list))
+            else _first_leaf(rng, leaf, name, path, fan_in, offsets).astype(dtype)
+        )
+        for name, leaf in tree.items()
+    }
+
+
+def _first_leaf(
+    rng: np.random.Generator, shape: tuple[int, ...], name: str, path: tuple[str, ...], fan_in: int, offsets: Init
+) -> Array:
+    module = path[-1] if path else ""
+    if name == "table":
+        sigma = 0.02 if module == "neighborhood_bias" else 0.01
+        return sigma * np.asarray(truncnorm.rvs(-2 / sigma, 2 / sigma, size=shape, random_state=rng))
+    if module.startswith("norm"):
+        return np.full(shape, float(name == "weight"))
+    if module.startswith("layer_scale"):
+        return np.ones(shape)  # the backbone sets its own value
+    if module == "pointwise" and offsets == "zero_offset":
+        return np.zeros(shape)
+    return rng.uniform(-1, 1, shape) / np.sqrt(fan_in)

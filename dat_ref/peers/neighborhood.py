@@ -1,0 +1,148 @@
+"""Neighborhood attention: each query sees the K × K keys around it (the local block of DAT++).
+
+The window of query i starts at clip(i - ⌊K/2⌋, 0, H - K) on each axis: at the border it slides inwards instead
+of losing keys, so that every query has K² of them. With d = key - query ∈ (-K, K)²,
+
+    z = softmax(q kᵀ / √d_head + B̂[d + K - 1]) v.
+
+On an axis shorter than K, the neighborhood shrinks to the map. DAT++ as released instead pads the map with
+zeros at the bottom and right up to K (through NATTEN 0.14): the padding takes part, with the projections'
+biases as its keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._checks import Array, Tree, check_map
+from ..config import NeighborhoodAttentionConfig
+from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
+from ..ops.basic import linear, linear_macs, linear_vjp, scatter_add
+from ..ops.grid import Size
+
+
+def neighborhood_shapes(config: NeighborhoodAttentionConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    side = 2 * config.kernel_size - 1
+    return {
+        "qkv": {"weight": (3 * config.dim, config.dim), "bias": (3 * config.dim,)},
+        "neighborhood_bias": {"table": (config.heads, side, side)},
+        "output": {"weight": (config.dim, config.dim), "bias": (config.dim,)},
+    }
+
+
+@dataclass(frozen=True)
+class NeighborhoodTrace:
+    """Intermediates of `neighborhood_attention`; H' × W' is the map after padding, K_y × K_x the neighborhood."""
+
+    padded: Array  # (B, C, H', W')
+    q: Array  # (B, heads, H'·W', 1, d)
+    k: Array  # (B, heads, H'·W', K_y·K_x, d)
+    v: Array
+    attention: Array  # (B, heads, H'·W', 1, K_y·K_x)
+    merged: Array  # (B, C, H', W'), before the output projection
+    neighbors: Array  # (H'·W', K_y·K_x), index into H'·W' of each key that each query sees
+    size: Size  # (H, W)
+
+
+def axis_neighbors(length: int, kernel: int) -> Array:
+    """Return the keys that each query of an axis sees, (length, min(kernel, length)).
+
+    >>> axis_neighbors(5, 3).tolist()
+    [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
+    """
+    kernel = min(kernel, length)
+    start = np.clip(np.arange(length) - kernel // 2, 0, length - kernel)
+    return start[:, None] + np.arange(kernel)
+
+
+def neighbor_index(size: Size, kernel: int) -> tuple[Array, Array]:
+    """Return for each query its keys, and where in the (2K-1)² table each displacement stands; both (H·W, K_y·K_x)."""
+    rows, columns = (axis_neighbors(length, kernel) for length in size)
+    row_shift = rows - np.arange(size[0])[:, None] + kernel - 1
+    column_shift = columns - np.arange(size[1])[:, None] + kernel - 1
+    keys = rows[:, None, :, None] * size[1] + columns[None, :, None, :]  # (H, W, K_y, K_x)
+    table = row_shift[:, None, :, None] * (2 * kernel - 1) + column_shift[None, :, None, :]
+    count = size[0] * size[1]
+    return keys.reshape(count, -1), table.reshape(count, -1)
+
+
+def neighborhood_attention(
+    x: Array, params: Tree, config: NeighborhoodAttentionConfig
+) -> tuple[Array, NeighborhoodTrace]:
+    """Attend to the K² keys around each query.
+
+    Args:
+        x: (B, C, H, W), any H and W.
+        params: tree of `neighborhood_shapes`.
+
+    Returns:
+        (B, C, H, W) and the trace. With K at least as large as the map this is plain multi-head attention.
+    """
+    x = check_map("x", x, config.dim)
+    height, width = x.shape[2:]
+    padded = _pad_to_kernel(x, config)
+    neighbors, places = neighbor_index(padded.shape[2:], config.kernel_size)
+    qkv = split_heads(linear(padded, **params["qkv"]), 3 * config.heads)  # (B, 3·heads, H'·W', d)
+    q, k, v = np.split(qkv, 3, axis=1)
+    q, k, v = q[:, :, :, None], k[:, :, neighbors], v[:, :, neighbors]
+    table = params["neighborhood_bias"]["table"]
+    bias = table.reshape(config.heads, -1)[:, places][:, :, None]  # (heads, H'·W', 1, K²)
+    attended, attention = attend(q, k, v, bias, config.scale)
+    merged = merge_heads(attended[:, :, :, 0], padded.shape[2:])
+    y = linear(merged, **params["output"])[:, :, :height, :width]
+    return y, NeighborhoodTrace(padded, q, k, v, attention, merged, neighbors, (height, width))
+
+
+def _pad_to_kernel(x: Array, config: NeighborhoodAttentionConfig) -> Array:
+    if config.small_map == "shrink":
+        return x
+    bottom, right = (max(config.kernel_size - length, 0) for length in x.shape[2:])
+    return np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)))
+
+
+def neighborhood_attention_vjp(
+    cotangent: Array, trace: NeighborhoodTrace, params: Tree, config: NeighborhoodAttentionConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params). The transpose of gathering is `scatter_add`: a key gains from all who see it."""
+    height, width = trace.size
+    padded_size = trace.padded.shape[2:]
+    bottom, right = padded_size[0] - height, padded_size[1] - width
+    grad_y = np.pad(cotangent, ((0, 0), (0, 0), (0, bottom), (0, right)))
+    output = linear_vjp(grad_y, trace.merged, **params["output"])
+    grad_attended = split_heads(output.x, config.heads)[:, :, :, None]
+    grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
+    grad_qkv = np.concatenate(
+        [
+            grads.q[:, :, :, 0],
+            _scatter_neighbors(grads.k, trace.neighbors),
+            _scatter_neighbors(grads.v, trace.neighbors),
+        ],
+        axis=1,
+    )
+    qkv = linear_vjp(merge_heads(grad_qkv, padded_size), trace.padded, **params["qkv"])
+    table = params["neighborhood_bias"]["table"]
+    _, places = neighbor_index(padded_size, config.kernel_size)
+    grad_bias = grads.bias.sum(axis=0).reshape(config.heads, -1)  # (heads, H'·W'·K²)
+    grad_table = scatter_add(grad_bias.T, places.ravel(), table[0].size).T.reshape(table.shape)
+    grad_params = {"qkv": qkv.params, "neighborhood_bias": {"table": grad_table}, "output": output.params}
+    return qkv.x[:, :, :height, :width], grad_params
+
+
+def _scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
+    """(B, heads, H·W, K², d) → (B, heads, H·W, d), each key the sum over the queries that see it."""
+    batch, heads, count, _, depth = gathered.shape
+    values = gathered.transpose(2, 3, 0, 1, 4).reshape(neighbors.size, -1)
+    return scatter_add(values, neighbors.ravel(), count).reshape(count, batch, heads, depth).transpose(1, 2, 0, 3)
+
+
+def neighborhood_attention_macs(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> int:
+    """Multiply-adds: 4 HW C² + 2 K² HW C, over the padded map where there is padding."""
+    kernel = config.kernel_size
+    if config.small_map == "pad":
+        size = (max(size[0], kernel), max(size[1], kernel))
+    pixels = size[0] * size[1]
+    keys = min(kernel, size[0]) * min(kernel, size[1])
+    return linear_macs(batch * pixels, config.dim, 4 * config.dim) + attend_macs(batch, pixels, keys, config.dim)
