@@ -1,0 +1,8 @@
+"""``python -m dat_ref`` is the ``dat-ref`` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""From a photograph on disk to what a backbone is fed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from .._checks import Array, ConfigError
+from ..data import photograph_path
+from ..presets import PRESETS
+
+# Mean and deviation of ImageNet's pixels, with which the released models were trained.
+PIXEL_MEAN = np.array([0.485, 0.456, 0.406])
+PIXEL_DEVIATION = np.array([0.229, 0.224, 0.225])
+MULTIPLE = 32  # the last stage has one pixel for 32 × 32 of the image
+
+
+def load_photo(path: Path | None) -> Array:
+    """Read a photograph as a person sees it: upright (EXIF), opaque (on white), in colour.
+
+    Args:
+        path: of any image file that Pillow reads; None for the one that ships.
+
+    Returns:
+        (H, W, 3) in [0, 1].
+
+    Raises:
+        ConfigError: if the file is absent, not a picture, or too large to be one.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ConfigError("pillow is needed to read photographs: pip install 'dat-ref[viz]'") from error
+    file = photograph_path() if path is None else path
+    if not file.is_file():
+        raise ConfigError(f"PHOTO: expected an image file, and there is none at {file}")
+    try:
+        with Image.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I") or upright.mode == "F":  # 16 bits and more: Pillow would clip, not scale
+                values = np.asarray(upright, dtype=np.float64)
+                white = 65535 if upright.mode.startswith("I;16") else max(values.max(), 1.0)
+                return np.repeat(np.clip(values / white, 0, 1)[..., None], 3, axis=2)
+            layered = upright.convert("RGBA")
+            page = Image.new("RGBA", layered.size, "white")
+            return np.asarray(Image.alpha_composite(page, layered).convert("RGB"), dtype=np.float64) / 255
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"PHOTO: {file} is too large to open; make a smaller copy") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"PHOTO: expected a picture (JPEG, PNG, …), cannot read {file}: {error}") from error
+
+
+def fed_size(photo_size: tuple[int, int], wanted: tuple[int, int] | int) -> tuple[int, int]:
+    """Return the size an image is fed at: (H, W) exactly, or a short side with the shape of the photograph kept.
+
+    Sides are rounded to multiples of 32; a long side is never more than three short ones.
+
+    >>> fed_size((300, 451), 224)
+    (224, 352)
+    """
+    if not isinstance(wanted, int):
+        return wanted
+    short, long = sorted(photo_size)
+    long_side = round(min(long / short, 3.0) * wanted / MULTIPLE) * MULTIPLE
+    short_side = max(round(wanted / MULTIPLE), 1) * MULTIPLE
+    return (short_side, long_side) if photo_size[0] <= photo_size[1] else (long_side, short_side)
+
+
+def resize(photo: Array, size: tuple[int, int]) -> Array:
+    """Return a photograph (H, W, 3) in [0, 1] at another size, bicubic with the area taken into account."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.round(photo * 255).astype(np.uint8))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC), dtype=np.float64) / 255
+
+
+def normalise(photo: Array) -> Array:
+    """Return a photograph (H, W, 3) in [0, 1] as a backbone takes it: (1, 3, H, W), float32, ImageNet's statistics."""
+    standard = (photo - PIXEL_MEAN) / PIXEL_DEVIATION
+    return np.ascontiguousarray(standard.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def prepare(photo: Array, wanted: tuple[int, int] | int) -> Array:
+    """Return a photograph as a backbone takes it, at the size of `fed_size`."""
+    return normalise(resize(photo, fed_size(photo.shape[:2], wanted)))
+
+
+def parse_size(text: str) -> tuple[int, int] | int:
+    """Parse ``224`` (the short side) or ``224x352`` (height and width)."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a short side such as 224 or height x width such as 224x352, got {text!r}"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def parse_seed(text: str) -> int:
+    """Parse a seed, a whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that runs a model on a photograph takes."""
+    parser.add_argument("photo", nargs="?", type=Path, metavar="PHOTO", help="image file (default: one that ships)")
+    parser.add_argument(
+        "--model", default="dat_tiny", choices=PRESETS, metavar="NAME", help="preset, such as dat_tiny or dat_pp_tiny"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: seeded, untrained ones)")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=224,
+        metavar="S",
+        help="short side, or HxW, that the photograph is fed at (224)",
+    )
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of the seeded weights (0)")

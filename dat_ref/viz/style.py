@@ -1,0 +1,195 @@
+"""How the figures look: one palette, one page, one way to lay panels on it.
+
+Figures are made with matplotlib's objects alone: nothing here touches pyplot, so drawing one neither needs a
+screen nor changes the reader's own settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from matplotlib import style as mpl_style
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; in the order in which groups take them
+GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#444444")
+INK, QUIET, HAIRLINE, MARGIN = "#1f1f1f", "#666666", "#c4c4c4", "#f3f3f1"
+QUERY = "#E8262A"
+DARK = "#3f3d3b"  # what lies under HEAT in a legend, as the dimmed photograph does in a panel
+# from a faint stain to a bright light, alpha with it: little attention hides little of the photograph
+HEAT = LinearSegmentedColormap.from_list("dat_ref.heat", ["#D9771A24", "#E8821C66", "#F79A2BCC", "#FFDE85FA"])
+FIELD = LinearSegmentedColormap.from_list("dat_ref.field", ["#FBFCFD", "#CFE1F0", "#86B6DA", "#3585BE"])
+
+SETTINGS: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": HAIRLINE,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+DPI = 140
+# inches, all of these: width of the page, of the narrowest page, height of a block of panels with its legends
+WIDTH, LEAST_WIDTH, HEIGHT = 9.8, 7.2, 8.4
+SIDE, GAP, PANEL_TITLE = 0.28, 0.22, 0.27
+TITLE_SIZE, CAPTION_SIZE = 12.5, 9
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def styled(function: Callable[P, T]) -> Callable[P, T]:
+    """Run with matplotlib's defaults and our settings, whatever the reader's own are, and put those back."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with mpl_style.context(["default", SETTINGS]):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@styled
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write the figure, always at one resolution, with no date or program name: same figure, same file."""
+    path = Path(path)
+    metadata: dict[str, dict[str, None]] = {
+        ".png": {"Software": None},
+        ".svg": {"Date": None, "Creator": None},
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    with mpl_style.context({"svg.hashsalt": "dat_ref"}):
+        figure.savefig(path, dpi=DPI, metadata=metadata.get(path.suffix.lower()))
+    return path
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A page: title and caption above, equal panels in rows, `footer` inches left free below them."""
+
+    figure: Figure
+    axes: list[Axes]
+    panel: tuple[float, float]  # height, width of one panel in inches
+    footer: float
+
+    def strip(self, left: float, width: float, bottom: float, height: float) -> Axes:
+        """Axes placed in inches from the page's left and bottom border."""
+        page_width, page_height = self.figure.get_size_inches()
+        return self.figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
+
+
+def sheet(
+    count: int,
+    aspect: float,
+    *,
+    title: str,
+    caption: str,
+    footer: float = 0.0,
+    columns: int | None = None,
+    titled: bool = True,
+) -> Sheet:
+    """Lay out `count` panels of height / width = `aspect`, as large as the page allows."""
+    panel_title = PANEL_TITLE if titled else 0.0
+    tallest = HEIGHT - footer
+    columns = columns or _columns(count, aspect, tallest)
+    rows = -(-count // columns)
+    panel_height, panel_width = _panel(rows, columns, aspect, tallest)
+    block_width = columns * panel_width + (columns - 1) * GAP
+    page_width = max(LEAST_WIDTH, block_width + 2 * SIDE)
+
+    left = (page_width - block_width) / 2
+    title_lines = _wrap(title, TITLE_SIZE, page_width - left - SIDE)
+    caption_lines = _wrap(caption, CAPTION_SIZE, page_width - left - SIDE)
+    caption_top = 0.22 + 0.24 * len(title_lines)
+    header = caption_top + 0.17 * len(caption_lines) + 0.12
+    page_height = header + rows * (panel_title + panel_height) + (rows - 1) * 0.1 + footer + 0.2
+
+    figure = Figure(figsize=(page_width, page_height))
+    figure.text(left / page_width, 1 - 0.2 / page_height, "\n".join(title_lines), size=TITLE_SIZE, va="top")
+    figure.text(
+        left / page_width,
+        1 - caption_top / page_height,
+        "\n".join(caption_lines),
+        size=CAPTION_SIZE,
+        color=QUIET,
+        va="top",
+        linespacing=1.35,
+    )
+    page = Sheet(figure, [], (panel_height, panel_width), footer)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        top = page_height - header - row * (panel_title + panel_height + 0.1) - panel_title
+        panel_left = left + column * (panel_width + GAP)
+        page.axes.append(page.strip(panel_left, panel_width, top - panel_height, panel_height))
+    return page
+
+
+def _panel(rows: int, columns: int, aspect: float, tallest: float) -> tuple[float, float]:
+    """Height and width of a panel that fills the page's width or its height, whichever is met first."""
+    width = (WIDTH - 2 * SIDE - (columns - 1) * GAP) / columns
+    height = min(max(tallest / rows, 1.9), 6.6)  # many rows make a longer page rather than tiny panels
+    return min(height, width * aspect), min(width, height / aspect)
+
+
+def _columns(count: int, aspect: float, tallest: float) -> int:
+    """The number of columns that makes panels large, with a liking for wide pages and few empty places."""
+    choices = [c for c in (1, 3, 2) if count % c == 0] if count < 4 else [2, 3, 4]
+    return max(
+        choices,
+        key=lambda c: _panel(-(-count // c), c, aspect, tallest)[0] * (1 + 0.05 * c) * (1 - 0.03 * (-count % c)),
+    )
+
+
+def _wrap(text: str, size: float, width: float) -> list[str]:
+    """Lines no wider than `width` inches, by the typical width of a letter (0.56 of the type size)."""
+    return textwrap.wrap(text, max(20, int(width * 72 / (0.56 * size))))
+
+
+def as_photo(photo: ArrayLike) -> NDArray[np.float64]:
+    """(H, W, 3) or (H, W), bytes or numbers in [0, 1] -> (H, W, 3) in [0, 1]."""
+    picture = np.asarray(photo)
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, axis=-1)
+    if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
+        raise ValueError(f"photo: expected (H, W, 3) or (H, W), bytes or numbers in [0, 1], got {picture.shape}")
+    scale = 255.0 if picture.dtype.kind in "iu" else 1.0
+    return np.clip(picture.astype(np.float64) / scale, 0, 1)
+
+
+def toward(photo: NDArray[np.float64], level: float, blend: float, gray: float) -> NDArray[np.float64]:
+    """The photograph with part of its colour taken out (`gray`), blended toward white (1) or black (0)."""
+    luma = photo @ np.array([0.299, 0.587, 0.114])
+    toned = (1 - gray) * photo + gray * luma[..., None]
+    return (1 - blend) * toned + blend * level
+
+
+def group_color(group: int) -> str:
+    return GROUP_COLORS[group % len(GROUP_COLORS)]

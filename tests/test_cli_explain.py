@@ -1,0 +1,178 @@
+"""`dat-ref explain` as a user meets it: pictures of every kind, figures on disk, errors that say how to mend them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dat_ref import cli, data
+from dat_ref.cli.photo import fed_size, load_photo, prepare
+
+FIGURES = ["points", "key_importance", "attention", "offset_field"]
+
+
+def run(capsys, *arguments):
+    """Run the command in this process; return its exit code, what it printed and what it complained of."""
+    code = cli.main(["explain", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Return a small landscape photograph with a bright top left corner."""
+    values = np.full((40, 60, 3), 60, np.uint8)
+    values[:20, :30] = (250, 200, 10)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("model", ["dat_tiny", "dat_pp_tiny"])
+def test_figures_and_table_of_the_shipped_photograph(capsys, tmp_path, model):
+    """Without a photograph, the one that ships: four PNG files, a row a deformable block, the files named last."""
+    code, printed, _ = run(capsys, "--model", model, "--size", "96", "--out", tmp_path / "figures")
+    assert code == 0
+    paths = [tmp_path / "figures" / f"stage3_{name}.png" for name in FIGURES]
+    assert printed.strip().splitlines()[-4:] == [str(path) for path in paths]
+    for path in paths:
+        with Image.open(path) as figure:
+            assert figure.format == "PNG"
+            assert min(figure.size) > 300
+    rows = [line for line in printed.splitlines() if line.rstrip().endswith(" ms")]
+    assert len(rows) == {"dat_tiny": 4, "dat_pp_tiny": 14}[model]
+
+
+def test_json_holds_the_same_facts(capsys, tmp_path):
+    """`--json` prints one JSON document: sizes, a report for each deformable block, the figures' paths."""
+    code, printed, _ = run(capsys, "--json", "--size", "64x96", "--out", tmp_path)
+    facts = json.loads(printed)
+    assert code == 0
+    assert facts["image_size"] == [64, 96]
+    assert [(block["stage"], block["block"]) for block in facts["blocks"]] == [(3, 2), (3, 4), (3, 6), (4, 2)]
+    third = facts["blocks"][0]
+    assert third["map_size"] == [4, 6]
+    assert third["queries"] == third["keys"] == 24
+    assert 0 < third["offset_mean_px"] <= third["offset_max_px"] <= np.hypot(1, 1)  # s = 2 key cells
+    assert 0 <= third["share_at_bound"] <= 1
+    assert third["share_outside"] == 0
+    assert len(facts["figures"]) == 4
+
+
+def test_the_same_seed_gives_the_same_figures(capsys, tmp_path):
+    """Figures are reproducible to the byte, and another seed gives others."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(capsys, "--size", "64", "--seed", seed, "--out", tmp_path / name)[0] == 0
+    first, second, other = ((tmp_path / name / "stage3_points.png").read_bytes() for name in "abc")
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_every_stage_of_the_2023_backbone_can_be_drawn(capsys, tmp_path, stage):
+    """Also the last one, which has no neighborhood block to compare with."""
+    code, printed, _ = run(capsys, "--model", "dat_pp_tiny", "--size", "64", "--stage", stage, "--out", tmp_path)
+    assert code == 0
+    assert f"stage{stage}_attention.png" in printed
+
+
+def saved(picture, path, **options):
+    picture.save(path, **options)
+    return path
+
+
+def test_pictures_are_read_as_a_person_sees_them(picture, tmp_path):
+    """EXIF rotation is applied, transparency falls on white, grey and palette become colour, 16 bits are scaled."""
+    plain = load_photo(saved(picture, tmp_path / "plain.png"))
+    assert plain.shape == (40, 60, 3)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    upright = load_photo(saved(picture, tmp_path / "turned.png", exif=rotated))
+    np.testing.assert_array_equal(upright, np.rot90(plain, -1))
+    clear = picture.convert("RGBA")
+    clear.putalpha(0)
+    assert (load_photo(saved(clear, tmp_path / "clear.png")) == 1).all()
+    grey = load_photo(saved(picture.convert("L"), tmp_path / "grey.png"))
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+    palette = load_photo(saved(picture.quantize(2), tmp_path / "palette.png"))
+    assert np.abs(palette - plain).max() < 0.01
+    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    np.testing.assert_allclose(load_photo(saved(deep, tmp_path / "deep.png")), grey)
+    assert load_photo(saved(picture, tmp_path / "photo.jpg")).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize(
+    ("photo", "wanted", "size"),
+    [
+        ((300, 451), 224, (224, 352)),
+        ((451, 300), 224, (352, 224)),
+        ((100, 100), 100, (96, 96)),
+        ((5, 900), 64, (64, 192)),
+        ((300, 451), (97, 130), (97, 130)),
+    ],
+)
+def test_fed_size(photo, wanted, size):
+    """The short side is as asked and the shape kept, in multiples of 32; an exact size is taken as it is."""
+    assert fed_size(photo, wanted) == size
+    image = prepare(np.random.default_rng(0).uniform(size=(*photo, 3)), wanted)
+    assert image.shape == (1, 3, *size)
+    assert image.dtype == np.float32
+
+
+def test_any_size_and_a_query_in_every_corner(capsys, tmp_path, picture):
+    """Odd, non-square and smaller than a window: 35×130 pixels; queries on the outermost pixels."""
+    path = saved(picture, tmp_path / "photo.png")
+    queries = ["--query=0,0", "--query=39,59", "--query=0,59"]
+    assert run(capsys, path, "--size", "35x130", *queries, "--out", tmp_path / "out")[0] == 0
+
+
+BAD = {
+    "absent": (["{absent}"], "there is none at"),
+    "not a picture": (["{text}"], "cannot read"),
+    "truncated": (["{truncated}"], "cannot read"),
+    "folder": (["{folder}"], "there is none at"),
+    "stage without deformable blocks": (
+        ["--stage", "1"],
+        "--stage: expected one with deformable blocks, [3, 4], got 1",
+    ),
+    "query off the photograph": (["--query", "300,10"], "--query: expected y,x inside the 300×451 photograph"),
+    "too small": (["--size", "16x64"], "--size: expected at least 32 pixels"),
+    "too large": (["--size", "4000"], "choose a smaller size"),
+    "absent checkpoint": (["--checkpoint", "{absent}"], "nothing.png"),
+    "file in place of the folder": (["--out", "{text}"], "--out: expected a folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_nothing_is_written(capsys, tmp_path, monkeypatch, case):
+    """Exit code 2, one line that names what is wrong, no traceback, no folder of figures left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "truncated.jpg").write_bytes(data.photograph_path().read_bytes()[:2000])
+    places = {"absent": "nothing.png", "text": "text.jpg", "truncated": "truncated.jpg", "folder": "."}
+    arguments, message = BAD[case]
+    code, printed, complaint = run(capsys, *(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert printed == ""
+    assert message in complaint
+    assert complaint.startswith("dat-ref: error: ")
+    assert complaint.count("\n") == 1 or "checkpoint" in case
+    assert not any(path.suffix == ".png" for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("arguments", [["--model", "dat_huge"], ["--query", "ten"], ["--size", "0"], ["--seed", "-1"]])
+def test_bad_options_exit_with_2(capsys, arguments):
+    """argparse names the option."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", *arguments])
+    assert stopped.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_as_a_process_into_a_closed_pipe(tmp_path):
+    """`python -m dat_ref explain | head -1` ends quietly."""
+    command = f"{sys.executable} -m dat_ref explain --size 64 --out {tmp_path} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("dat_tiny on the photograph that ships")
+    assert done.stderr == ""
