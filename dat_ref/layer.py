@@ -217,7 +217,7 @@ def _pool(x: Array, stride: int, key_size: Size) -> Array:
 def _logit_bias(
     points: Array, params: Tree, config: DeformableAttentionConfig, size: Size
 ) -> tuple[Array | None, LogBiasTrace | None]:
-    flat = points.reshape(*points.shape[:2], -1, 2)  # (B, G, Ns, 2)
+    flat = _flat(points)
     if config.bias is BiasKind.TABLE:
         return table_bias(params["position_bias"]["table"], flat, **_reading(config, size)), None
     if config.bias is BiasKind.LOG_CPB:
@@ -225,6 +225,11 @@ def _logit_bias(
     if config.bias is BiasKind.FIXED:
         return fixed_bias(params["position_bias"]["table"], query_size=size, samples=flat.shape[2]), None
     return None, None
+
+
+def _flat(points: Array) -> Array:
+    """(B, G, Hk, Wk, 2) → (B, G, Ns, 2)."""
+    return points.reshape(*points.shape[:2], points.shape[2] * points.shape[3], 2)
 
 
 def _reading(config: DeformableAttentionConfig, size: Size) -> dict[str, Any]:
@@ -295,7 +300,7 @@ def _logit_bias_vjp(
 ) -> tuple[Array, Tree | None]:
     """Return ∂L/∂p̃ through the bias, and the gradients of the bias's parameters (None if the logits have no bias)."""
     points = trace.points
-    flat = points.reshape(*points.shape[:2], -1, 2)
+    flat = _flat(points)
     if config.bias is BiasKind.TABLE:
         table = params["position_bias"]["table"]
         grads = table_bias_vjp(grad_bias, table, flat, **_reading(config, trace.x.shape[2:]))

@@ -113,9 +113,10 @@ def _read_npz(file: Path) -> dict[str, Array]:
 
 def _read_safetensors(file: Path) -> dict[str, Array]:
     try:
-        from safetensors import deserialize
+        import safetensors
     except ImportError as error:
         raise CheckpointError(f"{file}: safetensors is needed to read it: pip install safetensors") from error
+    deserialize: Any = safetensors.deserialize
     return {name: _from_bytes(name, **tensor) for name, tensor in deserialize(file.read_bytes())}
 
 
@@ -152,7 +153,7 @@ class _DroppedMapping:
         return OrderedDict()
 
 
-_STAND_INS = [
+_STAND_INS: list[Any] = [
     (_DroppedMapping, "yacs.config.CfgNode"),
     (_DroppedMapping, "argparse.Namespace"),
     (_Dropped, "numpy.dtype"),
@@ -176,17 +177,15 @@ def _read_torch(file: Path) -> dict[str, Array]:
         if named is None:
             raise
         raise CheckpointError(
-            f"{file}: refused: it asks for {named[1]}, and loading that could run code. A checkpoint holds tensors only; "
-            "if you trust where it comes from, save its state dict by itself, on a machine that may be harmed"
+            f"{file}: refused: it asks for {named[1]}, and loading that could run code. Expected tensors only; if "
+            "you trust its maker, load it in a place that may be harmed and save its state dict by itself"
         ) from error
-    tensors = {
-        name: value for name, value in _unwrapped(loaded, file).items() if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: value for name, value in _unwrapped(loaded, file).items() if isinstance(value, torch.Tensor)}
     return {name: _to_numpy(value) for name, value in tensors.items()}
 
 
 def _unwrapped(loaded: Any, file: Path) -> Mapping[str, Any]:
-    """Return the innermost state dict; a wrapper that is there but empty, such as ``model_ema: None``, is passed over."""
+    """Return the innermost state dict; a wrapper without one, such as ``model_ema: None``, is passed over."""
     while isinstance(loaded, Mapping):
         inner = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
         if inner is None:
@@ -209,7 +208,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
     """Write named arrays; the file is there whole or not at all, and one that was there stays until then.
 
     Args:
-        path: its suffix decides: ``.safetensors``, ``.npz``, or ``.pth`` as ``{"model": state}``, the released wrapping.
+        path: its suffix decides: ``.safetensors``, ``.npz``, or ``.pth`` (``{"model": state}``, as released).
 
     Raises:
         CheckpointError: for another suffix, or if the package that writes it is missing.
@@ -221,7 +220,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
     with _replacing(file) as partial:
         if file.suffix == ".npz":
             with partial.open("wb") as opened:
-                np.savez(opened, **arrays)
+                np.savez(opened, **dict[str, Any](arrays))
         elif file.suffix == ".safetensors":
             _write_safetensors(partial, arrays)
         else:

@@ -9,6 +9,7 @@ values the points get theirs from `bilinear_sample`, one step earlier).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from .grid import Size
 
 def split_heads(x: Array, heads: int) -> Array:
     """Cut the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
-    return x.reshape(x.shape[0], heads, x.shape[1] // heads, -1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, math.prod(x.shape[2:])).swapaxes(2, 3)
 
 
 def merge_heads(x: Array, size: Size) -> Array:

@@ -6,6 +6,7 @@ Maps are ``(B, C, H, W)``. A cotangent is the gradient of some scalar loss L wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,6 +32,11 @@ def _weight_and_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
+def pixel_columns(x: Array) -> Array:
+    """Return a map with its pixels in one axis: (B, C, H, W) → (B, C, H·W)."""
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # -1 would be ambiguous in an empty batch
+
+
 # ------------------------------------------------------------------------------------------------ linear (1 × 1)
 
 
@@ -45,7 +51,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (B, O, H, W) or (B, O, N).
     """
-    columns = x.reshape(*x.shape[:2], -1)  # (B, C, H·W)
+    columns = pixel_columns(x)
     y = weight @ columns
     if bias is not None:
         y += bias[:, None]
@@ -54,8 +60,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 def linear_vjp(cotangent: Array, x: Array, weight: Array, bias: Array | None = None) -> AffineGradients:
     """∂L/∂x = Wᵀ ∂L/∂y, ∂L/∂W = Σ ∂L/∂y xᵀ, ∂L/∂b = Σ ∂L/∂y, the sums over batch and pixels."""
-    grad_y = cotangent.reshape(*cotangent.shape[:2], -1)  # (B, O, H·W)
-    columns = x.reshape(*x.shape[:2], -1)
+    grad_y, columns = pixel_columns(cotangent), pixel_columns(x)
     grad_weight = np.tensordot(grad_y, columns, axes=([0, 2], [0, 2]))
     grad_bias = None if bias is None else grad_y.sum(axis=(0, 2))
     return AffineGradients((weight.T @ grad_y).reshape(x.shape), _weight_and_bias(grad_weight, grad_bias))

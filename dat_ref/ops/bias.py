@@ -83,8 +83,8 @@ def table_bias(
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
     read = bilinear_sample(_grouped_table(table, points.shape[1]), _by_group(positions))  # (G, heads/G, B·H·W·Ns)
     batch, groups, queries, samples, _ = positions.shape
-    read = read.reshape(groups, -1, batch, queries, samples)
-    return read.transpose(2, 0, 1, 3, 4).reshape(batch, -1, queries, samples)
+    read = read.reshape(groups, len(table) // groups, batch, queries, samples)
+    return read.transpose(2, 0, 1, 3, 4).reshape(batch, len(table), queries, samples)
 
 
 class TableGradients(NamedTuple):
@@ -110,8 +110,8 @@ def table_bias_vjp(
     """
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
-    grad_read = cotangent.reshape(batch, groups, -1, queries, samples).transpose(1, 2, 0, 3, 4)
-    grad_read = grad_read.reshape(groups, -1, batch * queries * samples)
+    grad_read = cotangent.reshape(batch, groups, len(table) // groups, queries, samples).transpose(1, 2, 0, 3, 4)
+    grad_read = grad_read.reshape(groups, len(table) // groups, batch * queries * samples)
     grads = bilinear_sample_vjp(grad_read, _grouped_table(table, groups), _by_group(positions))
     grad_positions = grads.points_px.reshape(groups, batch, queries, samples, 2).sum(axis=2)  # over the queries
     scale = table_scale(table.shape[1:], query_size, convention, resolution).astype(positions.dtype)
@@ -160,17 +160,19 @@ def log_bias(points: Array, params: Tree, *, query_size: Size, convention: Conve
     batch, groups, samples, _ = points.shape
     queries = query_points(query_size, convention).reshape(-1, 2).astype(points.dtype)
     displacement = 4 * (queries[:, None] - points[:, :, None])  # (B, G, H·W, Ns, 2)
-    displacement = displacement.reshape(batch * groups, -1, 2).transpose(0, 2, 1)
+    displacement = displacement.reshape(batch * groups, len(queries) * samples, 2).transpose(0, 2, 1)
     scaled = np.sign(displacement) * np.log2(1 + np.abs(displacement)) / 3  # log₂ 8 = 3
     hidden = linear(scaled, **params["hidden"])
     bias = linear(np.maximum(hidden, 0), **params["out"])  # (B·G, heads/G, H·W·Ns)
-    return bias.reshape(batch, -1, len(queries), samples), LogBiasTrace(displacement, scaled, hidden)
+    return bias.reshape(batch, groups * bias.shape[1], len(queries), samples), LogBiasTrace(
+        displacement, scaled, hidden
+    )
 
 
 def log_bias_vjp(cotangent: Array, trace: LogBiasTrace, params: Tree, *, groups: int) -> tuple[Array, Tree]:
     """Return (∂L/∂points, ∂L/∂params), with ds/dd = 1 / (3 ln 2 (1 + |d|)) and ∂d/∂p̃ = -4."""
-    batch, _, queries, samples = cotangent.shape
-    grad_bias = cotangent.reshape(batch * groups, -1, queries * samples)
+    batch, heads, queries, samples = cotangent.shape
+    grad_bias = cotangent.reshape(batch * groups, heads // groups, queries * samples)
     out = linear_vjp(grad_bias, np.maximum(trace.hidden, 0), **params["out"])
     hidden = linear_vjp(out.x * (trace.hidden > 0), trace.scaled, **params["hidden"])
     grad_displacement = hidden.x / (3 * np.log(2) * (1 + np.abs(trace.displacement)))

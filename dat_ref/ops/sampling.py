@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .._checks import Array
-from .basic import scatter_add
+from .basic import pixel_columns, scatter_add
 
 
 class Corner(NamedTuple):
@@ -48,7 +48,7 @@ def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
 
 def _pixel_rows(x: Array) -> Array:
     """Return the map as rows of channels, (N, H·W, C): gathering whole rows is fast."""
-    return x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
+    return pixel_columns(x).transpose(0, 2, 1)
 
 
 def bilinear_sample(x: Array, points_px: Array) -> Array:

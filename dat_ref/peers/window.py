@@ -106,13 +106,14 @@ def _lay(windows: Array, cells: Array, size: Size) -> Array:
 def _split(qkv: Array, cells: Array, heads: int) -> tuple[Array, Array, Array]:
     """(B, 3C, H, W) → q, k, v (B·nW, heads, w², d)."""
     windows = _cut(qkv, cells)
-    parts = windows.reshape(len(windows), 3, heads, -1, windows.shape[2]).swapaxes(3, 4)
+    parts = windows.reshape(len(windows), 3, heads, windows.shape[1] // (3 * heads), windows.shape[2]).swapaxes(3, 4)
     return parts[:, 0], parts[:, 1], parts[:, 2]
 
 
 def _join(windows: Array) -> Array:
     """(B·nW, heads, w², d) → (B·nW, C, w²)."""
-    return windows.swapaxes(2, 3).reshape(len(windows), -1, windows.shape[2])
+    count, heads, places, depth = windows.shape
+    return windows.swapaxes(2, 3).reshape(count, heads * depth, places)
 
 
 def _gathered_bias(table: Array, window: int) -> Array:
@@ -160,7 +161,7 @@ def window_attention_vjp(
 
 
 def _split_heads_of_windows(windows: Array, heads: int) -> Array:
-    return windows.reshape(len(windows), heads, -1, windows.shape[2]).swapaxes(2, 3)
+    return windows.reshape(len(windows), heads, windows.shape[1] // heads, windows.shape[2]).swapaxes(2, 3)
 
 
 def window_attention_macs(batch: int, size: Size, config: WindowAttentionConfig) -> int:
