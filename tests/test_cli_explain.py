@@ -69,6 +69,39 @@ def test_the_same_seed_gives_the_same_figures(capsys, tmp_path):
     assert first != other
 
 
+def test_torch_and_numpy_give_the_same_pictures(capsys, tmp_path):
+    """The table says the same to the digits shown, and no figure differs in more than a pixel here and there."""
+    pytest.importorskip("torch")
+    facts = {}
+    for backend in ("numpy", "torch"):
+        options = (
+            "--backend",
+            backend,
+            "--model",
+            "dat_pp_tiny",
+            "--size",
+            "64x96",
+            "--stage",
+            "2",
+            "--out",
+            tmp_path / backend,
+        )
+        code, printed, _ = run(capsys, "--json", *options)
+        facts[backend] = json.loads(printed)
+        assert code == 0
+        assert facts[backend]["backend"] == backend
+    for ours, theirs in zip(facts["numpy"]["blocks"], facts["torch"]["blocks"], strict=True):
+        for fact in ours.keys() - {"seconds"}:
+            assert ours[fact] == pytest.approx(theirs[fact], rel=1e-3, abs=1e-3)
+    for name in FIGURES:
+        first, second = (
+            np.asarray(Image.open(tmp_path / backend / f"stage2_{name}.png").convert("RGB")).astype(int)
+            for backend in ("numpy", "torch")
+        )
+        assert first.shape == second.shape
+        assert (np.abs(first - second).max(axis=-1) > 32).mean() < 1e-3
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_every_stage_of_the_2023_backbone_can_be_drawn(capsys, tmp_path, stage):
     """Also the last one, which has no neighborhood block to compare with."""

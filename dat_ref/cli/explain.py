@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from .. import DAT, ConfigError, DATConfig, init_params
 from .. import config as preset
 from .._checks import Array
 from ..backbone import Step
-from ..config import AttentionConfig, DeformableAttentionConfig, OffsetBound
+from ..config import DeformableAttentionConfig, OffsetBound
 from ..layer import LayerTrace
-from ..ops.grid import key_grid_size, pixels_per_unit
-from ..ops.offsets import offset_limit, share_at_bound
+from ..ops.grid import pixels_per_unit
+from ..ops.offsets import offset_limit
+from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
 from .photo import add_photo_arguments, fed_size, load_photo, normalise, resize
 
 PICTURE_SIDE = 896  # short side at which figures show the photograph
-MEMORY_LIMIT = 6 * 2**30  # bytes; the spec materialises attention, which grows with the fourth power of the side
-Cell = tuple[int, int]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,6 +45,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder for the figures (explained)"
     )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "numpy", "torch"),
+        default="auto",
+        help="what computes; auto: torch where it is installed, the figures are the same (auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
 
@@ -61,140 +66,7 @@ def parse_query(text: str) -> tuple[float, float]:
     return y, x
 
 
-# ------------------------------------------------------------------------------------------------ what is found
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What the table says of one deformable block; stages and blocks count from one, as people do."""
-
-    stage: int
-    block: int
-    map_size: Cell
-    key_grid: Cell
-    queries: int
-    keys: int
-    groups: int
-    offset_mean_px: float
-    offset_max_px: float
-    share_at_bound: float
-    share_outside: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The reports of all deformable blocks, and the traces that are drawn."""
-
-    reports: list[BlockReport]
-    block: int  # the drawn one, counted from one
-    config: DeformableAttentionConfig
-    trace: LayerTrace
-    local_kind: str | None  # "window", "shifted_window" or "neighborhood": what the deformable block is compared with
-    local_trace: Any
-
-
-def block_report(step: Step, config: DeformableAttentionConfig, seconds: float) -> BlockReport:
-    """Measure one deformable block: how far its points moved, in pixels of its map, and where they ended."""
-    trace: LayerTrace = step.trace.attention
-    map_size, key_grid = trace.x.shape[2:], trace.points.shape[2:4]
-    moved = trace.points_px - np.where(np.isfinite(trace.reference_px), trace.reference_px, trace.points_px)
-    lengths = np.linalg.norm(moved, axis=-1)
-    beyond = (trace.points_px < -0.5) | (trace.points_px > np.asarray(map_size) - 0.5)
-    reference = trace.reference[0, 0]
-    bound = {"offset_range": config.offset_range, "convention": config.convention}
-    return BlockReport(
-        stage=step.stage + 1,
-        block=step.block + 1,
-        map_size=map_size,
-        key_grid=key_grid,
-        queries=map_size[0] * map_size[1],
-        keys=key_grid[0] * key_grid[1],
-        groups=config.groups,
-        offset_mean_px=float(lengths.mean()),
-        offset_max_px=float(lengths.max()),
-        share_at_bound=share_at_bound(trace.offsets, reference, config.offset_bound, **bound),
-        share_outside=float(beyond.any(axis=-1).mean()),
-        seconds=seconds,
-    )
-
-
-def explain(steps: Iterator[Step], config: DATConfig, stage: int) -> Explanation:
-    """Run a backbone to its end and keep what is shown of it.
-
-    Args:
-        steps: of `DAT.walk`.
-        stage: number of the stage to draw, from one.
-    """
-    reports: list[BlockReport] = []
-    drawn: Step | None = None
-    local: Step | None = None
-    started = time.perf_counter()
-    for step in steps:
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        attention = _attention(config, step)
-        deformable = isinstance(attention, DeformableAttentionConfig)
-        if isinstance(attention, DeformableAttentionConfig):
-            reports.append(block_report(step, attention, seconds))
-        if step.stage + 1 == stage and deformable:
-            drawn = step
-        elif step.stage + 1 == stage:
-            local = step
-    assert drawn is not None  # checked before the run
-    return Explanation(
-        reports=reports,
-        block=drawn.block + 1,
-        config=_attention(config, drawn),
-        trace=drawn.trace.attention,
-        local_kind=None if local is None else _attention(config, local).kind,
-        local_trace=None if local is None else local.trace.attention,
-    )
-
-
-def _attention(config: DATConfig, step: Step) -> AttentionConfig:
-    return config.stages[step.stage][step.block].attention
-
-
 # ------------------------------------------------------------------------------------------------ before the run
-
-
-def check_request(config: DATConfig, stage: int, image: Cell, photo: Cell, queries: list[tuple[float, float]]) -> None:
-    """Raise before any work if the stage cannot be drawn, a query lies off the photograph, or the run would not fit.
-
-    Raises:
-        ConfigError: saying what to change.
-    """
-    deformable = [
-        number
-        for number, blocks in enumerate(config.stages, start=1)
-        if any(isinstance(block.attention, DeformableAttentionConfig) for block in blocks)
-    ]
-    if stage not in deformable:
-        raise ConfigError(f"--stage: expected one with deformable blocks, {deformable}, got {stage}")
-    for y, x in queries:
-        if not (0 <= y < photo[0] and 0 <= x < photo[1]):
-            raise ConfigError(f"--query: expected y,x inside the {photo[0]}×{photo[1]} photograph, got {y:g},{x:g}")
-    if min(image) < 32:
-        raise ConfigError(f"--size: expected at least 32 pixels on each side, got {image[0]}×{image[1]}")
-    needed = max(_attention_bytes(config, number, image) for number in deformable)
-    if needed > MEMORY_LIMIT:
-        raise ConfigError(
-            f"--size: {image[0]}×{image[1]} would need {needed / 2**30:.0f} GiB for the attention of one block, "
-            "which the reference materialises; choose a smaller size"
-        )
-
-
-def _attention_bytes(config: DATConfig, number: int, image: Cell) -> int:
-    """Bytes of float32 bias positions, bias, logits and weights of the largest deformable block in a stage."""
-    size = tuple(-(-side // config.reductions[number - 1]) for side in image)
-    needed = 0
-    for block in config.stages[number - 1]:
-        attention = block.attention
-        if isinstance(attention, DeformableAttentionConfig):
-            keys = key_grid_size((size[0], size[1]), attention.kernel_size, attention.stride, attention.convention)
-            pairs = size[0] * size[1] * keys[0] * keys[1]
-            needed = max(needed, 4 * pairs * (6 * attention.groups + 4 * attention.heads))
-    return needed
 
 
 def make_folder(folder: Path) -> None:
@@ -287,12 +159,15 @@ def run(options: argparse.Namespace) -> int:
     queries = options.query or default_queries((height, width))
     image_size = fed_size((height, width), options.size)
     check_request(preset(options.model), options.stage, image_size, (height, width), queries)
+    backend = choose_backend(options.backend)
     make_folder(options.out)
     model, weights = load_model(options)
     image = normalise(resize(photo, image_size))
 
     started = time.perf_counter()
-    explanation = explain(_with_progress(model.walk(image), model.config, options.json), model.config, options.stage)
+    explanation = explain(
+        _with_progress(walk(model, image, backend), model.config, options.json), model.config, options.stage
+    )
     seconds = time.perf_counter() - started
     figures = draw(explanation, _for_figures(photo), _scaled(queries, photo), options.stage, options.out)
 
@@ -300,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         facts = {
             "model": options.model,
+            "backend": backend,
             "weights": weights,
             "photograph": name,
             "photograph_size": [height, width],
@@ -310,7 +186,8 @@ def run(options: argparse.Namespace) -> int:
         }
         print(json.dumps(facts, indent=2))
         return 0
-    print(f"{options.model} on {name}, {height}×{width} fed at {image_size[0]}×{image_size[1]}, {seconds:.1f} s")
+    sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
+    print(f"{options.model} on {name}, {sizes}, {backend}, {seconds:.1f} s")
     print(f"{weights}\n")
     print(table(explanation.reports))
     print("\noffsets in pixels of the block's map; at bound: share of offset components that the bound holds;")
