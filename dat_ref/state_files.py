@@ -97,17 +97,17 @@ def _check_content(file: Path) -> None:
     if file.is_dir():
         raise CheckpointError(f"{file}: expected a file, got a folder")
     with file.open("rb") as opened:
-        start = opened.read(256).lstrip()
+        start = opened.read(256)
     if not start:
         raise CheckpointError(f"{file}: is empty; the download has failed, download it again")
-    if start.startswith(b"<"):
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{file}: is a web page, not weights; open the link in a browser and download the file")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: is a Git LFS pointer, not weights; fetch the file itself with `git lfs pull`")
 
 
 def _read_npz(file: Path) -> dict[str, Array]:
-    with np.load(file, allow_pickle=False) as archive:
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
@@ -211,12 +211,15 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
         path: its suffix decides: ``.safetensors``, ``.npz``, or ``.pth`` (``{"model": state}``, as released).
 
     Raises:
-        CheckpointError: for another suffix, or if the package that writes it is missing.
+        CheckpointError: for another suffix, for arrays of objects, or if the package that writes it is missing.
     """
     file = Path(path)
     if file.suffix not in (".safetensors", ".npz", ".pth"):
         raise CheckpointError(f"{file}: expected a file name that ends in .safetensors, .npz or .pth")
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in state.items()}
+    objects = [name for name, array in arrays.items() if array.dtype.hasobject]
+    if objects:
+        raise CheckpointError(f"state: expected arrays of numbers, got objects in {', '.join(objects)}")
     with _replacing(file) as partial:
         if file.suffix == ".npz":
             with partial.open("wb") as opened:

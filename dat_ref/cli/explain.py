@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import DAT, ConfigError, DATConfig, init_params
+from .. import DAT, ConfigError, DATConfig
 from .. import config as preset
 from .._checks import Array
 from ..backbone import Step
@@ -22,6 +22,7 @@ from ..ops.grid import pixels_per_unit
 from ..ops.offsets import offset_limit
 from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
 from .photo import add_photo_arguments, fed_size, load_photo, normalise, resize
+from .weights import chosen_weights
 
 PICTURE_SIDE = 896  # short side at which figures show the photograph
 
@@ -79,18 +80,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"--out: expected a folder, and {error.filename} is a file") from error
-
-
-def load_model(options: argparse.Namespace) -> tuple[DAT, str]:
-    """Return the backbone that the command line asks for, and a line that says where its weights come from."""
-    config = preset(options.model)
-    if options.checkpoint is None:
-        weights = f"seeded weights (seed {options.seed}), untrained: the figures show geometry, not what was learned"
-        return DAT(config, init_params(config, options.seed)), weights
-    from ..checkpoints import load_params
-
-    params, report = load_params(options.checkpoint, config)
-    return DAT(config, params), f"weights from {options.checkpoint} ({report.release})"
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -161,7 +150,10 @@ def run(options: argparse.Namespace) -> int:
     check_request(preset(options.model), options.stage, image_size, (height, width), queries)
     backend = choose_backend(options.backend)
     make_folder(options.out)
-    model, weights = load_model(options)
+    config, params, weights = chosen_weights(options)
+    if options.checkpoint is None:
+        weights += ": the figures show geometry, not what was learned"
+    model = DAT(config, params)
     image = normalise(resize(photo, image_size))
 
     started = time.perf_counter()

@@ -130,7 +130,8 @@ class Explanation:
 
 def block_report(step: Step, config: DeformableAttentionConfig, seconds: float) -> BlockReport:
     """Measure one deformable block: how far its points moved, in pixels of its map, and where they ended."""
-    trace: LayerTrace = step.trace.attention
+    trace = step.trace.attention
+    assert isinstance(trace, LayerTrace)
     map_size, key_grid = trace.x.shape[2:], trace.points.shape[2:4]
     moved = trace.points_px - np.where(np.isfinite(trace.reference_px), trace.reference_px, trace.points_px)
     lengths = np.linalg.norm(moved, axis=-1)

@@ -1,0 +1,288 @@
+"""``dat-ref agree``: NumPy against torch on a photograph, stage by stage, in three precisions, with a verdict.
+
+The truth is the NumPy spec in float64. What torch may differ from it is a budget, not a taste:
+
+- float64: 1e-9 of the map's largest value (of its side, for points).
+- float32: `FLOAT32_FACTOR` times the error that the spec itself makes in float32.
+- bfloat16 (autocast): `BFLOAT16_FACTOR` times the error of the spec in float64 when image, weights and the map
+  between blocks are rounded to bfloat16; autocast rounds inside a block too. Points must be in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._checks import Array, ConfigError, Tree
+from ..backbone import DAT, embed, embed_image
+from ..block import block
+from ..config import DATConfig, DeformableAttentionConfig
+from ..layer import LayerTrace
+from ..params import map_tree
+from ..presets import config as preset
+from .explanation import check_request
+from .photo import add_photo_arguments, fed_size, load_photo, normalise, resize
+from .weights import chosen_weights
+
+FLOAT64_BUDGET = 1e-9
+FLOAT32_FACTOR = 4.0
+BFLOAT16_FACTOR = 8.0
+PRECISIONS = ("float64", "float32", "bfloat16")
+
+# By quantity ("stage 3 points", "logits"), the largest error: pixels for points, else a share of the largest value.
+Errors = dict[str, float]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "agree",
+        help="compare NumPy and torch on a photograph",
+        description="Run a backbone on a photograph in NumPy and in torch, and compare the maps of every stage, the "
+        "sampling points and the logits in float64, float32 and bfloat16. Exit code 0 if they agree, 1 if not.",
+    )
+    add_photo_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+# ------------------------------------------------------------------------------------------------ one pass
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is compared of one run."""
+
+    maps: list[Array]  # one a stage
+    points: dict[int, list[Array]]  # stage number → points of each deformable block, in pixels of its map
+    logits: Array
+    seconds: float
+    point_dtype: str
+
+
+def numpy_pass(config: DATConfig, params: Tree, image: Array, rounding: Callable[[Array], Array] = np.asarray) -> Pass:
+    """Run the spec, with every map `rounding`-ed before it enters a block, a downsampling or the head."""
+    maps: list[Array] = []
+    points: dict[int, list[Array]] = {}
+    started = time.perf_counter()
+    y, _ = embed_image(image, params["patch_embedding"])
+    for stage, blocks in enumerate(config.stages):
+        if stage:
+            y, _ = embed(rounding(y), **params["downsamples"][stage - 1])
+        for block_config, block_params in zip(blocks, params["stages"][stage]["blocks"], strict=True):
+            y, trace = block(rounding(y), block_params, block_config)
+            if isinstance(trace.attention, LayerTrace):
+                points.setdefault(stage, []).append(trace.attention.points_px)
+        maps.append(y)
+    model = DAT(config, params)
+    logits = model.classify(model.pool(rounding(y)))
+    seconds = time.perf_counter() - started
+    return Pass(maps, points, logits, seconds, _dtype_of(points))
+
+
+def torch_pass(config: DATConfig, params: Tree, image: Array, precision: str) -> Pass:
+    """Run the module: the maps and logits as its users get them, the points from a traced run."""
+    import torch
+
+    from ..torch import DAT as Module
+
+    model = Module(config).to(torch.float64 if precision == "float64" else torch.float32).eval()
+    model.load_numpy(params)
+    x = torch.from_numpy(image).to(next(model.parameters()).dtype)
+    points: dict[int, list[Array]] = {}
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        started = time.perf_counter()
+        normed, maps = model.forward_intermediates(x)
+        logits = model.forward_head(normed)
+        seconds = time.perf_counter() - started
+        for step in model.walk(x):
+            if isinstance(step.trace.attention, LayerTrace):
+                traced: Any = step.trace.attention.points_px
+                points.setdefault(step.stage, []).append(traced.numpy())
+    widened = [each.double().numpy() for each in (*maps, logits)]
+    return Pass(widened[:-1], points, widened[-1], seconds, _dtype_of(points))
+
+
+def _dtype_of(points: dict[int, list[Array]]) -> str:
+    return "+".join(sorted({str(each.dtype) for blocks in points.values() for each in blocks}))
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+def errors(found: Pass, truth: Pass) -> Errors:
+    """Return the largest error of every quantity."""
+    largest: Errors = {}
+    for stage, (ours, true) in enumerate(zip(found.maps, truth.maps, strict=True)):
+        largest[f"stage {stage + 1} map"] = _largest(ours, true) / float(np.abs(true).max())
+        if stage in truth.points:
+            pairs = zip(found.points[stage], truth.points[stage], strict=True)
+            largest[f"stage {stage + 1} points"] = float(np.max([_largest(a, b) for a, b in pairs]))
+    largest["logits"] = _largest(found.logits, truth.logits) / float(np.abs(truth.logits).max())
+    return largest
+
+
+def _largest(found: Array, truth: Array) -> float:
+    return float(np.abs(found.astype(np.float64) - truth).max())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One precision: errors, what they may be, seconds of NumPy and of torch, and where points were computed."""
+
+    precision: str
+    errors: Errors
+    allowed: Errors
+    numpy_seconds: float
+    torch_seconds: float
+    point_dtype: str
+
+    @property
+    def excess(self) -> list[str]:
+        """What is beyond its budget; NaN is."""
+        beyond = [name for name, error in self.errors.items() if not error <= self.allowed[name]]
+        narrow = self.point_dtype not in ("float32", "float64")
+        return beyond + ([f"points are computed in {self.point_dtype}"] if narrow else [])
+
+
+def compare(config: DATConfig, params: Tree, image: Array) -> list[Comparison]:
+    """Compare NumPy and torch in each precision.
+
+    Args:
+        params: parameter tree, taken as float32 (float64 where it is).
+        image: (1, channels, H, W).
+    """
+    exact = _cast(params, np.float64)
+    truth = numpy_pass(config, exact, image.astype(np.float64))
+    single = numpy_pass(config, _cast(params, np.float32), image.astype(np.float32))
+    coarse = map_tree(round_to_bfloat16, exact)
+    rounded = numpy_pass(config, coarse, round_to_bfloat16(image), round_to_bfloat16)
+    sides = {f"stage {stage + 1} points": max(truth.maps[stage].shape[2:]) for stage in truth.points}
+    tiny = {name: FLOAT64_BUDGET * sides.get(name, 1) for name in errors(truth, truth)}
+    allowed = {
+        "float64": tiny,
+        "float32": _scaled(errors(single, truth), FLOAT32_FACTOR),
+        "bfloat16": _scaled(errors(rounded, truth), BFLOAT16_FACTOR),
+    }
+    spec = {"float64": truth, "float32": single, "bfloat16": truth}
+    comparisons = []
+    for precision in PRECISIONS:
+        run_by_torch = torch_pass(config, exact, image, precision)
+        comparisons.append(
+            Comparison(
+                precision=precision,
+                errors=errors(run_by_torch, truth),
+                allowed=allowed[precision],
+                numpy_seconds=spec[precision].seconds,
+                torch_seconds=run_by_torch.seconds,
+                point_dtype=run_by_torch.point_dtype,
+            )
+        )
+    return comparisons
+
+
+def round_to_bfloat16(array: Array) -> Array:
+    """Return values rounded to the nearest bfloat16 (ties to even), as float64.
+
+    >>> round_to_bfloat16(np.array([1.0, 1.003, 1.005]))
+    array([1.       , 1.       , 1.0078125])
+    """
+    bits = np.asarray(array, dtype=np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
+
+
+def _cast(params: Tree, dtype: Any) -> Tree:
+    return map_tree(lambda leaf: leaf.astype(dtype), params)
+
+
+def _scaled(found: Errors, factor: float) -> Errors:
+    return {name: factor * error for name, error in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    _require_torch()
+    photo = load_photo(options.photo)
+    height, width = photo.shape[:2]
+    image_size = fed_size((height, width), options.size)
+    config = preset(options.model)
+    check_request(config, _a_deformable_stage(config), image_size, (height, width), [])
+    config, params, weights = chosen_weights(options)
+    image = normalise(resize(photo, image_size))
+    comparisons = compare(config, params, image)
+    agrees = not any(comparison.excess for comparison in comparisons)
+
+    name = "the photograph that ships" if options.photo is None else str(options.photo)
+    if options.json:
+        print(json.dumps(_facts(comparisons, options.model, weights, name, image_size), indent=2))
+    else:
+        print(f"{options.model} on {name}, {height}×{width} fed at {image_size[0]}×{image_size[1]}")
+        print(f"{weights}\n\n{table(comparisons)}\n\n{verdict(comparisons)}")
+    return 0 if agrees else 1
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("torch is needed to compare with it: pip install 'dat-ref[torch]'") from error
+
+
+def _a_deformable_stage(config: DATConfig) -> int:
+    """Return the number of the first stage with deformable attention, from one."""
+    kinds = [{type(block.attention) for block in blocks} for blocks in config.stages]
+    return next(stage for stage, found in enumerate(kinds, start=1) if DeformableAttentionConfig in found)
+
+
+def _facts(
+    comparisons: list[Comparison], model: str, weights: str, photograph: str, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights": weights,
+        "photograph": photograph,
+        "image_size": list(image_size),
+        "agrees": not any(comparison.excess for comparison in comparisons),
+        "precisions": [{**vars(comparison), "excess": comparison.excess} for comparison in comparisons],
+    }
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """Return errors and budgets as lines of text: a row for each quantity, two columns for each precision."""
+    first, cell = 16, 9
+
+    def line(title: str, cells: Callable[[Comparison], tuple[str, str]]) -> str:
+        parts = [f"{a:>{cell}} {b:>{cell}}" for a, b in map(cells, comparisons)]
+        return (f"{title:<{first}}" + "   ".join(parts)).rstrip()
+
+    def numbers(name: str) -> Callable[[Comparison], tuple[str, str]]:
+        return lambda each: (f"{each.errors[name]:.1e}", f"{each.allowed[name]:.1e}")
+
+    lines = [
+        line("", lambda each: (each.precision, "")),
+        line("", lambda _: ("error", "allowed")),
+        *(line(name, numbers(name)) for name in comparisons[0].errors),
+        line("", lambda _: ("NumPy", "torch")),
+        line("seconds", lambda each: (f"{each.numpy_seconds:.1f}", f"{each.torch_seconds:.1f}")),
+    ]
+    notes = "maps and logits: share of the largest value; points: pixels of the stage's map, all blocks of the stage"
+    return "\n".join(lines) + f"\n\n{notes}"
+
+
+def verdict(comparisons: list[Comparison]) -> str:
+    """Return a line for each precision."""
+    lines = []
+    for each in comparisons:
+        outcome = "agrees" if not each.excess else f"DOES NOT AGREE: {', '.join(each.excess)}"
+        lines.append(f"{each.precision}: {outcome} (points in {each.point_dtype})")
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Which backbone a command line asks for, and with which weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import DATConfig, init_params
+from .. import config as preset
+from .._checks import Tree
+from ..checkpoints import load_params, read_state, with_ends_of
+
+
+def chosen_weights(options: argparse.Namespace) -> tuple[DATConfig, Tree, str]:
+    """Return configuration, parameters, and a line that says where they come from.
+
+    A checkpoint brings its own number of classes and of image channels.
+    """
+    config = preset(options.model)
+    if options.checkpoint is None:
+        return config, init_params(config, options.seed), f"seeded weights (seed {options.seed}), untrained"
+    config = with_ends_of(config, read_state(options.checkpoint))
+    params, report = load_params(options.checkpoint, config)
+    return config, params, f"weights from {options.checkpoint} ({report.release})"
