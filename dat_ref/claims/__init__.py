@@ -1,0 +1,38 @@
+"""The claims ledger: what the articles say of deformable attention, each with a check that runs and a verdict.
+
+    >>> from dat_ref.claims import LEDGER, run
+    >>> finding = run(LEDGER[5])
+    >>> finding.claim.title, str(finding.verdict)
+    ('The worked example: 79.63 M, and 5.08 M for the offsets', 'refuted by arithmetic')
+    >>> str(finding.figures["offset"]), finding.matches
+    ('508,032 multiply-adds', True)
+
+Checks count and compute; none takes the time. ``dat-ref claims`` runs them all, and fails when a verdict on record
+is no longer the one that follows from the figures.
+"""
+
+from . import comparison, cost, equal_keys, geometry, offsets, space
+from .claim import Claim, Figure, Figures, Finding, Outcome, Source, Sure, Verdict, run
+from .page import markdown, table
+
+LEDGER: tuple[Claim, ...] = tuple(
+    sorted(
+        space.CLAIMS + cost.CLAIMS + geometry.CLAIMS + offsets.CLAIMS + comparison.CLAIMS + equal_keys.CLAIMS,
+        key=lambda claim: claim.number,
+    )
+)
+
+__all__ = [
+    "LEDGER",
+    "Claim",
+    "Figure",
+    "Figures",
+    "Finding",
+    "Outcome",
+    "Source",
+    "Sure",
+    "Verdict",
+    "markdown",
+    "run",
+    "table",
+]

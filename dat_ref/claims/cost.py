@@ -1,0 +1,357 @@
+"""Claims about cost: the formula, its worked example, the offset network, and the eight models' totals."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..complexity.counter import Counts
+from ..complexity.counter import count as count_what_runs
+from ..complexity.formulas import backbone_cost
+from ..config import DATConfig, DeformableAttentionConfig, WindowAttentionConfig
+from ..conventions import Convention
+from ..initialization import init_params
+from ..layer import deformable_layer, deformable_layer_macs, deformable_shapes
+from ..ops.grid import Size, key_grid_size
+from ..params import count
+from ..peers.window import window_attention_macs
+from ..presets import PRESETS
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict, holds_if
+
+MACS = "multiply-adds"
+COMPLEXITY = "DAT article, the paragraph on computational complexity"
+
+# ------------------------------------------------------------------------------------------------ the formula
+
+
+def omega(size: Size, samples: int, channels: int, kernel: int) -> dict[str, int]:
+    """Return the article's formula term by term: attention, dense projections, projections of keys, offset "
+    "network."""
+    pixels = size[0] * size[1]
+    return {
+        "2 HW Ns C": 2 * pixels * samples * channels,
+        "2 HW C²": 2 * pixels * channels**2,
+        "2 Ns C²": 2 * samples * channels**2,
+        "(k² + 2) Ns C": (kernel**2 + 2) * samples * channels,
+    }
+
+
+def _pass(config: DeformableAttentionConfig, size: Size) -> Counts:
+    """Run one layer and count what it does."""
+    x = np.random.default_rng(0).standard_normal((1, config.dim, *size))
+    return count_what_runs(deformable_layer, x, init_params(config, 0, dtype=np.float64), config)
+
+
+# Sides and strides with nothing in common: (H, W), C, heads, groups, r, k.
+ODD_LAYERS = (
+    ((7, 12), 24, 4, 2, 1, 5),
+    ((9, 5), 12, 6, 3, 2, 3),
+    ((11, 13), 30, 5, 1, 3, 7),
+    ((14, 14), 48, 12, 3, 2, 5),
+)
+
+
+def measure_formula() -> Figures:
+    """Count the layer's four terms as they run, on maps of odd sizes, and compare them with the formula."""
+    equal, left_out = 0, 0
+    for size, dim, heads, groups, stride, kernel in ODD_LAYERS:
+        config = DeformableAttentionConfig(dim, heads, groups, stride, kernel, size=size)
+        keys = key_grid_size(size, kernel, stride, config.convention)
+        ran = _pass(config, size)
+        reads = ran.within("bilinear_sample").macs
+        equal += ran.macs - reads == sum(omega(size, keys[0] * keys[1], dim, kernel).values())
+        left_out += reads
+    return {
+        "layers": Figure(len(ODD_LAYERS), "layers run and counted"),
+        "equal": Figure(equal, "layers whose count equals the formula"),
+        "left_out": Figure(left_out, "bilinear reads in the same passes", MACS),
+    }
+
+
+def judge_formula(figures: Figures) -> Verdict:
+    """Equal everywhere, but for the reads that the formula leaves out."""
+    if figures["equal"].value != figures["layers"].value:
+        return REFUTED
+    if not figures["left_out"].value:
+        return HOLDS
+    return holds_if("matrix products and convolutions are what is counted, without the bilinear reads")
+
+
+# ------------------------------------------------------------------------------------------------ the worked example
+
+EXAMPLE = DeformableAttentionConfig(
+    dim=384, heads=12, groups=3, stride=2, kernel_size=5, size=(14, 14), convention=Convention.CVPR2022
+)
+
+
+def measure_example() -> Figures:
+    """Count the article's example, H = W = 14, Ns = 49, C = 384, k = 5, by formula and as it runs."""
+    size = (14, 14)
+    terms = omega(size, 49, EXAMPLE.dim, EXAMPLE.kernel_size)
+    total = sum(terms.values()) - terms["(k² + 2) Ns C"]
+    ran = _pass(EXAMPLE, size)
+    offset = ran.within("offset_network").macs
+    return {
+        "total": Figure(total, "the first three terms", MACS),
+        "offset": Figure(offset, "the offset network, as it ran", MACS),
+        "formula": Figure(terms["(k² + 2) Ns C"], "the offset network, by the formula's last term", MACS),
+        "percent": Figure(100 * offset / total, "its share of the first three terms", "%", digits=2),
+        "quoted": Figure(5_080_000, "the offset network, as the article quotes it", MACS),
+        "slip": Figure(5_080_000 / offset, "the quoted number over the counted one"),
+        "sampling": Figure(ran.within("_sample_groups").macs, "left out: sampling the features", MACS),
+        "bias": Figure(ran.within("table_bias").macs, "left out: reading the bias table", MACS),
+        "window": Figure(
+            window_attention_macs(1, size, WindowAttentionConfig(384, 12, 7)), "a 7×7 window attention there", MACS
+        ),
+    }
+
+
+def judge_example(figures: Figures) -> Verdict:
+    """Both quoted numbers must be the counted ones, to the digits that are quoted."""
+    total, offset = float(figures["total"].value) / 1e6, float(figures["offset"].value) / 1e6
+    quoted = (round(total, 2) == 79.63, round(offset, 2) == 5.08, round(100 * offset / total) == 6)
+    return HOLDS if all(quoted) else REFUTED
+
+
+# ------------------------------------------------------------------------------------------------ growth in C
+
+
+def measure_growth_in_channels() -> Figures:
+    """Multiply-adds and parameters of the offset network at four widths, and its share of a layer."""
+    found: dict[str, Figure] = {}
+    for dim in (96, 192, 384, 768):
+        config = replace(EXAMPLE, dim=dim, heads=dim // 32)
+        macs = deformable_layer_macs(1, (14, 14), config)
+        ours = sum(macs.values()) - macs["sampling"] - macs["bias"]
+        weights = count(deformable_shapes(config)["offset_network"])
+        found[f"macs_{dim}"] = Figure(macs["offset network"], f"offset network at C = {dim}", MACS)
+        found[f"weights_{dim}"] = Figure(weights, f"its parameters at C = {dim}, three groups")
+        found[f"share_{dim}"] = Figure(100 * macs["offset network"] / ours, f"its share of Ω at C = {dim}", "%")
+    return found
+
+
+def judge_growth_in_channels(figures: Figures) -> Verdict:
+    """Twice the channels, twice the cost, exactly."""
+    doubled = [
+        int(figures[f"{kind}_{2 * dim}"].value) == 2 * int(figures[f"{kind}_{dim}"].value)
+        for kind in ("macs", "weights")
+        for dim in (96, 192, 384)
+    ]
+    return HOLDS if all(doubled) else REFUTED
+
+
+# ------------------------------------------------------------------------------------------------ the eight models
+
+
+class Published(NamedTuple):
+    """Parameters in millions and "FLOPs" (multiply-adds) in billions, as printed."""
+
+    params: float
+    macs: float
+
+
+PUBLISHED = {
+    "dat_tiny": Published(29, 4.6),
+    "dat_small": Published(50, 9.0),
+    "dat_base": Published(88, 15.8),
+    "dat_base_384": Published(88, 49.8),
+    "dat_pp_tiny": Published(24, 4.3),
+    "dat_pp_small": Published(53, 9.4),
+    "dat_pp_base": Published(93, 16.6),
+    "dat_pp_base_384": Published(93, 49.7),
+}
+CLOSE = 3.0  # percent
+
+
+def measure_models() -> Figures:
+    """Parameters and multiply-adds of the eight released models, and how far they are from what is printed."""
+    found: dict[str, Figure] = {}
+    apart: dict[str, list[float]] = {"params": [], "macs": []}
+    to_the_digit = 0
+    for name, printed in PUBLISHED.items():
+        side = 384 if name.endswith("384") else 224
+        cost = backbone_cost(1, (side, side), PRESETS[name]).total
+        params, macs = cost.parameters / 1e6, cost.products / 1e9
+        found[f"{name}_params"] = Figure(params, f"{name}: parameters (printed: {printed.params:g} M)", "M", digits=4)
+        found[f"{name}_macs"] = Figure(macs, f"{name}: {MACS} (printed: {printed.macs:g} G)", "G", digits=4)
+        apart["params"].append(100 * abs(params / printed.params - 1))
+        apart["macs"].append(100 * abs(macs / printed.macs - 1))
+        to_the_digit += (round(params) == printed.params) + (round(macs, 1) == printed.macs)
+    found["apart_params"] = Figure(max(apart["params"]), "largest difference, parameters", "%", digits=2)
+    found["apart_macs"] = Figure(max(apart["macs"]), f"largest difference, {MACS}", "%", digits=2)
+    found["to_the_digit"] = Figure(to_the_digit, "of the 16 numbers, those that round to the printed digit")
+    return found
+
+
+def judge_models(figures: Figures) -> Verdict:
+    """Sixteen numbers to the digit hold; close ones hold if close is enough."""
+    if figures["to_the_digit"].value == 2 * len(PUBLISHED):
+        return HOLDS
+    apart = max(float(figures["apart_params"].value), float(figures["apart_macs"].value))
+    return holds_if(f"{CLOSE:g} % is close enough") if apart <= CLOSE else REFUTED
+
+
+# ------------------------------------------------------------------------------------------------ how many samples
+
+
+def _samples(config: DATConfig) -> str:
+    """Return Ns of each deformable stage of a preset at 224²."""
+    found = {}
+    for stage, blocks in enumerate(config.stages):
+        for block in blocks:
+            layer = block.attention
+            if isinstance(layer, DeformableAttentionConfig):
+                side = 224 // config.reductions[stage]
+                keys = key_grid_size((side, side), layer.kernel_size, layer.stride, layer.convention)
+                found[stage + 1] = f"stage {stage + 1}: r = {layer.stride}, Ns = {keys[0] * keys[1]}"
+    return "; ".join(found.values())
+
+
+def _stage3_stride(stride: int) -> float:
+    """Return dat_tiny's multiply-adds, in billions, with another stride in the third stage."""
+    config = PRESETS["dat_tiny"]
+    blocks = tuple(
+        replace(block, attention=replace(block.attention, stride=stride))
+        if isinstance(block.attention, DeformableAttentionConfig)
+        else block
+        for block in config.stages[2]
+    )
+    changed = replace(config, stages=(*config.stages[:2], blocks, config.stages[3]))
+    return backbone_cost(1, (224, 224), changed).total.products / 1e9
+
+
+def measure_samples() -> Figures:
+    """Compare Ns with HW/r² where r divides the sides and where it does not, and look the releases' r up."""
+    cases = [
+        ((height, width), stride, kernel, convention)
+        for height in range(8, 25)
+        for width in (9, 16, 24)
+        for stride in (1, 2, 4, 8)
+        for kernel in (3, 5, 7, 9)
+        for convention in Convention
+    ]
+    equal, rounded_up, total = Counter[bool](), Counter[bool](), Counter[bool]()
+    for size, stride, kernel, convention in cases:
+        keys = key_grid_size(size, kernel, stride, convention)
+        divides = size[0] % stride == 0 and size[1] % stride == 0
+        total[divides] += 1
+        equal[divides] += keys[0] * keys[1] * stride**2 == size[0] * size[1]
+        rounded_up[divides] += keys == (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+    return {
+        "cases": Figure(total[True], "layers whose stride divides both sides"),
+        "equal": Figure(equal[True], "of these, with Ns = HW/r²"),
+        "others": Figure(total[False], "layers whose stride does not"),
+        "others_equal": Figure(equal[False], "of these, with Ns = HW/r²"),
+        "rounded_up": Figure(rounded_up[False], "of these, with ⌈H/r⌉·⌈W/r⌉"),
+        "stride_1": Figure(
+            _stage3_stride(1), "dat_tiny, r = 1 in stage 3, as released (printed: 4.6 and 4.59 G)", "G", digits=4
+        ),
+        "stride_2": Figure(_stage3_stride(2), "dat_tiny, r = 2 in stage 3", "G", digits=4),
+        "dat_2022": Figure(_samples(PRESETS["dat_tiny"]), "dat_tiny at 224², as released"),
+        "dat_2023": Figure(_samples(PRESETS["dat_pp_tiny"]), "dat_pp_tiny at 224², as released"),
+    }
+
+
+def judge_samples(figures: Figures) -> Verdict:
+    """Equal where r divides; elsewhere a count of points cannot be a fraction."""
+    if figures["equal"].value != figures["cases"].value:
+        return REFUTED
+    return HOLDS if figures["others_equal"].value == figures["others"].value else holds_if("r divides H and W")
+
+
+# ------------------------------------------------------------------------------------------------ the rows
+
+CLAIMS = (
+    Claim(
+        number=5,
+        title="The formula of the layer's cost",
+        words="Deformable multi-head attention costs Ω = 2HW·Ns·C + 2HW·C² + 2Ns·C² + (k² + 2)·Ns·C.",
+        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        measure=measure_formula,
+        judge=judge_formula,
+        verdict=holds_if("matrix products and convolutions are what is counted, without the bilinear reads"),
+        because=(
+            "Counted while {layers} layers of odd sizes ran, the four terms come out to the unit in {equal}. What "
+            "is counted are multiply-adds, although they are called FLOPs. The same passes spend {left_out} more on "
+            "bilinear reads of features and bias table, which the formula leaves out, as it does norm, GELU and "
+            "softmax."
+        ),
+    ),
+    Claim(
+        number=6,
+        title="The worked example: 79.63 M, and 5.08 M for the offsets",
+        words=(
+            "With H = W = 14, Ns = 49, C = 384 and k = 5 a block costs 79.63 M, of which the offset network is 5.08 "
+            "M, about 6 %."
+        ),
+        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        measure=measure_example,
+        judge=judge_example,
+        verdict=REFUTED,
+        because=(
+            "The first number is right: {total}. The second is ten times too large, a slipped decimal point: the "
+            "offset network costs {offset}, or {percent} %, so the article undersells itself. The example also "
+            "leaves out the reading of the bias table, {bias}, about as much as the offset network, and of the "
+            "features, {sampling}. The notes we know the sentence from tie 79.63 M to a Swin block; a 7×7 window "
+            "attention of that size costs {window}."
+        ),
+    ),
+    Claim(
+        number=7,
+        title="The offset network grows linearly with C",
+        words="The offset network's cost is linear in the channels, so it matters little beside the attention.",
+        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        measure=measure_growth_in_channels,
+        judge=judge_growth_in_channels,
+        verdict=HOLDS,
+        because=(
+            "Twice the channels cost twice the multiply-adds ({macs_384} at C = 384, {macs_768} at 768) and take "
+            "twice the parameters, exactly, while the projections grow with C²: its share falls from {share_96} % "
+            "at C = 96 to {share_768} % at 768."
+        ),
+    ),
+    Claim(
+        number=17,
+        title="Parameters and FLOPs of the eight models",
+        words=(
+            "DAT-T, S, B and B at 384²: 29 M and 4.6 G, 50 M and 9.0 G, 88 M and 15.8 G, 88 M and 49.8 G. DAT++ T, "
+            "S, B and B at 384²: 24 M and 4.3 G, 53 M and 9.4 G, 93 M and 16.6 G, 93 M and 49.7 G."
+        ),
+        sources=(
+            Source("DAT article, table of ImageNet-1K results", Sure.COPIED),
+            Source("DAT++ article, the same table, by way of benchmark listings", Sure.QUOTED),
+        ),
+        measure=measure_models,
+        judge=judge_models,
+        verdict=holds_if("3 % is close enough"),
+        because=(
+            "{to_the_digit} of the 16 numbers round to the printed digit. Parameters differ by at most "
+            "{apart_params} % (DAT-T has {dat_tiny_params} M, as the article's own ablation table says; 29 is not "
+            "its rounding), multiply-adds of products and convolutions by at most {apart_macs} %. The parameters "
+            "are those of the released state dicts to the unit."
+        ),
+    ),
+    Claim(
+        number=18,
+        title="The number of sampling points",
+        words="A grid coarser than the map by the factor r has Ns = HW/r² points.",
+        sources=(
+            Source("DAT article, the paragraphs on the deformable attention module and its complexity", Sure.QUOTED),
+            Source("released configurations of both releases", Sure.READ),
+        ),
+        measure=measure_samples,
+        judge=judge_samples,
+        verdict=holds_if("r divides H and W"),
+        because=(
+            "Where r divides both sides, {equal} of {cases} layers have exactly HW/r² points; elsewhere "
+            "{others_equal} of {others} do, and {rounded_up} have ⌈H/r⌉·⌈W/r⌉. In the 2022 release r is 1, so "
+            "nothing is thinned out ({dat_2022}), and the printed 4.59 G agree with that: {stride_1} G, against "
+            "{stride_2} G with r = 2 in stage 3. The worked example's Ns = 49 is not what stage 3 runs. DAT++ does "
+            "thin out ({dat_2023})."
+        ),
+    ),
+)

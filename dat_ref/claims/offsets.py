@@ -1,0 +1,278 @@
+"""Claims about offsets: the missing bias, the groups, and what the networks start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .._checks import Array, ConfigError, Tree
+from ..backbone import DAT, dat_shapes
+from ..config import DeformableAttentionConfig, OffsetBound
+from ..initialization import init_params
+from ..layer import LayerTrace, deformable_layer
+from ..ops.basic import linear
+from ..ops.grid import Size, offset_padding, pixels_per_unit
+from ..ops.offsets import bound_offsets_vjp, offset_limit, offset_network
+from ..ops.sampling import bilinear_sample
+from ..params import flatten
+from ..presets import PRESETS
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict, holds_if
+
+MAP: Size = (14, 14)  # stage 3 at 224²
+SEEDS = 20
+
+
+def _stage3() -> DeformableAttentionConfig:
+    """Return the first deformable layer of dat_tiny's third stage."""
+    attention = PRESETS["dat_tiny"].stages[2][1].attention
+    assert isinstance(attention, DeformableAttentionConfig)
+    return attention
+
+
+def _noise(config: DeformableAttentionConfig, seed: int) -> Array:
+    """Return two normalised maps of noise."""
+    return np.random.default_rng(seed).standard_normal((2, config.dim, *MAP))
+
+
+def _raw_offsets(config: DeformableAttentionConfig, params: Tree, seed: int) -> Array:
+    """Return the offset network's output on noise, (points of all groups and maps, 2)."""
+    queries = linear(_noise(config, seed), **params["query"]).reshape(2 * config.groups, config.group_dim, *MAP)
+    padding = offset_padding(MAP, config.kernel_size, config.stride, config.convention)
+    raw, _ = offset_network(queries, params["offset_network"], stride=config.stride, padding=padding)
+    return raw.transpose(0, 2, 3, 1).reshape(-1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the compulsory shift
+
+
+def _rms(vectors: Array) -> float:
+    return float(np.sqrt(np.square(vectors).mean()))
+
+
+def measure_compulsory_shift() -> Figures:
+    """Measure the shift that all points share at start, with and without a last bias, and build one without it."""
+    config = _stage3()
+    limit = offset_limit(config.offset_range, MAP, config.convention) * pixels_per_unit(MAP, config.convention)
+    shared, shared_with_bias, own = [], [], []
+    for seed in range(SEEDS):
+        raw = _raw_offsets(config, init_params(config, seed, dtype=np.float64), seed)
+        moved = limit * np.tanh(raw)
+        shared.append(moved.mean(axis=0))
+        own.append(moved - shared[-1])
+        # A bias and its opposite are equally likely; taking both keeps chance out of the comparison.
+        last_bias = np.random.default_rng(1000 + seed).uniform(-1, 1, 2) / np.sqrt(config.group_dim)
+        shared_with_bias += [(limit * np.tanh(raw + sign * last_bias)).mean(axis=0) for sign in (-1, 1)]
+    built, spread = _built_shift(config, limit)
+    return {
+        "without": Figure(
+            _rms(np.array(shared)), f"shift that all points share at start, {SEEDS} seeds, rms", "pixels"
+        ),
+        "with_bias": Figure(_rms(np.array(shared_with_bias)), "the same with a bias in the last layer, rms", "pixels"),
+        "own": Figure(_rms(np.array(own)), "what each point moves by itself, rms", "pixels"),
+        "built": Figure(built, "shift built from the other two biases, smaller component", "pixels"),
+        "built_alike": Figure(spread < 1e-12, "every point of every map has exactly that shift"),
+        "limit": Figure(float(limit[0]), "largest shift that the bound allows", "pixels"),
+    }
+
+
+def _built_shift(config: DeformableAttentionConfig, limit: Array) -> tuple[float, float]:
+    """Silence a network's view of the queries and let the biases of its convolution and its norm speak.
+
+    Returns:
+        The smaller component of the shift in pixels, and how much points differ from each other.
+    """
+    params = init_params(config, 0, dtype=np.float64)
+    network = params["offset_network"]
+    network["depthwise"]["weight"][:] = 0  # windows of any map are the bias alone
+    network["norm"]["bias"][:] = 10 * np.sign(network["pointwise"]["weight"].sum(axis=0))
+    moved = limit * np.tanh(_raw_offsets(config, params, seed=0))
+    return float(np.abs(moved).min()), float(np.ptp(moved, axis=0).max())
+
+
+def judge_compulsory_shift(figures: Figures) -> Verdict:
+    """Holds if nothing is shared at start and nothing can be built; holds as "lessens" if a last bias would add to "
+    "it."""
+    without, with_bias = float(figures["without"].value), float(figures["with_bias"].value)
+    can_be_built = bool(figures["built_alike"].value) and float(figures["built"].value) > 0.1
+    if without < 1e-3 and not can_be_built:
+        return HOLDS
+    return holds_if("to alleviate is to lessen, not to prevent") if without < with_bias else REFUTED
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+
+def measure_groups() -> Figures:
+    """Move the last group's points and see whose features, and whose keys, change."""
+    config = _stage3()
+    params = init_params(config, 0, dtype=np.float64)
+    trace = deformable_layer(_noise(config, seed=0), params, config)[1]
+    group, heads = config.group_dim, config.heads // config.groups
+    moved_points = trace.points_px.copy()
+    moved_points[:, -1] += np.random.default_rng(1).uniform(-1, 1, moved_points[:, -1].shape)
+
+    maps = trace.x.reshape(2 * config.groups, group, *MAP)
+    moved = bilinear_sample(maps, moved_points.reshape(2 * config.groups, -1, 2)).reshape(trace.sampled.shape)
+    others = slice(0, config.dim - group)
+    blocks = np.kron(np.eye(config.groups), np.ones((group, group)))  # where a projection in groups has its weights
+
+    def change(weight: Array, channels: slice) -> float:
+        before, after = (linear(features, weight, params["key"]["bias"]) for features in (trace.sampled, moved))
+        gap = np.linalg.norm((after - before)[:, channels])
+        return float(gap / np.linalg.norm(before[:, channels]))
+
+    dense = params["key"]["weight"]
+    try:
+        DeformableAttentionConfig(dim=24, heads=4, groups=3, size=MAP)
+        refused = False
+    except ConfigError:
+        refused = True
+    features_kept = bool((moved[:, others] == trace.sampled[:, others]).all())
+    return {
+        "refused": Figure(refused, "heads that are no multiple of groups are refused"),
+        "features_kept": Figure(features_kept, "sampled features of the other groups stay as they are"),
+        "own_keys": Figure(
+            100 * change(dense, slice(config.dim - group, None)), "change of the moved group's keys", "%", 2
+        ),
+        "other_keys": Figure(100 * change(dense, others), "change of the other groups' keys", "%", 2),
+        "split_keys": Figure(100 * change(dense * blocks, others), "the same with W_k in groups", "%", 2),
+        "heads": Figure(heads, "heads of a group, dat_tiny's stage 3"),
+    }
+
+
+def judge_groups(figures: Figures) -> Verdict:
+    """The heads' rule and the features must hold; the keys follow only if they stay in their groups."""
+    if not (figures["refused"].value and figures["features_kept"].value):
+        return REFUTED
+    if figures["other_keys"].value == 0:
+        return HOLDS
+    isolated = figures["split_keys"].value == 0
+    return holds_if("W_k and W_v are split into groups, which in both releases they are not") if isolated else REFUTED
+
+
+# ------------------------------------------------------------------------------------------------ first values
+
+
+def measure_first_values() -> Figures:
+    """Look what the released loop visits, what the weights start from, and how many offsets the clamp silences."""
+    shapes = flatten(dat_shapes(PRESETS["dat_tiny"]))
+    visited = sum(isinstance(leaf, Mapping) for leaf in shapes.values())
+    start = flatten(init_params(PRESETS["dat_tiny"], 0, dtype=np.float64))
+    largest, smallest, zero_biases = 0.0, np.inf, 0
+    for name, leaf in start.items():
+        layer = name.removesuffix("weight") + "bias"
+        if name.endswith("weight") and leaf.ndim > 1:
+            reach = float(np.abs(leaf).max() * np.sqrt(np.prod(leaf.shape[1:])))
+            largest, smallest = max(largest, reach), min(smallest, reach)
+            zero_biases += int(layer in start and not start[layer].any())
+    return {
+        "tensors": Figure(len(shapes), "parameters of dat_tiny that the released loop visits"),
+        "visited": Figure(visited, "of these, modules: the only things it would change"),
+        "smallest": Figure(smallest, "largest |w|·√fan_in of a weight, the smallest of all weights"),
+        "largest": Figure(largest, "the same, the largest of all weights (PyTorch's default: at most 1)"),
+        "zero_biases": Figure(zero_biases, "biases of linear layers and convolutions that start at zero"),
+        **_silenced(),
+    }
+
+
+def _silenced() -> dict[str, Figure]:
+    """Run dat_pp_tiny on noise and count offset components through whose bound no gradient comes."""
+    config = PRESETS["dat_pp_tiny"]
+    model = DAT(config, init_params(config, 0))
+    image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    silent, last_row = [], []
+    for step in model.walk(image):
+        layer = config.stages[step.stage][step.block].attention
+        trace = step.trace.attention
+        if isinstance(layer, DeformableAttentionConfig) and isinstance(trace, LayerTrace):
+            assert layer.offset_bound is OffsetBound.CLAMP
+            gradient = bound_offsets_vjp(
+                np.ones_like(trace.raw_offsets),
+                trace.raw_offsets,
+                trace.reference[0, 0],
+                layer.offset_bound,
+                offset_range=layer.offset_range,
+                convention=layer.convention,
+            )
+            silent.append((gradient == 0).ravel())
+            last_row.append((gradient[..., -1, :, 0] == 0).ravel())
+    whole, row = np.concatenate(silent), np.concatenate(last_row)
+    return {
+        "components": Figure(len(whole), "offset components of dat_pp_tiny's 14 deformable blocks, at start"),
+        "silent": Figure(100 * float(whole.mean()), "of these, without gradient", "%", digits=2),
+        "silent_row": Figure(100 * float(row.mean()), "without gradient: y of the last key row", "%", digits=2),
+    }
+
+
+def judge_first_values(figures: Figures) -> Verdict:
+    """The loop visits no module, the weights fill PyTorch's default bounds, and some offsets are silent."""
+    untouched = figures["visited"].value == 0 and figures["zero_biases"].value == 0
+    default = float(figures["smallest"].value) > 0.9 and float(figures["largest"].value) <= 1
+    return HOLDS if untouched and default and float(figures["silent"].value) > 1 else REFUTED
+
+
+CLAIMS = (
+    Claim(
+        number=10,
+        title="No last bias, no compulsory shift",
+        words="The last convolution of the offset network has no bias, to alleviate a compulsory shift of all points.",
+        sources=(
+            Source("code of both releases: the last 1×1 convolution has no bias", Sure.READ),
+            Source("DAT article, the paragraph on offset generation: the reason", Sure.SUMMARY),
+        ),
+        measure=measure_compulsory_shift,
+        judge=judge_compulsory_shift,
+        verdict=holds_if("to alleviate is to lessen, not to prevent"),
+        because=(
+            "At start all points of dat_tiny's stage 3 share a shift of {without} pixels (each moves {own} by "
+            "itself): GELU's output is positive on average, so the last layer has a mean to pass on without any "
+            "bias. With a last bias of PyTorch's size the shift would be {with_bias}: leaving it out changes "
+            "little. And a shift can be built: with the depthwise weights at zero and the norm's bias large, every "
+            "point of every map moves by the same {built} of at most {limit} pixels."
+        ),
+    ),
+    Claim(
+        number=11,
+        title="A group's heads see its own points",
+        words=(
+            "The channels form G offset groups; the number of heads is a multiple of G, and the heads of a group "
+            "get their keys and values from that group's points."
+        ),
+        sources=(
+            Source("DAT article, the paragraph on offset groups", Sure.QUOTED),
+            Source("code of both releases", Sure.READ),
+        ),
+        measure=measure_groups,
+        judge=judge_groups,
+        verdict=holds_if("W_k and W_v are split into groups, which in both releases they are not"),
+        because=(
+            "Moving the points of one of three groups leaves the others' sampled features alone, but their keys "
+            "change by {other_keys} % (the moved group's: {own_keys} %): dense projections mix the groups right "
+            "after sampling. With W_k split into groups the change is {split_keys} %. The position bias of a head "
+            "does follow its own group only."
+        ),
+    ),
+    Claim(
+        number=21,
+        title="First values: the released reset does nothing, and the clamp silences offsets",
+        words=(
+            "The released reset_parameters changes no weight, so models start from PyTorch's defaults; the clamp of "
+            "the 2023 release leaves a share of offsets without gradient at start."
+        ),
+        sources=(
+            Source("code of both releases, and one run of it: no tensor changed", Sure.READ),
+            Source("2023 release, the offset's clamp", Sure.READ),
+        ),
+        measure=measure_first_values,
+        judge=judge_first_values,
+        verdict=HOLDS,
+        because=(
+            "The reset loops over parameters() and asks each whether it is a linear layer or a convolution; "
+            "parameters are tensors, so of {tensors} it changes {visited}. Our first values are the default's: "
+            "every weight fills ±1/√fan_in ({smallest} to {largest} of it), no bias is zero. Then, of {components} "
+            "offset components in dat_pp_tiny, {silent} % get no gradient through the clamp, and {silent_row} % of "
+            "the y components of the last key row, whose references already lie outside the map."
+        ),
+    ),
+)

@@ -1,0 +1,112 @@
+"""The ledger as text: a table for the terminal, and the page of the site."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from .claim import Finding, Outcome
+
+WIDTH = 100
+
+INTRODUCTION = """\
+# Claims, checked
+
+What the two articles say about deformable attention, claim by claim, with a check that anyone can run:
+
+    dat-ref claims              # all of them
+    dat-ref claims --only 6     # one
+
+Checks count and compute on the NumPy spec; none takes the time. The verdict follows from the figures by a rule in the
+code, and the command fails when it is no longer the one on record. There are four:
+
+- **holds**: the figures agree.
+- **holds if** a condition is met, which is named.
+- **refuted by arithmetic**: the source's numbers contradict themselves.
+- **not testable here**, with the reason.
+
+A refuted detail is no judgement of the work it comes from: most of these claims hold, and the one decimal point that
+slipped makes the method look dearer than it is. The articles' sentences are given in our words. Where we could not
+read a sentence in the article itself, the source says how we know it.
+"""
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """Return one line: how many claims have which verdict, and whether all are as recorded."""
+    counts = [
+        f"{sum(finding.verdict.outcome is outcome for finding in findings)} {words}"
+        for outcome, words in (
+            (Outcome.HOLDS, "hold"),
+            (Outcome.CONDITIONAL, "hold under a condition"),
+            (Outcome.REFUTED, "refuted by arithmetic"),
+            (Outcome.UNTESTABLE, "not testable here"),
+        )
+    ]
+    wrong = [str(finding.claim.number) for finding in findings if not finding.matches]
+    agreement = f"no longer as recorded: {', '.join(wrong)}" if wrong else "every verdict is as recorded"
+    return f"{len(findings)} claims: {', '.join(counts)}; {agreement}."
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Return the ledger for a terminal: number, title, verdict, and why."""
+    lines: list[str] = []
+    for finding in findings:
+        claim = finding.claim
+        lines.append(f"{claim.number:>3}  {claim.title}")
+        if not finding.matches:
+            lines += _indented(f"MISMATCH: recorded: {claim.verdict}; found: {finding.verdict}")
+        else:
+            lines += _indented(f"{finding.verdict}")
+        lines += _indented(finding.explanation)
+        lines.append("")
+    return "\n".join([*lines, summary(findings)])
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 5)
+
+
+def anchor(number: int) -> str:
+    """Return the name by which a claim can be linked to."""
+    return f"claim-{number}"
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """Return the page: an overview with links, then each claim with its source, its verdict and its figures."""
+    overview = ["| | claim | verdict |", "|--:|---|---|"]
+    overview += [
+        f"| {finding.claim.number} | [{finding.claim.title}](#{anchor(finding.claim.number)}) | {finding.verdict} |"
+        for finding in findings
+    ]
+    note = "<!-- Written by `dat-ref claims --markdown`; edit dat_ref/claims and run it again. -->\n"
+    return "\n".join([note + INTRODUCTION, *overview, "", summary(findings), "", *map(_section, findings)])
+
+
+def _section(finding: Finding) -> str:
+    claim = finding.claim
+    sources = "; ".join(map(str, claim.sources))
+    figures = [f"| {_cell(figure.label)} | {_cell(str(figure))} |" for figure in finding.figures.values()]
+    return "\n".join(
+        [
+            f"## {claim.number}. {claim.title} {{#{anchor(claim.number)}}}",
+            "",
+            f"> {claim.words}",
+            "",
+            f"Source: {sources}.",
+            "",
+            f"**{_capital(str(finding.verdict))}.** {finding.explanation}",
+            "",
+            "| found | |",
+            "|---|--:|",
+            *figures,
+            "",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
