@@ -16,7 +16,7 @@ PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python
 
 help:
 	@echo "make demo        explain a photograph: prints a table, writes figures to $(OUT)/"
-	@echo "make test        lint, types, site (where mkdocs.yml is), tests"
+	@echo "make test        lint, types, site, tests"
 	@echo "make lint        ruff"
 	@echo "make types       mypy"
 	@echo "make docs        build the site into site/"
@@ -42,7 +42,7 @@ demo: .venv/demo.stamp
 	@$(BIN)/dat-ref explain --out $(OUT)
 
 # pytest comes last, so that its closing line is the last one printed.
-test: lint types $(if $(wildcard mkdocs.yml),docs)
+test: lint types docs
 	@echo "== pytest"
 	@$(PYTEST) -m "not slow"
 

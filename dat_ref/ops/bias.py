@@ -15,6 +15,7 @@ path is the one that ports forget.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -175,7 +176,7 @@ def log_bias_vjp(cotangent: Array, trace: LogBiasTrace, params: Tree, *, groups:
     grad_bias = cotangent.reshape(batch * groups, heads // groups, queries * samples)
     out = linear_vjp(grad_bias, np.maximum(trace.hidden, 0), **params["out"])
     hidden = linear_vjp(out.x * (trace.hidden > 0), trace.scaled, **params["hidden"])
-    grad_displacement = hidden.x / (3 * np.log(2) * (1 + np.abs(trace.displacement)))
+    grad_displacement = hidden.x / (3 * math.log(2) * (1 + np.abs(trace.displacement)))
     grad_points = -4 * grad_displacement.reshape(batch, groups, 2, queries, samples).sum(axis=3)
     return grad_points.transpose(0, 1, 3, 2), {"hidden": hidden.params, "out": out.params}
 

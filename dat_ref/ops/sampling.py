@@ -23,7 +23,8 @@ from .basic import pixel_columns, scatter_add
 class Corner(NamedTuple):
     """One of the four pixels around each point: where it is, how much it counts, how that changes with the point."""
 
-    pixel: Array  # (N, P) index into H·W; any valid index where the corner lies outside
+    inside: Array  # (N, P), whether the corner lies in the map
+    pixel: Array  # (N, P) index into H·W; 0 where the corner lies outside
     weight: Array  # (N, P) hat weight, zero outside the map
     slope_y: Array  # (N, P) ∂weight/∂p_y
     slope_x: Array  # (N, P) ∂weight/∂p_x
@@ -39,6 +40,7 @@ def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             pixel = np.where(inside, row, 0) * width + np.where(inside, column, 0)
             yield Corner(
+                inside=inside,
                 pixel=pixel.astype(np.intp),
                 weight=inside * (weight_y * weight_x),  # NaN · False stays NaN
                 slope_y=inside * (sign_y * weight_x),
@@ -49,6 +51,12 @@ def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
 def _pixel_rows(x: Array) -> Array:
     """Return the map as rows of channels, (N, H·W, C): gathering whole rows is fast."""
     return pixel_columns(x).transpose(0, 2, 1)
+
+
+def _read(rows: Array, corner: Corner) -> Array:
+    """Gather a corner's pixels, (N, P, C); zeros outside, so that a NaN elsewhere in the map stays where it is."""
+    values = rows[np.arange(len(rows))[:, None], corner.pixel]
+    return values if corner.inside.all() else np.where(corner.inside[..., None], values, rows.dtype.type(0))
 
 
 def bilinear_sample(x: Array, points_px: Array) -> Array:
@@ -66,10 +74,9 @@ def bilinear_sample(x: Array, points_px: Array) -> Array:
     [[[2.5, 2.5, 0.0]]]
     """
     rows = np.ascontiguousarray(_pixel_rows(x))  # (N, H·W, C)
-    maps = np.arange(len(x))[:, None]
     sampled = np.zeros((*points_px.shape[:2], x.shape[1]), dtype=np.result_type(x, points_px))
     for corner in _corners(points_px, *x.shape[2:]):
-        sampled += corner.weight[..., None] * rows[maps, corner.pixel]  # (N, P, C)
+        sampled += corner.weight[..., None] * _read(rows, corner)  # (N, P, C)
     return sampled.transpose(0, 2, 1)
 
 
@@ -104,7 +111,7 @@ def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleG
         pixels = (which * (height * width) + corner.pixel).ravel()
         weighted = corner.weight.reshape(-1, 1).astype(cotangent.dtype) * flat
         grad_rows += scatter_add(weighted, pixels, len(grad_rows))
-        along = np.einsum("npc,npc->np", rows[which, corner.pixel], grad_samples)  # ⟨pixel, ∂L/∂φ⟩
+        along = np.einsum("npc,npc->np", _read(rows, corner), grad_samples)  # ⟨pixel, ∂L/∂φ⟩
         grad_points[..., 0] += corner.slope_y * along
         grad_points[..., 1] += corner.slope_x * along
     grad_x = grad_rows.reshape(maps, height * width, channels).transpose(0, 2, 1).reshape(x.shape)

@@ -1,0 +1,32 @@
+"""Turns what plain docstrings and Markdown write differently: doctests and tables become blocks, ``::`` a colon."""
+
+import re
+from typing import Any
+
+import griffe
+
+DOCTEST = re.compile(r"^( *)>>> .*(?:\n\1\S.*|\n\1 +.*)*", re.MULTILINE)
+
+TABLE = re.compile(r"^(=+(?: +=+)+)\n(?:.*\n)*?\1\n(?:(?:.+\n)+?\1(?:\n|$))?", re.MULTILINE)
+
+
+def to_markdown(docstring: str) -> str:
+    """Return a docstring with its doctests and its tables, drawn with ``=``, fenced.
+
+    A doctest starts at `>>>` and ends at a blank line, as it does for the doctest module.
+    """
+
+    def fenced(example: re.Match[str]) -> str:
+        return f"{example[1]}```pycon\n{example[0]}\n{example[1]}```"
+
+    docstring = TABLE.sub(lambda table: f"```text\n{table[0].rstrip()}\n```\n", docstring)
+    return DOCTEST.sub(fenced, re.sub(r"::$", ":", docstring, flags=re.MULTILINE))
+
+
+class Docstrings(griffe.Extension):
+    """Applies `to_markdown` to every docstring."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Called for each module, class, function and attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = to_markdown(obj.docstring.value)

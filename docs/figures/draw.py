@@ -1,0 +1,310 @@
+"""Draws the site's diagrams and the tables of released names, all from the spec's own numbers.
+
+    python docs/figures/draw.py
+
+writes the files beside this one; a test fails when they are not what this script would write. The pages include
+the SVG as text, so that its colours follow the page: currentColor, and --fig-blue, --fig-orange, --fig-green.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dat_ref import Convention, OffsetBound, config, official
+from dat_ref.backbone import dat_shapes
+from dat_ref.ops.bias import table_positions
+from dat_ref.ops.grid import reference_points, to_pixels
+from dat_ref.ops.offsets import bound_offsets
+from dat_ref.params import flatten
+
+Rows = tuple[Sequence[float], Sequence[float], Sequence[float]]  # points, targets, the numbers under them
+FOLDER = Path(__file__).parent
+BLUE, ORANGE, GREEN = "var(--fig-blue, #0072b2)", "var(--fig-orange, #d55e00)", "var(--fig-green, #009e73)"
+RELEASED_BOUND = {Convention.DATPP2023: OffsetBound.CLAMP}
+
+# ------------------------------------------------------------------------------------------------ SVG, line by line
+
+
+def svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{title}" font-family="inherit" font-size="13" fill="currentColor">'
+    )
+    return "\n".join([head, f"<title>{title}</title>", *body, "</svg>"]) + "\n"
+
+
+def text(
+    x: float,
+    y: float,
+    words: str,
+    *,
+    anchor: str = "middle",
+    size: float = 13,
+    opacity: float = 1,
+    more: str = "",
+) -> str:
+    return (
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size:g}" fill-opacity="{opacity:g}"{more}>'
+        f"{words}</text>"
+    )
+
+
+def sub(letter: str) -> str:
+    return f"<tspan dy='4' font-size='10'>{letter}</tspan>"
+
+
+def line(
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    *,
+    color: str = "currentColor",
+    width: float = 1,
+    opacity: float = 1,
+) -> str:
+    return (
+        f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{color}" stroke-width="{width:g}" '
+        f'stroke-opacity="{opacity:g}"/>'
+    )
+
+
+def rect(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    *,
+    color: str = "currentColor",
+    fill: float = 0,
+    opacity: float = 1,
+    radius: float = 0,
+) -> str:
+    return (
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" fill="{color}" '
+        f'fill-opacity="{fill:g}" stroke="{color}" stroke-opacity="{opacity:g}"/>'
+    )
+
+
+def circle(x: float, y: float, radius: float, *, color: str = "currentColor", opacity: float = 1) -> str:
+    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{color}" fill-opacity="{opacity:g}"/>'
+
+
+def arrow(points: Sequence[tuple[float, float]], color: str = "currentColor") -> list[str]:
+    """A path with a head on its last segment, which runs along an axis."""
+    (x0, y0), (x1, y1) = points[-2:]
+    dx, dy = np.sign(x1 - x0), np.sign(y1 - y0)
+    back = (x1 - 7 * dx, y1 - 7 * dy)
+    path = " ".join(f"{x:g},{y:g}" for x, y in [*points[:-1], back])
+    sides = [(back[0] - 4 * dy, back[1] - 4 * dx), (back[0] + 4 * dy, back[1] + 4 * dx)]
+    head = " ".join(f"{x:g},{y:g}" for x, y in [(x1, y1), *sides])
+    return [
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>',
+        f'<polygon points="{head}" fill="{color}"/>',
+    ]
+
+
+def box(
+    x: float, y: float, width: float, height: float, lines: Sequence[str], color: str = "currentColor"
+) -> list[str]:
+    """A rounded box around (x, y), its first line of words in the colour."""
+    found = [
+        rect(x - width / 2, y - height / 2, width, height, color=color, fill=0.07, opacity=0.75, radius=5)
+    ]
+    for index, words in enumerate(lines):
+        at = y + 18 * (index - (len(lines) - 1) / 2) + 4.5
+        found.append(text(x, at, words, size=13 if index == 0 else 11, opacity=1 if index == 0 else 0.75))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ one layer
+
+
+def layer_flow() -> str:
+    """The way of one map through a layer: where to look in blue, what is found there in orange."""
+    top, middle, low = 44, 140, 236
+    body = [
+        text(26, top - 2, "x", size=17, more=' font-style="italic"'),
+        text(28, top + 16, "C × H × W", size=10, opacity=0.7),
+        *arrow([(42, top - 5), (88, top - 5)]),
+        *box(112, top - 5, 46, 34, ["W" + sub("q")]),
+        line(136, top - 5, 170, top - 5, width=1.6),
+        text(184, top, "q", size=17, more=' font-style="italic"'),
+        *arrow([(198, top - 5), (708, top - 5)]),
+        # where to look
+        *arrow([(184, top + 12), (184, middle - 25)], BLUE),
+        *box(184, middle, 126, 48, ["offset network θ", "one for all groups"], BLUE),
+        *arrow([(248, middle), (322, middle)], BLUE),
+        text(283, middle - 8, "Δ", size=15, more=' font-style="italic"'),
+        *box(388, middle, 130, 48, ["bound, add to p", "p: reference grid"], BLUE),
+        *arrow([(454, middle), (540, middle)], BLUE),
+        text(494, middle - 8, "p̃", size=15, more=' font-style="italic"'),
+        text(494, middle + 17, "G × Ns × 2", size=10, opacity=0.7),
+        *box(610, middle, 140, 48, ["read the bias table", "at q − p̃, bilinear"], BLUE),
+        *arrow([(681, middle), (708, middle)], BLUE),
+        # what is found there
+        *arrow([(26, top + 24), (26, low), (322, low)], ORANGE),
+        *arrow([(388, middle + 25), (388, low - 25)], BLUE),
+        text(402, (middle + low) / 2 + 5, "p̃", size=15, more=' font-style="italic"'),
+        *box(388, low, 130, 48, ["sample x at p̃", "bilinear φ"], ORANGE),
+        *arrow([(454, low), (540, low)], ORANGE),
+        text(494, low - 8, "x̃", size=15, more=' font-style="italic"'),
+        text(494, low + 17, "C × Ns", size=10, opacity=0.7),
+        *box(
+            610,
+            low,
+            140,
+            48,
+            [
+                f"W{sub('k')}<tspan dy='-4'>, W</tspan>{sub('v')}",
+                "keys k̃, values ṽ",
+            ],
+            ORANGE,
+        ),
+        *arrow([(681, low), (708, low)], ORANGE),
+        # attention
+        *box(776, middle, 134, 240, ["attention"], GREEN),
+        text(776, middle + 24, "softmax(q k̃ᵀ/√d + B) ṽ", size=10.5, opacity=0.8),
+        *arrow([(844, middle), (866, middle)]),
+        *box(890, middle, 46, 34, ["W" + sub("o")]),
+        *arrow([(914, middle), (936, middle)]),
+        text(950, middle + 5, "y", size=17, more=' font-style="italic"'),
+    ]
+    return svg(966, 272, "Data flow of one deformable-attention layer", body)
+
+
+# ------------------------------------------------------------------------------------------------ strips
+
+
+def strip(
+    y: float,
+    name: str,
+    note: str,
+    cells: int,
+    points: Sequence[float],
+    targets: Sequence[float],
+    labels: Sequence[float],
+) -> list[str]:
+    """A row of cells with a point for each target, joined to it where they differ, and a number under each."""
+    left, pitch = 108, 560 / cells
+    body = [
+        text(0, y + 5, name, anchor="start", size=12.5),
+        text(0, y + 20, note, anchor="start", size=10, opacity=0.7),
+    ]
+    body += [rect(left + pitch * i, y - 12, pitch, 24, opacity=0.3) for i in range(cells)]
+    for point, target, label in zip(points, targets, labels, strict=True):
+        x, home = left + pitch * (point + 0.5), left + pitch * (target + 0.5)
+        moved = abs(point - target) > 1e-9
+        color = ORANGE if moved else BLUE
+        body.append(line(home, y - 4, home, y + 4, opacity=0.8))
+        if moved:
+            body.append(line(home, y, x, y, color=color, width=2.5))
+        body += [
+            circle(x, y, 4.5, color=color),
+            text(x, y + 27, f"{label:.2f}".rstrip("0").rstrip("."), size=10, opacity=0.85),
+        ]
+    return body
+
+
+def strips(title: str, cells: int, points_of: Callable[[Convention], Rows], notes: tuple[str, str]) -> str:
+    """Four strips, one a convention; `notes` say what it is when every point meets its target, and when not."""
+    body: list[str] = []
+    for row, convention in enumerate(Convention):
+        points, targets, labels = points_of(convention)
+        note = notes[0] if np.allclose(points, targets) else notes[1]
+        body += strip(22 + 62 * row, convention.name, note, cells, points, targets, labels)
+    return svg(690, 258, title, body)
+
+
+def sampled_px(length: int, keys: int, convention: Convention) -> list[float]:
+    """Pixel that each key of an axis samples with zero offset, under the convention's own bound."""
+    reference = reference_points((keys, keys), convention)
+    bound = RELEASED_BOUND.get(convention, OffsetBound.TANH_PIXELS)
+    raw = np.zeros((1, 1, keys, keys, 2))
+    points = bound_offsets(raw, reference, bound, offset_range=2, convention=convention)[1]
+    return _plain(to_pixels(points, (length, length), convention)[0, 0, :, 0, 0])
+
+
+def _plain(numbers: Iterable[float]) -> list[float]:
+    """Round off the last bits, so that every machine draws the same file; no minus zero."""
+    return [round(float(number), 9) + 0.0 for number in numbers]
+
+
+def identity() -> str:
+    """Seven pixels, seven keys, stride 1, zero offset: where each key samples."""
+
+    def points_of(convention: Convention) -> Rows:
+        points = sampled_px(7, 7, convention)
+        return points, range(7), points
+
+    title = "Zero offset at stride 1: the pixel that each of seven keys samples"
+    return strips(title, 7, points_of, ("the map itself", "another map"))
+
+
+def stride_eight() -> str:
+    """56 pixels, seven keys: drawn in key cells of eight pixels, lettered in pixels."""
+
+    def points_of(convention: Convention) -> Rows:
+        points = sampled_px(56, 7, convention)
+        return [(point - 3.5) / 8 for point in points], range(7), points
+
+    title = "Zero offset at stride 8: sampling positions against the centers of the key cells"
+    return strips(title, 7, points_of, ("cell centers", "beside the centers"))
+
+
+def table_reading() -> str:
+    """Where the displacements of seven queries from seven keys read a table of 13 rows: entries, or between them."""
+
+    def points_of(convention: Convention) -> Rows:
+        reference = np.clip(reference_points((7, 7), convention), -1, 1)
+        read = table_positions(reference.reshape(1, 1, -1, 2), (13, 13), (7, 7), convention)
+        read = read.reshape(7, 7, 7, 7, 2)[:, 0, :, 0, 0]  # [query row, key row]
+        points = _plain(
+            [*read[0, ::-1], *read[6, -2::-1]]
+        )  # query 0 with keys 6 … 0, query 6 with keys 5 … 0
+        return points, range(13), points
+
+    title = "Where displacements of -6 to 6 pixels read a table of 13 entries"
+    return strips(title, 13, points_of, ("on the entries", "between entries"))
+
+
+# ------------------------------------------------------------------------------------------------ released names
+
+
+def names_table(preset: str, stage: int, block: int, *, rest: bool = False) -> str:
+    """Markdown table of names here and in the released state dict: of one block, or of all around the blocks."""
+    model = config(preset)
+    shapes = flatten(dat_shapes(model))
+    prefix, theirs = f"stages.{stage}.blocks.{block}.", "" if rest else f"stages.{stage}."
+    rows = ["| here | released | shape here | layout there |", "|---|---|---|---|"]
+    for ours, place in official.backbone_names(model).items():
+        chosen = not ours.startswith("stages.") if rest else ours.startswith(prefix)
+        if chosen:
+            here, there = ours.removeprefix(prefix), place.name.removeprefix(theirs)
+            rows.append(f"| `{here}` | `{there}` | {shapes[ours]} | {LAYOUTS[place.layout]} |")
+    return "\n".join(rows) + "\n"
+
+
+LAYOUTS = {"same": "the same", "conv1x1": "(O, C, 1, 1)", "flat_table": "((2w−1)², heads)"}
+
+
+def outputs() -> dict[str, str]:
+    """Return every file that this script writes, by name."""
+    return {
+        "layer.svg": layer_flow(),
+        "identity.svg": identity(),
+        "stride_eight.svg": stride_eight(),
+        "table_reading.svg": table_reading(),
+        "names_deformable.md": names_table("dat_tiny", 2, 1),
+        "names_window.md": names_table("dat_tiny", 2, 0),
+        "names_neighborhood.md": names_table("dat_pp_tiny", 0, 0),
+        "names_around.md": names_table("dat_pp_tiny", 0, 0, rest=True),
+    }
+
+
+if __name__ == "__main__":
+    for name, content in outputs().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")

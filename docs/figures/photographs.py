@@ -1,0 +1,93 @@
+"""Draws the site's photographs with the figures of `dat-ref explain`, small enough to be kept with the pages.
+
+    python docs/figures/photographs.py
+
+All show seeded, untrained weights: where points and windows lie, not what a trained model looks at.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dat_ref import (
+    DAT,
+    BlockConfig,
+    Convention,
+    DATConfig,
+    DeformableAttentionConfig,
+    OffsetBound,
+    config,
+    init_params,
+    viz,
+)
+from dat_ref.backbone import Step
+from dat_ref.cli.photo import load_photo, prepare
+
+IMAGES = Path(__file__).parents[1] / "images"
+COLOURS = 128
+
+
+def deepest(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step | None]:
+    """Return the last deformable step of a stage, and the last local one."""
+    steps = [step for step in model.walk(prepare(photo, 224)) if step.stage == stage]
+    kinds = [model.config.stages[stage][step.block].attention.kind for step in steps]
+    of_kind = {kind == "deformable": step for kind, step in zip(kinds, steps, strict=True)}
+    return of_kind[True], of_kind.get(False)
+
+
+def bounded(model: DATConfig) -> DATConfig:
+    """Return the backbone with this project's own geometry: cell centers, and offsets of one key cell at most."""
+
+    def replaced(block: BlockConfig) -> BlockConfig:
+        if not isinstance(block.attention, DeformableAttentionConfig):
+            return block
+        geometry = {
+            "convention": Convention.CELL_CENTER,
+            "offset_bound": OffsetBound.TANH_PIXELS,
+            "offset_range": 2.0,
+        }
+        return replace(block, attention=replace(block.attention, **geometry))
+
+    return replace(model, stages=tuple(tuple(map(replaced, blocks)) for blocks in model.stages))
+
+
+def keep(figure: Figure, name: str, width: int) -> None:
+    """Save as a PNG of `width` pixels and COLOURS colours, which keeps lines sharp and the file small."""
+    path = viz.save(figure, IMAGES / f"{name}.png")
+    with Image.open(path) as picture:
+        size = (width, round(picture.height * width / picture.width))
+        small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    small.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def main() -> None:
+    """Draw all three."""
+    photo = load_photo(None)
+    large = np.asarray(Image.fromarray((photo * 255).astype(np.uint8)).resize((1347, 896))) / 255
+
+    tiny = config("dat_tiny")
+    deformable, window = deepest(DAT(tiny, init_params(tiny, 0)), photo, stage=3)
+    assert window is not None
+    trace, cell = deformable.trace.attention, (2, 4)
+    figure = viz.draw_attention(
+        large,
+        np.array([cell], dtype=float),
+        [viz.deformable_attended(trace, cell)],
+        [viz.window_attended(window.trace.attention, cell)],
+        map_size=trace.x.shape[2:],
+        label="dat_tiny, stage 4",
+    )
+    keep(figure, "attention", 1120)
+
+    plus = config("dat_pp_tiny")
+    moved, _ = deepest(DAT(bounded(plus), init_params(plus, 0)), photo, stage=0)
+    keep(viz.draw_points(large, moved.trace.attention), "points", 760)
+    still, _ = deepest(DAT(plus, init_params(plus, 0, offsets="zero_offset")), photo, stage=0)
+    keep(viz.draw_points(large, still.trace.attention, label="dat_pp_tiny, stage 1"), "reference_2023", 760)
+
+
+if __name__ == "__main__":
+    main()
