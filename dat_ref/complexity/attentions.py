@@ -1,0 +1,244 @@
+"""Each attention in closed form: multiply-adds by term, and the steps that its memory takes.
+
+Per kind, beside the sum that stands in the spec (``*_macs``): the same sum cut into terms, which terms interpolate,
+and the forward as seen by a `Tape`. `FORMULAS` is the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..block import ATTENTIONS, SAME_3X3
+from ..config import (
+    LOG_CPB_HIDDEN,
+    BiasKind,
+    DeformableAttentionConfig,
+    NeighborhoodAttentionConfig,
+    OffsetBound,
+    WindowAttentionConfig,
+)
+from ..layer import BIAS_KERNEL, deformable_layer_macs
+from ..ops.basic import linear_macs
+from ..ops.grid import Size, key_grid_size, offset_padding
+from ..peers.deform_conv import DeformableConvConfig
+from ..peers.mhsa import MultiHeadAttentionConfig
+from ..peers.ms_deform_attn import MultiScaleDeformableConfig
+from ..peers.neighborhood import axis_kernel
+from ..peers.per_query import PerQueryAttentionConfig
+from ..peers.pyramid import PyramidAttentionConfig
+from ..peers.swap_in import SwapInAttentionConfig
+from .memory import INDEX, Macs, Tape, depthwise_needs, sampling_needs
+from .peer_formulas import (
+    deformable_conv_memory,
+    deformable_conv_terms,
+    multi_head_memory,
+    multi_head_terms,
+    multi_scale_deformable_memory,
+    multi_scale_deformable_terms,
+    per_query_memory,
+    per_query_terms,
+    pyramid_memory,
+    pyramid_terms,
+    swap_in_memory,
+    swap_in_terms,
+)
+
+
+class Formula(NamedTuple):
+    """What is known in closed form of a kind of attention, beside its parameters.
+
+    Args:
+        macs: (batch, size, config) → multiply-adds by term.
+        memory: takes the steps of the forward after its input, on a tape.
+        interpolated: (config) → the terms of `macs` that interpolate.
+        moves: (config) → whether it interpolates at points that depend on the data.
+        keeps_input: (config) → whether the trace holds the input (or else a copy of it).
+    """
+
+    macs: Callable[[int, Size, Any], Macs]
+    memory: Callable[[Tape, int, Size, Any], None]
+    interpolated: Callable[[Any], set[str]] = lambda config: set()
+    moves: Callable[[Any], bool] = lambda config: True
+    keeps_input: Callable[[Any], bool] = lambda config: True
+
+
+# Which term a parameter belongs to, by the first part of its name; others are terms of their own.
+OWNERS = {
+    "query": "query and output",
+    "output": "query and output",
+    "key": "key and value",
+    "value": "key and value",
+    "offset_network": "offset network",
+    "position_bias": "bias",
+    "window_bias": "bias",
+    "neighborhood_bias": "bias",
+    "key_value": "key and value",  # pyramid attention, with its reduction
+    "norm": "reduction",
+    "offset": "offset network",  # deformable convolution, Deformable DETR
+    "modulation": "offset network",
+    "weights": "attention",
+}
+
+
+# ------------------------------------------------------------------------------------------------ deformable
+
+
+def deformable_memory(tape: Tape, batch: int, size: Size, config: DeformableAttentionConfig) -> None:
+    """Take the steps of `deformable_layer`."""
+    key_size = key_grid_size(size, config.kernel_size, config.stride, config.convention)
+    pixels, keys = math.prod(size), math.prod(key_size)
+    queries, samples = batch * pixels * config.dim, batch * keys * config.dim
+
+    tape.step("query and output", queries)
+    _points_memory(tape, batch, size, keys, config)
+    if config.average_pool:
+        tape.step("sampling", samples)
+    else:
+        needs = sampling_needs(batch * config.groups * keys, config.group_dim, tape.itemsize)
+        tape.step("sampling", samples, queries + needs)  # beside the map as rows
+    tape.step("key and value", 2 * samples)
+    _bias_memory(tape, batch, pixels * keys, config)
+    tape.attend(batch * config.heads * pixels * keys)
+    with tape.borrowed(queries):  # heads, before they are merged
+        if config.bias is BiasKind.DEPTHWISE:
+            needs = depthwise_needs(batch * config.dim, size, BIAS_KERNEL, 1, SAME_3X3)
+            tape.step("attention", queries, queries + needs)  # beside the convolution and the merged heads without it
+        else:
+            tape.step("attention", queries)
+        tape.step("query and output", queries)
+
+
+def _points_memory(tape: Tape, batch: int, size: Size, keys: int, config: DeformableAttentionConfig) -> None:
+    """Take the steps of the offset network and of the geometry."""
+    samples, coordinates = batch * keys * config.dim, 2 * batch * config.groups * keys
+    if config.offset_bound is not OffsetBound.NONE:
+        padding = offset_padding(size, config.kernel_size, config.stride, config.convention)
+        needs = depthwise_needs(batch * config.dim, size, config.kernel_size, config.stride, padding)
+        tape.step("offset network", samples, needs)
+        tape.step("offset network", samples, samples)  # layer norm
+        tape.step("offset network", samples, samples)  # GELU
+    # The offsets are numbers of their own, or those that the network put out.
+    own = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_PIXELS)
+    tape.step("offset network", coordinates * (4 if own else 3))  # network's output, offsets, points, points in pixels
+    tape.step("offset network", 2 * 2 * keys)  # the reference, normalised and in pixels
+
+
+def _bias_memory(tape: Tape, batch: int, pairs: int, config: DeformableAttentionConfig) -> None:
+    """Take the steps of the bias on the logits, for `pairs` = queries · keys."""
+    positions = batch * config.groups * pairs
+    if config.bias is BiasKind.TABLE:
+        in_order = batch == 1 or config.groups == 1  # else the positions are copied to bring each group together
+        needs = sampling_needs(positions, config.heads // config.groups, tape.itemsize)
+        tape.step("bias", batch * config.heads * pairs, (2 if in_order else 4) * positions + needs)
+    elif config.bias is BiasKind.LOG_CPB:
+        tape.step("bias", 2 * positions, 2 * positions)  # displacement
+        tape.step("bias", 2 * positions, 2 * 2 * positions)  # log-scaled
+        tape.step("bias", LOG_CPB_HIDDEN * positions)
+        tape.step("bias", batch * config.heads * pairs, LOG_CPB_HIDDEN * positions)  # beside the ReLU
+
+
+def _deformable_interpolated(config: DeformableAttentionConfig) -> set[str]:
+    return {"sampling", "bias"} if config.bias is BiasKind.TABLE else {"sampling"}
+
+
+# ------------------------------------------------------------------------------------------------ local attention
+
+
+def _projected_macs(pixels: int, batch: int, size: Size, config: Any) -> Macs:
+    """Cut the cost of an attention that projects every pixel four times: what is left is the attention."""
+    projections = 2 * linear_macs(pixels, config.dim, config.dim)
+    attention = ATTENTIONS[type(config)].macs(batch, size, config) - 2 * projections
+    return {"attention": attention, "query and output": projections, "key and value": projections}
+
+
+def window_terms(batch: int, size: Size, config: WindowAttentionConfig) -> Macs:
+    """Cut `window_attention_macs` into terms."""
+    return _projected_macs(batch * math.prod(size), batch, size, config)
+
+
+def window_memory(tape: Tape, batch: int, size: Size, config: WindowAttentionConfig) -> None:
+    """Take the steps of `window_attention`."""
+    places = config.window_size**2
+    windows = math.prod(-(-length // config.window_size) for length in size)
+    pixels, cut = batch * math.prod(size) * config.dim, batch * windows * places * config.dim
+    hides = config.shift > 0 or any(length % config.window_size for length in size)
+    logits = batch * windows * config.heads * places**2
+    pairs = windows * places**2
+
+    tape.step("attention", 2 * windows * places, itemsize=INDEX)  # the pixel of each place
+    tape.step("query and output", cut)
+    tape.step(
+        "key and value", 2 * cut, 3 * pixels + 3 * cut
+    )  # beside the projected map, and its windows in another order
+    # Where keys are hidden, each window has a bias of its own, and a mask of numbers beside that of booleans.
+    with tape.borrowed(pairs // tape.itemsize + (logits + pairs if hides else config.heads * places**2)):
+        tape.attend(logits)
+        with tape.borrowed(cut):  # heads, before they are merged
+            tape.step("attention", pixels, 2 * cut)  # beside the heads joined, and their pixels that lie in the map
+            tape.step("query and output", pixels)
+
+
+def _padded(size: Size, config: NeighborhoodAttentionConfig) -> Size:
+    if config.small_map == "shrink":
+        return size
+    least = config.kernel_size * config.dilation
+    return max(size[0], least), max(size[1], least)
+
+
+def neighborhood_terms(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> Macs:
+    """Cut `neighborhood_attention_macs` into terms, over the padded map where there is padding."""
+    size = _padded(size, config)
+    return _projected_macs(batch * math.prod(size), batch, size, config)
+
+
+def neighborhood_memory(tape: Tape, batch: int, size: Size, config: NeighborhoodAttentionConfig) -> None:
+    """Take the steps of `neighborhood_attention`."""
+    size = _padded(size, config)
+    pixels = math.prod(size)
+    keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
+    numbers = batch * pixels * config.dim
+
+    if config.small_map == "pad":
+        tape.step("query and output", numbers)  # the padded map, a copy even where there is nothing to fill
+    with tape.borrowed(pixels * keys * INDEX // tape.itemsize):  # where in the table each displacement stands
+        tape.step("attention", pixels * keys, itemsize=INDEX)
+        tape.step("query and output", numbers)
+        tape.step("key and value", 2 * numbers + 2 * numbers * keys)  # projected, then gathered for each query
+        with tape.borrowed(config.heads * pixels * keys):  # bias
+            tape.attend(batch * config.heads * pixels * keys)
+            with tape.borrowed(numbers):
+                tape.step("attention", numbers)
+                tape.step("query and output", numbers)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def _samples(config: Any) -> set[str]:
+    return {"sampling"}
+
+
+FORMULAS: dict[type, Formula] = {
+    DeformableAttentionConfig: Formula(
+        deformable_layer_macs,
+        deformable_memory,
+        interpolated=_deformable_interpolated,
+        moves=lambda config: config.offset_bound is not OffsetBound.NONE,
+    ),
+    WindowAttentionConfig: Formula(window_terms, window_memory),
+    NeighborhoodAttentionConfig: Formula(
+        neighborhood_terms,
+        neighborhood_memory,
+        keeps_input=lambda config: config.small_map == "shrink",
+    ),
+    MultiHeadAttentionConfig: Formula(
+        multi_head_terms, multi_head_memory, interpolated=lambda config: {"bias"}, moves=lambda config: False
+    ),
+    PyramidAttentionConfig: Formula(pyramid_terms, pyramid_memory),
+    DeformableConvConfig: Formula(deformable_conv_terms, deformable_conv_memory, _samples),
+    MultiScaleDeformableConfig: Formula(multi_scale_deformable_terms, multi_scale_deformable_memory, _samples),
+    SwapInAttentionConfig: Formula(swap_in_terms, swap_in_memory, _samples),
+    PerQueryAttentionConfig: Formula(per_query_terms, per_query_memory, _samples),
+}

@@ -1,0 +1,376 @@
+"""What actually ran: multiply-adds and gathers, counted while the spec computes, and the bytes it holds and reserves.
+
+While `counting` is open, every array of the spec is an `ndarray` of a class that sees each operation on it. No
+formula is involved, and no line of the spec knows: it is NumPy that reports. Three rules say what is counted.
+
+1. A **multiply-add** is a product that is added to a sum. NumPy writes it in three ways: a contraction (`a @ b`,
+   `einsum`, `tensordot`: one for every product in it), ``sum += a * b`` (one an element: how depthwise convolution
+   and bilinear sampling are written), and ``(a * b).sum()``. Products that are not summed (scales, norms, GELU,
+   softmax) are not counted, as in the articles.
+2. A **gather** reads a value through an array of indices that depends on the data: on the input or on the parameters.
+3. A **lookup** reads a value through an array of indices that is the same whatever the data: windows,
+   neighborhoods, and tables at whole displacements are read so. It could be written with slices.
+
+Each is booked under the names of the spec's functions that were running, so that a total can be taken apart.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._checks import Array, Tree
+from ..params import map_tree
+
+Path = tuple[str, ...]  # names of running functions of the spec, outermost first
+
+PACKAGE = __name__.split(".", maxsplit=1)[0]
+# Modules of the package that are not the spec: what they do with arrays is not counted.
+NOT_THE_SPEC = ("complexity", "torch", "viz", "cli", "testing", "data")
+# Functions of NumPy whose result does not depend on the numbers in their arguments, only on the shape.
+SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "shape", "ndim", "size", "result_type"}
+# Operations that multiply and add in ways for which no rule is written: refused, so that no count is silently short.
+UNKNOWN = {"dot", "vdot", "inner", "outer", "kron", "convolve", "correlate", "cross", "interp", "trapezoid"}
+
+
+@dataclass
+class Counts:
+    """What ran inside `counting`, by the path of functions that did it."""
+
+    macs_by_path: Counter[Path] = field(default_factory=Counter)
+    gathers_by_path: Counter[Path] = field(default_factory=Counter)
+    lookups_by_path: Counter[Path] = field(default_factory=Counter)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self.macs_by_path.total()
+
+    @property
+    def gathers(self) -> int:
+        """Values read at addresses that depend on the data."""
+        return self.gathers_by_path.total()
+
+    @property
+    def lookups(self) -> int:
+        """Values read through indices that do not depend on the data."""
+        return self.lookups_by_path.total()
+
+    def within(self, *names: str) -> Counts:
+        """Return what ran while any of these functions did.
+
+        >>> counts = Counts(Counter({("layer", "linear"): 3, ("layer", "attend"): 4}))
+        >>> counts.within("attend").macs
+        4
+        """
+        return Counts(
+            *(
+                Counter({path: amount for path, amount in booked.items() if set(names) & set(path)})
+                for booked in (self.macs_by_path, self.gathers_by_path, self.lookups_by_path)
+            )
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the counting array
+
+
+class Counted(np.ndarray):
+    """An array that reports what is done with it to the open `Counts`."""
+
+    depends: bool  # on the input or the parameters, rather than on shapes alone
+    product: bool  # whether each element is a fresh product, which becomes a multiply-add once it is summed
+
+    def __array_finalize__(self, parent: Any) -> None:
+        self.depends = getattr(parent, "depends", False)
+        self.product = getattr(parent, "product", False)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        out = kwargs.get("out", ())
+        if out:
+            kwargs["out"] = tuple(_plain(array) for array in out)
+        result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+        if ufunc.signature is not None:
+            _book("macs_by_path", _contraction(ufunc, inputs))
+        elif ufunc is np.add and (summed := _summed_products(method, inputs, out)):
+            _book("macs_by_path", summed)
+        return _report(
+            result,
+            out,
+            depends=any(_depends(array) for array in inputs),
+            product=ufunc is np.multiply and method == "__call__",
+        )
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        name = function.__name__
+        module = getattr(function, "__module__", "") or ""
+        if name in UNKNOWN or "linalg" in module or "fft" in module:
+            raise NotImplementedError(f"counting: no rule says what {module}.{name} counts")
+        result = function(*_plain(list(args)), **_plain(kwargs))
+        if name == "einsum":
+            _book("macs_by_path", _einsum(*args))
+        elif name == "tensordot":
+            _book("macs_by_path", _tensordot(result, *args, **kwargs))
+        depends = name not in SHAPE_ONLY and (_depends(list(args)) or _depends(list(kwargs.values())))
+        if name in ("take", "take_along_axis", "choose", "compress", "extract"):
+            _book_reads(result, depends=_depends(list(args[1:])) or _depends(list(kwargs.values())))
+        return _report(result, (), depends=depends, product=False)
+
+    def __getitem__(self, key: Any) -> Any:
+        parts = key if isinstance(key, tuple) else (key,)
+        indices = [part for part in parts if isinstance(part, (np.ndarray, list))]
+        value = super().__getitem__(_plain(key))
+        if indices:
+            _book_reads(value, depends=_depends(indices))
+            if isinstance(value, Counted):
+                value.depends = value.depends or _depends(indices)
+        return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_plain(key), _plain(value))
+        self.depends = self.depends or _depends(value)
+        self.product = False
+
+    def take(self, *args: Any, **kwargs: Any) -> Any:
+        return np.take(self, *args, **kwargs)
+
+    def dot(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("counting: no rule says what ndarray.dot counts; write @")
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays, in nested lists, tuples and dicts too, as plain arrays."""
+    if isinstance(value, Counted):
+        return value.view(np.ndarray)
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(item) for item in value]
+        return plain if isinstance(value, list) else tuple(plain)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def _report(result: Any, out: tuple[Any, ...], *, depends: bool, product: bool) -> Any:
+    """Return a result as counting arrays, with what is known of them."""
+    if isinstance(result, (list, tuple)):
+        reported = [_report(item, (), depends=depends, product=product) for item in result]
+        return reported if isinstance(result, list) else tuple(reported)
+    if not isinstance(result, np.ndarray):
+        return result
+    if out:
+        if isinstance(out[0], Counted):
+            out[0].depends, out[0].product = out[0].depends or depends, product
+        return out[0]
+    counted = result.view(Counted)
+    counted.depends, counted.product = depends, product
+    return counted
+
+
+def _depends(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_depends(item) for item in value)
+    return isinstance(value, Counted) and value.depends
+
+
+# ------------------------------------------------------------------------------------------------ the rules
+
+
+def _contraction(ufunc: np.ufunc, inputs: tuple[Any, ...]) -> int:
+    """Products of a matrix multiplication: rows · columns · inner, times the stack of matrices."""
+    if ufunc is not np.matmul:
+        raise NotImplementedError(f"counting: no rule says what numpy.{ufunc.__name__} counts")
+    left, right = (np.shape(array) for array in inputs)
+    rows, inner = (left[-2] if len(left) > 1 else 1), left[-1]
+    columns = right[-1] if len(right) > 1 else 1
+    return math.prod(np.broadcast_shapes(left[:-2], right[:-2])) * rows * inner * columns
+
+
+def _einsum(subscripts: str, *operands: Any) -> int:
+    """Products of a contraction of two operands: the lengths of all its axes, multiplied."""
+    inputs = subscripts.replace(" ", "").split("->")[0].split(",")
+    if len(inputs) != 2 or "..." in subscripts:
+        raise NotImplementedError(f"counting: no rule says what einsum({subscripts!r}) counts")
+    lengths = {axis: length for axes, array in zip(inputs, operands) for axis, length in zip(axes, np.shape(array))}
+    return math.prod(lengths.values())
+
+
+def _tensordot(result: Any, left: Any, right: Any, axes: Any = 2) -> int:
+    """Products of a contraction: the result's size times the lengths of the axes that are summed."""
+    if isinstance(axes, int):
+        summed = np.shape(left)[np.ndim(left) - axes :]
+    else:
+        summed = tuple(np.shape(left)[axis] for axis in np.atleast_1d(axes[0]))
+    return np.size(result) * math.prod(summed)
+
+
+def _summed_products(method: str, inputs: tuple[Any, ...], out: tuple[Any, ...]) -> int:
+    """Products that an addition adds to a running sum: the right side of ``+=``, or the elements of ``.sum()``."""
+    in_place = method == "__call__" and bool(out) and out[0] is inputs[0]
+    summand = inputs[1] if in_place else inputs[0]
+    if not (in_place or method == "reduce") or not (isinstance(summand, Counted) and summand.product):
+        return 0
+    summand.product = False  # counted once
+    return int(summand.size)
+
+
+def _book_reads(values: Any, *, depends: bool) -> None:
+    _book("gathers_by_path" if depends else "lookups_by_path", int(np.size(values)))
+
+
+# ------------------------------------------------------------------------------------------------ the context
+
+
+_OPEN: list[Counts] = []
+
+
+def _book(kind: str, amount: int) -> None:
+    if _OPEN:
+        getattr(_OPEN[-1], kind)[_running()] += amount
+
+
+def _running() -> Path:
+    """Return the names of the spec's functions on the call stack, outermost first."""
+    names = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_spec(frame.f_globals.get("__name__", "")):
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return tuple(reversed(names))
+
+
+def _is_spec(module: str) -> bool:
+    package, _, rest = module.partition(".")
+    return package == PACKAGE and rest.split(".")[0] not in NOT_THE_SPEC
+
+
+class _CountingNumPy:
+    """NumPy as the spec sees it while `counting` is open: what its functions return counts."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(np, name)
+        if isinstance(value, (type, ModuleType, np.ufunc)) or not callable(value):
+            return value
+        if name in ("asarray", "ascontiguousarray"):
+            # These give a plain array, whatever they are given: the same numbers, with what was known of them.
+            return lambda array, *args, **kwargs: _report(
+                value(_plain(array), *args, **kwargs), (), depends=_depends(array), product=False
+            )
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return result if isinstance(result, Counted) else _report(result, (), depends=False, product=False)
+
+        return call
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Count what the spec computes while the context is open.
+
+    Only arrays that `watched` returned, and what is computed from them, are known to depend on the data. Counting
+    is for one thread: all of the process's calls of the spec are counted.
+
+    >>> from dat_ref.ops.basic import linear
+    >>> with counting() as counts:
+    ...     y = linear(watched(np.ones((1, 3, 4))), watched(np.ones((2, 3))))
+    >>> counts.macs
+    24
+    """
+    modules = [
+        module for name, module in list(sys.modules.items()) if _is_spec(name) and getattr(module, "np", None) is np
+    ]
+    counts = Counts()
+    _OPEN.append(counts)
+    for module in modules:
+        module.np = _CountingNumPy()  # type: ignore[attr-defined]
+    try:
+        yield counts
+    finally:
+        for module in modules:
+            module.np = np  # type: ignore[attr-defined]
+        _OPEN.remove(counts)
+
+
+def watched(tree: Tree) -> Tree:
+    """Return a tree of arrays (or one array) whose numbers are data: the input or the parameters."""
+
+    def watch(leaf: Any) -> Any:
+        counted = np.asarray(leaf).view(Counted)
+        counted.depends, counted.product = True, False
+        return counted
+
+    return map_tree(watch, tree)
+
+
+def count(function: Callable[..., Any], x: Array, params: Tree, *args: Any, **kwargs: Any) -> Counts:
+    """Run ``function(x, params, ...)``, such as `deformable_layer` or `block`, and return what it did."""
+    with counting() as counts:
+        function(watched(x), watched(params), *args, **kwargs)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def held_bytes(tree: Any, without: Any = ()) -> int:
+    """Return the bytes of the distinct arrays in a tree, a trace or a list of them; views of one array count once.
+
+    Args:
+        tree: nested dataclasses, tuples, lists and dicts of arrays.
+        without: a tree of arrays that were there before.
+    """
+    before = _owners(without)
+    return sum(owner.nbytes for key, owner in _owners(tree).items() if key not in before)
+
+
+def _owners(tree: Any) -> dict[int, Array]:
+    """Return the arrays that own the memory which a tree holds, by identity."""
+    if isinstance(tree, np.ndarray):
+        while isinstance(tree.base, np.ndarray):
+            tree = tree.base
+        return {id(tree): tree}
+    if is_dataclass(tree) and not isinstance(tree, type):
+        tree = [getattr(tree, entry.name) for entry in fields(tree)]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    owners: dict[int, Array] = {}
+    if isinstance(tree, (list, tuple)):
+        for branch in tree:
+            owners.update(_owners(branch))
+    return owners
+
+
+class Allocation(NamedTuple):
+    """What a call reserved, in bytes, and what it returned."""
+
+    peak: int  # the most that was reserved at once, above what was there before
+    left: int  # what is still reserved when it returns: its result
+    result: Any
+
+
+def allocated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Allocation:
+    """Run a function and return what tracemalloc saw it reserve: NumPy reports to it, torch does not.
+
+    Python's own objects are in these numbers, so they carry meaning for arrays that are larger than those.
+    """
+    was_tracing = tracemalloc.is_tracing()
+    if not was_tracing:
+        tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        result = function(*args, **kwargs)
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        if not was_tracing:
+            tracemalloc.stop()
+    return Allocation(peak - before, now - before, result)

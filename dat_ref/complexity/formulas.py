@@ -1,0 +1,316 @@
+"""Closed forms of cost, term by term: parameters, multiply-adds, gathers, bytes kept for the backward.
+
+The formulas are those that stand below each operation of the spec (``*_macs``); here they get the article's terms,
+
+    Ω = 2HW·Ns·C  +  2HW·C²  +  2Ns·C²  +  (k² + 2)·Ns·C
+        attention    query      key and    offset
+                     and output value      network
+
+and the ones that it leaves out: sampling, bias, MLP, convolutions, embeddings. `dat_ref.complexity.counting` counts
+the same numbers on code that runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .._checks import ConfigError, Tree
+from ..backbone import dat_shapes, embed_macs
+from ..block import ATTENTIONS, SAME_3X3, block_shapes, mlp_macs
+from ..config import BlockConfig, DATConfig
+from ..ops.basic import depthwise_conv2d_macs, linear_macs
+from ..ops.grid import Size
+from ..params import count, flatten
+from .attentions import FORMULAS, OWNERS, Formula
+from .memory import Tape, depthwise_needs
+
+
+@dataclass(frozen=True)
+class Term:
+    """The cost of one term.
+
+    Args:
+        parameters: numbers that are learned.
+        macs: multiply-adds.
+        interpolated: those of `macs` that weight the four pixels around a point. They are neither matrix products nor
+            convolutions, and FLOP counters (and the articles' totals) leave them out.
+        gathers: values read at addresses that depend on the data.
+        kept: bytes held for the backward.
+    """
+
+    parameters: int = 0
+    macs: int = 0
+    interpolated: int = 0
+    gathers: int = 0
+    kept: int = 0
+
+    def __add__(self, other: Term) -> Term:
+        return Term(
+            self.parameters + other.parameters,
+            self.macs + other.macs,
+            self.interpolated + other.interpolated,
+            self.gathers + other.gathers,
+            self.kept + other.kept,
+        )
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of matrix products and convolutions, as the articles and `torch.utils.flop_counter` count."""
+        return self.macs - self.interpolated
+
+
+Terms = dict[str, Term]
+
+
+def total(terms: Mapping[str, Term] | Iterable[Term]) -> Term:
+    """Return the sum of terms.
+
+    >>> total({"attention": Term(macs=3), "sampling": Term(macs=4, interpolated=4)}).products
+    3
+    """
+    return sum(terms.values() if isinstance(terms, Mapping) else terms, Term())
+
+
+# ------------------------------------------------------------------------------------------------ attentions
+
+
+def formula_of(config: Any) -> Formula:
+    """Return what is known in closed form of an attention.
+
+    Raises:
+        ConfigError: if nothing is.
+    """
+    if type(config) not in FORMULAS:
+        known = ", ".join(known.__name__ for known in FORMULAS)
+        raise ConfigError(f"config: expected one of {known}, got {type(config).__name__}")
+    return FORMULAS[type(config)]
+
+
+def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -> Terms:
+    """Return the cost of an attention layer, by term.
+
+    Args:
+        batch: images B.
+        size: (H, W) of the map.
+        config: of any attention in `dat_ref.block.ATTENTIONS`.
+        itemsize: bytes of a number, 4 or 8.
+
+    >>> from dat_ref import DeformableAttentionConfig
+    >>> layer = DeformableAttentionConfig(384, heads=12, groups=3, stride=2, kernel_size=5, size=(14, 14))
+    >>> terms = attention_terms(1, (14, 14), layer)
+    >>> sum(terms[name].macs for name in ("attention", "query and output", "key and value"))
+    79629312
+    >>> terms["offset network"].macs
+    508032
+    """
+    formula = formula_of(config)
+    tape = Tape(itemsize)
+    formula.memory(tape, batch, size, config)
+    macs = formula.macs(batch, size, config)
+    parameters = _parameters(ATTENTIONS[type(config)].shapes(config))
+    interpolated = {name: macs[name] for name in formula.interpolated(config) if name in macs}
+    gathers = interpolated if formula.moves(config) else {}
+    names = dict.fromkeys([*macs, *parameters, *tape.kept])  # in this order, each once
+    return {
+        name: Term(
+            parameters.get(name, 0),
+            macs.get(name, 0),
+            interpolated.get(name, 0),
+            gathers.get(name, 0),
+            tape.kept[name],
+        )
+        for name in names
+    }
+
+
+def _parameters(shapes: Tree) -> dict[str, int]:
+    """Return parameters by term; a joint projection ``qkv`` is the queries' to a third."""
+    found: dict[str, int] = {}
+
+    def add(term: str, amount: int) -> None:
+        found[term] = found.get(term, 0) + amount
+
+    for name, shape in flatten(shapes).items():
+        part = name.split(".")[0]
+        if part == "qkv":
+            add("query and output", math.prod(shape) // 3)
+            add("key and value", math.prod(shape) // 3 * 2)
+        else:
+            add(OWNERS.get(part, part.replace("_", " ")), math.prod(shape))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the block
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """The cost of one block, or of what stands between stages.
+
+    Args:
+        stage: from one; 0 for what is not in a stage.
+        block: from one in its stage; 0 for an embedding or the head.
+        kind: of the attention, or ``"patch embedding"``, ``"downsampling"``, ``"head"``.
+        size: (H, W) of the map that comes out.
+        terms: cost by term.
+        peak: the most bytes its forward holds at once, its input not counted.
+    """
+
+    stage: int
+    block: int
+    kind: str
+    size: Size
+    terms: Terms
+    peak: int
+
+    @property
+    def total(self) -> Term:
+        """The sum of its terms."""
+        return total(self.terms)
+
+
+def block_cost(
+    batch: int, size: Size, config: BlockConfig, *, itemsize: int = 4, stage: int = 0, block: int = 0
+) -> BlockCost:
+    """Return the cost of one block on a map of `size`: its attention's terms and its own."""
+    pixels = batch * math.prod(size)
+    tape = Tape(itemsize)
+    _block_memory(tape, batch, size, config)
+    attention = attention_terms(batch, size, config.attention, itemsize=itemsize)
+    macs = {"mlp": mlp_macs(pixels, config.dim, config.mlp_ratio, config.mlp)}
+    if config.local_perception:
+        macs["local perception"] = depthwise_conv2d_macs(pixels, config.dim, 3)
+    shapes = block_shapes(config)
+    parameters = {"mlp": count(shapes["mlp"])}
+    if config.local_perception:
+        parameters["local perception"] = count(shapes["local_perception"])
+    parameters["norms and sums"] = sum(
+        count(tree) for name, tree in shapes.items() if name.startswith(("norm", "layer_scale"))
+    )
+    own: Terms = {
+        name: Term(parameters[name], macs.get(name, 0), kept=tape.kept[name])
+        for name in ("local perception", "mlp", "norms and sums")
+        if name in parameters
+    }
+    return BlockCost(stage, block, config.attention.kind, size, {**attention, **own}, tape.peak)
+
+
+def _block_memory(tape: Tape, batch: int, size: Size, config: BlockConfig) -> None:
+    """Take the steps of `block`."""
+    numbers = batch * math.prod(size) * config.dim
+    hidden = config.mlp_ratio * numbers
+    scaled = numbers if config.layer_scale is not None else 0
+    if config.local_perception:
+        tape.step("local perception", numbers, depthwise_needs(batch * config.dim, size, 3, 1, SAME_3X3))
+    formula = formula_of(config.attention)
+    if formula.keeps_input(config.attention):
+        tape.step("norms and sums", numbers, numbers)  # norm
+        formula.memory(tape, batch, size, config.attention)
+    else:
+        with tape.borrowed(numbers, needs=numbers):
+            formula.memory(tape, batch, size, config.attention)
+    tape.step("norms and sums", numbers, scaled)  # sum
+    tape.step("norms and sums", numbers, numbers)  # norm
+    tape.step("mlp", hidden)
+    if config.mlp != "linear":
+        maps = batch * config.dim * config.mlp_ratio
+        tape.step("mlp", hidden, depthwise_needs(maps, size, 3, 1, SAME_3X3))
+    tape.step("mlp", hidden, hidden)  # GELU
+    tape.step("mlp", numbers)
+    tape.step("norms and sums", numbers, scaled)  # sum
+
+
+# ------------------------------------------------------------------------------------------------ the backbone
+
+
+@dataclass(frozen=True)
+class BackboneCost:
+    """The cost of a backbone: its parts in the order in which they run."""
+
+    image_size: Size
+    batch: int
+    parts: tuple[BlockCost, ...]
+
+    @property
+    def total(self) -> Term:
+        """The sum over all parts."""
+        return total([part.total for part in self.parts])
+
+    @property
+    def terms(self) -> Terms:
+        """The sum over all parts, by term, in order of first appearance."""
+        names = dict.fromkeys(name for part in self.parts for name in part.terms)
+        return {name: total([part.terms.get(name, Term()) for part in self.parts]) for name in names}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held at once in a pass without a trace.
+
+        While a block runs, the trace of the one before is still there, and that of what led into the stage.
+        """
+        most = entering = before = stage = 0
+        for part in self.parts:
+            most = max(most, part.peak + (entering + before if part.stage else 0))
+            if part.block:
+                before = part.total.kept
+            else:
+                entering = part.total.kept + (entering if part.stage == stage else 0)
+            stage = part.stage
+        return most
+
+
+def backbone_cost(batch: int, size: Size, config: DATConfig, *, itemsize: int = 4) -> BackboneCost:
+    """Return the cost of a backbone on images of `size`, part by part.
+
+    >>> import dat_ref
+    >>> cost = backbone_cost(1, (224, 224), dat_ref.config("dat_tiny"))
+    >>> cost.total.parameters, cost.total.products
+    (28319138, 4563459840)
+    """
+    shapes, image_size = dat_shapes(config), size
+    parts: list[BlockCost] = []
+    for number, part in enumerate(shapes["patch_embedding"]):
+        cost = _embed_cost(batch, size, part, itemsize, 1, "patch embedding", activated=number > 0)
+        parts.append(cost)
+        size = cost.size
+    for index, blocks in enumerate(config.stages):
+        if index:
+            cost = _embed_cost(batch, size, shapes["downsamples"][index - 1], itemsize, index + 1, "downsampling")
+            parts.append(cost)
+            size = cost.size
+        for number, block_config in enumerate(blocks, start=1):
+            parts.append(block_cost(batch, size, block_config, itemsize=itemsize, stage=index + 1, block=number))
+    parts.append(_head_cost(batch, size, config, shapes, itemsize))
+    return BackboneCost(image_size, batch, tuple(parts))
+
+
+def _embed_cost(
+    batch: int, size: Size, shapes: Tree, itemsize: int, stage: int, kind: str, activated: bool = False
+) -> BlockCost:
+    """Cost of a strided convolution and its norm; `activated` if a GELU comes first."""
+    channels_out, channels_in, kernel, _ = shapes["projection"]["weight"]
+    macs, made = embed_macs(batch, size, channels_in, channels_out, kernel)
+    outputs = batch * math.prod(made)
+    tape = Tape(itemsize)
+    if activated:
+        tape.step(kind, batch * channels_in * math.prod(size), batch * channels_in * math.prod(size))
+    columns = batch * channels_in * math.prod(size) + outputs * (channels_in + channels_out)
+    tape.step(kind, outputs * channels_out, columns)
+    tape.step(kind, outputs * channels_out, outputs * channels_out)
+    terms = {kind: Term(count(shapes), macs, kept=tape.kept[kind])}
+    return BlockCost(stage, 0, kind, made, terms, tape.peak)
+
+
+def _head_cost(batch: int, size: Size, config: DATConfig, shapes: Tree, itemsize: int) -> BlockCost:
+    dim = config.dims[-1]
+    numbers = batch * dim * math.prod(size)
+    tape = Tape(itemsize)
+    tape.step("head", numbers, numbers)  # norm
+    tape.step("head", batch * dim)  # mean
+    tape.step("head", batch * config.num_classes)
+    parameters = count(shapes["norm"]) + count(shapes.get("head", {}))
+    macs = linear_macs(batch, dim, config.num_classes)
+    return BlockCost(0, 0, "head", size, {"head": Term(parameters, macs, kept=tape.kept["head"])}, tape.peak)

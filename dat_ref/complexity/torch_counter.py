@@ -1,0 +1,126 @@
+"""What a torch module does, counted through torch's own hooks: multiply-adds, bytes saved for the backward, peak bytes.
+
+Nothing here knows the module: `torch.utils.flop_counter` sees every matrix product and convolution that is dispatched,
+`saved_tensors_hooks` everything that autograd stores, and a dispatch mode every tensor that an operation returns. With
+fake tensors, which have shapes and no numbers, the first works without any arithmetic being done.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _fused_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Operations of fused attention on shapes: its products q kᵀ and A v."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# Fused attention on the CPU is missing from torch's own table.
+FUSED_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
+
+
+def torch_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Run a function and return the multiply-adds of its matrix products and convolutions.
+
+    Those are half the operations that torch counts, and equal `dat_ref.complexity.Term.products`. Kernels of other
+    packages are not seen.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        function(*args, **kwargs)
+    operations = int(counter.get_total_flops())
+    if operations % 2:
+        raise ValueError(
+            f"function: expected an even number of operations, two for each multiply-add, got {operations}"
+        )
+    return operations // 2
+
+
+def torch_macs_of_shapes(module: nn.Module, *shapes: tuple[int, ...], **kwargs: Any) -> int:
+    """Return the multiply-adds of a module on inputs of these shapes without computing anything.
+
+    Args:
+        module: on any device; on ``meta`` it takes no memory either.
+        kwargs: of its forward, handed on.
+
+    >>> torch_macs_of_shapes(nn.Linear(10, 20, device="meta"), (7, 10))
+    1400
+    """
+    with FakeTensorMode():
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+        return torch_macs(functional_call, module, fake, tuple(map(torch.empty, shapes)), kwargs)
+
+
+def saved_bytes(function: Callable[..., Any], *args: Any, without: Iterable[Tensor] = (), **kwargs: Any) -> int:
+    """Run a function and return the bytes of the distinct storages that autograd saves for the backward.
+
+    Args:
+        without: tensors that were there before, such as the input and the parameters.
+    """
+    before = {tensor.untyped_storage()._cdata for tensor in without}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in before:
+            saved[key] = tensor  # held, so that the storage is not given to another tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(*args, **kwargs)
+    del result
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage that an operation makes until it is freed; buffers inside an operation are not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: set[int] = set()
+        self.held = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)
+        }
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage(), given)
+        return result
+
+    def _follow(self, storage: Any, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in given:
+            return
+        self.known.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+
+def torch_peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Run a function and return the most bytes that tensors made by it take at once, on any device.
+
+    >>> torch_peak_bytes(lambda x: (x + 1).sum(), torch.ones(1000))
+    4004
+    """
+    with _LiveStorages() as storages:
+        function(*args, **kwargs)
+    return storages.peak

@@ -1,0 +1,221 @@
+"""How the cost of each attention grows with the image: multiply-adds and memory, log-log, each line with its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .style import GROUP_COLORS, HAIRLINE, INK, QUIET, save, sheet, styled
+
+__all__ = ["CurveLike", "draw_cost", "save"]
+
+BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BROWN, GRAY = GROUP_COLORS
+
+
+class Look(NamedTuple):
+    """How a line is drawn and named."""
+
+    name: str
+    color: str
+    width: float = 1.3
+    dashes: tuple[float, ...] = ()
+
+
+LOOKS = {
+    "deformable": Look("DAT, fixed stride", BLUE, 2.2, (3.2, 1.4)),
+    "deformable_fixed": Look("DAT, fixed keys", BLUE, 2.2),
+    "multi_head": Look("multi-head", INK),
+    "pyramid": Look("spatial reduction", BROWN),
+    "window": Look("window", GREEN),
+    "neighborhood": Look("neighborhood", GREEN, 1.3, (3.2, 1.4)),
+    "per_query": Look("keys of each query", VERMILION),
+    "ms_deform": Look("Deformable DETR", ORANGE),
+    "ms_deform_dot": Look("DETR, dot products", ORANGE, 1.3, (3.2, 1.4)),
+    "deform_conv": Look("deformable conv.", PINK),
+}
+PREFIXES = {0: "", 3: " k", 6: " M", 9: " G", 12: " T", 15: " P", 18: " E"}
+LABEL_WIDTH, TICK_WIDTH = 1.68, 0.42  # inches beside a panel's lines, right and left
+LABEL_PITCH = 0.155  # inches from one name to the next
+
+
+class CurveLike(Protocol):
+    """What is drawn: `dat_ref.complexity.Curve`, or anything with its attributes."""
+
+    @property
+    def kind(self) -> str:
+        """Which system it is."""
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the maps."""
+
+    @property
+    def macs(self) -> tuple[int, ...]:
+        """Multiply-adds at each side."""
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Bytes held for the backward at each side."""
+
+
+@styled
+def draw_cost(curves: Sequence[CurveLike], *, reduction: int, label: str = "", keys: int | None = None) -> Figure:
+    """Draw multiply-adds and memory against the side of the image.
+
+    Args:
+        curves: one for each system, all at the same sides, positive.
+        reduction: image pixels per map pixel.
+        label: what the layer is, for the title.
+        keys: how many keys the systems have at the first side, for the caption.
+    """
+    if not curves or any(curve.sides != curves[0].sides or len(curve.sides) < 2 for curve in curves):
+        raise ValueError("curves: expected at least one, all at the same two or more sides")
+    first = reduction * curves[0].sides[0]
+    stay = "windows, kernels and strides stay as they are"
+    matched = f"All have {keys} keys a query at {first} × {first}, or as near as they come; {stay}"
+    page = sheet(
+        2,
+        1.02,
+        columns=2,
+        title=f"{label or 'One layer'}: cost against the size of the image",
+        caption=f"One image, float32. {stay.capitalize() if keys is None else matched}. Behind each name, the exponent"
+        " of the last doubling of the side: 2 is linear in pixels. Deformable convolution keeps no samples: its"
+        " backward takes them again.",
+        footer=0.42,
+    )
+    panels = (
+        ("Multiply-adds", "", [curve.macs for curve in curves]),
+        ("Memory for the backward", "B", [curve.kept for curve in curves]),
+    )
+    for axes, (title, unit, amounts) in zip(page.axes, panels, strict=True):
+        _make_room(axes)
+        axes.set_title(title)
+        for curve, values in zip(curves, amounts, strict=True):
+            look = _look(curve.kind)
+            axes.plot(
+                [reduction * side for side in curve.sides],
+                values,
+                color=look.color,
+                lw=look.width,
+                dashes=look.dashes or (None, None),
+                marker="o",
+                ms=2.6,
+                mec="white",
+                mew=0.5,
+                zorder=3 if look.width > 2 else 2,
+                solid_capstyle="round",
+            )
+        _scales(axes, [reduction * side for side in curves[0].sides], amounts, unit)
+        _name_lines(axes, curves, amounts)
+    return page.figure
+
+
+def _look(kind: str) -> Look:
+    return LOOKS.get(kind, Look(kind.replace("_", " "), GRAY))
+
+
+def _make_room(axes: Axes) -> None:
+    """Narrow a panel so that numbers fit beside it on the left and names on the right."""
+    box, page_width = axes.get_position(), _inches(axes)[0]
+    axes.set_position(
+        (box.x0 + TICK_WIDTH / page_width, box.y0, box.width - (TICK_WIDTH + LABEL_WIDTH) / page_width, box.height)
+    )
+
+
+def _inches(axes: Axes) -> tuple[float, float]:
+    figure: Any = axes.figure
+    width, height = figure.get_size_inches()
+    return float(width), float(height)
+
+
+def _scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], unit: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(sides[0] * 0.93, sides[-1] * 1.07)
+    axes.xaxis.set_major_locator(FixedLocator(sides))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:.0f}"))
+    low, high = min(map(min, amounts)), max(map(max, amounts))
+    axes.set_ylim(low / 1.8, high * 1.8)
+    decades = range(math.ceil(math.log10(low / 1.8)), math.floor(math.log10(high * 1.8)) + 1)
+    axes.yaxis.set_major_locator(FixedLocator([10.0**decade for decade in decades]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _short(amount, unit)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color=HAIRLINE, lw=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("side of the image, pixels")
+
+
+def _short(amount: float, unit: str) -> str:
+    """Write a number with a prefix: 2 000 000 B as 2 MB."""
+    if amount <= 0:
+        return "0"
+    power = min(max(3 * math.floor(math.log10(amount) / 3 + 1e-9), 0), max(PREFIXES))
+    prefix = PREFIXES[power] or (" " if unit else "")
+    return f"{amount / 10**power:g}{prefix}{unit}"
+
+
+def _name_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[int, ...]]) -> None:
+    """Write each line's name beside its end, moved up or down where names would touch, with a hair to the end."""
+    height = axes.get_position().height * _inches(axes)[1]
+    low, high = (math.log10(limit) for limit in axes.get_ylim())
+    ends = [(math.log10(values[-1]) - low) / (high - low) * height for values in amounts]
+    order = sorted(range(len(curves)), key=lambda index: ends[index])
+    places = _spread([ends[index] for index in order], LABEL_PITCH)
+    width = axes.get_position().width * _inches(axes)[0]
+    for index, place in zip(order, places, strict=True):
+        look, values = _look(curves[index].kind), amounts[index]
+        exponent = math.log2(values[-1] / values[-2]) / math.log2(curves[index].sides[-1] / curves[index].sides[-2])
+        axes.plot(
+            [1.0, 1 + 0.05 / width, 1 + 0.15 / width, 1 + 0.19 / width],
+            [ends[index] / height, ends[index] / height, place / height, place / height],
+            transform=axes.transAxes,
+            color=look.color,
+            lw=0.5,
+            alpha=0.7,
+            clip_on=False,
+        )
+        axes.annotate(
+            f"{look.name} ",
+            (1 + 0.22 / width, place / height),
+            xycoords="axes fraction",
+            color=look.color,
+            size=8,
+            va="center",
+            weight="bold" if look.width > 2 else "normal",
+        )
+        axes.annotate(
+            f"{exponent:.1f}",
+            (1 + (LABEL_WIDTH - 0.02) / width, place / height),
+            xycoords="axes fraction",
+            color=QUIET,
+            size=7.5,
+            va="center",
+            ha="right",
+        )
+
+
+def _spread(wanted: list[float], pitch: float) -> list[float]:
+    """Return places at least `pitch` apart, in order, as near to the wanted ones as that allows.
+
+    Neighbours that would touch form a group, which is centered on the mean of what its members want.
+
+    >>> _spread([0.0, 0.5, 1.0, 5.0], 1.0)
+    [-0.5, 0.5, 1.5, 5.0]
+    """
+    groups: list[list[float]] = []  # each the wishes of its members, less their rank in the group
+    starts: list[float] = []
+    for wish in wanted:
+        groups.append([wish])
+        starts.append(wish)
+        while len(groups) > 1 and starts[-2] + pitch * len(groups[-2]) > starts[-1]:
+            late = groups.pop()
+            starts.pop()
+            groups[-1] += [member - pitch * len(groups[-1]) for member in late]
+            starts[-1] = sum(groups[-1]) / len(groups[-1])
+    return [start + pitch * rank for start, group in zip(starts, groups) for rank in range(len(group))]
