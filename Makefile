@@ -63,7 +63,7 @@ docs-serve: .venv/test.stamp
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 notebooks: .venv/test.stamp
-	@$(PYTEST) --nbmake notebooks
+	@$(PYTEST) -m notebook
 
 deep: .venv/test.stamp
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)

@@ -14,13 +14,27 @@ Reading order, which is also the import order (a module imports only from those 
 `dat_ref.ops.sampling`      bilinear sampling
 `dat_ref.ops.bias`          the position bias and its siblings
 `dat_ref.ops.attention`     attention over sampled keys
-`dat_ref.peers`             window and neighborhood attention
 `dat_ref.layer`             the deformable-attention layer
+`dat_ref.peers`             the systems that it is compared with; two of them serve in the backbones' local blocks
 `dat_ref.block`             the Transformer block
 `dat_ref.backbone`          the whole backbone
 `dat_ref.initialization`    first values
 ==========================  ====================================================================================
+
+Beyond the trail, each imported when it is first used:
+
+==========================  ====================================================================================
+`dat_ref.complexity`        what each part costs, by formula and by counting
+`dat_ref.claims`            what the articles say, checked
+`dat_ref.checkpoints`       files of weights, of either release and our own
+`dat_ref.train`             training in NumPy
+`dat_ref.viz`               figures (needs matplotlib)
+`dat_ref.torch`             the same in PyTorch (needs torch)
+==========================  ====================================================================================
 """
+
+from importlib import import_module
+from typing import Any
 
 from ._checks import CheckpointError, ConfigError, ShapeError
 from .backbone import DAT
@@ -61,3 +75,12 @@ __all__ = [
     "deformable_attention",
     "init_params",
 ]
+
+_ON_DEMAND = ("checkpoints", "claims", "complexity", "torch", "train", "viz")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what lies beyond the trail when it is first asked for."""
+    if name in _ON_DEMAND:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
