@@ -10,18 +10,10 @@ GELU(DWConv(h)), ``"depthwise_residual"`` (2023 code) GELU(h + DWConv(h)).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from ._checks import Array, Tree
-from .config import (
-    BlockConfig,
-    DeformableAttentionConfig,
-    NeighborhoodAttentionConfig,
-    WindowAttentionConfig,
-)
-from .layer import LayerTrace, deformable_layer, deformable_layer_macs, deformable_layer_vjp, deformable_shapes
+from .config import BlockConfig
 from .ops.basic import (
     depthwise_conv2d,
     depthwise_conv2d_macs,
@@ -35,45 +27,10 @@ from .ops.basic import (
     linear_vjp,
 )
 from .ops.grid import Size
-from .peers.neighborhood import (
-    NeighborhoodTrace,
-    neighborhood_attention,
-    neighborhood_attention_macs,
-    neighborhood_attention_vjp,
-    neighborhood_shapes,
-)
-from .peers.window import (
-    WindowTrace,
-    window_attention,
-    window_attention_macs,
-    window_attention_vjp,
-    window_shapes,
-)
+from .peers.registry import ATTENTIONS as ATTENTIONS  # part of this module's names too
+from .peers.registry import AttentionTrace
 
 SAME_3X3 = ((1, 1), (1, 1))
-
-
-class Attention(NamedTuple):
-    """The four functions of an attention: parameter shapes, forward, gradient, cost."""
-
-    shapes: Callable[[Any], Tree]
-    forward: Callable[..., tuple[Array, Any]]
-    vjp: Callable[..., tuple[Array, Tree]]
-    macs: Callable[..., int]
-
-
-ATTENTIONS: dict[type, Attention] = {
-    DeformableAttentionConfig: Attention(
-        deformable_shapes,
-        deformable_layer,
-        deformable_layer_vjp,
-        lambda batch, size, config: sum(deformable_layer_macs(batch, size, config).values()),
-    ),
-    WindowAttentionConfig: Attention(window_shapes, window_attention, window_attention_vjp, window_attention_macs),
-    NeighborhoodAttentionConfig: Attention(
-        neighborhood_shapes, neighborhood_attention, neighborhood_attention_vjp, neighborhood_attention_macs
-    ),
-}
 
 
 def block_shapes(config: BlockConfig) -> Tree:
@@ -164,7 +121,7 @@ class BlockTrace:
 
     x: Array
     perceived: Array  # after the local perception unit; the same as `x` without one
-    attention: LayerTrace | WindowTrace | NeighborhoodTrace
+    attention: AttentionTrace
     attended: Array  # the attention's output, before layer scale and residual
     middle: Array  # after the attention branch
     mlp: MLPTrace

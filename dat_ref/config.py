@@ -228,6 +228,7 @@ class NeighborhoodAttentionConfig:
     Args:
         small_map: on an axis shorter than the kernel, ``"shrink"`` the neighborhood to the map, or ``"pad"``
             the map with zeros, which then take part as keys (the released DAT++, through NATTEN 0.14).
+        dilation: distance in pixels between neighbors; the map falls into `dilation`² interleaved ones.
     """
 
     dim: int
@@ -236,15 +237,16 @@ class NeighborhoodAttentionConfig:
     small_map: SmallMap = "shrink"
     attention_dropout: float = 0.0
     projection_dropout: float = 0.0
+    dilation: int = 1
 
     kind = "neighborhood"
 
     def __post_init__(self) -> None:
         check_divides("heads", self.heads, "dim", self.dim)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConfigError(
-                f"kernel_size: expected an odd number (a neighborhood has a center), got {self.kernel_size}"
-            )
+            raise ConfigError(f"kernel_size: expected an odd number (there is a center), got {self.kernel_size}")
+        if self.dilation < 1:
+            raise ConfigError(f"dilation: expected >= 1, got {self.dilation}")
         if self.small_map not in ("shrink", "pad"):
             raise ConfigError(f"small_map: expected 'shrink' or 'pad', got {self.small_map!r}")
 
@@ -254,7 +256,16 @@ class NeighborhoodAttentionConfig:
         return (self.dim // self.heads) ** -0.5
 
 
-AttentionConfig = DeformableAttentionConfig | WindowAttentionConfig | NeighborhoodAttentionConfig
+@dataclass(frozen=True)
+class PeerConfig:
+    """What a block asks of any other attention's configuration; the classes are in `dat_ref.peers`."""
+
+    dim: int
+
+    kind = "peer"
+
+
+AttentionConfig = DeformableAttentionConfig | WindowAttentionConfig | NeighborhoodAttentionConfig | PeerConfig
 
 
 @dataclass(frozen=True)
@@ -329,10 +340,10 @@ class DATConfig:
         """Return the same backbone with its sized biases built for another image size."""
 
         def resize(block: BlockConfig, reduction: int) -> BlockConfig:
-            if not isinstance(block.attention, DeformableAttentionConfig) or block.attention.size is None:
+            attention: Any = block.attention
+            if getattr(attention, "size", None) is None:
                 return block
-            size = (image_size[0] // reduction, image_size[1] // reduction)
-            return replace(block, attention=replace(block.attention, size=size))
+            return replace(block, attention=replace(attention, size=tuple(side // reduction for side in image_size)))
 
         stages = tuple(
             tuple(resize(block, reduction) for block in blocks)

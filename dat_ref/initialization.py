@@ -4,7 +4,7 @@ Weights and biases are uniform in ±1/√fan_in: PyTorch's default, which is wha
 (their own ``reset_parameters`` changes nothing). Norms are one and zero. Bias tables are normal, σ = 0.01 (0.02
 in neighborhood attention), cut at ±2. The offset network starts like any other layer in the releases, so that
 their points start off the reference grid; ``offsets="zero_offset"`` starts them on it, as deformable
-convolution does.
+convolution does. Deformable convolution and Deformable DETR's attention have rules of their own, in `dat_ref.peers`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from scipy.stats import truncnorm
 
 from ._checks import Array, Tree
 from .backbone import dat_shapes
-from .block import ATTENTIONS
 from .config import AttentionConfig, DATConfig
+from .peers.registry import ATTENTIONS
 
 Init = Literal["released", "zero_offset"]
 
@@ -44,14 +44,24 @@ def init_params(
     """
     rng = np.random.default_rng(seed)
     if not isinstance(config, DATConfig):
-        return _first_values(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
+        params = _first_values(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
+        _start(params, config, rng)
+        return params
     params = _first_values(rng, dat_shapes(config), (), offsets, dtype)
     for blocks, stage in zip(config.stages, params["stages"], strict=True):
         for block, block_params in zip(blocks, stage["blocks"], strict=True):
+            _start(block_params["attention"], block.attention, rng)
             for name in ("layer_scale1", "layer_scale2"):
                 if name in block_params:
                     block_params[name]["weight"][:] = block.layer_scale
     return params
+
+
+def _start(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
+    """Set what an attention starts from by a rule of its own, in place."""
+    start = ATTENTIONS[type(config)].start
+    if start is not None:
+        start(params, config, rng)
 
 
 def _first_values(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._checks import Array, CheckpointError, Tree
+from ._checks import Array, CheckpointError, ConfigError, Tree
 from .config import (
     AttentionConfig,
     BiasKind,
@@ -27,6 +27,7 @@ from .config import (
     DeformableAttentionConfig,
     NeighborhoodAttentionConfig,
     OffsetBound,
+    WindowAttentionConfig,
 )
 from .params import flatten, report, unflatten
 
@@ -56,14 +57,20 @@ def _norm(ours: str, theirs: str) -> Names:
 
 
 def attention_names(config: AttentionConfig) -> Names:
-    """Return the mapping of one attention layer."""
+    """Return the mapping of one attention layer.
+
+    Raises:
+        ConfigError: for a peer that no released backbone uses; some have a mapping of their own, in `dat_ref.peers`.
+    """
     if isinstance(config, DeformableAttentionConfig):
         return _deformable_names(config)
     if isinstance(config, NeighborhoodAttentionConfig):
         table = {"neighborhood_bias.table": Official("rpb")}
         return {**_affine("qkv", "qkv"), **table, **_affine("output", "proj")}
-    table = {"window_bias.table": Official("relative_position_bias_table", "flat_table")}
-    return {**_affine("qkv", "proj_qkv"), **table, **_affine("output", "proj_out")}
+    if isinstance(config, WindowAttentionConfig):
+        table = {"window_bias.table": Official("relative_position_bias_table", "flat_table")}
+        return {**_affine("qkv", "proj_qkv"), **table, **_affine("output", "proj_out")}
+    raise ConfigError(f"config: expected an attention of the released backbones, got {config.kind}")
 
 
 def _deformable_names(config: DeformableAttentionConfig) -> Names:

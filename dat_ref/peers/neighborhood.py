@@ -5,9 +5,13 @@ of losing keys, so that every query has K² of them. With d = key - query ∈ (-
 
     z = softmax(q kᵀ / √d_head + B̂[d + K - 1]) v.
 
-On an axis shorter than K, the neighborhood shrinks to the map. DAT++ as released instead pads the map with
-zeros at the bottom and right up to K (through NATTEN 0.14): the padding takes part, with the projections'
-biases as its keys and values.
+With dilation δ (as in NATTEN) the map falls into δ² interleaved sub-maps, by i mod δ on each axis, each with a
+neighborhood attention of its own. Query i = ρ + δ j sees the keys ρ + δ j', with j' a neighbor of j in the sub-map of
+⌈(H - ρ)/δ⌉ pixels: windows slide inwards at the sub-map's border, and d counts in steps of δ.
+
+On an axis with a sub-map shorter than K, the neighborhood shrinks to the shortest one, max(⌊H/δ⌋, 1) keys. DAT++ as
+released instead pads the map with zeros at the bottom and right up to K δ (through NATTEN 0.14): the padding takes
+part, with the projections' biases as its keys and values.
 """
 
 from __future__ import annotations
@@ -47,22 +51,31 @@ class NeighborhoodTrace:
     size: Size  # (H, W)
 
 
-def axis_neighbors(length: int, kernel: int) -> Array:
-    """Return the keys that each query of an axis sees, (length, min(kernel, length)).
+def axis_kernel(length: int, kernel: int, dilation: int = 1) -> int:
+    """Return how many keys a query of an axis sees: K, or as many as the shortest sub-map has."""
+    return min(kernel, max(length // dilation, 1))
+
+
+def axis_neighbors(length: int, kernel: int, dilation: int = 1) -> Array:
+    """Return the keys that each query of an axis sees, (length, `axis_kernel`).
 
     >>> axis_neighbors(5, 3).tolist()
     [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
+    >>> axis_neighbors(7, 3, dilation=2).tolist()
+    [[0, 2, 4], [1, 3, 5], [0, 2, 4], [1, 3, 5], [2, 4, 6], [1, 3, 5], [2, 4, 6]]
     """
-    kernel = min(kernel, length)
-    start = np.clip(np.arange(length) - kernel // 2, 0, length - kernel)
-    return start[:, None] + np.arange(kernel)
+    kernel = axis_kernel(length, kernel, dilation)
+    place, submap = np.divmod(np.arange(length), dilation)
+    submap_length = -(-(length - submap) // dilation)
+    start = np.clip(place - kernel // 2, 0, submap_length - kernel)
+    return submap[:, None] + dilation * (start[:, None] + np.arange(kernel))
 
 
-def neighbor_index(size: Size, kernel: int) -> tuple[Array, Array]:
+def neighbor_index(size: Size, kernel: int, dilation: int = 1) -> tuple[Array, Array]:
     """Return for each query its keys, and where in the (2K-1)² table each displacement stands; both (H·W, K_y·K_x)."""
-    rows, columns = (axis_neighbors(length, kernel) for length in size)
-    row_shift = rows - np.arange(size[0])[:, None] + kernel - 1
-    column_shift = columns - np.arange(size[1])[:, None] + kernel - 1
+    rows, columns = (axis_neighbors(length, kernel, dilation) for length in size)
+    row_shift = (rows - np.arange(size[0])[:, None]) // dilation + kernel - 1
+    column_shift = (columns - np.arange(size[1])[:, None]) // dilation + kernel - 1
     keys = rows[:, None, :, None] * size[1] + columns[None, :, None, :]  # (H, W, K_y, K_x)
     table = row_shift[:, None, :, None] * (2 * kernel - 1) + column_shift[None, :, None, :]
     count = size[0] * size[1]
@@ -84,7 +97,7 @@ def neighborhood_attention(
     x = check_map("x", x, config.dim)
     height, width = x.shape[2:]
     padded = _pad_to_kernel(x, config)
-    neighbors, places = neighbor_index(padded.shape[2:], config.kernel_size)
+    neighbors, places = neighbor_index(padded.shape[2:], config.kernel_size, config.dilation)
     qkv = split_heads(linear(padded, **params["qkv"]), 3 * config.heads)  # (B, 3·heads, H'·W', d)
     q, k, v = np.split(qkv, 3, axis=1)
     q, k, v = q[:, :, :, None], k[:, :, neighbors], v[:, :, neighbors]
@@ -99,7 +112,7 @@ def neighborhood_attention(
 def _pad_to_kernel(x: Array, config: NeighborhoodAttentionConfig) -> Array:
     if config.small_map == "shrink":
         return x
-    bottom, right = (max(config.kernel_size - length, 0) for length in x.shape[2:])
+    bottom, right = (max(config.kernel_size * config.dilation - length, 0) for length in x.shape[2:])
     return np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)))
 
 
@@ -124,7 +137,7 @@ def neighborhood_attention_vjp(
     )
     qkv = linear_vjp(merge_heads(grad_qkv, padded_size), trace.padded, **params["qkv"])
     table = params["neighborhood_bias"]["table"]
-    _, places = neighbor_index(padded_size, config.kernel_size)
+    _, places = neighbor_index(padded_size, config.kernel_size, config.dilation)
     grad_bias = grads.bias.sum(axis=0).reshape(config.heads, -1)  # (heads, H'·W'·K²)
     grad_table = scatter_add(grad_bias.T, places.ravel(), table[0].size).T.reshape(table.shape)
     grad_params = {"qkv": qkv.params, "neighborhood_bias": {"table": grad_table}, "output": output.params}
@@ -140,9 +153,9 @@ def _scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
 
 def neighborhood_attention_macs(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> int:
     """Multiply-adds: 4 HW C² + 2 K² HW C, over the padded map where there is padding."""
-    kernel = config.kernel_size
+    kernel, dilation = config.kernel_size, config.dilation
     if config.small_map == "pad":
-        size = (max(size[0], kernel), max(size[1], kernel))
+        size = (max(size[0], kernel * dilation), max(size[1], kernel * dilation))
     pixels = size[0] * size[1]
-    keys = min(kernel, size[0]) * min(kernel, size[1])
+    keys = axis_kernel(size[0], kernel, dilation) * axis_kernel(size[1], kernel, dilation)
     return linear_macs(batch * pixels, config.dim, 4 * config.dim) + attend_macs(batch, pixels, keys, config.dim)

@@ -10,5 +10,6 @@ bias          the position biases, for one head, one query, one key
 deformable    the whole deformable attention layer
 windows       (shifted) window attention, as a rule of who sees whom
 neighborhood  neighborhood attention, likewise
+peers         the other attentions and convolutions that deformable attention is compared with
 released      the released modules' arguments and state dicts, put into the names used here
 """

@@ -1,0 +1,341 @@
+"""Deformable convolution: the taps of a convolution leave their lattice (DCN v1), and are weighed besides (v2).
+
+    y[o, u] = Σ_c Σ_k W[o, c, k] m[u, k] φ(x[c]; p[u, k]) + b[o],     p[u, k] = r u - pad + δ t_k + Δ[u, k]
+
+t_k = (i, j) is tap k of the kernel, r the stride, δ the dilation, φ bilinear with zeros outside, m = 1 in v1. Every
+output pixel has points of its own (the article's point of departure: k² HW C sampled numbers), and their weights W do
+not depend on what is found there: that would be attention.
+
+`deform_conv2d` has torchvision's argument names, argument order and offset layout. The module below it predicts
+offsets and modulation from the map, with convolutions that start at zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import expit
+
+from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_divides, check_map
+from ..config import PeerConfig
+from ..ops.basic import Padding, conv2d, conv2d_macs, conv2d_vjp
+from ..ops.grid import Size
+from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
+
+Pair = int | tuple[int, int]  # one number for both axes, or (y, x)
+
+# ------------------------------------------------------------------------------------------------ the operation
+
+
+class Sliding(NamedTuple):
+    """How the kernel moves over the map, and what follows: every part is (y, x)."""
+
+    kernel: Size
+    stride: Size
+    padding: Size
+    dilation: Size
+
+    def output_size(self, size: Size) -> Size:
+        """Return (H', W'), ⌊(H + 2 pad - δ (k - 1) - 1)/r⌋ + 1 on each axis."""
+        height, width = (
+            (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, pad, dilation in zip(size, *self, strict=True)
+        )
+        return height, width
+
+    def lattice(self, output_size: Size) -> Array:
+        """Return where the taps stand without offsets, in pixels: (k_y·k_x, H', W', 2)."""
+        axes = [
+            np.arange(count)[None, :] * stride - pad + np.arange(kernel)[:, None] * dilation
+            for count, kernel, stride, pad, dilation in zip(output_size, *self, strict=True)
+        ]
+        rows, columns = axes[0][:, None, :, None], axes[1][None, :, None, :]
+        points = np.stack(np.broadcast_arrays(rows, columns), axis=-1)  # (k_y, k_x, H', W', 2)
+        return points.reshape(-1, *output_size, 2).astype(np.float64)
+
+
+def _pair(value: Pair) -> Size:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def deform_points(offset: Array, sliding: Sliding) -> Array:
+    """Return where the taps look, in pixels.
+
+    Args:
+        offset: (B, G_o·K·2, H', W'), torchvision's layout: group, then tap, then (dy, dx), along the channels.
+
+    Returns:
+        (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x.
+    """
+    batch, _, height, width = offset.shape
+    taps = sliding.kernel[0] * sliding.kernel[1]
+    moves = offset.reshape(batch, offset.shape[1] // (2 * taps), taps, 2, height, width).transpose(0, 1, 2, 4, 5, 3)
+    moves = moves.astype(np.result_type(offset.dtype, np.float32), copy=False)
+    return moves + sliding.lattice((height, width)).astype(moves.dtype)
+
+
+def deform_conv2d(
+    x: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    mask: Array | None = None,
+) -> Array:
+    """Convolve with moved (and weighed) taps.
+
+    Args:
+        x: (B, C, H, W).
+        offset: (B, 2·G_o·k_y·k_x, H', W') in pixels, see `deform_points`; G_o is the number of offset groups, each of
+            C/G_o channels.
+        weight: (O, C/G, k_y, k_x) with G groups.
+        bias: (O,) or None.
+        stride, padding, dilation: one number, or (y, x).
+        mask: m, (B, G_o·k_y·k_x, H', W'), version 2; None for version 1.
+
+    Returns:
+        (B, O, H', W'). With zero offsets and without a mask this is a convolution.
+
+    Raises:
+        ShapeError, ConfigError: if the shapes do not go together.
+    """
+    sliding = _check(x, offset, weight, bias, mask, stride, padding, dilation)
+    columns = _columns(x, deform_points(offset, sliding), mask)  # (B, C, K, H'·W')
+    y = _group_weight(weight, x) @ _by_group(columns, x.shape[1] // weight.shape[1])  # (B, G, O/G, H'·W')
+    y = y.reshape(len(x), len(weight), *offset.shape[2:])
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _check(
+    x: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None,
+    mask: Array | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Sliding:
+    check_array("x", x, {"B": None, "C": None, "H": None, "W": None})
+    check_array("weight", weight, {"O": None, "C/G": None, "k_y": None, "k_x": None})
+    sliding = Sliding((weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation))
+    height, width = sliding.output_size((x.shape[2], x.shape[3]))
+    if min(height, width) < 1:
+        raise ShapeError(f"weight: expected a kernel that fits into the padded map, got {weight.shape} on {x.shape}")
+    check_divides("weight.shape[1] (channels a group)", weight.shape[1], "C", x.shape[1])
+    check_divides("groups", x.shape[1] // weight.shape[1], "O", len(weight))
+    taps = weight.shape[2] * weight.shape[3]
+    check_array("offset", offset, {"B": len(x), "2·G_o·k_y·k_x": None, "H'": height, "W'": width})
+    if offset.shape[1] == 0 or offset.shape[1] % (2 * taps):
+        raise ShapeError(f"offset: expected a multiple of 2·k_y·k_x={2 * taps} channels, got {offset.shape}")
+    groups = offset.shape[1] // (2 * taps)
+    check_divides("offset groups", groups, "C", x.shape[1])
+    if bias is not None:
+        check_array("bias", bias, {"O": len(weight)})
+    if mask is not None:
+        check_array("mask", mask, {"B": len(x), "G_o·k_y·k_x": groups * taps, "H'": height, "W'": width})
+    return sliding
+
+
+def _sample(x: Array, points: Array) -> Array:
+    """Sample each offset group's channels at its points: (B, C, H, W) → (B, G_o, C/G_o, K, H'·W')."""
+    batch, groups, taps = points.shape[:3]
+    maps = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
+    pixels = points.shape[3] * points.shape[4]
+    sampled = bilinear_sample(maps, points.reshape(batch * groups, taps * pixels, 2))
+    return sampled.reshape(batch, groups, x.shape[1] // groups, taps, pixels)
+
+
+def _weigh(sampled: Array, mask: Array | None) -> Array:
+    if mask is None:
+        return sampled
+    batch, groups, _, taps, pixels = sampled.shape
+    return sampled * mask.reshape(batch, groups, 1, taps, pixels)
+
+
+def _columns(x: Array, points: Array, mask: Array | None) -> Array:
+    """Return what each tap finds, weighed: (B, C, K, H'·W')."""
+    weighed = _weigh(_sample(x, points), mask)
+    return weighed.reshape(len(x), x.shape[1], *weighed.shape[3:])
+
+
+def _by_group(columns: Array, groups: int) -> Array:
+    """(B, C, K, H'·W') → (B, G, C/G·K, H'·W')."""
+    batch, channels, taps, pixels = columns.shape
+    return columns.reshape(batch, groups, channels // groups * taps, pixels)
+
+
+def _group_weight(weight: Array, x: Array) -> Array:
+    """(O, C/G, k_y, k_x) → (G, O/G, C/G·K)."""
+    groups = x.shape[1] // weight.shape[1]
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
+class DeformConvGradients(NamedTuple):
+    """Gradients of `deform_conv2d`; None for a bias or mask that is not there."""
+
+    x: Array
+    offset: Array
+    weight: Array
+    bias: Array | None
+    mask: Array | None
+
+
+def deform_conv2d_vjp(
+    cotangent: Array,
+    x: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    mask: Array | None = None,
+) -> DeformConvGradients:
+    """With s what the taps find and c = m s: ∂L/∂W = Σ ∂L/∂y cᵀ, ∂L/∂c = Wᵀ ∂L/∂y, ∂L/∂m = Σ_c s ∂L/∂c, and from
+    ∂L/∂s = m ∂L/∂c the gradients of the map and of the offsets, through the sampling."""
+    sliding = _check(x, offset, weight, bias, mask, stride, padding, dilation)
+    points = deform_points(offset, sliding)
+    batch, groups, taps, height, width, _ = points.shape
+    sampled = _sample(x, points)
+    weight_groups = x.shape[1] // weight.shape[1]
+
+    grad_y = cotangent.reshape(batch, weight_groups, len(weight) // weight_groups, height * width)
+    columns = _by_group(_weigh(sampled, mask).reshape(batch, x.shape[1], taps, height * width), weight_groups)
+    grad_weight = np.einsum("bgop,bgcp->goc", grad_y, columns, optimize=True).reshape(weight.shape)
+    grad_columns = (_group_weight(weight, x).swapaxes(1, 2) @ grad_y).reshape(sampled.shape)
+    grad_mask = None
+    if mask is not None:
+        grad_mask = (grad_columns * sampled).sum(axis=2).reshape(mask.shape)
+
+    maps = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
+    grads = bilinear_sample_vjp(
+        _weigh(grad_columns, mask).reshape(batch * groups, maps.shape[1], taps * height * width),
+        maps,
+        points.reshape(batch * groups, taps * height * width, 2),
+    )
+    grad_offset = grads.points_px.reshape(points.shape).transpose(0, 1, 2, 5, 3, 4).reshape(offset.shape)
+    grad_bias = None if bias is None else cotangent.sum(axis=(0, 2, 3))
+    return DeformConvGradients(grads.x.reshape(x.shape), grad_offset, grad_weight, grad_bias, grad_mask)
+
+
+def deform_conv2d_macs(pixels: int, channels_in: int, channels_out: int, taps: int, groups: int = 1) -> int:
+    """Multiply-adds for `pixels` = B·H'·W' outputs: 4 K C to sample, K C O/G to convolve (weighing is not counted)."""
+    return bilinear_sample_macs(pixels * taps, channels_in) + pixels * taps * channels_in * channels_out // groups
+
+
+# ------------------------------------------------------------------------------------------------ the module
+
+
+@dataclass(frozen=True)
+class DeformableConvConfig(PeerConfig):
+    """A deformable convolution that predicts its own offsets, in an attention's place.
+
+    Args:
+        kernel_size: k, odd, of the deformable convolution and of those that predict offsets and modulation.
+        groups: groups of the weights.
+        offset_groups: groups of channels that move together.
+        modulated: version 2, with m = σ(convolution) beside the offsets.
+    """
+
+    kernel_size: int = 3
+    groups: int = 1
+    offset_groups: int = 1
+    modulated: bool = True
+
+    kind = "deformable_convolution"
+
+    def __post_init__(self) -> None:
+        check_divides("groups", self.groups, "dim", self.dim)
+        check_divides("offset_groups", self.offset_groups, "dim", self.dim)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size: expected an odd number (the map keeps its size), got {self.kernel_size}")
+
+    @property
+    def taps(self) -> int:
+        """Points of an output pixel and offset group, K = k²."""
+        return self.kernel_size**2
+
+
+def deformable_conv_shapes(config: DeformableConvConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    dim, kernel = config.dim, config.kernel_size
+    points = config.offset_groups * config.taps
+    shapes: dict[str, Tree] = {
+        "convolution": {"weight": (dim, dim // config.groups, kernel, kernel), "bias": (dim,)},
+        "offset": {"weight": (2 * points, dim, kernel, kernel), "bias": (2 * points,)},
+    }
+    if config.modulated:
+        shapes["modulation"] = {"weight": (points, dim, kernel, kernel), "bias": (points,)}
+    return shapes
+
+
+def deformable_conv_start(params: Tree, config: DeformableConvConfig, rng: np.random.Generator) -> None:
+    """Set first values as released: no offsets, and every modulation σ(0) = 1/2."""
+    for name in ("offset", "modulation"):
+        for leaf in params.get(name, {}).values():
+            leaf[:] = 0
+
+
+@dataclass(frozen=True)
+class DeformableConvTrace:
+    """Intermediates of `deformable_conv`."""
+
+    x: Array  # (B, C, H, W)
+    offset: Array  # (B, 2·G_o·K, H, W), in pixels
+    mask: Array | None  # (B, G_o·K, H, W), in (0, 1)
+    points_px: Array  # (B, G_o, K, H, W, 2), (y, x), in pixels of the map
+
+
+def _same(config: DeformableConvConfig) -> Padding:
+    half = config.kernel_size // 2
+    return (half, half), (half, half)
+
+
+def _geometry(config: DeformableConvConfig) -> dict[str, Any]:
+    return {"padding": config.kernel_size // 2}
+
+
+def deformable_conv(x: Array, params: Tree, config: DeformableConvConfig) -> tuple[Array, DeformableConvTrace]:
+    """Predict offsets (and modulation) and convolve: (B, C, H, W) → (B, C, H, W), and the trace."""
+    x = check_map("x", x, config.dim)
+    offset = conv2d(x, **params["offset"], padding=_same(config))
+    mask = None
+    if config.modulated:
+        mask = expit(conv2d(x, **params["modulation"], padding=_same(config)))
+    y = deform_conv2d(x, offset, **params["convolution"], mask=mask, **_geometry(config))
+    sides = (config.kernel_size, config.kernel_size)
+    sliding = Sliding(sides, (1, 1), (config.kernel_size // 2,) * 2, (1, 1))
+    return y, DeformableConvTrace(x, offset, mask, deform_points(offset, sliding))
+
+
+def deformable_conv_vjp(
+    cotangent: Array, trace: DeformableConvTrace, params: Tree, config: DeformableConvConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params): x gains through the sampling, the offsets and the modulation (σ' = σ (1 - σ))."""
+    grads = deform_conv2d_vjp(
+        cotangent, trace.x, trace.offset, **params["convolution"], mask=trace.mask, **_geometry(config)
+    )
+    offset = conv2d_vjp(grads.offset, trace.x, **params["offset"], padding=_same(config))
+    grad_x = grads.x + offset.x
+    grad_params: dict[str, Tree] = {
+        "convolution": {"weight": grads.weight, "bias": grads.bias},
+        "offset": offset.params,
+    }
+    if trace.mask is not None:
+        grad_logits = grads.mask * trace.mask * (1 - trace.mask)
+        modulation = conv2d_vjp(grad_logits, trace.x, **params["modulation"], padding=_same(config))
+        grad_x, grad_params["modulation"] = grad_x + modulation.x, modulation.params
+    return grad_x, grad_params
+
+
+def deformable_conv_macs(batch: int, size: Size, config: DeformableConvConfig) -> int:
+    """Multiply-adds: K HW C (C/G + 4), and K HW C · (2 or 3) G_o K to predict offsets (and modulation)."""
+    pixels, dim = batch * size[0] * size[1], config.dim
+    predicted = (3 if config.modulated else 2) * config.offset_groups * config.taps
+    predictor = conv2d_macs(pixels, dim, predicted, config.kernel_size)
+    return predictor + deform_conv2d_macs(pixels, dim, dim, config.taps, config.groups)

@@ -1,0 +1,124 @@
+"""Plain multi-head self-attention: each query sees every pixel of the map (ViT).
+
+    z = softmax(q kᵀ / √d_head + B̂[query - key]) v        for each head
+
+What all the others approximate, at a cost that grows with the square of the number of pixels. The relative bias is
+optional; its table, built for a map of H₀ × W₀, is read at another size as the deformable layer reads its own:
+bilinearly and in fractions of the map. At its own size every read is an entry of the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._checks import Array, Tree, check_divides, check_map
+from ..config import PeerConfig
+from ..conventions import Convention
+from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
+from ..ops.basic import linear, linear_macs, linear_vjp
+from ..ops.bias import table_bias, table_bias_macs, table_bias_vjp
+from ..ops.grid import Size, reference_points
+
+
+@dataclass(frozen=True)
+class MultiHeadAttentionConfig(PeerConfig):
+    """Multi-head self-attention over the whole map.
+
+    Args:
+        size: (H₀, W₀) of the map that the relative bias is built for, or None for no bias.
+        attention_dropout, projection_dropout: rates while training, used by `dat_ref.torch` only.
+    """
+
+    heads: int
+    size: Size | None = None
+    attention_dropout: float = 0.0
+    projection_dropout: float = 0.0
+
+    kind = "multi_head"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+
+    @property
+    def scale(self) -> float:
+        """What the dot products are multiplied with, d^(-1/2)."""
+        return (self.dim // self.heads) ** -0.5
+
+
+def multi_head_shapes(config: MultiHeadAttentionConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    shapes: dict[str, Tree] = {"qkv": {"weight": (3 * config.dim, config.dim), "bias": (3 * config.dim,)}}
+    if config.size is not None:
+        shapes["position_bias"] = {"table": (config.heads, 2 * config.size[0] - 1, 2 * config.size[1] - 1)}
+    shapes["output"] = {"weight": (config.dim, config.dim), "bias": (config.dim,)}
+    return shapes
+
+
+@dataclass(frozen=True)
+class MultiHeadTrace:
+    """Intermediates of `multi_head_attention`."""
+
+    x: Array  # (B, C, H, W)
+    q: Array  # (B, heads, H·W, d)
+    k: Array
+    v: Array
+    attention: Array  # (B, heads, H·W, H·W)
+    merged: Array  # (B, C, H, W), before the output projection
+
+
+def multi_head_attention(x: Array, params: Tree, config: MultiHeadAttentionConfig) -> tuple[Array, MultiHeadTrace]:
+    """Attend to the whole map.
+
+    Args:
+        x: (B, C, H, W), any H and W.
+        params: tree of `multi_head_shapes`.
+
+    Returns:
+        (B, C, H, W) and the trace.
+    """
+    x = check_map("x", x, config.dim)
+    qkv = split_heads(linear(x, **params["qkv"]), 3 * config.heads)  # (B, 3·heads, H·W, d)
+    q, k, v = np.split(qkv, 3, axis=1)
+    bias = None
+    if config.size is not None:
+        points, reading = _reading(x)
+        bias = table_bias(params["position_bias"]["table"], points, **reading)  # (1, heads, H·W, H·W)
+    attended, attention = attend(q, k, v, bias, config.scale)
+    merged = merge_heads(attended, x.shape[2:])
+    return linear(merged, **params["output"]), MultiHeadTrace(x, q, k, v, attention, merged)
+
+
+def _reading(x: Array) -> tuple[Array, dict[str, Any]]:
+    """Return the pixels as points (1, 1, H·W, 2), and how a table is read at them."""
+    size: Size = x.shape[2:]
+    points = reference_points(size, Convention.CELL_CENTER).astype(np.result_type(x.dtype, np.float32))
+    return points.reshape(1, 1, -1, 2), {"query_size": size, "convention": Convention.CELL_CENTER}
+
+
+def multi_head_attention_vjp(
+    cotangent: Array, trace: MultiHeadTrace, params: Tree, config: MultiHeadAttentionConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params): output projection, attention, table, qkv projection, backwards."""
+    output = linear_vjp(cotangent, trace.merged, **params["output"])
+    grad_params: dict[str, Tree] = {"output": output.params}
+    grad_attended = split_heads(output.x, config.heads)
+    grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
+    if config.size is not None:
+        points, reading = _reading(trace.x)
+        table = params["position_bias"]["table"]
+        grad_bias = grads.bias.sum(axis=0, keepdims=True)
+        grad_params["position_bias"] = {"table": table_bias_vjp(grad_bias, table, points, **reading).table}
+    grad_qkv = np.concatenate([grads.q, grads.k, grads.v], axis=1)
+    qkv = linear_vjp(merge_heads(grad_qkv, trace.x.shape[2:]), trace.x, **params["qkv"])
+    return qkv.x, {**grad_params, "qkv": qkv.params}
+
+
+def multi_head_attention_macs(batch: int, size: Size, config: MultiHeadAttentionConfig) -> int:
+    """Multiply-adds: 4 HW C² + 2 (HW)² C, and 4 (HW)² heads, once for the whole batch, to read a bias."""
+    pixels = size[0] * size[1]
+    bias = 0 if config.size is None else table_bias_macs(1, config.heads, pixels, pixels)
+    projections = linear_macs(batch * pixels, config.dim, 4 * config.dim)
+    return projections + attend_macs(batch, pixels, pixels, config.dim) + bias

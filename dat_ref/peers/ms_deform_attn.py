@@ -1,0 +1,360 @@
+"""Multi-scale deformable attention (Deformable DETR): each query weighs a few points of its own around a reference.
+
+    y = W_o Σ_l Σ_p a[l, p] φ(W_v v_l; p̃[l, p]),       a = softmax(W_a q) over the levels l and points p of a head
+
+    p̃[l, p] = r_l + Δ[l, p]/(W_l, H_l)                  reference points: offsets in pixels of the level
+    p̃[l, p] = r_l + Δ[l, p] · (w, h)/(2 P)              reference boxes (x, y, w, h): in fractions of the box
+
+for each head, with Δ = W_Δ q. The weights a are predicted from the query alone: no key is ever looked at. That makes
+the values all that is sampled, N_q·L·P·C numbers, and it is what DAT objects to. The variant with
+``scoring="dot_product"`` does compare: keys W_k v are sampled at the same points, and a = softmax(W_q q · k̃/√d).
+
+Arrays of tokens are (B, tokens, C), locations (x, y) in [0, 1], as in the released code: see
+`dat_ref.peers.multi_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_divides, check_map
+from ..config import PeerConfig
+from ..official import Names, Official
+from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
+from ..ops.grid import Size
+from ..ops.sampling import bilinear_sample_macs
+from .multi_scale import (
+    level_sizes,
+    location_gradient,
+    location_pixels,
+    sample_tokens,
+    sample_tokens_vjp,
+    weighted_sum,
+    weighted_sum_vjp,
+)
+
+Scoring = Literal["query", "dot_product"]
+
+# ------------------------------------------------------------------------------------------------ the module
+
+
+@dataclass(frozen=True)
+class MultiScaleDeformableConfig(PeerConfig):
+    """Deformable DETR's attention; as a block's attention, one level, every pixel a query at its own center.
+
+    Args:
+        points: P, sampled points of a query, head and level.
+        levels: L, maps that are attended to.
+        scoring: weights from the ``"query"`` alone (as released), or ``"dot_product"`` with the sampled keys.
+    """
+
+    heads: int
+    points: int = 4
+    levels: int = 1
+    scoring: Scoring = "query"
+
+    kind = "multi_scale_deformable"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        if self.points < 1 or self.levels < 1:
+            raise ConfigError(f"points, levels: expected >= 1, got {self.points}, {self.levels}")
+        if self.scoring not in ("query", "dot_product"):
+            raise ConfigError(f"scoring: expected 'query' or 'dot_product', got {self.scoring!r}")
+
+    @property
+    def scale(self) -> float:
+        """What the dot products are multiplied with, d^(-1/2)."""
+        return (self.dim // self.heads) ** -0.5
+
+    @property
+    def samples(self) -> int:
+        """Points of a query over all heads and levels."""
+        return self.heads * self.levels * self.points
+
+
+def multi_scale_deformable_shapes(config: MultiScaleDeformableConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    dim = config.dim
+    outputs = {"offset": 2 * config.samples, "value": dim, "output": dim}
+    outputs |= {"weights": config.samples} if config.scoring == "query" else {"query": dim, "key": dim}
+    return {name: {"weight": (rows, dim), "bias": (rows,)} for name, rows in outputs.items()}
+
+
+def multi_scale_deformable_names(config: MultiScaleDeformableConfig) -> Names:
+    """Return the released names of the parameters (Deformable DETR's ``MSDeformAttn``)."""
+    if config.scoring != "query":
+        raise ConfigError("scoring: expected 'query', the only one that was released")
+    places = {
+        "offset": "sampling_offsets",
+        "weights": "attention_weights",
+        "value": "value_proj",
+        "output": "output_proj",
+    }
+    return {f"{ours}.{leaf}": Official(f"{places[ours]}.{leaf}") for ours in places for leaf in ("weight", "bias")}
+
+
+def ring(heads: int, levels: int, points: int) -> Array:
+    """Return the offsets that a query starts from, (heads, levels, points, 2), (x, y): head h looks into direction
+    2π h/heads, its points at 1, 2, … P pixels, measured along the longer axis (so for 8 heads they lie on squares)."""
+    angles = np.arange(heads) * (2 * np.pi / heads)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    directions /= np.abs(directions).max(axis=-1, keepdims=True)
+    distances = np.arange(1, points + 1)
+    return np.broadcast_to(directions[:, None, None] * distances[:, None], (heads, levels, points, 2))
+
+
+def multi_scale_deformable_start(params: Tree, config: MultiScaleDeformableConfig, rng: np.random.Generator) -> None:
+    """Set first values as released: a ring of offsets and equal weights, whatever the query; projections by Xavier."""
+    for name, leaf in params.items():
+        leaf["bias"][:] = 0
+        if name in ("offset", "weights"):
+            leaf["weight"][:] = 0
+        else:
+            leaf["weight"][:] = rng.uniform(-1, 1, leaf["weight"].shape) * np.sqrt(3 / config.dim)
+    params["offset"]["bias"][:] = ring(config.heads, config.levels, config.points).ravel()
+
+
+@dataclass(frozen=True)
+class MultiScaleDeformableTrace:
+    """Intermediates of `multi_scale_deformable`."""
+
+    query: Array  # (B, Q, C)
+    value_input: Array  # (B, S, C)
+    reference_points: Array  # (B, Q, L, 2) or (B, Q, L, 4)
+    spatial_shapes: list[Size]
+    value: Array  # (B, S, heads, d)
+    keys: Array | None  # (B, S, heads, d), for dot products
+    projected_query: Array | None  # (B, Q, heads, d), for dot products
+    offsets: Array  # (B, Q, heads, L, P, 2), (x, y)
+    locations: Array  # (B, Q, heads, L, P, 2), (x, y) in [0, 1]
+    points_px: Array  # (B, Q, heads, L, P, 2), (y, x), in pixels of the level
+    sampled: Array  # (B, Q, heads, L, P, d), values
+    sampled_keys: Array | None
+    attention: Array  # (B, Q, heads, L, P)
+    merged: Array  # (B, Q, C), before the output projection
+
+
+def _dense(tokens: Array, weight: Array, bias: Array) -> Array:
+    """`linear` on (B, tokens, C)."""
+    return linear(tokens.swapaxes(1, 2), weight, bias).swapaxes(1, 2)
+
+
+def _dense_vjp(cotangent: Array, tokens: Array, weight: Array, bias: Array) -> tuple[Array, Tree]:
+    grads = linear_vjp(cotangent.swapaxes(1, 2), tokens.swapaxes(1, 2), weight, bias)
+    return grads.x.swapaxes(1, 2), grads.params
+
+
+def _heads(tokens: Array, heads: int) -> Array:
+    return tokens.reshape(*tokens.shape[:2], heads, tokens.shape[2] // heads)
+
+
+def _flat(of_heads: Array) -> Array:
+    return of_heads.reshape(*of_heads.shape[:2], int(np.prod(of_heads.shape[2:])))
+
+
+def _offset_unit(reference_points: Array, shapes: Sequence[Size], points: int) -> Array:
+    """Return what an offset of one means in locations, (x, y), broadcasting to (B, Q, heads, L, P, 2)."""
+    if reference_points.shape[-1] == 4:
+        return reference_points[:, :, None, :, None, 2:] / (2 * points)
+    extent = np.asarray(shapes, dtype=reference_points.dtype)[:, ::-1]  # (L, 2), (W, H)
+    return (1 / extent)[None, None, None, :, None]
+
+
+def multi_scale_deformable(
+    query: Array,
+    value: Array,
+    reference_points: Array,
+    spatial_shapes: Sequence[Size] | Array,
+    params: Tree,
+    config: MultiScaleDeformableConfig,
+) -> tuple[Array, MultiScaleDeformableTrace]:
+    """Attend from queries to maps.
+
+    Args:
+        query: (B, Q, C).
+        value: (B, S, C), S = Σ H_l W_l.
+        reference_points: (B, Q, L, 2), (x, y), or boxes (B, Q, L, 4), (x, y, w, h), in [0, 1] of each level.
+        spatial_shapes: (L, 2), the (H_l, W_l).
+        params: tree of `multi_scale_deformable_shapes`.
+
+    Returns:
+        (B, Q, C) and the trace.
+    """
+    shapes = _check_module(query, value, reference_points, spatial_shapes, config)
+    batch, queries, _ = query.shape
+    per_point = (batch, queries, config.heads, config.levels, config.points)
+    wide = np.result_type(query.dtype, np.float32)
+    offsets = _dense(query, **params["offset"]).reshape(*per_point, 2).astype(wide, copy=False)
+    centers = reference_points[:, :, None, :, None, :2]
+    locations = centers + offsets * _offset_unit(reference_points, shapes, config.points)
+    points_px = location_pixels(locations, shapes)
+    projected = _heads(_dense(value, **params["value"]), config.heads)
+    sampled = sample_tokens(projected, points_px, shapes)
+
+    keys = sampled_keys = projected_query = None
+    if config.scoring == "query":
+        logits = _dense(query, **params["weights"]).reshape(per_point)
+    else:
+        projected_query = _heads(_dense(query, **params["query"]), config.heads)
+        keys = _heads(_dense(value, **params["key"]), config.heads)
+        sampled_keys = sample_tokens(keys, points_px, shapes)
+        logits = np.einsum("bqhd,bqhlpd->bqhlp", projected_query, sampled_keys) * query.dtype.type(config.scale)
+    attention = _softmax(logits)
+    merged = weighted_sum(sampled, attention)
+    trace = MultiScaleDeformableTrace(
+        query, value, reference_points, shapes, projected, keys, projected_query, offsets, locations, points_px,
+        sampled, sampled_keys, attention, merged,
+    )  # fmt: skip
+    return _dense(merged, **params["output"]), trace
+
+
+def _softmax(logits: Array) -> Array:
+    """Over levels and points together, (B, Q, heads, L, P)."""
+    levels, points = logits.shape[3:]
+    return softmax(logits.reshape(*logits.shape[:3], levels * points)).reshape(logits.shape)
+
+
+def _check_module(
+    query: Array,
+    value: Array,
+    reference_points: Array,
+    spatial_shapes: Sequence[Size] | Array,
+    config: MultiScaleDeformableConfig,
+) -> list[Size]:
+    shapes = level_sizes(spatial_shapes)
+    if len(shapes) != config.levels:
+        raise ShapeError(f"spatial_shapes: expected levels={config.levels} pairs (H, W), got {shapes}")
+    check_array("query", query, {"B": None, "Q": None, "C": config.dim})
+    total = sum(height * width for height, width in shapes)
+    check_array("value", value, {"B": len(query), "S": total, "C": config.dim}, "S = Σ H_l·W_l")
+    last = 4 if np.shape(reference_points)[-1:] == (4,) else 2
+    axes: dict[str, int | None] = {"B": len(query), "Q": query.shape[1], "L": config.levels, "(x, y) or box": last}
+    check_array("reference_points", reference_points, axes)
+    return shapes
+
+
+class MultiScaleDeformableGradients(NamedTuple):
+    """Gradients of `multi_scale_deformable`."""
+
+    query: Array
+    value: Array
+    reference_points: Array
+    params: Tree
+
+
+def multi_scale_deformable_vjp(
+    cotangent: Array, trace: MultiScaleDeformableTrace, params: Tree, config: MultiScaleDeformableConfig
+) -> MultiScaleDeformableGradients:
+    """The steps of `multi_scale_deformable` in reverse.
+
+    Where weights are predicted from the query, the maps gain through the values alone.
+    """
+    shapes = trace.spatial_shapes
+    grad_merged, output = _dense_vjp(cotangent, trace.merged, **params["output"])
+    grad_params: dict[str, Tree] = {"output": output}
+    grad_sampled, grad_attention = weighted_sum_vjp(grad_merged, trace.sampled, trace.attention)
+    grad_logits = _softmax_vjp(grad_attention, trace.attention)
+    grad_projected, grad_points = sample_tokens_vjp(grad_sampled, trace.value, trace.points_px, shapes)
+    grad_value, grad_params["value"] = _dense_vjp(_flat(grad_projected), trace.value_input, **params["value"])
+
+    if trace.keys is None:
+        grad_query, grad_params["weights"] = _dense_vjp(_flat(grad_logits), trace.query, **params["weights"])
+    else:
+        assert trace.sampled_keys is not None
+        assert trace.projected_query is not None
+        grad_dot = grad_logits * trace.query.dtype.type(config.scale)
+        grad_q = np.einsum("bqhlp,bqhlpd->bqhd", grad_dot, trace.sampled_keys)
+        grad_query, grad_params["query"] = _dense_vjp(_flat(grad_q), trace.query, **params["query"])
+        grad_sampled_keys = grad_dot[..., None] * trace.projected_query[:, :, :, None, None]
+        grad_keys, through_keys = sample_tokens_vjp(grad_sampled_keys, trace.keys, trace.points_px, shapes)
+        through, grad_params["key"] = _dense_vjp(_flat(grad_keys), trace.value_input, **params["key"])
+        grad_value, grad_points = grad_value + through, grad_points + through_keys
+
+    grad_locations = location_gradient(grad_points, shapes)
+    grad_offsets = grad_locations * _offset_unit(trace.reference_points, shapes, config.points)
+    through, grad_params["offset"] = _dense_vjp(_flat(grad_offsets), trace.query, **params["offset"])
+    grad_reference = grad_locations.sum(axis=(2, 4))  # over heads and points: (B, Q, L, 2)
+    if trace.reference_points.shape[-1] == 4:
+        grad_extent = (grad_locations * trace.offsets).sum(axis=(2, 4)) / (2 * config.points)
+        grad_reference = np.concatenate([grad_reference, grad_extent], axis=-1)
+    return MultiScaleDeformableGradients(grad_query + through, grad_value, grad_reference, grad_params)
+
+
+def _softmax_vjp(cotangent: Array, attention: Array) -> Array:
+    flat = (*attention.shape[:3], attention.shape[3] * attention.shape[4])
+    return softmax_vjp(cotangent.reshape(flat), attention.reshape(flat)).reshape(attention.shape)
+
+
+def multi_scale_deformable_macs(
+    batch: int, queries: int, spatial_shapes: Sequence[Size], config: MultiScaleDeformableConfig
+) -> int:
+    """Multiply-adds: (Q + S) C² to project, 3 Q C · heads L P for offsets and weights, 5 Q L P C to sample and sum.
+
+    Dot products need (Q + S) C² for queries and keys in place of Q C · heads L P for the weights, and 5 Q L P C more to
+    sample and compare keys.
+    """
+    dim, tokens = config.dim, batch * sum(height * width for height, width in spatial_shapes)
+    queries *= batch
+    read = queries * config.levels * config.points  # of all heads together, C channels
+    once = bilinear_sample_macs(read, dim) + read * dim
+    macs = linear_macs(queries + tokens, dim, dim) + linear_macs(queries, dim, 2 * config.samples) + once
+    if config.scoring == "query":
+        return macs + linear_macs(queries, dim, config.samples)
+    return macs + linear_macs(queries + tokens, dim, dim) + once
+
+
+# ------------------------------------------------------------------------------------------------ in a block
+
+
+def cell_centers(size: Size) -> Array:
+    """Return the centers of a map's pixels, (H·W, 1, 2), (x, y) in [0, 1]: the references of a map's own pixels."""
+    rows, columns = ((np.arange(length) + 0.5) / length for length in size)
+    return np.stack(np.meshgrid(columns, rows, indexing="xy"), axis=-1).reshape(-1, 1, 2)
+
+
+def _one_level(config: MultiScaleDeformableConfig) -> None:
+    if config.levels != 1:
+        raise ConfigError(f"levels: expected 1, a block attends to its own map, got {config.levels}")
+
+
+def multi_scale_deformable_layer(
+    x: Array, params: Tree, config: MultiScaleDeformableConfig
+) -> tuple[Array, MultiScaleDeformableTrace]:
+    """Attend from every pixel of a map to points around it.
+
+    Args:
+        x: (B, C, H, W), any H and W; queries and values both (without DETR's position embedding).
+        params: tree of `multi_scale_deformable_shapes`, one level.
+
+    Returns:
+        (B, C, H, W) and the trace.
+    """
+    _one_level(config)
+    x = check_map("x", x, config.dim)
+    size: Size = x.shape[2:]
+    tokens = x.reshape(len(x), config.dim, size[0] * size[1]).swapaxes(1, 2)
+    centers = cell_centers(size).astype(np.result_type(x.dtype, np.float32))
+    references = np.broadcast_to(centers, (len(x), *centers.shape))
+    y, trace = multi_scale_deformable(tokens, tokens, references, [size], params, config)
+    return y.swapaxes(1, 2).reshape(x.shape), trace
+
+
+def multi_scale_deformable_layer_vjp(
+    cotangent: Array, trace: MultiScaleDeformableTrace, params: Tree, config: MultiScaleDeformableConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params): the map gains as query and as value."""
+    batch, dim, height, width = cotangent.shape
+    of_tokens = cotangent.reshape(batch, dim, height * width).swapaxes(1, 2)
+    grads = multi_scale_deformable_vjp(of_tokens, trace, params, config)
+    return (grads.query + grads.value).swapaxes(1, 2).reshape(cotangent.shape), grads.params
+
+
+def multi_scale_deformable_layer_macs(batch: int, size: Size, config: MultiScaleDeformableConfig) -> int:
+    """Multiply-adds of the layer on a map of `size`: H·W queries, one level."""
+    _one_level(config)
+    return multi_scale_deformable_macs(batch, size[0] * size[1], [size], config)

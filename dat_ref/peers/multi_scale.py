@@ -1,0 +1,161 @@
+"""The operation inside Deformable DETR: sums of sampled values, from maps of several sizes at once.
+
+    y[q] = Σ_l Σ_p a[q, l, p] φ(v_l; p̃[q, l, p])        for each head
+
+`multi_scale_deformable_attention` has the signature and layouts of the function that transformers and mmcv share:
+tokens (B, tokens, heads, d), maps flattened row by row and one after the other, locations (x, y) in [0, 1] of each
+level with the map's edges at 0 and 1: pixel x = location · W - ½. Outside a map there are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .._checks import Array, check_array
+from ..ops.grid import Size
+from ..ops.sampling import bilinear_sample, bilinear_sample_vjp
+
+
+def level_sizes(spatial_shapes: Sequence[Size] | Array) -> list[Size]:
+    """Return the levels' (H_l, W_l) from pairs or from an array (L, 2)."""
+    return [(int(height), int(width)) for height, width in np.asarray(spatial_shapes).reshape(-1, 2)]
+
+
+def location_pixels(locations: Array, spatial_shapes: Sequence[Size]) -> Array:
+    """Return locations (B, Q, heads, L, P, 2), (x, y) in [0, 1], as points (y, x) in pixels of their level."""
+    extent = np.asarray(spatial_shapes, dtype=np.result_type(locations.dtype, np.float32))  # (L, 2), (H, W)
+    return locations[..., ::-1] * extent[:, None] - extent.dtype.type(0.5)
+
+
+def sample_tokens(value: Array, points_px: Array, spatial_shapes: Sequence[Size]) -> Array:
+    """Sample every head of every level at the points of every query.
+
+    Args:
+        value: (B, S, heads, d), the levels' pixels one after the other.
+        points_px: (B, Q, heads, L, P, 2), (y, x), in pixels of the level.
+
+    Returns:
+        (B, Q, heads, L, P, d).
+    """
+    sampled = np.empty((*points_px.shape[:-1], value.shape[3]), dtype=np.result_type(value, points_px))
+    for level, maps, points in _by_level(value, points_px, spatial_shapes):
+        read = bilinear_sample(maps, points)  # (B·heads, d, Q·P)
+        sampled[:, :, :, level] = _from_maps(read, points_px.shape)
+    return sampled
+
+
+def sample_tokens_vjp(
+    cotangent: Array, value: Array, points_px: Array, spatial_shapes: Sequence[Size]
+) -> tuple[Array, Array]:
+    """Return (∂L/∂value, ∂L/∂points_px) from ∂L/∂sampled (B, Q, heads, L, P, d)."""
+    batch, _, heads, depth = value.shape
+    grad_value, grad_points = np.zeros_like(value, dtype=cotangent.dtype), np.zeros_like(points_px)
+    start = 0
+    for level, maps, points in _by_level(value, points_px, spatial_shapes):
+        grads = bilinear_sample_vjp(_to_maps(cotangent[:, :, :, level]), maps, points)
+        pixels = maps.shape[2] * maps.shape[3]
+        of_level = grads.x.reshape(batch, heads, depth, pixels).transpose(0, 3, 1, 2)
+        grad_value[:, start : start + pixels] = of_level
+        grad_points[:, :, :, level] = _from_maps(grads.points_px.swapaxes(1, 2), points_px.shape)
+        start += pixels
+    return grad_value, grad_points
+
+
+def _by_level(value: Array, points_px: Array, spatial_shapes: Sequence[Size]) -> Iterator[tuple[int, Array, Array]]:
+    """Yield (level, maps (B·heads, d, H_l, W_l), points (B·heads, Q·P, 2))."""
+    batch, _, heads, depth = value.shape
+    start = 0
+    for level, (height, width) in enumerate(level_sizes(spatial_shapes)):
+        tokens = value[:, start : start + height * width]  # (B, H_l·W_l, heads, d)
+        maps = tokens.transpose(0, 2, 3, 1).reshape(batch * heads, depth, height, width)
+        yield level, maps, _to_maps(points_px[:, :, :, level]).swapaxes(1, 2)
+        start += height * width
+
+
+def _to_maps(of_queries: Array) -> Array:
+    """(B, Q, heads, P, n) → (B·heads, n, Q·P)."""
+    batch, queries, heads, points, depth = of_queries.shape
+    return of_queries.transpose(0, 2, 4, 1, 3).reshape(batch * heads, depth, queries * points)
+
+
+def _from_maps(read: Array, points_shape: tuple[int, ...]) -> Array:
+    """(B·heads, n, Q·P) → (B, Q, heads, P, n)."""
+    batch, queries, heads, _, points, _ = points_shape
+    return read.reshape(batch, heads, read.shape[1], queries, points).transpose(0, 3, 1, 4, 2)
+
+
+def multi_scale_deformable_attention(
+    value: Array, value_spatial_shapes: Sequence[Size] | Array, sampling_locations: Array, attention_weights: Array
+) -> Array:
+    """Sum sampled values with given weights: y[q] = Σ_l Σ_p a[q, l, p] φ(v_l; p̃[q, l, p]) for each head.
+
+    Args:
+        value: (B, S, heads, d), S = Σ H_l W_l.
+        value_spatial_shapes: (L, 2), the (H_l, W_l) of each level.
+        sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1]; outside there are zeros.
+        attention_weights: (B, Q, heads, L, P).
+
+    Returns:
+        (B, Q, heads·d).
+
+    Raises:
+        ShapeError: if the shapes do not go together.
+    """
+    shapes = _check(value, value_spatial_shapes, sampling_locations, attention_weights)
+    sampled = sample_tokens(value, location_pixels(sampling_locations, shapes), shapes)
+    return weighted_sum(sampled, attention_weights)
+
+
+def weighted_sum(sampled: Array, weights: Array) -> Array:
+    """Sum samples (B, Q, heads, L, P, d) with weights (B, Q, heads, L, P) over levels and points: (B, Q, heads·d)."""
+    batch, queries, heads, _, _, depth = sampled.shape
+    return np.einsum("bqhlp,bqhlpd->bqhd", weights, sampled).reshape(batch, queries, heads * depth)
+
+
+class MultiScaleGradients(NamedTuple):
+    """Gradients of `multi_scale_deformable_attention`."""
+
+    value: Array
+    sampling_locations: Array
+    attention_weights: Array
+
+
+def multi_scale_deformable_attention_vjp(
+    cotangent: Array,
+    value: Array,
+    value_spatial_shapes: Sequence[Size] | Array,
+    sampling_locations: Array,
+    attention_weights: Array,
+) -> MultiScaleGradients:
+    """∂L/∂a = ⟨φ, ∂L/∂y⟩, ∂L/∂φ = a ∂L/∂y; a location's gradient is its point's times the extent of the level."""
+    shapes = _check(value, value_spatial_shapes, sampling_locations, attention_weights)
+    points_px = location_pixels(sampling_locations, shapes)
+    sampled = sample_tokens(value, points_px, shapes)
+    grad_sampled, grad_weights = weighted_sum_vjp(cotangent, sampled, attention_weights)
+    grad_value, grad_points = sample_tokens_vjp(grad_sampled, value, points_px, shapes)
+    return MultiScaleGradients(grad_value, location_gradient(grad_points, shapes), grad_weights)
+
+
+def weighted_sum_vjp(cotangent: Array, sampled: Array, weights: Array) -> tuple[Array, Array]:
+    """Return (∂L/∂sampled, ∂L/∂weights)."""
+    grad_y = cotangent.reshape(*sampled.shape[:3], sampled.shape[5])  # (B, Q, heads, d)
+    return weights[..., None] * grad_y[:, :, :, None, None], np.einsum("bqhd,bqhlpd->bqhlp", grad_y, sampled)
+
+
+def location_gradient(grad_points: Array, shapes: Sequence[Size]) -> Array:
+    """Return ∂L/∂locations, (x, y), from ∂L/∂points_px, (y, x): the extent of the level is the slope."""
+    extent = np.asarray(shapes, dtype=grad_points.dtype)
+    return (grad_points * extent[:, None])[..., ::-1]
+
+
+def _check(value: Array, spatial_shapes: Sequence[Size] | Array, locations: Array, weights: Array) -> list[Size]:
+    shapes = level_sizes(spatial_shapes)
+    total = sum(height * width for height, width in shapes)
+    check_array("value", value, {"B": None, "S": total, "heads": None, "d": None}, "S = Σ H_l·W_l")
+    axes: dict[str, int | None] = {"B": len(value), "Q": None, "heads": value.shape[2], "L": len(shapes), "P": None}
+    check_array("sampling_locations", locations, {**axes, "(x, y)": 2})
+    check_array("attention_weights", weights, {**axes, "Q": locations.shape[1], "P": locations.shape[4]})
+    return shapes

@@ -1,0 +1,257 @@
+"""The naive form: every query has sampled keys of its own, which is what sharing them in DAT avoids.
+
+    p̃[m, n] = m + t_n + Δ[m, n],   Δ = θ(q)               key n of query m: a tap of a lattice around m, moved
+    z[m] = softmax_n(q[m] · k̃[m, n] / √d) ṽ[m, n],        k̃ = φ(x; p̃) W_k,  ṽ = φ(x; p̃) W_v
+
+A deformable convolution's sampling with an attention's weights. θ is DAT's offset network at stride 1, with two
+channels a tap instead of two in all. The sampled keys are N_q·N_k·C numbers, where DAT's are N_k·C: with as many keys
+as queries that grows with the fourth power of the map's side. Where all queries share one set of points, the result is
+DAT's.
+
+Sampling and projecting are both linear and commute, so the projections run once on the map, 2 HW C², instead of on
+every sample. Channels mix the samples of all G groups, as in DAT: group g contributes W[:, g] x_g, read at its points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .._checks import Array, ConfigError, Tree, check_divides, check_map
+from ..config import PeerConfig
+from ..ops.attention import attend, attend_macs, attend_vjp, split_heads
+from ..ops.basic import Padding, depthwise_conv2d_macs, linear, linear_macs, linear_vjp
+from ..ops.grid import Size
+from ..ops.offsets import OffsetNetworkTrace, offset_network, offset_network_vjp
+from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
+
+# ------------------------------------------------------------------------------------------------ given the points
+
+
+@dataclass(frozen=True)
+class PointsTrace:
+    """Intermediates of `attend_at_points`; N keys a query."""
+
+    x: Array  # (B, C, H, W)
+    points_px: Array  # (B, G, M, N, 2), (y, x), in pixels of the map
+    projected: Array  # (B, G, 2C, H, W), what each group's channels contribute to keys and values
+    q: Array  # (B, heads, M, 1, d)
+    k: Array  # (B, heads, M, N, d)
+    v: Array
+    attention: Array  # (B, heads, M, 1, N)
+
+
+def attend_at_points(
+    query: Array, x: Array, points_px: Array, params: Tree, heads: int, bias: Array | None = None
+) -> tuple[Array, PointsTrace]:
+    """Attend from every query to keys sampled at points of its own.
+
+    Args:
+        query: (B, C, M).
+        x: (B, C, H, W), the map that is sampled.
+        points_px: (B, G, M, N, 2), (y, x), in pixels; group g moves channels [g·C/G, (g+1)·C/G) of x.
+        params: ``key`` and ``value``, each weight (C, C) and bias (C,).
+        bias: (B or 1, heads, M, N), or None.
+
+    Returns:
+        (B, C, M), before any output projection, and the trace.
+    """
+    batch, dim, queries = query.shape
+    count = points_px.shape[3]
+    projected = _project_groups(x, params, points_px.shape[1])
+    sampled = np.concatenate([params["key"]["bias"], params["value"]["bias"]])[:, None]
+    for group in range(points_px.shape[1]):
+        sampled = sampled + bilinear_sample(projected[:, group], _flat_points(points_px[:, group]))  # (B, 2C, M·N)
+    sampled = sampled.reshape(batch, 2 * heads, dim // heads, queries, count).transpose(0, 1, 3, 4, 2)
+    k, v = sampled[:, :heads], sampled[:, heads:]
+    q = split_heads(query, heads)[:, :, :, None]
+    of_pairs = None if bias is None else bias[:, :, :, None]
+    attended, attention = attend(q, k, v, of_pairs, (dim // heads) ** -0.5)
+    merged = attended[:, :, :, 0].swapaxes(2, 3).reshape(batch, dim, queries)
+    return merged, PointsTrace(x, points_px, projected, q, k, v, attention)
+
+
+def _stacked(params: Tree) -> Array:
+    return np.concatenate([params["key"]["weight"], params["value"]["weight"]])  # (2C, C)
+
+
+def _project_groups(x: Array, params: Tree, groups: int) -> Array:
+    """Return W[:, g] x_g for each group, keys and values: (B, G, 2C, H, W)."""
+    weights = np.split(_stacked(params), groups, axis=1)
+    parts = np.split(x, groups, axis=1)
+    return np.stack([linear(part, weight) for part, weight in zip(parts, weights, strict=True)], axis=1)
+
+
+def _flat_points(points: Array) -> Array:
+    """(B, M, N, 2) → (B, M·N, 2)."""
+    return points.reshape(len(points), points.shape[1] * points.shape[2], 2)
+
+
+class PointsGradients(NamedTuple):
+    """Gradients of `attend_at_points`; ``bias`` (B, heads, M, N) is not yet summed over what it was broadcast along."""
+
+    query: Array
+    x: Array
+    points_px: Array
+    params: Tree
+    bias: Array
+
+
+def attend_at_points_vjp(cotangent: Array, trace: PointsTrace, params: Tree, heads: int) -> PointsGradients:
+    """Attention, sampling of each group, projections, backwards; `cotangent` is (B, C, M)."""
+    batch, dim, queries = cotangent.shape
+    groups, count = trace.points_px.shape[1], trace.points_px.shape[3]
+    grad_attended = split_heads(cotangent, heads)[:, :, :, None]
+    core = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, (dim // heads) ** -0.5)
+    grad_query = core.q[:, :, :, 0].swapaxes(2, 3).reshape(batch, dim, queries)
+    grad_sampled = np.concatenate([core.k, core.v], axis=1).transpose(0, 1, 4, 2, 3)
+    grad_sampled = grad_sampled.reshape(batch, 2 * dim, queries * count)
+
+    grad_points = np.empty_like(trace.points_px)
+    grad_parts, grad_weights = [], []
+    parts, weights = (np.split(array, groups, axis=1) for array in (trace.x, _stacked(params)))
+    for group in range(groups):
+        points = _flat_points(trace.points_px[:, group])
+        sampling = bilinear_sample_vjp(grad_sampled, trace.projected[:, group], points)
+        grad_points[:, group] = sampling.points_px.reshape(grad_points[:, group].shape)
+        projection = linear_vjp(sampling.x, parts[group], weights[group])
+        grad_parts.append(projection.x)
+        grad_weights.append(projection.params["weight"])
+    grad_weight, grad_bias = np.concatenate(grad_weights, axis=1), grad_sampled.sum(axis=(0, 2))
+    grad_params = {
+        name: {"weight": grad_weight[rows], "bias": grad_bias[rows]}
+        for name, rows in (("key", slice(0, dim)), ("value", slice(dim, None)))
+    }
+    return PointsGradients(
+        grad_query, np.concatenate(grad_parts, axis=1), grad_points, grad_params, core.bias[:, :, :, 0]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the layer
+
+
+@dataclass(frozen=True)
+class PerQueryAttentionConfig(PeerConfig):
+    """Attention of every query to `kernel_size`² keys of its own.
+
+    Args:
+        groups: offset groups G, as in a deformable layer.
+        kernel_size: side of the lattice of keys around a query, odd.
+        offset_kernel_size: k of the offset network's depthwise convolution, odd.
+    """
+
+    heads: int
+    groups: int = 1
+    kernel_size: int = 3
+    offset_kernel_size: int = 5
+
+    kind = "per_query"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        check_divides("groups", self.groups, "heads", self.heads)
+        for name in ("kernel_size", "offset_kernel_size"):
+            if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
+                raise ConfigError(f"{name}: expected an odd number (it has a center), got {getattr(self, name)}")
+
+    @property
+    def keys(self) -> int:
+        """Keys N of a query."""
+        return self.kernel_size**2
+
+
+def per_query_shapes(config: PerQueryAttentionConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    dim, group, kernel = config.dim, config.dim // config.groups, config.offset_kernel_size
+    shapes: dict[str, Tree] = {
+        name: {"weight": (dim, dim), "bias": (dim,)} for name in ("query", "key", "value", "output")
+    }
+    shapes["offset_network"] = {
+        "depthwise": {"weight": (group, 1, kernel, kernel), "bias": (group,)},
+        "norm": {"weight": (group,), "bias": (group,)},
+        "pointwise": {"weight": (2 * config.keys, group)},
+    }
+    return shapes
+
+
+@dataclass(frozen=True)
+class PerQueryTrace:
+    """Intermediates of `per_query_attention`."""
+
+    x: Array  # (B, C, H, W)
+    query: Array  # (B, C, H, W)
+    offset_network: OffsetNetworkTrace
+    offsets: Array  # (B, G, H·W, N, 2), (y, x), in pixels
+    points_px: Array  # (B, G, H·W, N, 2), (y, x), in pixels of the map
+    at_points: PointsTrace
+    merged: Array  # (B, C, H, W), before the output projection
+
+    @property
+    def attention(self) -> Array:
+        """(B, heads, H·W, N)."""
+        return self.at_points.attention[:, :, :, 0]
+
+
+def lattice(size: Size, kernel: int) -> Array:
+    """Return where keys stand without offsets, in pixels: (H·W, kernel², 2), around every pixel."""
+    pixels = np.stack(np.divmod(np.arange(size[0] * size[1]), size[1]), axis=-1)
+    taps = np.stack(np.divmod(np.arange(kernel * kernel), kernel), axis=-1) - kernel // 2
+    return (pixels[:, None] + taps).astype(np.float64)
+
+
+def _padding(config: PerQueryAttentionConfig) -> Padding:
+    half = config.offset_kernel_size // 2
+    return (half, half), (half, half)
+
+
+def per_query_attention(x: Array, params: Tree, config: PerQueryAttentionConfig) -> tuple[Array, PerQueryTrace]:
+    """Attend from every pixel to its own sampled keys.
+
+    Args:
+        x: (B, C, H, W), any H and W.
+        params: tree of `per_query_shapes`.
+
+    Returns:
+        (B, C, H, W) and the trace. Without offsets a query away from the border sees its neighborhood.
+    """
+    x = check_map("x", x, config.dim)
+    batch, dim, height, width = x.shape
+    query = linear(x, **params["query"])
+    in_groups = query.reshape(batch * config.groups, dim // config.groups, height, width)
+    raw, network = offset_network(in_groups, params["offset_network"], stride=1, padding=_padding(config))
+    raw = raw.reshape(batch, config.groups, config.keys, 2, height * width)
+    offsets = raw.transpose(0, 1, 4, 2, 3).astype(np.result_type(raw.dtype, np.float32), copy=False)
+    points_px = offsets + lattice((height, width), config.kernel_size).astype(offsets.dtype)
+    flat = query.reshape(batch, dim, height * width)
+    merged, at_points = attend_at_points(flat, x, points_px, params, config.heads)
+    merged = merged.reshape(x.shape)
+    y = linear(merged, **params["output"])
+    return y, PerQueryTrace(x, query, network, offsets, points_px, at_points, merged)
+
+
+def per_query_attention_vjp(
+    cotangent: Array, trace: PerQueryTrace, params: Tree, config: PerQueryAttentionConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params): x gains through the samples, the offsets and the queries."""
+    batch, dim, height, width = trace.x.shape
+    output = linear_vjp(cotangent, trace.merged, **params["output"])
+    grads = attend_at_points_vjp(output.x.reshape(batch, dim, height * width), trace.at_points, params, config.heads)
+    grad_raw = grads.points_px.transpose(0, 1, 3, 4, 2)  # (B, G, N, 2, H·W)
+    grad_raw = grad_raw.reshape(batch * config.groups, 2 * config.keys, height, width)
+    grad_groups, network = offset_network_vjp(
+        grad_raw, trace.offset_network, params["offset_network"], stride=1, padding=_padding(config)
+    )
+    grad_query = grads.query.reshape(trace.query.shape) + grad_groups.reshape(trace.query.shape)
+    query = linear_vjp(grad_query, trace.x, **params["query"])
+    grad_params = {**grads.params, "query": query.params, "output": output.params, "offset_network": network}
+    return grads.x + query.x, grad_params
+
+
+def per_query_attention_macs(batch: int, size: Size, config: PerQueryAttentionConfig) -> int:
+    """Multiply-adds: 4 HW C² + 2 HW N C + (k² + 2N) HW C, and 8 G HW N C to sample keys and values."""
+    dim, pixels, keys = config.dim, batch * size[0] * size[1], config.keys
+    offsets = depthwise_conv2d_macs(pixels, dim, config.offset_kernel_size) + linear_macs(pixels, dim, 2 * keys)
+    sampling = config.groups * bilinear_sample_macs(pixels * keys, 2 * dim)
+    return linear_macs(pixels, dim, 4 * dim) + offsets + sampling + attend_macs(pixels, 1, keys, dim)

@@ -1,0 +1,211 @@
+"""Checks that take an implementation, so that the tests can show them a right one and `test_mutants` wrong ones.
+
+Each raises AssertionError. They run on fixed examples with all axes different; the property tests draw many more.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from oracle import sampling as loops
+from scipy.ndimage import map_coordinates
+
+from dat_ref import Convention, DeformableAttentionConfig, OffsetBound, init_params
+from dat_ref.layer import deformable_shapes
+
+from .agreement import assert_agree
+from .layers import mirror, random_params, run_oracle, transpose, transposed_config
+
+Array = np.ndarray
+Sampler = Callable[[Array, Array], Array]
+Layer = Callable[[Array, Any, DeformableAttentionConfig], tuple[Array, Any]]
+
+CONSISTENT = (Convention.CELL_CENTER, Convention.PAPER)
+
+# ------------------------------------------------------------------------------------------------ samplers
+
+
+def example_map() -> tuple[Array, Array]:
+    """Return maps (2, 3, 5, 4) and points (2, 12, 2): on pixels, between them, on the border, just and far outside."""
+    rng = np.random.default_rng(5)
+    corners = [[0, 0], [4, 3], [2, 1], [-0.5, 1.25], [4.75, 2.5], [1.5, 3.25], [-1, 0], [9, -7]]
+    inside = rng.uniform([0, 0], [4, 3], (4, 2))
+    points = np.concatenate([np.array(corners, dtype=np.float64), inside])
+    return rng.standard_normal((2, 3, 5, 4)), np.stack([points, points[::-1]])
+
+
+def sampling_is_map_coordinates(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
+    """Sampling is scipy's linear interpolation with zeros outside."""
+    if x is None or points_px is None:
+        x, points_px = example_map()
+    sampled = sample(x, points_px)
+    for n, c in np.ndindex(*x.shape[:2]):
+        options: dict[str, Any] = {"order": 1, "prefilter": False, "mode": "grid-constant", "cval": 0.0}
+        assert_agree(sampled[n, c], map_coordinates(x[n, c], points_px[n].T, **options), 1e-12, "sampled")
+
+
+def sampling_is_the_loops(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
+    """Sampling is the sum over all pixels of hat times hat times pixel."""
+    if x is None or points_px is None:
+        x, points_px = example_map()
+    sampled = sample(x, points_px)
+    for n, p in np.ndindex(*points_px.shape[:2]):
+        expected = loops.bilinear_channels(x, n, range(x.shape[1]), *points_px[n, p].tolist())
+        assert_agree(sampled[n, :, p], expected, 1e-12, "sampled")
+
+
+def sampling_has_unit_weights(sample: Sampler) -> None:
+    """Inside the map the four weights sum to one: a map of ones reads one."""
+    height, width = 5, 4
+    points = np.random.default_rng(1).uniform([0, 0], [height - 1, width - 1], (1, 40, 2))
+    corners = np.array([[[0.0, 0.0], [height - 1.0, width - 1.0]]])
+    points = np.concatenate([points, corners], axis=1)
+    assert_agree(sample(np.ones((1, 1, height, width)), points), np.ones((1, 1, 42)), 1e-14, "weights")
+
+
+def sampling_fades_at_the_border(sample: Sampler) -> None:
+    """Past the border a map of ones reads 1 - distance, and nothing from one pixel outside on."""
+    points = np.array([[[-0.25, 1.0], [4.5, 1.0], [2.0, -0.75], [2.0, 3.25], [-0.5, -0.5], [-1.0, 2.0], [1.0, 77.0]]])
+    expected = np.array([[[0.75, 0.5, 0.25, 0.75, 0.25, 0.0, 0.0]]])
+    assert_agree(sample(np.ones((1, 1, 5, 4)), points), expected, 1e-14, "border")
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def example_config(convention: Convention, **changes: Any) -> DeformableAttentionConfig:
+    """Return a layer with two groups of two heads, for a map of 5 x 3."""
+    base = DeformableAttentionConfig(
+        dim=8, heads=4, groups=2, kernel_size=3, offset_range=3.0, size=(5, 3), convention=convention
+    )
+    return replace(base, **changes)
+
+
+def example_input(config: DeformableAttentionConfig) -> tuple[Array, Any]:
+    """Return a map (2, 8, 5, 3) and random parameters."""
+    rng = np.random.default_rng(8)
+    return rng.standard_normal((2, config.dim, 5, 3)), random_params(deformable_shapes(config), rng)
+
+
+def layer_is_the_loops(layer: Layer) -> None:
+    """The layer equals the scalar loops: points, samples, bias, attention and output, in every convention."""
+    for convention in Convention:
+        config = example_config(convention)
+        x, params = example_input(config)
+        layer_equals_oracle(layer, x, params, config)
+
+
+def layer_equals_oracle(layer: Layer, x: Array, params: Any, config: DeformableAttentionConfig) -> None:
+    """The layer equals the scalar loops on one input."""
+    y, trace = layer(x, params, config)
+    expected = run_oracle(x, params, config)
+    # An infinite reference (2023, one key) may read as any pixel; its point is on the map again.
+    known = np.isfinite(expected.reference)
+    assert_agree(trace.reference[known], expected.reference[known], 1e-12, "reference")
+    if not config.average_pool:
+        assert_agree(trace.points_px, expected.points_px, 1e-11, "points_px")
+    assert_agree(trace.points, expected.points, 1e-12, "points")
+    assert_agree(trace.sampled, expected.sampled, 1e-11, "sampled")
+    if trace.bias is not None:
+        assert_agree(np.broadcast_to(trace.bias, expected.bias.shape), expected.bias, 1e-11, "bias")
+    assert_agree(trace.attention, expected.attention, 1e-11, "attention")
+    assert_agree(y, expected.output, 1e-11, "output")
+
+
+def zero_offset_is_the_identity(layer: Layer) -> None:
+    """At stride 1 and zero offset the consistent conventions sample the map itself."""
+    for convention in CONSISTENT:
+        config = example_config(convention)
+        x, _ = example_input(config)
+        params = init_params(config, 3, offsets="zero_offset", dtype=np.float64)
+        _, trace = layer(x, params, config)
+        assert_agree(trace.sampled, x, 1e-12, f"{convention}: sampled")
+
+
+def zero_offset_bias_is_a_gather(layer: Layer) -> None:
+    """At stride 1 and zero offset the consistent conventions read the table's own entries, as Swin does."""
+    for convention in CONSISTENT:
+        config = example_config(convention, offset_bound=OffsetBound.NONE)
+        x, params = example_input(config)
+        _, trace = layer(x, params, config)
+        gathered = integer_gather(params["position_bias"]["table"], (5, 3))
+        assert_agree(trace.bias, np.broadcast_to(gathered, trace.bias.shape), 1e-12, f"{convention}: bias")
+
+
+def integer_gather(table: Array, size: tuple[int, int]) -> Array:
+    """Return table[head, i - ik + H - 1, j - jk + W - 1] for all queries (i, j) and keys (ik, jk): (heads, HW, HW)."""
+    y, x = np.divmod(np.arange(size[0] * size[1]), size[1])
+    return table[:, y[:, None] - y + size[0] - 1, x[:, None] - x + size[1] - 1]
+
+
+def layer_commutes_with_flips(layer: Layer) -> None:
+    """A flipped map through the mirrored layer is the flipped output, in the three symmetric conventions."""
+    for convention in (*CONSISTENT, Convention.CVPR2022):
+        config = example_config(convention)
+        x, params = example_input(config)
+        for axis in range(2):
+            mirrored = mirror(params, axis, config, (5, 3), (5, 3))
+            flipped, _ = layer(np.flip(x, 2 + axis), mirrored, config)
+            assert_agree(np.flip(flipped, 2 + axis), layer(x, params, config)[0], 1e-11, f"{convention} axis {axis}")
+
+
+def layer_commutes_with_transposition(layer: Layer) -> None:
+    """Exchanging y and x everywhere exchanges them in the output."""
+    for convention in Convention:
+        config = example_config(convention)
+        x, params = example_input(config)
+        turned, _ = layer(x.swapaxes(2, 3), transpose(params, config, (5, 3), (5, 3)), transposed_config(config))
+        assert_agree(turned.swapaxes(2, 3), layer(x, params, config)[0], 1e-11, f"{convention}")
+
+
+def groups_keep_to_themselves(layer: Layer) -> None:
+    """Other queries in group 1 leave group 0's points, samples and bias as they were, and change group 1's."""
+    config = example_config(Convention.CELL_CENTER)
+    x, params = example_input(config)
+    _, before = layer(x, params, config)
+    changed = {**params, "query": {name: np.array(leaf) for name, leaf in params["query"].items()}}
+    changed["query"]["weight"][config.group_dim :] *= -1.5
+    _, after = layer(x, changed, config)
+    half, heads = config.dim // 2, config.heads // 2
+    for name, first, second in (
+        ("points", np.s_[:, :1], np.s_[:, 1:]),
+        ("sampled", np.s_[:, :half], np.s_[:, half:]),
+        ("bias", np.s_[:, :heads], np.s_[:, heads:]),
+    ):
+        old, new = getattr(before, name), getattr(after, name)
+        assert_agree(new[first], old[first], 1e-13, f"{name} of group 0")
+        assert np.abs(new[second] - old[second]).max() > 1e-3, f"{name} of group 1 did not move"
+
+
+def bias_rewards_what_lies_before(layer: Layer) -> None:
+    """Where the table rises with the displacement q - p, a query attends most to the keys above and left of it.
+
+    Equal logits otherwise; only the last row of the table's displacement counts on each axis in turn.
+    """
+    config = example_config(Convention.CELL_CENTER, offset_bound=OffsetBound.NONE)
+    x, params = example_input(config)
+    silent = {name: {key: np.zeros_like(leaf) for key, leaf in params[name].items()} for name in ("query", "key")}
+    for axis in range(2):
+        ramp = np.arange(9.0)[:, None] + np.zeros(5) if axis == 0 else np.zeros((9, 1)) + np.arange(5.0)
+        table = np.broadcast_to(ramp, (4, 9, 5))
+        _, trace = layer(x, {**params, **silent, "position_bias": {"table": table}}, config)
+        attention = trace.attention.reshape(2, 4, 5, 3, 5, 3).sum(axis=(5, 4)[axis])
+        assert (np.diff(attention, axis=-1) < 0).all(), f"axis {axis}: attention must fall with the key's coordinate"
+
+
+LAYER_CHECKS = (
+    layer_is_the_loops,
+    zero_offset_is_the_identity,
+    zero_offset_bias_is_a_gather,
+    layer_commutes_with_flips,
+    layer_commutes_with_transposition,
+    groups_keep_to_themselves,
+    bias_rewards_what_lies_before,
+)
+SAMPLER_CHECKS = (
+    sampling_is_map_coordinates,
+    sampling_is_the_loops,
+    sampling_has_unit_weights,
+    sampling_fades_at_the_border,
+)

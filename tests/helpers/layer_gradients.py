@@ -1,0 +1,80 @@
+"""The gradient checker applied to layers whose pass stays clear of kinks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from strategies import Case
+
+from dat_ref import BiasKind, Convention
+from dat_ref.layer import deformable_layer, deformable_layer_vjp
+from dat_ref.ops.basic import AffineGradients
+from dat_ref.ops.sampling import bilinear_sample_vjp
+
+from .checks import example_config
+from .gradients import STEP, check_module
+from .layers import kink_distance
+
+Array = np.ndarray
+MARGIN = 1e-3  # pixels between a point that is moved directly and the nearest kink
+LAYER_MARGIN = 1e-4  # the same where the layer moves the points, relative to how fast it does
+
+
+def rng_of(seed: int) -> np.random.Generator:
+    """Return the generator of cotangents and directions that goes with a seed."""
+    return np.random.default_rng([seed, 7])
+
+
+def affine(result: AffineGradients) -> dict[str, Array]:
+    """Return the gradients of an operation with weight and bias, by name."""
+    return {"x": result.x, **result.params}
+
+
+def sample_vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Array]:
+    """Return the gradients of bilinear sampling, by name."""
+    return bilinear_sample_vjp(cotangent, x, points_px)._asdict()
+
+
+def off_lattice(seed: int, shape: tuple[int, ...], low: float, high: float) -> Array:
+    """Return uniform numbers, those too near to a whole number drawn again."""
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(low, high, shape)
+    while (near := np.abs(values - np.round(values)) < MARGIN).any():
+        values[near] = rng.uniform(low, high, near.sum())
+    return values
+
+
+def _fineness(case: Case) -> float:
+    """Return how much smaller steps and margins must be: log-CPB has thousands of rectified units to keep clear of."""
+    return 0.2 if case.config.bias is BiasKind.LOG_CPB else 1.0
+
+
+def away_from_kinks(case: Case, margin: float = LAYER_MARGIN) -> Case | None:
+    """Return the case with a seed (its own or a later one) whose pass comes near no kink; None if there is none."""
+    table = case.params()["position_bias"]["table"] if case.config.bias is BiasKind.TABLE else None
+    for attempt in range(300):
+        moved = Case(case.config, case.size, case.batch, case.seed + 100_003 * attempt)
+        _, trace = deformable_layer(moved.x(), moved.params(), moved.config)
+        if kink_distance(trace, case.config, None if table is None else table.shape[1:]) > margin * _fineness(case):
+            return moved
+    return None
+
+
+def check_layer(case: Case, vjp: Callable[..., Any] = deformable_layer_vjp, **options: Any) -> None:
+    """Check the gradient of a deformable layer."""
+    check_module(
+        lambda x, params: deformable_layer(x, params, case.config),
+        lambda cotangent, trace, params: vjp(cotangent, trace, params, case.config),
+        case.x(),
+        case.params(),
+        rng_of(case.seed),
+        step=STEP * _fineness(case),
+        **options,
+    )
+
+
+def layer_example() -> Case:
+    """Return a layer with a table whose pass stays clear of kinks."""
+    case = away_from_kinks(Case(example_config(Convention.CELL_CENTER), (5, 3), 1, 0))
+    assert case is not None
+    return case

@@ -1,0 +1,270 @@
+"""The site says what is true: its Python runs and prints what it shows, its names exist, its links lead somewhere."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# docs/figures holds parts of pages. Notebooks have a test of their own.
+PAGES = [
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.relative_to(DOCS).parts[0] != "figures"
+]
+README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+# ------------------------------------------------------------------------------------------------ Python in pages
+
+FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def code_blocks(markdown):
+    """Yield (line, code, what it must print or None): that is in the block titled "prints" right after it."""
+    found = [
+        (
+            markdown.count("\n", 0, fence.start()) + 1,
+            fence[2],
+            fence[3],
+            re.sub(f"^{fence[1]}", "", fence[4], flags=re.M),
+        )
+        for fence in FENCE.finditer(markdown)
+    ]
+    for index, (line, language, _, code) in enumerate(found):
+        following = found[index + 1] if index + 1 < len(found) else (0, "", "", "")
+        if language == "python":
+            yield line, code, following[3] if 'title="prints"' in following[2] else None
+
+
+def run_page(markdown, where):
+    """Run the blocks of a page one after the other, in one namespace, as a reader would."""
+    names = {"__name__": "page"}
+    for line, code, expected in code_blocks(markdown):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + code, where, "exec"), names)
+        if expected is not None:
+            assert printed.getvalue() == expected, f"{where}, line {line}: prints\n{printed.getvalue()}"
+
+
+@pytest.mark.parametrize("page", PAGES + README, ids=name_of)
+def test_python_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(page.read_text(encoding="utf-8"), name_of(page))
+
+
+def test_wrong_output_is_noticed():
+    page = '```python\nprint(1 + 1)\n```\n\n```text title="prints"\n3\n```\n'
+    with pytest.raises(AssertionError, match="line 1: prints"):
+        run_page(page, "page")
+    run_page(page.replace("3", "2"), "page")
+
+
+def test_blocks_of_a_page_share_names_and_errors_surface():
+    run_page("```python\na = 1\n```\n\ntext\n\n```python\nassert a == 1\n```\n", "page")
+    with pytest.raises(AssertionError):
+        run_page("```python\nassert False\n```\n", "page")
+
+
+@pytest.mark.parametrize("page", PAGES + README, ids=name_of)
+def test_commands_of_the_page_exist(page):
+    """Every `make X` is a target, every `dat-ref X` a subcommand."""
+    shell = "\n".join(
+        code for _, language, _, code in FENCE.findall(page.read_text(encoding="utf-8")) if language == "bash"
+    )
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"^make (\w[\w-]*)", shell, re.M)) <= targets
+    from dat_ref.cli import build_parser
+
+    for command in set(re.findall(r"(?:^|/)dat-ref (\w+)", shell, re.M)):
+        with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()):
+            build_parser().parse_args([command, "--help"])
+        assert stop.value.code == 0
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def load(path):
+    """Import a file of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def documented():
+    """Return the names that the pages document, also those that the site's hook fills in."""
+    fill_in = load(DOCS / "extensions" / "api_names.py").on_page_markdown
+    config = {"config_file_path": str(ROOT / "mkdocs.yml")}
+    pages = [fill_in(page.read_text(encoding="utf-8"), config=config) for page in PAGES]
+    return {name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page, re.M)}
+
+
+@pytest.mark.parametrize("module", ["dat_ref", "dat_ref.torch"])
+def test_every_public_name_is_on_the_api_page(module):
+    """A name added to `__all__` needs a line `::: module.name` in docs/."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"there is no {module} yet")
+    if module == "dat_ref.torch":
+        pytest.importorskip("torch")
+    public = getattr(importlib.import_module(module), "__all__", [])
+    assert {f"{module}.{name}" for name in public} - documented() == set()
+
+
+def test_every_file_of_the_reading_order_has_its_page():
+    """The operations, the layer, the block, the backbone and the two local attentions that it uses."""
+    operations = [path.stem for path in (ROOT / "dat_ref" / "ops").glob("*.py") if path.stem != "__init__"]
+    names = [f"ops.{name}" for name in operations]
+    names += ["layer", "peers.window", "peers.neighborhood", "block", "backbone"]
+    assert {f"dat_ref.{name}" for name in names} - documented() == set()
+
+
+def test_tests_that_are_named_exist():
+    """A statement that rests on a test names one that is there."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    there = set(re.findall(r"^def (test_\w+)", tests, re.M))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    assert named - there == set()
+
+
+# ------------------------------------------------------------------------------------------------ figures and tables
+
+
+def test_figures_and_tables_are_what_the_spec_gives():
+    """`python docs/figures/draw.py` writes them anew."""
+    for name, content in load(DOCS / "figures" / "draw.py").outputs().items():
+        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, (
+            f"docs/figures/{name} is out of step"
+        )
+
+
+def test_every_drawn_file_is_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [
+        name for name in load(DOCS / "figures" / "draw.py").outputs() if f"docs/figures/{name}" not in text
+    ] == []
+
+
+def test_images_are_small():
+    assert {
+        path.name: path.stat().st_size
+        for path in (DOCS / "images").iterdir()
+        if path.stat().st_size > 150_000
+    } == {}
+
+
+# ------------------------------------------------------------------------------------------------ the built site
+
+
+LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
+
+
+class Page(HTMLParser):
+    """Collect what a page loads, where it leads, and the places in it that can be led to."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.loads, self.links, self.anchors, self.classes = [], [], set(), set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if "id" in found:
+            self.anchors.add(found["id"])
+        self.classes.update((found.get("class") or "").split())
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        loaded = found.get(LOADS.get(tag, ""))
+        if loaded and found.get("rel") not in ("next", "prev"):
+            self.loads.append(loaded)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the site without running the notebooks; return its pages by path."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    return {path: Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html")}
+
+
+def foreign(loaded):
+    """Return what comes from another host among what a page loads."""
+    return [address for address in loaded if urlsplit(address).scheme not in ("", "data") or address.startswith("//")]
+
+
+def foreign_in_style(text):
+    """Return what a style sheet fetches from another host."""
+    return re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^)\s'\"]*)", text)
+
+
+def test_foreign_hosts_are_noticed():
+    page = Page('<script src="https://a/b.js"></script><link href="//a/b.css"><img src="data:,"><img src="c">')
+    assert foreign(page.loads) == ["https://a/b.js", "//a/b.css"]
+    style = "@import 'https://a/b'; x { c: url(//d/e); f: url(g); h: url(data:,) }"
+    assert foreign_in_style(style) == ["https://a/b", "//d/e"]
+
+
+def test_site_asks_no_other_host(site):
+    """Scripts, styles, fonts and images all come with the site."""
+    for path, page in site.items():
+        assert foreign(page.loads) == [], path
+        assert "mermaid" not in page.classes, f"{path}: the theme fetches mermaid from another host"
+    folder = next(path.parent for path in site if path.name == "404.html")
+    for style in folder.rglob("*.css"):
+        assert foreign_in_style(style.read_text(encoding="utf-8")) == [], style
+
+
+def test_links_inside_the_site_lead_somewhere(site):
+    """Also the anchors, and what a page loads."""
+    for path, page in site.items():
+        if path.name == "404.html":
+            continue  # it is served for any address, so its links start at the root
+        for link in page.links + page.loads:
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = path if not parts.path else Path(os.path.normpath(path.parent / unquote(parts.path)))
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path}: {link}"
+            if parts.fragment and not parts.fragment.startswith("__") and target in site:
+                assert unquote(parts.fragment) in site[target].anchors, f"{path}: {link}"
+
+
+def test_formulas_are_marked_for_the_renderer(site):
+    pages = [path for path, page in site.items() if "arithmatex" in page.classes]
+    assert {"conventions", "sampling", "bias"} <= {path.parent.name for path in pages}
+
+
+README_LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", README, ids=name_of)
+def test_links_of_the_readme_lead_somewhere(page):
+    links = README_LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
