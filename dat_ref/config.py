@@ -391,10 +391,8 @@ def _released_stage(
         return mapping[name][index] if name in mapping else default
 
     dim, heads = mapping["dims"][index], mapping["heads"][index]
-    drops = {
-        "attention_dropout": mapping.get("attn_drop_rate", 0.0),
-        "projection_dropout": mapping.get("drop_rate", 0.0),
-    }
+    rates = (mapping.get("attn_drop_rate", 0.0), mapping.get("drop_rate", 0.0))
+    drops = dict(zip(("attention_dropout", "projection_dropout"), rates))
     window = mapping["window_sizes"][index]
 
     def attention(letter: str) -> AttentionConfig:
