@@ -1,0 +1,47 @@
+"""Deformable attention in PyTorch: modules and backbones that load the released checkpoints and take any input size.
+
+The same names as the NumPy spec, the same conventions, the same parameter names::
+
+    import dat_ref.torch
+
+    model = dat_ref.torch.create_model("dat_tiny", num_classes=10)
+    layer = dat_ref.torch.DeformableAttention(dat_ref.DeformableAttentionConfig(dim=96, heads=3, size=(14, 14)))
+
+==============  =========================================================================================
+`functional`    the operations, on tensors
+`layer`         the deformable-attention layer
+`peers`         window and neighborhood attention
+`block`         the Transformer block
+`backbone`      `DAT`
+`models`        `create_model`, by name
+`bridge`        to the spec and back; released names
+==============  =========================================================================================
+
+Run programs in this package with ``python -m`` only: as a script, a file beside this folder would import it for
+``torch``.
+"""
+
+from . import functional, peers
+from .backbone import DAT
+from .block import Block
+from .bridge import as_numpy
+from .functional import backends, deformable_attention
+from .layer import DeformableAttention
+from .models import DATFeatures, create_model, list_models
+from .peers import NeighborhoodAttention, WindowAttention
+
+__all__ = [
+    "DAT",
+    "Block",
+    "DATFeatures",
+    "DeformableAttention",
+    "NeighborhoodAttention",
+    "WindowAttention",
+    "as_numpy",
+    "backends",
+    "create_model",
+    "deformable_attention",
+    "functional",
+    "list_models",
+    "peers",
+]

@@ -1,0 +1,38 @@
+"""The checks of `dat_ref._checks` on tensors: the same messages. They are left out while a graph is being captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .._checks import ShapeError, pattern
+
+
+def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule: str = "") -> None:
+    """Raise unless `value` is a floating-point tensor whose shape fits `axes` (``None`` fits any length).
+
+    Raises:
+        ShapeError: naming the argument, the pattern, the rule and what was found.
+    """
+    if torch.compiler.is_compiling():
+        return  # a comparison of symbolic sizes would pin them
+    expected = pattern(axes) + (f" with {rule}" if rule else "")
+    shape = tuple(value.shape)
+    fits = len(shape) == len(axes) and all(
+        size is None or size == actual for size, actual in zip(axes.values(), shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(f"{name}: expected {expected}, got {shape}")
+    if not value.is_floating_point():
+        raise ShapeError(f"{name}: expected floating-point numbers {expected}, got {value.dtype}")
+
+
+def check_map(name: str, x: Tensor, channels: int) -> None:
+    """Raise unless `x` is a floating-point feature map ``(B, C=channels, H, W)`` with at least one pixel."""
+    if torch.compiler.is_compiling():
+        return
+    check_tensor(name, x, {"B": None, "C": channels, "H": None, "W": None})
+    if 0 in x.shape[2:]:
+        raise ShapeError(f"{name}: expected (B, C={channels}, H, W) with H >= 1 and W >= 1, got {tuple(x.shape)}")

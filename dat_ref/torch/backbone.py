@@ -1,0 +1,385 @@
+"""The whole backbone as a module: `dat_ref.backbone` in PyTorch, in the idiom of timm.
+
+Maps are ``(B, C, H, W)`` in channels_last layout from the patch embedding on; images may come in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import official
+from .._checks import ConfigError
+from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
+from ..config import DATConfig
+from ._checks import check_map
+from .block import Block, ChannelNorm
+from .bridge import SpecModule, dtype_of
+from .functional._sizes import surely_zero
+from .functional.sampling import Sampler
+from .initialization import Init
+from .layer import DeformableAttention
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Embed(nn.Module):
+    """A strided convolution and a norm: a 3 × 3 one overlaps (stride 2), any other tiles (stride = kernel)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, bias: bool) -> None:
+        super().__init__()
+        self.kernel = kernel
+        overlaps = kernel == 3
+        self.projection = nn.Conv2d(
+            channels_in, channels_out, kernel, stride=2 if overlaps else kernel, padding=int(overlaps), bias=bias
+        )
+        self.norm = ChannelNorm(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉), the map filled up with zeros to whole tiles."""
+        return self.norm(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
+        if self.kernel != 3:
+            height, width = x.shape[2:]
+            if not surely_zero(height % self.kernel, width % self.kernel):
+                # As much as any size may lack: the convolution leaves out what does not fill a tile.
+                x = F.pad(x, (0, self.kernel - 1, 0, self.kernel - 1))
+        return self.projection(x)
+
+    def traced(self, x: Tensor) -> tuple[Tensor, EmbedTrace]:
+        """`forward` with its intermediates."""
+        projected = self.project(x)
+        output = self.norm(projected)
+        fields: dict[str, Any] = {"x": x, "projected": projected, "output": output}
+        return output, EmbedTrace(**fields)
+
+
+class Stage(nn.Module):
+    """The blocks of one stage, all at one size."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class DAT(SpecModule):
+    """A DAT or DAT++ backbone and classifier: images (B, channels, H, W) of any size → logits (B, classes).
+
+    Args:
+        config: what the backbone is; ``dat_ref.config("dat_tiny")`` gives a preset, and `create_model` builds from its
+            name.
+        backend: how deformable attention is computed, one of `dat_ref.torch.backends()`; ``"auto"`` chooses.
+        sampler: how features are sampled, see `functional.bilinear_sample`.
+        init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
+        global_pool: ``"avg"``, or ``""`` to leave the last map unpooled.
+
+    `forward_features` gives the normed last map, `forward_head` pools and classifies it, `forward_intermediates` gives
+    the maps of all stages; `feature_info` says what they are.
+    """
+
+    def __init__(
+        self,
+        config: DATConfig,
+        *,
+        backend: str = "auto",
+        sampler: Sampler = "gather",
+        init: Init = "released",
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        _check_pool(global_pool)
+        self.config = config
+        self.global_pool = global_pool
+        self.num_classes, self.in_chans = config.num_classes, config.in_channels
+        self.num_features = self.head_hidden_size = config.dims[-1]
+        self.output_fmt = "NCHW"
+        self.grad_checkpointing = False
+        self.feature_info: Any = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(config.dims, config.reductions, strict=True))
+        ]
+
+        dims = config.dims
+        if config.patch_embedding == "patch":
+            stem = [Embed(config.in_channels, dims[0], kernel=4, bias=True)]
+        else:
+            widths = (config.in_channels, dims[0] // 2, dims[0])
+            stem = [Embed(widths[i], widths[i + 1], kernel=3, bias=True) for i in range(2)]
+        between = 2 if config.patch_embedding == "patch" else 3
+        options: dict[str, Any] = {"backend": backend, "sampler": sampler, "init": init, "dropout": config.dropout}
+        self.patch_embedding = nn.ModuleList(stem)
+        self.stages = nn.ModuleList(_stages(config, options))
+        self.downsamples = nn.ModuleList(Embed(dims[i], dims[i + 1], between, bias=False) for i in range(len(dims) - 1))
+        self.norm: nn.Module = ChannelNorm(dims[-1])
+        self.head: nn.Module = _classifier(dims[-1], config.num_classes)
+        self.default_cfg = self.pretrained_cfg = self._data_settings()
+
+    def _data_settings(self) -> dict[str, Any]:
+        height, width = self.config.image_size
+        return {
+            "url": "",
+            "num_classes": self.num_classes,
+            "input_size": (self.in_chans, height, width),
+            "pool_size": (height // self.config.reductions[-1], width // self.config.reductions[-1]),
+            "crop_pct": 0.9 if max(height, width) <= 256 else 1.0,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "first_conv": "patch_embedding.0.projection",
+            "classifier": "head",
+            "license": "",
+        }
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, DATTrace]: ...
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, DATTrace]:
+        """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
+
+        Without a head (``num_classes=0``): the pooled features (B, C), or with ``global_pool=""`` the map (B, C, H/32,
+        W/32).
+
+        Raises:
+            ShapeError, ConfigError: if an image does not fit.
+        """
+        if not return_trace:
+            return self.forward_head(self.forward_features(x))
+        stages, maps = self._trace(x)
+        normed = self.norm(maps)
+        fields: dict[str, Any] = {"stages": stages, "normed": normed, "pooled": normed.mean(dim=(2, 3))}
+        return self.forward_head(normed), DATTrace(**fields)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, normed and unpooled: (B, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
+        x = self._embed(x)
+        for index in range(len(self.stages)):
+            x = self._run_stage(x, index)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify a map of `forward_features`.
+
+        Args:
+            pre_logits: stop after the pooling.
+        """
+        if self.global_pool == "avg":
+            x = x.mean(dim=(2, 3))
+        if pre_logits or isinstance(self.head, nn.Identity):
+            return x
+        return self.head(x) if x.ndim == 2 else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the maps that stages put out.
+
+        Args:
+            indices: which stages: all if None, the last n if an integer; negative ones count from the end.
+            norm: whether to apply the final norm to the last stage's map.
+            stop_early: whether to stop after the last stage asked for.
+            output_fmt: ``"NCHW"``, or ``"NHWC"`` for channels last.
+            intermediates_only: whether to return the list alone.
+
+        Returns:
+            the list of maps, or (what `forward_features` returns, the list).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
+        wanted = self._stage_indices(indices)
+        maps: list[Tensor] = []
+        x = self._embed(x)
+        last = len(self.stages) - 1
+        for index in range(max(wanted, default=-1) + 1 if stop_early else last + 1):
+            x = self._run_stage(x, index)
+            if index in wanted:
+                maps.append(self.norm(x) if norm and index == last else x)
+        if output_fmt == "NHWC":
+            maps = [each.permute(0, 2, 3, 1) for each in maps]
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(self.stages)
+        if indices is None:
+            return list(range(count))
+        given = list(range(count - indices, count)) if isinstance(indices, int) else list(indices)
+        if any(not -count <= index < count for index in given):
+            raise ConfigError(f"indices: expected stages from {-count} to {count - 1}, got {indices}")
+        return sorted(index % count for index in given)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        check_map("x", x, self.in_chans)
+        for index, embed in enumerate(self.patch_embedding):
+            x = embed(F.gelu(x) if index else x)
+        return x
+
+    def _run_stage(self, x: Tensor, index: int) -> Tensor:
+        return self.stages[index](self.downsamples[index - 1](x) if index else x)
+
+    # -------------------------------------------------------------------------------------------- traces
+
+    def walk(self, x: Tensor) -> Iterator[Step]:
+        """Run block by block; a trace that the caller does not keep is freed before the next block."""
+        check_map("x", x, self.in_chans)
+        entering: list[EmbedTrace] = []
+        for index, embed in enumerate(self.patch_embedding):
+            assert isinstance(embed, Embed)
+            x, trace = embed.traced(F.gelu(x) if index else x)
+            entering.append(trace)
+        for number, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            if number:
+                downsample = self.downsamples[number - 1]
+                assert isinstance(downsample, Embed)
+                x, trace = downsample.traced(x)
+                entering = [trace]
+            for index, block in enumerate(stage.blocks):
+                x, block_trace = block(x, return_trace=True)
+                output: Any = x
+                yield Step(number, index, [] if index else entering, block_trace, output)
+
+    def _trace(self, x: Tensor) -> tuple[list[StageTrace], Any]:
+        stages: list[StageTrace] = []
+        output: Any = None
+        for step in self.walk(x):
+            if step.block == 0:
+                stages.append(StageTrace(step.entering, [], step.output))
+            blocks = stages[-1].blocks + [step.trace]
+            output = step.output
+            stages[-1] = StageTrace(stages[-1].entering, blocks, output)
+        return stages, output
+
+    # -------------------------------------------------------------------------------------------- in the idiom of timm
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head: a linear layer, or an identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head for another number of classes (0 for none), and perhaps another pooling."""
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        weight = next(self.parameters())
+        self.head = _classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """While training, keep each block's input only and compute its inside again in the backward pass."""
+        self.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
+
+    def set_backend(self, backend: str = "auto", sampler: Sampler | None = None) -> None:
+        """Choose how all deformable attentions are computed, see `dat_ref.torch.backends()`."""
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.backend = backend
+                module.sampler = sampler or module.sampler
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the full names of the bias tables (1-d parameters are for the caller to exempt)."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".table")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that order parameters by depth, for layer-wise learning rates."""
+        end = (99999,)  # joins the group before
+        if coarse:
+            # A downsampling comes after the stage of its own number: (i, 0) sorts behind (i,).
+            blocks = [(r"^stages\.(\d+)", None), (r"^downsamples\.(\d+)", (0,)), (r"^norm", end)]
+        else:
+            blocks = [
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^downsamples\.(\d+)", (9999,)),
+                (r"^norm", end),
+            ]
+        return {"stem": r"^patch_embedding", "blocks": blocks}
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what comes behind the last stage asked for, perhaps norm and head too; return the stages asked for."""
+        wanted = self._stage_indices(indices)
+        count = max(wanted, default=-1) + 1
+        self.stages, self.downsamples = self.stages[:count], self.downsamples[: max(count - 1, 0)]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    # -------------------------------------------------------------------------------------------- released names
+
+    def official_names(self) -> official.Names:
+        """Return where each parameter lives in a released state dict."""
+        return official.backbone_names(self.config)
+
+    @classmethod
+    def from_official(
+        cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str, **options: Any
+    ) -> DAT:
+        """Build from the released model's arguments and its state dict, in the dtype of that.
+
+        Args:
+            mapping: the released ``DAT`` class's arguments by name.
+            state: its state dict, tensors or arrays.
+            release: ``"cvpr2022"`` or ``"datpp2023"``.
+            options: `backend`, `sampler` and `global_pool` of the class.
+
+        Raises:
+            CheckpointError: with a report of missing, unexpected and mis-shaped keys.
+        """
+        model = cls(DATConfig.from_official(mapping, release=release), **options).to(dtype_of(state))
+        model.load_official(state)
+        return model
+
+
+def _stages(config: DATConfig, options: dict[str, Any]) -> list[Stage]:
+    """Build the blocks; stochastic depth grows linearly, from 0 at the first to its full rate at the last."""
+    last = max(sum(len(blocks) for blocks in config.stages) - 1, 1)
+    stages, depth = [], 0
+    for blocks in config.stages:
+        built = []
+        for block in blocks:
+            built.append(Block(block, drop_path=config.drop_path_rate * depth / last, **options))
+            depth += 1
+        stages.append(Stage(built))
+    return stages
+
+
+def _classifier(dim: int, num_classes: int) -> nn.Module:
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ConfigError(f"global_pool: expected 'avg' or '', got {global_pool!r}")

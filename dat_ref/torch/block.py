@@ -1,0 +1,184 @@
+"""The Transformer block as a module: `dat_ref.block` in PyTorch, with stochastic depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import ConfigError
+from ..block import BlockTrace, MLPTrace
+from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig
+from .functional.sampling import Sampler
+from .initialization import Init
+from .layer import DeformableAttention
+from .peers import PEER_MODULES, PerQueryAttention
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of every pixel of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised map; one in channels_last layout stays in it."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale a map (B, C, H, W)."""
+        return x * self.weight[:, None, None]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, drop a residual branch for a share of the images, and scale up the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the branch (B, C, H, W), or zeros where it is dropped."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep)
+        return x * (kept / keep) if keep > 0 else x * kept
+
+    def extra_repr(self) -> str:
+        """Say the rate where the module is printed."""
+        return f"rate={self.rate:.3f}"
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, and perhaps a 3 × 3 depthwise convolution before that."""
+
+    def __init__(self, dim: int, ratio: int, kind: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = dim * ratio
+        self.kind = kind
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+        if kind != "linear":
+            self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, MLPTrace]:
+        """Return y (B, C, H, W), and the trace if asked."""
+        hidden = self.linear1(x.permute(0, 2, 3, 1))  # (B, H, W, ratio·C)
+        mixed = hidden
+        if self.kind != "linear":
+            mixed = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.kind == "depthwise_residual":
+            mixed = hidden + mixed
+        activated = F.gelu(mixed)
+        y = self.dropout(self.linear2(self.dropout(activated))).permute(0, 3, 1, 2)
+        if not return_trace:
+            return y
+        maps: Any = (part.permute(0, 3, 1, 2) for part in (hidden, mixed, activated))
+        inputs: Any = x
+        return y, MLPTrace(inputs, *maps)
+
+
+# Which module computes the attention that a configuration describes; others may be added.
+ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
+    DeformableAttentionConfig: DeformableAttention,
+    **PEER_MODULES,
+}
+
+
+_OPTIONS: dict[Any, tuple[str, ...]] = {
+    DeformableAttention: ("backend", "sampler", "init"),
+    PerQueryAttention: ("init",),
+}
+
+
+def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
+    """Return the attention that a configuration describes.
+
+    Args:
+        options: `backend`, `sampler` and `init`, for the modules that have them.
+
+    Raises:
+        ConfigError: if no module computes it.
+    """
+    if type(config) not in ATTENTION_MODULES:
+        known = ", ".join(each.__name__ for each in ATTENTION_MODULES)
+        raise ConfigError(f"attention: expected one of {known}, got {type(config).__name__}")
+    module = ATTENTION_MODULES[type(config)]
+    known_options = _OPTIONS.get(module, ())
+    return module(config, **{name: value for name, value in options.items() if name in known_options})
+
+
+class Block(nn.Module):
+    """One Transformer block: (B, C, H, W) → (B, C, H, W).
+
+    Args:
+        config: what the block is.
+        drop_path: rate of stochastic depth, on both residual branches.
+        dropout: rate inside the MLP.
+        backend, sampler, init: of a deformable attention, see `DeformableAttention`.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        sampler: Sampler = "gather",
+        init: Init = "released",
+    ) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.local_perception = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local_perception else None
+        self.norm1 = ChannelNorm(dim)
+        self.attention = attention_module(config.attention, backend=backend, sampler=sampler, init=init)
+        self.norm2 = ChannelNorm(dim)
+        self.mlp = MLP(dim, config.mlp_ratio, config.mlp, dropout)
+        scale = config.layer_scale
+        self.layer_scale1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.layer_scale2 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.drop_path = DropPath(drop_path)
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, BlockTrace]: ...
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, BlockTrace]:
+        """Return y (B, C, H, W), and the trace if asked."""
+        if return_trace:
+            return self._traced(x)
+        if self.local_perception is not None:
+            x = x + self.local_perception(x)
+        x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x))))
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+    def _traced(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
+        perceived = x if self.local_perception is None else x + self.local_perception(x)
+        attended, attention = self.attention(self.norm1(perceived), return_trace=True)
+        middle = perceived + self.drop_path(self.layer_scale1(attended))
+        mixed, mlp = self.mlp(self.norm2(middle), return_trace=True)
+        y = middle + self.drop_path(self.layer_scale2(mixed))
+        fields: dict[str, Any] = {
+            "x": x,
+            "perceived": perceived,
+            "attention": attention,
+            "attended": attended,
+            "middle": middle,
+            "mlp": mlp,
+            "mixed": mixed,
+        }
+        return y, BlockTrace(**fields)

@@ -1,0 +1,84 @@
+"""The operations of `dat_ref.ops` on tensors, under the same names: grid, offsets, sampling, bias, attention, and those
+of the peers. Gradients are autograd's. Geometry is float32 or wider, under autocast too."""
+
+from .attention import (
+    Backend,
+    attend,
+    backends,
+    deformable_attention,
+    merge_heads,
+    register_backend,
+    split_heads,
+)
+from .bias import (
+    GridReader,
+    HatReader,
+    fixed_bias,
+    hat_matrix,
+    log_bias,
+    sampled_table_bias,
+    table_bias,
+    table_positions,
+    table_scale,
+)
+from .deform_conv import deform_conv2d, deform_points
+from .grid import (
+    from_pixels,
+    key_grid_size,
+    offset_padding,
+    pixels_per_unit,
+    query_points,
+    reference_points,
+    to_pixels,
+)
+from .multi_scale import level_sizes, location_pixels, multi_scale_deformable_attention
+from .neighborhood import axis_neighbors, neighbor_index, neighborhood_attention
+from .offsets import bound_offsets, depthwise_conv2d, offset_limit, offset_network
+from .per_query import attend_at_points
+from .sampling import bilinear_sample, sample_tokens
+from .windows import relative_index, window_attention, window_cells, window_visibility
+
+__all__ = [
+    "Backend",
+    "GridReader",
+    "HatReader",
+    "attend",
+    "attend_at_points",
+    "axis_neighbors",
+    "backends",
+    "bilinear_sample",
+    "bound_offsets",
+    "deform_conv2d",
+    "deform_points",
+    "deformable_attention",
+    "depthwise_conv2d",
+    "fixed_bias",
+    "from_pixels",
+    "hat_matrix",
+    "key_grid_size",
+    "level_sizes",
+    "location_pixels",
+    "log_bias",
+    "merge_heads",
+    "multi_scale_deformable_attention",
+    "neighbor_index",
+    "neighborhood_attention",
+    "offset_limit",
+    "offset_network",
+    "offset_padding",
+    "pixels_per_unit",
+    "query_points",
+    "reference_points",
+    "register_backend",
+    "relative_index",
+    "sample_tokens",
+    "sampled_table_bias",
+    "split_heads",
+    "table_bias",
+    "table_positions",
+    "table_scale",
+    "to_pixels",
+    "window_attention",
+    "window_cells",
+    "window_visibility",
+]

@@ -1,0 +1,23 @@
+"""Geometry is never narrower than float32, whatever the values are."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float32, or the widest dtype among the tensors if that is wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast leaves matrix products as they are."""
+    if tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type):  # meta has no autocast
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,136 @@
+"""Reference and query grids, and what their coordinates mean in pixels: `dat_ref.ops.grid` on tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._checks import ConfigError
+from ...conventions import Convention, Spacing
+from ._precision import wide_dtype
+
+Size = tuple[int, int]
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+
+
+def axis_coordinates(
+    count: int, spacing: Spacing, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Return the normalised coordinates of one axis of a grid, (count,)."""
+    dtype = dtype or torch.get_default_dtype()
+    if count == spacing.gap:
+        return torch.full((count,), spacing.degenerate, dtype=dtype, device=device)
+    index = torch.arange(count, dtype=dtype, device=device)
+    return 2 * (index + spacing.shift) / (count - spacing.gap) - 1
+
+
+def _grid(size: Size, spacing: Spacing, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    height, width = size
+    y = axis_coordinates(height, spacing, dtype, device)[:, None].expand(height, width)
+    x = axis_coordinates(width, spacing, dtype, device).expand(height, width)
+    return torch.stack((y, x), dim=-1)
+
+
+def reference_points(
+    key_size: Size,
+    convention: Convention,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the reference points p of a key grid, (Hk, Wk, 2), (y, x), normalised.
+
+    ``DATPP2023`` places a single key at +inf, from where only `OffsetBound.CLAMP` brings it back (to the last pixel).
+
+    >>> reference_points((1, 2), Convention.CELL_CENTER).tolist()
+    [[[0.0, -0.5], [0.0, 0.5]]]
+    """
+    return _grid(key_size, convention.value.reference, dtype, device)
+
+
+def query_points(
+    query_size: Size,
+    convention: Convention,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the normalised coordinates of the queries, one a pixel: (H, W, 2), (y, x)."""
+    return _grid(query_size, convention.value.query, dtype, device)
+
+
+def pixels_per_unit(size: Size, convention: Convention) -> tuple[float, float]:
+    """Return d pixel/dn = (H - a)/2 for both axes."""
+    corner = int(convention.value.align_corners)
+    return (size[0] - corner) / 2, (size[1] - corner) / 2
+
+
+def axis_pixels(coordinates: Tensor, length: int, convention: Convention) -> Tensor:
+    """Return normalised coordinates of one axis in pixels, float32 or wider."""
+    corner = int(convention.value.align_corners)
+    return (coordinates.to(wide_dtype(coordinates)) + 1) * ((length - corner) / 2) - (1 - corner) / 2
+
+
+def to_pixels(points: Tensor, size: Size, convention: Convention) -> Tensor:
+    """Return normalised points (..., 2), (y, x), in pixels of a map of `size`, float32 or wider.
+
+    >>> to_pixels(torch.tensor([-1.0, 1.0]), (4, 4), Convention.CELL_CENTER).tolist()
+    [-0.5, 3.5]
+    """
+    y, x = points.unbind(-1)
+    return torch.stack((axis_pixels(y, size[0], convention), axis_pixels(x, size[1], convention)), dim=-1)
+
+
+def from_pixels(points_px: Tensor, size: Size, convention: Convention) -> Tensor:
+    """Return pixel positions in normalised coordinates, the inverse of `to_pixels` (0 on a single position)."""
+    edge = (not convention.value.align_corners) / 2
+    wide = points_px.to(wide_dtype(points_px))
+    axes = [
+        (along + edge) / scale - 1 if scale > 0 else torch.zeros_like(along)
+        for along, scale in zip(wide.unbind(-1), pixels_per_unit(size, convention), strict=True)
+    ]
+    return torch.stack(axes, dim=-1)
+
+
+def offset_padding(size: Size, kernel: int, stride: int, convention: Convention) -> Padding:
+    """Return the zeros around the map with which the offset network's convolution makes the key grid.
+
+    - ``"same"``: Hk = ⌈H/r⌉ windows, centered on the key cells as well as whole pixels allow.
+    - ``"half"``: ⌊k/2⌋ on every side, windows centered on pixel i·r; none in the 2023 code if k = r.
+    """
+    if convention.value.offset_padding == "half":
+        half = 0 if kernel == stride and convention is Convention.DATPP2023 else kernel // 2
+        return (half, half), (half, half)
+    return _centered_padding(size[0], kernel, stride), _centered_padding(size[1], kernel, stride)
+
+
+def _centered_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
+    total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+    return total // 2, total - total // 2
+
+
+def key_grid_size(size: Size, kernel: int, stride: int, convention: Convention) -> Size:
+    """Return (Hk, Wk), the key grid over a map of (H, W).
+
+    Raises:
+        ConfigError: if the stride is larger than the map.
+
+    >>> key_grid_size((7, 12), 5, 2, Convention.CELL_CENTER)
+    (4, 6)
+    """
+    (top, bottom), (left, right) = offset_padding(size, kernel, stride, convention)
+    rows = (size[0] + top + bottom - kernel) // stride + 1
+    columns = (size[1] + left + right - kernel) // stride + 1
+    if not torch.compiler.is_compiling():
+        _check_key_grid(size, kernel, stride, (rows, columns))
+    return rows, columns
+
+
+def _check_key_grid(size: Size, kernel: int, stride: int, key_size: Size) -> None:
+    if stride > min(size):
+        raise ConfigError(
+            f"stride: expected at most the map's height and width, got stride={stride} on a map of {size[0]}×{size[1]} "
+            "(feed a larger input, or build the layer with a smaller stride)"
+        )
+    if min(key_size) < 1:
+        raise ConfigError(f"kernel_size: expected at most the padded map, got {kernel} on a map of {size[0]}×{size[1]}")

@@ -1,0 +1,118 @@
+"""From queries to points: the offset network θ and the bound on its output, `dat_ref.ops.offsets` on tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._checks import ConfigError
+from ...config import OffsetBound
+from ...conventions import Convention
+from ._precision import wide_dtype, without_autocast
+from ._sizes import surely_zero
+from .grid import Padding, Size
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))
+) -> Tensor:
+    """Convolve each channel with a kernel of its own.
+
+    Args:
+        x: (B, G·C, H, W).
+        weight: (C, 1, k, k), shared by the G runs of channels; G is 1 if x has C channels.
+        bias: (C,) or None.
+    """
+    runs = x.shape[1] // weight.shape[0]
+    if runs > 1:  # repeating a small kernel is cheaper than folding the map's channels into its batch
+        weight = weight.repeat(runs, 1, 1, 1)
+        bias = None if bias is None else bias.repeat(runs)
+    (top, bottom), (left, right) = padding
+    if surely_zero(top - bottom, left - right):
+        return F.conv2d(x, weight, bias, stride=stride, padding=(top, left), groups=x.shape[1])
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride, groups=x.shape[1])
+
+
+def offset_network(
+    queries: Tensor, params: dict[str, dict[str, Tensor]], *, stride: int, padding: Padding, groups: int = 1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Predict raw offsets Δ from the queries around each key cell.
+
+    The depthwise convolution runs in the queries' dtype, the rest in float32 or wider: it is small, and its result is
+    where the points go.
+
+    Args:
+        queries: (B·G, C/G, H, W); or (B, C, H, W) with ``groups=G``, which saves cutting the map into its groups.
+        params: ``depthwise`` weight (C/G, 1, k, k) and bias; ``norm`` weight and bias; ``pointwise`` weight (2, C/G),
+            or (2N, C/G) for N points a key cell.
+
+    Returns:
+        raw offsets (B·G, 2 or 2N, Hk, Wk), channel 0 is y, float32 or wider; and the intermediates ``windows``,
+        ``normed``, ``activated``, each (B, Hk, Wk, G, C/G).
+    """
+    windows = depthwise_conv2d(queries, **params["depthwise"], stride=stride, padding=padding)
+    channels = windows.shape[1]
+    windows = windows.permute(0, 2, 3, 1).unflatten(3, (groups, channels // groups))  # (B, Hk, Wk, G, C/G)
+    with without_autocast(queries):
+        dtype = wide_dtype(windows)
+        wide: dict[str, Any] = {name: leaf.to(dtype) for name, leaf in params["norm"].items()}
+        normed = F.layer_norm(windows.to(dtype), (channels // groups,), **wide, eps=LAYER_NORM_EPSILON)
+        activated = F.gelu(normed)
+        raw = F.linear(activated, params["pointwise"]["weight"].to(dtype))  # (B, Hk, Wk, G, 2)
+    raw = raw.permute(0, 3, 4, 1, 2).flatten(0, 1)
+    return raw, {"windows": windows, "normed": normed, "activated": activated}
+
+
+def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> tuple[float, float]:
+    """Return the largest offset of ``TANH_PIXELS`` on each axis, normalised: (s/2) · pitch of the key grid."""
+    gap = convention.value.reference.gap
+    return offset_range / max(key_size[0] - gap, 1), offset_range / max(key_size[1] - gap, 1)
+
+
+def bound_offsets(
+    raw: Tensor, reference: Tensor, bound: OffsetBound, *, offset_range: float, convention: Convention
+) -> tuple[Tensor, Tensor]:
+    """Move the reference points by bounded offsets.
+
+    Args:
+        raw: Δ (B, G, Hk, Wk, 2), the network's output.
+        reference: p (Hk, Wk, 2), normalised.
+        bound: see `OffsetBound`.
+        offset_range: s, the width in key cells of the region that ``TANH_PIXELS`` leaves to a point.
+
+    Returns:
+        (offsets, points), both (B, G, Hk, Wk, 2), normalised.
+
+    Raises:
+        ConfigError: if a reference is infinite (a single key under ``DATPP2023``) and the bound cannot bring it back.
+    """
+    reference = reference.to(raw.dtype)
+    key_size = (reference.shape[0], reference.shape[1])
+    if bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW):
+        _check_finite(key_size, bound, convention)
+    if bound is OffsetBound.TANH_PIXELS:
+        limit_y, limit_x = offset_limit(offset_range, key_size, convention)
+        y, x = torch.tanh(raw).unbind(-1)
+        offsets = torch.stack((limit_y * y, limit_x * x), dim=-1)
+        return offsets, reference + offsets
+    if bound is OffsetBound.TANH_COORDINATES:
+        return raw, torch.tanh(reference + raw)
+    if bound is OffsetBound.CLAMP:
+        return raw, torch.clamp(reference + raw, -1, 1)
+    if bound is OffsetBound.RAW:
+        return raw, reference + raw
+    return torch.zeros_like(raw), torch.clamp(reference.expand(raw.shape), -1, 1)
+
+
+def _check_finite(key_size: Size, bound: OffsetBound, convention: Convention) -> None:
+    spacing = convention.value.reference
+    if spacing.degenerate == float("inf") and spacing.gap in key_size:
+        raise ConfigError(
+            f"offset_bound: {convention.name} puts a single key at infinity (the release divides by zero), and only a "
+            f"bound on coordinates brings it back, got {bound.name}; use a smaller stride or another convention"
+        )

@@ -1,0 +1,65 @@
+"""Attention in which every query has sampled keys of its own: `dat_ref.peers.per_query` on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .attention import attend, split_heads
+from .grid import Size
+from .sampling import sample_tokens
+
+
+def lattice(size: Size, kernel: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Return where keys stand without offsets, in pixels: (H·W, kernel², 2), around every pixel."""
+    axes = [
+        torch.arange(length, dtype=dtype, device=device)[:, None]
+        + (torch.arange(kernel, dtype=dtype, device=device) - kernel // 2)
+        for length in size
+    ]
+    shape = (*size, kernel, kernel)
+    rows, columns = axes[0][:, None, :, None].expand(shape), axes[1][None, :, None, :].expand(shape)
+    return torch.stack((rows, columns), dim=-1).flatten(2, 3).flatten(0, 1)
+
+
+def attend_at_points(
+    query: Tensor,
+    x: Tensor,
+    points_px: Tensor,
+    params: Mapping[str, Mapping[str, Tensor]],
+    heads: int,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attend from every query to keys sampled at points of its own.
+
+    Args:
+        query: (B, C, M).
+        x: (B, C, H, W), the map that is sampled.
+        points_px: (B, G, M, N, 2), (y, x), in pixels; group g moves channels [g·C/G, (g+1)·C/G) of x.
+        params: ``key`` and ``value``, each weight (C, C) and bias (C,).
+        bias: (B or 1, heads, M, N), or None.
+
+    Returns:
+        (B, C, M), before any output projection; and the intermediates ``projected`` (B, G, 2C, H, W), ``q`` (B, heads,
+        M, 1, d), ``k`` and ``v`` (B, heads, M, N, d) and ``attention`` (B, heads, M, 1, N).
+    """
+    batch, dim, queries = query.shape
+    groups, count, depth = points_px.shape[1], points_px.shape[3], dim // heads
+    weight, shift = (torch.cat((params["key"][leaf], params["value"][leaf])) for leaf in ("weight", "bias"))
+    tokens = x.permute(0, 2, 3, 1).unflatten(3, (groups, dim // groups))
+    projected = torch.einsum("byxgc,ogc->byxgo", tokens, weight.unflatten(1, (groups, dim // groups)))
+    # One group after the other: a group's samples of all 2C channels are large.
+    sampled = shift
+    for group in range(groups):
+        of_group = slice(group, group + 1)
+        read = sample_tokens(projected[:, :, :, of_group], points_px[:, of_group].flatten(2, 3))  # (B, 1, M·N, 2C)
+        sampled = sampled + read[:, 0]
+    sampled = sampled.to(query.dtype).reshape(batch, queries, count, 2 * heads, depth).permute(0, 3, 1, 2, 4)
+    k, v = sampled.chunk(2, dim=1)
+    q = split_heads(query, heads)[:, :, :, None]
+    of_pairs = None if bias is None else bias[:, :, :, None]
+    attended, attention = attend(q, k, v, of_pairs, depth**-0.5)
+    merged = attended[:, :, :, 0].transpose(2, 3).reshape(batch, dim, queries)
+    return merged, {"projected": projected.permute(0, 3, 4, 1, 2), "q": q, "k": k, "v": v, "attention": attention}

@@ -1,0 +1,98 @@
+"""Bilinear sampling φ: `dat_ref.ops.sampling` on tensors.
+
+Two samplers, equal but for rounding:
+
+- ``"gather"``: four indexed reads. On the lattice its derivative is exactly the right-hand one, as the spec's; it has a
+  forward-mode derivative, and it exports without a GridSample operator.
+- ``"grid_sample"``: torch's own operator. It takes normalised coordinates, and what rounding does to a point on the
+  lattice decides from which side its derivative is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._precision import wide_dtype
+
+Sampler = Literal["gather", "grid_sample"]
+SAMPLERS = ("gather", "grid_sample")
+
+
+def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") -> Tensor:
+    """Sample maps at continuous points, with zeros outside.
+
+    Args:
+        x: (N, C, H, W).
+        points_px: (N, P, 2), (y, x), in pixels; 0 is the center of the first pixel.
+        sampler: ``"gather"`` or ``"grid_sample"``.
+
+    Returns:
+        (N, C, P), float32 or wider. On a pixel center the pixel itself; one pixel outside or further, 0; for a NaN
+        point, NaN.
+
+    >>> ramp = torch.arange(6.0).reshape(1, 1, 2, 3)
+    >>> bilinear_sample(ramp, torch.tensor([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
+    [[[2.5, 2.5, 0.0]]]
+    """
+    if sampler == "grid_sample":
+        return _grid_sample(x, points_px)
+    if sampler != "gather":
+        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    sampled = sample_tokens(x.permute(0, 2, 3, 1)[:, :, :, None], points_px[:, None])  # (N, 1, P, C)
+    return sampled[:, 0].transpose(1, 2)
+
+
+def _grid_sample(x: Tensor, points_px: Tensor) -> Tensor:
+    dtype = wide_dtype(x, points_px)
+    y, across = points_px.to(dtype).unbind(-1)
+    height, width = x.shape[2:]
+    grid = torch.stack(((2 * across + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+    sampled = F.grid_sample(x.to(dtype), grid[:, None], mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled[:, :, 0]
+
+
+def sample_tokens(x: Tensor, points_px: Tensor) -> Tensor:
+    """Sample every group of channels at points of its own, channels last.
+
+    Args:
+        x: (B, H, W, G, C/G).
+        points_px: (B, G, P, 2), in pixels.
+
+    Returns:
+        (B, G, P, C/G), float32 or wider.
+    """
+    batch, height, width, groups, channels = x.shape
+    dtype = wide_dtype(x, points_px)
+    y, across = points_px.to(dtype).unbind(-1)
+    rows = x.reshape(batch * height * width * groups, channels)
+    device = x.device
+    # Row of pixel 0 of every image and group; pixels then lie G rows apart.
+    first = torch.arange(batch, device=device)[:, None] * (height * width * groups) + torch.arange(
+        groups, device=device
+    )
+    top, below = _split(y, height)
+    left, right = _split(across, width)
+    sampled = None
+    for row, weight_y in ((top, 1 - below), (top + 1, below)):
+        for column, weight_x in ((left, 1 - right), (left + 1, right)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = torch.where(inside, row * width + column, 0)
+            corner = F.embedding(first[:, :, None] + pixel * groups, rows).to(dtype)  # (B, G, P, C/G)
+            weight = weight_y * weight_x * inside  # NaN · 0 stays NaN
+            term = corner * weight[..., None]
+            sampled = term if sampled is None else sampled + term
+    assert sampled is not None
+    return sampled
+
+
+def _split(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return the pixel before a position, and the distance to it in [0, 1) with the derivative from the right."""
+    # Beyond two pixels outside nothing changes any more; the clamp keeps the integers small. NaN keeps its distance
+    # NaN.
+    position = position.clamp(-2, length + 1)
+    whole = position.detach().floor()
+    return torch.nan_to_num(whole).long(), position - whole

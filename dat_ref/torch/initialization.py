@@ -1,0 +1,26 @@
+"""First values: the rules of `dat_ref.initialization`, drawn from torch's generator.
+
+Linear layers and convolutions keep PyTorch's own default, uniform in ±1/√fan_in, which is what the released models
+start from. What remains are the bias tables and the offset network's last layer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+Init = Literal["released", "zero_offset"]
+
+
+def init_table(table: Tensor, sigma: float) -> None:
+    """Fill a bias table with a normal distribution, cut at ±2."""
+    nn.init.trunc_normal_(table, std=sigma, a=-2.0, b=2.0)
+
+
+def init_offsets(pointwise: nn.Linear, init: Init) -> None:
+    """Leave an offset network's last layer at its default, as released, or set it to zero."""
+    if init == "zero_offset":
+        nn.init.zeros_(pointwise.weight)
+    elif init != "released":
+        raise ValueError(f"init: expected 'released' or 'zero_offset', got {init!r}")

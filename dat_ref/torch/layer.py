@@ -1,0 +1,318 @@
+"""The deformable-attention layer as a module: `dat_ref.layer` in PyTorch.
+
+Inside, maps lie channels last, so that every 1 × 1 projection is one matrix product over all pixels. A map in
+``torch.channels_last`` layout enters and leaves without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from .. import official
+from .._checks import ShapeError
+from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, OffsetBound
+from ..layer import BIAS_KERNEL, LayerTrace
+from ..ops.offsets import OffsetNetworkTrace
+from . import functional
+from ._checks import check_map
+from .bridge import SpecModule, dtype_of
+from .functional._precision import wide_dtype
+from .functional.grid import Padding, Size
+from .functional.sampling import Sampler
+from .initialization import Init, init_offsets, init_table
+
+
+class OffsetNetwork(nn.Module):
+    """θ: depthwise convolution, norm, GELU, and a projection to (y, x) without bias; one network for all groups."""
+
+    def __init__(self, config: DeformableAttentionConfig, init: Init = "released") -> None:
+        super().__init__()
+        channels, kernel = config.group_dim, config.kernel_size
+        self.config = config
+        self.depthwise = nn.Conv2d(channels, channels, kernel, stride=config.stride, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.pointwise = nn.Linear(channels, 2, bias=False)
+        init_offsets(self.pointwise, init)
+
+    def forward(self, query: Tensor, padding: Padding) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return raw offsets (B·G, 2, Hk, Wk) of a query map (B, C, H, W), and the intermediates."""
+        params: dict[str, dict[str, Any]] = {
+            "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
+            "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
+            "pointwise": {"weight": self.pointwise.weight},
+        }
+        return functional.offset_network(
+            query, params, stride=self.config.stride, padding=padding, groups=self.config.groups
+        )
+
+
+class TableBias(nn.Module):
+    """A bias table a head: relative (2H-1 × 2W-1), or fixed (H·W × Ns)."""
+
+    def __init__(self, config: DeformableAttentionConfig) -> None:
+        super().__init__()
+        assert config.size is not None  # the config has checked
+        height, width = config.size
+        shape = (2 * height - 1, 2 * width - 1)
+        if config.bias is BiasKind.FIXED:
+            rows, columns = functional.key_grid_size(config.size, config.kernel_size, config.stride, config.convention)
+            shape = (height * width, rows * columns)
+        self.table = nn.Parameter(torch.empty(config.heads, *shape))
+        init_table(self.table, 0.01)
+
+
+class LogBias(nn.Module):
+    """The small network of the log-scaled displacement."""
+
+    def __init__(self, config: DeformableAttentionConfig) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2, LOG_CPB_HIDDEN)
+        self.out = nn.Linear(LOG_CPB_HIDDEN, config.heads // config.groups, bias=False)
+
+
+class DepthwiseBias(nn.Module):
+    """A 3 × 3 depthwise convolution of the queries, added to the attention's output."""
+
+    def __init__(self, config: DeformableAttentionConfig) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(config.dim, config.dim, BIAS_KERNEL, padding=BIAS_KERNEL // 2, groups=config.dim)
+
+
+_BIASES = {
+    BiasKind.TABLE: TableBias,
+    BiasKind.FIXED: TableBias,
+    BiasKind.LOG_CPB: LogBias,
+    BiasKind.DEPTHWISE: DepthwiseBias,
+}
+
+
+class DeformableAttention(SpecModule):
+    """Deformable attention on a map: (B, C, H, W) → (B, C, H, W), any H and W at every call.
+
+    Args:
+        config: what the layer is.
+        backend: how the core is computed, one of `dat_ref.torch.backends()`; ``"auto"`` chooses.
+        sampler: how features are sampled, ``"gather"`` or ``"grid_sample"``, see `functional.bilinear_sample`.
+        init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
+
+    A bias table that was built for another size than the map's is read as ``config.bias_resolution`` says: in
+    ``"fractions"`` of the map, or in ``"pixels"``.
+
+    >>> config = DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(5, 7))
+    >>> layer = DeformableAttention(config)
+    >>> y, trace = layer(torch.ones(2, 12, 9, 6), return_trace=True)
+    >>> y.shape, trace.points.shape
+    (torch.Size([2, 12, 9, 6]), torch.Size([2, 2, 9, 6, 2]))
+    """
+
+    def __init__(
+        self,
+        config: DeformableAttentionConfig,
+        *,
+        backend: str = "auto",
+        sampler: Sampler = "gather",
+        init: Init = "released",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.sampler: Sampler = sampler
+        self.query = nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(config.dim, config.dim)
+        self.value = nn.Linear(config.dim, config.dim)
+        self.output = nn.Linear(config.dim, config.dim)
+        self.offset_network = None
+        if config.offset_bound is not OffsetBound.NONE:
+            self.offset_network = OffsetNetwork(config, init)
+        self.position_bias = _BIASES[config.bias](config) if config.bias in _BIASES else None
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, LayerTrace]: ...
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, LayerTrace]:
+        """Return y (B, C, H, W), and every intermediate by name if asked (attention dropout is then left out).
+
+        Raises:
+            ShapeError: if x has another number of channels, or another size than a fixed bias table was built for.
+            ConfigError: if the stride is larger than the map.
+        """
+        config = self.config
+        check_map("x", x, config.dim)
+        batch, channels, height, width = x.shape
+        size = (height, width)
+        key_size = functional.key_grid_size(size, config.kernel_size, config.stride, config.convention)
+        tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        query = self.query(tokens)
+
+        raw, network = self._raw_offsets(query, size, key_size)
+        reference = functional.reference_points(key_size, config.convention, dtype=raw.dtype, device=raw.device)
+        bounding: dict[str, Any] = {"offset_range": config.offset_range, "convention": config.convention}
+        offsets, points = functional.bound_offsets(raw, reference, config.offset_bound, **bounding)
+        points_px = functional.to_pixels(points, size, config.convention)
+        sampled = self._features(tokens, points_px, key_size).to(tokens.dtype)  # (B, Hk·Wk, C)
+
+        q = _tokens_to_heads(query.flatten(1, 2), config.heads)
+        k = _tokens_to_heads(self.key(sampled), config.heads)
+        v = _tokens_to_heads(self.value(sampled), config.heads)
+        bias, attention = None, None
+        if return_trace:
+            bias = self._bias(points, size)
+            attended, attention = functional.attend(q, k, v, bias, config.scale)
+        else:
+            attended = self._core(q, k, v, points, size)
+        merged = attended.transpose(1, 2).reshape(batch, height, width, channels)
+        if isinstance(self.position_bias, DepthwiseBias):
+            residual = self.position_bias.depthwise(query.permute(0, 3, 1, 2))
+            merged = merged + residual.permute(0, 2, 3, 1)
+        y = self.projection_dropout(self.output(merged)).permute(0, 3, 1, 2)
+        if not return_trace:
+            return y
+        fields: dict[str, Any] = {
+            "x": x,
+            "query": query.permute(0, 3, 1, 2),
+            "offset_network": _network_trace(query, network, config.groups),
+            "raw_offsets": raw,
+            "offsets": offsets,
+            "reference": reference.expand(points.shape),
+            "points": points,
+            "reference_px": functional.to_pixels(reference, size, config.convention).expand(points.shape),
+            "points_px": points_px,
+            "sampled": sampled.transpose(1, 2).unflatten(2, key_size),
+            "q": q,
+            "k": k,
+            "v": v,
+            "bias": bias,
+            "log_bias": None,
+            "attention": attention,
+            "merged": merged.permute(0, 3, 1, 2),
+        }
+        return y, LayerTrace(**fields)
+
+    def _raw_offsets(self, query: Tensor, size: Size, key_size: Size) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Δ (B, G, Hk, Wk, 2), float32 or wider, and the network's intermediates."""
+        config = self.config
+        batch, (rows, columns) = query.shape[0], key_size
+        if self.offset_network is None:
+            shape = (batch, config.groups, rows, columns, 2)
+            return torch.zeros(shape, dtype=wide_dtype(query), device=query.device), {}
+        padding = functional.offset_padding(size, config.kernel_size, config.stride, config.convention)
+        raw, network = self.offset_network(query.permute(0, 3, 1, 2), padding)
+        return raw.view(batch, config.groups, 2, rows, columns).permute(0, 1, 3, 4, 2), network
+
+    def _features(self, tokens: Tensor, points_px: Tensor, key_size: Size) -> Tensor:
+        """Return the features that keys and values are projected from, (B, Hk·Wk, C)."""
+        config = self.config
+        batch, height, width, channels = tokens.shape
+        rows, columns = key_size
+        if config.average_pool:
+            return self._pool(tokens, key_size)
+        flat = points_px.flatten(2, 3)  # (B, G, Hk·Wk, 2)
+        grouped = tokens.reshape(batch, height, width, config.groups, config.group_dim)
+        if self.sampler == "gather":
+            sampled = functional.sample_tokens(grouped, flat)  # (B, G, Hk·Wk, C/G)
+        else:
+            maps = grouped.permute(0, 3, 4, 1, 2).flatten(0, 1)
+            sampled = functional.bilinear_sample(maps, flat.flatten(0, 1), sampler=self.sampler)
+            sampled = sampled.unflatten(0, (batch, config.groups)).transpose(2, 3)
+        return sampled.transpose(1, 2).reshape(batch, rows * columns, channels)
+
+    def _pool(self, tokens: Tensor, key_size: Size) -> Tensor:
+        """Average whole r × r cells: (B, H, W, C) → (B, Hk·Wk, C)."""
+        batch, height, width, channels = tokens.shape
+        (rows, columns), stride = key_size, self.config.stride
+        if not torch.compiler.is_compiling() and (height, width) != (rows * stride, columns * stride):
+            raise ShapeError(
+                f"x: expected (B, C, H={rows * stride}, W={columns * stride}) with H and W multiples of "
+                f"stride={stride}, which average pooling needs, got {(batch, channels, height, width)}"
+            )
+        cells = tokens.reshape(batch, rows, stride, columns, stride, channels)
+        return cells.mean(dim=(2, 4)).flatten(1, 2)
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, points: Tensor, size: Size) -> Tensor:
+        config = self.config
+        dropout = config.attention_dropout if self.training else 0.0
+        if config.bias in (BiasKind.FIXED, BiasKind.LOG_CPB):
+            bias = self._bias(points, size)
+            assert bias is not None
+            mask = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=config.scale, dropout_p=dropout
+            )
+        return functional.deformable_attention(
+            q,
+            k,
+            v,
+            points.flatten(2, 3),
+            self.position_bias.table if isinstance(self.position_bias, TableBias) else None,
+            query_size=size,
+            convention=config.convention,
+            scale=config.scale,
+            resolution=config.bias_resolution,
+            backend=self.backend,
+            dropout=dropout,
+        )
+
+    def _bias(self, points: Tensor, size: Size) -> Tensor | None:
+        """Return what is added to the logits, (B or 1, heads, H·W, Ns), or None."""
+        config, flat = self.config, points.flatten(2, 3)
+        if isinstance(self.position_bias, LogBias):
+            hidden, out = self.position_bias.hidden, self.position_bias.out
+            params = {"hidden": {"weight": hidden.weight, "bias": hidden.bias}, "out": {"weight": out.weight}}
+            return functional.log_bias(flat, params, query_size=size, convention=config.convention)
+        if not isinstance(self.position_bias, TableBias):
+            return None
+        table = self.position_bias.table
+        if config.bias is BiasKind.FIXED:
+            return functional.fixed_bias(table, query_size=size, samples=flat.shape[2])
+        return functional.table_bias(
+            table, flat, query_size=size, convention=config.convention, resolution=config.bias_resolution
+        )
+
+    # -------------------------------------------------------------------------------------------- names
+
+    def official_names(self) -> official.Names:
+        """Return where each parameter lives in a released state dict."""
+        return official.attention_names(self.config)
+
+    @classmethod
+    def from_official(
+        cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str, **options: Any
+    ) -> DeformableAttention:
+        """Build from the released module's arguments and its state dict, in the dtype of that.
+
+        Args:
+            mapping: the released ``DAttentionBaseline``'s arguments by name.
+            state: its state dict, tensors or arrays.
+            release: ``"cvpr2022"`` or ``"datpp2023"``.
+            options: `backend` and `sampler` of the class.
+
+        Raises:
+            CheckpointError: with a report of missing, unexpected and mis-shaped keys.
+        """
+        layer = cls(DeformableAttentionConfig.from_official(mapping, release=release), **options).to(dtype_of(state))
+        layer.load_official(state)
+        return layer
+
+
+def _tokens_to_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(B, N, C) → (B, heads, N, d), without a copy."""
+    return tokens.unflatten(2, (heads, tokens.shape[2] // heads)).transpose(1, 2)
+
+
+def _network_trace(query: Tensor, network: dict[str, Tensor], groups: int) -> OffsetNetworkTrace | None:
+    """Lay the network's intermediates out as the spec has them: (B·G, C/G, Hk, Wk)."""
+    if not network:
+        return None
+    grouped = {"queries": query.unflatten(3, (groups, query.shape[3] // groups)), **network}
+    fields: dict[str, Any] = {name: part.permute(0, 3, 4, 1, 2).flatten(0, 1) for name, part in grouped.items()}
+    return OffsetNetworkTrace(**fields)

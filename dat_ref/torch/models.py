@@ -1,0 +1,170 @@
+"""Backbones by name: `create_model` and `list_models`, as users of timm know them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from .._checks import ConfigError
+from ..config import BlockConfig, DATConfig
+from ..peers.swap import SWAPS, Match, swap_attention
+from ..presets import PRESETS
+from .backbone import DAT
+
+# Options of `create_model` that go to the module; all others change its configuration.
+_MODULE_OPTIONS = ("backend", "sampler", "init")
+_ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
+_CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """What the maps of a features-only backbone are."""
+
+    entries: tuple[dict[str, Any], ...]  # one a map: num_chs, reduction, module
+    out_indices: tuple[int, ...]
+
+    def channels(self) -> list[int]:
+        """Return the channels of each map."""
+        return [entry["num_chs"] for entry in self.entries]
+
+    def reduction(self) -> list[int]:
+        """Return how many image pixels one pixel of each map spans."""
+        return [entry["reduction"] for entry in self.entries]
+
+    def module_name(self) -> list[str]:
+        """Return the name of the module that puts out each map."""
+        return [entry["module"] for entry in self.entries]
+
+    def get_dicts(self) -> list[dict[str, Any]]:
+        """Return all of it."""
+        return [dict(entry) for entry in self.entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.entries[index]
+
+
+class DATFeatures(DAT):
+    """A backbone that returns feature maps: images → a list of (B, dims[i], ⌈H/reduction⌉, ⌈W/reduction⌉).
+
+    Stages behind the last map, the final norm and the head are left out; names of parameters are `DAT`'s.
+    """
+
+    out_indices: tuple[int, ...]
+
+    def keep_stages(self, out_indices: Sequence[int]) -> None:
+        """Keep what the maps of these stages need, drop the rest."""
+        entries = self.feature_info
+        self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True, prune_head=True))
+        self.feature_info = FeatureInfo(tuple(entries[index] for index in self.out_indices), self.out_indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Return the maps, shallow to deep."""
+        return self.forward_intermediates(x, indices=self.out_indices, stop_early=True, intermediates_only=True)
+
+
+def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's own name for it
+    """Return the names of the models, those that match a pattern with ``*`` if one is given.
+
+    >>> list_models("dat_pp_*")
+    ['dat_pp_base', 'dat_pp_base_384', 'dat_pp_small', 'dat_pp_tiny']
+    """
+    return sorted(name for name in PRESETS if not filter or fnmatch.fnmatch(name, filter))
+
+
+def create_model(
+    name: str,
+    checkpoint: str | PathLike[str] | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    global_pool: str = "avg",
+    attention: str | None = None,
+    match: Match = "keys",
+    **overrides: Any,
+) -> DAT:
+    """Build a released backbone by name.
+
+    Args:
+        name: one of `list_models()`.
+        checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random first values if None.
+        num_classes: of the head; 0 for none.
+        in_chans: channels of the images.
+        features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
+        out_indices: which stages those come from, all four if None.
+        drop_path_rate: stochastic depth at the last block, the preset's if None.
+        global_pool: ``"avg"``, or ``""`` for an unpooled map.
+        attention: another kind in the place of every deformable one, see `dat_ref.peers.swap`: ``"multi_head"``,
+            ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; None leaves them.
+        match: what the other kind is brought as near to the deformable one as it can be in, ``"keys"`` or ``"macs"``,
+            at the size that bias tables are built for.
+        overrides: ``backend``, ``sampler``, ``init`` of `DAT`; ``drop_rate``, ``attn_drop_rate``, ``proj_drop_rate``;
+            ``img_size`` (what bias tables are built for; any size can be fed); or a field of `DATConfig`. None changes
+            nothing.
+
+    Raises:
+        ConfigError: for an unknown name, kind of attention or override, naming near matches.
+
+    >>> model = create_model("dat_tiny", num_classes=10, drop_path_rate=0.1)
+    >>> model.num_features, model.feature_info[0]["reduction"]
+    (768, 4)
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"name: unknown model {name!r}; {_suggest(name, list(PRESETS))}")
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    options = {key: overrides.pop(key) for key in _MODULE_OPTIONS if key in overrides}
+    changes = {"num_classes": num_classes, "in_channels": in_chans, "drop_path_rate": drop_path_rate}
+    config = _override(PRESETS[name], {key: value for key, value in changes.items() if value is not None} | overrides)
+    if attention is not None:
+        if attention not in SWAPS:
+            raise ConfigError(f"attention: unknown kind {attention!r}; {_suggest(attention, list(SWAPS))}")
+        config = swap_attention(config, attention, match)
+    if out_indices is not None and not features_only:
+        raise ConfigError("out_indices: expected features_only=True with it")
+    model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
+    if checkpoint is not None:
+        from .checkpoints import load_checkpoint
+
+        load_checkpoint(model, checkpoint)
+    if isinstance(model, DATFeatures):
+        model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
+    return model
+
+
+def _override(config: DATConfig, changes: dict[str, Any]) -> DATConfig:
+    """Return the configuration with fields changed, under our names or timm's."""
+    attention = {ours: changes.pop(theirs) for theirs, ours in _ATTENTION_OPTIONS.items() if theirs in changes}
+    changes = {_CONFIG_ALIASES.get(key, key): value for key, value in changes.items()}
+    known = [field.name for field in fields(DATConfig)]
+    for key in changes:
+        if key not in known:
+            names = [*known, *_CONFIG_ALIASES, *_ATTENTION_OPTIONS, *_MODULE_OPTIONS]
+            raise ConfigError(f"create_model: unknown argument {key!r}; {_suggest(key, names)}")
+    size = changes.pop("image_size", None)
+    if size is not None:
+        config = config.resized((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
+    if attention:
+        stages = tuple(tuple(_with_attention(block, attention) for block in blocks) for blocks in config.stages)
+        config = replace(config, stages=stages)
+    return replace(config, **changes)
+
+
+def _with_attention(block: BlockConfig, changes: dict[str, Any]) -> BlockConfig:
+    attention: Any = block.attention
+    return replace(block, attention=replace(attention, **changes))
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"

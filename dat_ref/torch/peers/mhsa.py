@@ -1,0 +1,71 @@
+"""Plain multi-head self-attention as a module: `dat_ref.peers.mhsa` in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...conventions import Convention
+from ...peers.mhsa import MultiHeadAttentionConfig, MultiHeadTrace
+from .. import functional
+from ..functional._precision import wide_dtype
+from ..functional.grid import Size
+from ..initialization import init_table
+from .base import PeerAttention, map_of, tokens_of
+
+
+class PositionBias(nn.Module):
+    """A (2H₀-1) × (2W₀-1) table a head."""
+
+    def __init__(self, heads: int, size: Size) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(heads, 2 * size[0] - 1, 2 * size[1] - 1))
+        init_table(self.table, 0.01)
+
+    def forward(self, size: Size, like: Tensor) -> Tensor:
+        """Return the bias of every pair of pixels, (1, heads, H·W, H·W), read in fractions of the map."""
+        dtype = wide_dtype(like)
+        points = functional.reference_points(size, Convention.CELL_CENTER, dtype=dtype, device=like.device)
+        reader = functional.GridReader(self.table, points.reshape(1, 1, -1, 2), size, Convention.CELL_CENTER)
+        return reader.read(0, size[0])
+
+
+class MultiHeadAttention(PeerAttention):
+    """Attention of every pixel to every pixel: (B, C, H, W) → (B, C, H, W), any H and W.
+
+    >>> layer = MultiHeadAttention(MultiHeadAttentionConfig(dim=12, heads=3, size=(5, 7)))
+    >>> layer(torch.ones(2, 12, 4, 9)).shape
+    torch.Size([2, 12, 4, 9])
+    """
+
+    config: MultiHeadAttentionConfig
+
+    def __init__(self, config: MultiHeadAttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.position_bias = None if config.size is None else PositionBias(config.heads, config.size)
+        self.output = nn.Linear(config.dim, config.dim)
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
+
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, MultiHeadTrace | None]:
+        config, size = self.config, (x.shape[2], x.shape[3])
+        qkv = self.qkv(tokens_of(x)).unflatten(2, (3, config.heads, config.dim // config.heads))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H·W, d)
+        bias = None if self.position_bias is None else self.position_bias(size, x)
+        attention = None
+        if traced:
+            attended, attention = functional.attend(q, k, v, bias, config.scale)
+        else:
+            mask = None if bias is None else bias.to(q.dtype)
+            dropout = config.attention_dropout if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=config.scale)
+        merged = attended.transpose(1, 2).flatten(2)
+        y = map_of(self.projection_dropout(self.output(merged)), size)
+        if not traced:
+            return y, None
+        fields: dict[str, Any] = {"x": x, "q": q, "k": k, "v": v, "attention": attention}
+        return y, MultiHeadTrace(**fields, merged=map_of(merged, size))  # type: ignore[arg-type]

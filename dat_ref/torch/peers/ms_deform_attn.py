@@ -1,0 +1,170 @@
+"""Deformable DETR's attention as a module: `dat_ref.peers.ms_deform_attn` in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import official
+from ..._checks import ConfigError, ShapeError
+from ...peers.ms_deform_attn import (
+    MultiScaleDeformableConfig,
+    MultiScaleDeformableTrace,
+    multi_scale_deformable_names,
+    ring,
+)
+from .._checks import check_tensor
+from ..functional._precision import wide_dtype
+from ..functional.grid import Size
+from ..functional.multi_scale import level_sizes, location_pixels, sample_levels, weighted_sum
+from .base import PeerAttention, map_of, tokens_of, wide_linear
+
+
+def cell_centers(size: Size, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Return the centers of a map's pixels, (H·W, 1, 2), (x, y) in [0, 1]: the references of a map's own pixels."""
+    rows, columns = ((torch.arange(length, dtype=dtype, device=device) + 0.5) / length for length in size)
+    centers = torch.stack((columns.expand(size), rows[:, None].expand(size)), dim=-1)
+    return centers.flatten(0, 1)[:, None]
+
+
+class MultiScaleDeformableAttention(PeerAttention):
+    """Sums of values sampled at a few points around a reference, with weights predicted from the query.
+
+    `attend` takes queries, maps of several sizes and references (points or boxes). Called on a map, (B, C, H, W) → (B,
+    C, H, W), every pixel is a query with its own center for a reference. It starts as released: with a ring of points
+    and equal weights, whatever the query.
+
+    >>> layer = MultiScaleDeformableAttention(MultiScaleDeformableConfig(dim=12, heads=3))
+    >>> layer(torch.ones(2, 12, 5, 7)).shape
+    torch.Size([2, 12, 5, 7])
+    """
+
+    config: MultiScaleDeformableConfig
+
+    def __init__(self, config: MultiScaleDeformableConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.offset = nn.Linear(dim, 2 * config.samples)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        if config.scoring == "query":
+            self.weights = nn.Linear(dim, config.samples)
+        else:
+            self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set first values: a ring of offsets, equal weights, projections by Xavier."""
+        config = self.config
+        for name, layer in self.named_children():
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.bias)
+            if name in ("offset", "weights"):
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+        start_in_a_ring(self.offset, config.heads, config.levels, config.points)
+
+    # -------------------------------------------------------------------------------------------- on tokens
+
+    def attend(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Sequence[Size] | Tensor,
+    ) -> tuple[Tensor, MultiScaleDeformableTrace]:
+        """Attend from queries to maps.
+
+        Args:
+            query: (B, Q, C).
+            value: (B, S, C), S = Σ H_l·W_l.
+            reference_points: (B, Q, L, 2), (x, y), or boxes (B, Q, L, 4), (x, y, w, h), in [0, 1] of each level.
+            spatial_shapes: (L, 2), the (H_l, W_l); pairs of integers where a graph is being captured.
+
+        Returns:
+            (B, Q, C) and the trace.
+        """
+        config, shapes = self.config, level_sizes(spatial_shapes)
+        if not torch.compiler.is_compiling():
+            self._check(query, value, reference_points, shapes)
+        heads = (config.heads, config.dim // config.heads)
+        per_point = (config.heads, config.levels, config.points)
+        offsets = wide_linear(query, self.offset).unflatten(2, (*per_point, 2))
+        locations = self._locations(offsets, reference_points, shapes)
+        points_px = location_pixels(locations, shapes)
+        projected = self.value(value).unflatten(2, heads)
+        sampled = sample_levels(projected, points_px, shapes)
+        keys = sampled_keys = projected_query = None
+        if config.scoring == "query":
+            logits = self.weights(query).unflatten(2, per_point)
+        else:
+            projected_query, keys = self.query(query).unflatten(2, heads), self.key(value).unflatten(2, heads)
+            sampled_keys = sample_levels(keys, points_px, shapes)
+            logits = torch.einsum("bqhd,bqhlpd->bqhlp", projected_query, sampled_keys) * config.scale
+        attention = logits.flatten(3).softmax(dim=-1).unflatten(3, per_point[1:])
+        merged = weighted_sum(sampled, attention)
+        fields: dict[str, Any] = {
+            "query": query,
+            "value_input": value,
+            "reference_points": reference_points,
+            "spatial_shapes": shapes,
+            "value": projected,
+            "keys": keys,
+            "projected_query": projected_query,
+            "offsets": offsets,
+            "locations": locations,
+            "points_px": points_px,
+            "sampled": sampled,
+            "sampled_keys": sampled_keys,
+            "attention": attention,
+            "merged": merged,
+        }
+        return self.output(merged), MultiScaleDeformableTrace(**fields)
+
+    def _locations(self, offsets: Tensor, reference_points: Tensor, shapes: Sequence[Size]) -> Tensor:
+        """Return where points lie, (B, Q, heads, L, P, 2): offsets in pixels of the level, or in fractions of a box."""
+        references = reference_points.to(wide_dtype(reference_points))[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        if reference_points.shape[-1] == 4:
+            return references[..., :2] + offsets * references[..., 2:] / (2 * self.config.points)
+        moves = [
+            torch.stack((of_level[..., 0] / width, of_level[..., 1] / height), dim=-1)
+            for of_level, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
+        ]
+        return references + torch.stack(moves, dim=3)
+
+    def _check(self, query: Tensor, value: Tensor, reference_points: Tensor, shapes: list[Size]) -> None:
+        config = self.config
+        if len(shapes) != config.levels:
+            raise ShapeError(f"spatial_shapes: expected levels={config.levels} pairs (H, W), got {shapes}")
+        check_tensor("query", query, {"B": None, "Q": None, "C": config.dim})
+        total = sum(height * width for height, width in shapes)
+        check_tensor("value", value, {"B": query.shape[0], "S": total, "C": config.dim}, "S = Σ H_l·W_l")
+        last = 4 if reference_points.shape[-1:] == (4,) else 2
+        axes = {"B": query.shape[0], "Q": query.shape[1], "L": config.levels, "(x, y) or box": last}
+        check_tensor("reference_points", reference_points, axes)
+
+    # -------------------------------------------------------------------------------------------- on a map
+
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, MultiScaleDeformableTrace]:
+        if self.config.levels != 1:
+            raise ConfigError(f"levels: expected 1, a block attends to its own map, got {self.config.levels}")
+        size, tokens = (x.shape[2], x.shape[3]), tokens_of(x)
+        centers = cell_centers(size, dtype=wide_dtype(x), device=x.device)
+        y, trace = self.attend(tokens, tokens, centers.expand(x.shape[0], *centers.shape), [size])
+        return map_of(y, size), trace
+
+    def official_names(self) -> official.Names:
+        """Return where each parameter lives in a released state dict (Deformable DETR's ``MSDeformAttn``)."""
+        return multi_scale_deformable_names(self.config)
+
+
+def start_in_a_ring(offset: nn.Linear, heads: int, levels: int, points: int) -> None:
+    """Let a layer predict the released ring of offsets, whatever its input."""
+    nn.init.zeros_(offset.weight)
+    with torch.no_grad():
+        offset.bias.copy_(torch.from_numpy(ring(heads, levels, points).copy()).flatten())

@@ -1,0 +1,78 @@
+"""Neighborhood attention as a module: `dat_ref.peers.neighborhood` in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import official
+from ...config import NeighborhoodAttentionConfig
+from ...peers.neighborhood import NeighborhoodTrace
+from .. import functional
+from .._checks import check_map
+from ..bridge import SpecModule
+from ..functional._sizes import crop, surely_zero
+from .window import RelativeBias
+
+
+class NeighborhoodAttention(SpecModule):
+    """Attention of each pixel to the K × K pixels around it: (B, C, H, W) → (B, C, H, W), any H and W.
+
+    On an axis shorter than K (times the dilation) the neighborhood shrinks to the map (``small_map="shrink"``), or the
+    map is padded with zeros that take part as keys (``"pad"``, the released DAT++).
+
+    >>> layer = NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3))
+    >>> layer(torch.ones(2, 12, 5, 7)).shape
+    torch.Size([2, 12, 5, 7])
+    """
+
+    def __init__(self, config: NeighborhoodAttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.neighborhood_bias = RelativeBias(config.heads, config.kernel_size, sigma=0.02)
+        self.output = nn.Linear(config.dim, config.dim)
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, NeighborhoodTrace]: ...
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, NeighborhoodTrace]:
+        """Return y (B, C, H, W), and the trace if asked (attention dropout is then left out)."""
+        config = self.config
+        check_map("x", x, config.dim)
+        height, width = x.shape[2:]
+        padded = x.permute(0, 2, 3, 1)  # (B, H', W', C)
+        least = config.kernel_size * config.dilation
+        bottom, right = max(least - height, 0), max(least - width, 0)
+        padding = config.small_map == "pad" and not surely_zero(bottom, right)
+        if padding:
+            padded = F.pad(padded, (0, 0, 0, right, 0, bottom))
+        merged, weights = functional.neighborhood_attention(
+            self.qkv(padded),
+            self.neighborhood_bias.table,
+            scale=config.scale,
+            dilation=config.dilation,
+            dropout=config.attention_dropout if self.training else 0.0,
+            return_weights=return_trace,
+        )
+        inside = crop(merged, (height, width)) if padding else merged
+        y = self.projection_dropout(self.output(inside)).permute(0, 3, 1, 2)
+        if not return_trace:
+            return y
+        fields: dict[str, Any] = {
+            "padded": padded.permute(0, 3, 1, 2),
+            **weights,
+            "merged": merged.permute(0, 3, 1, 2),
+            "size": (height, width),
+        }
+        return y, NeighborhoodTrace(**fields)
+
+    def official_names(self) -> official.Names:
+        """Return where each parameter lives in a released state dict."""
+        return official.attention_names(self.config)

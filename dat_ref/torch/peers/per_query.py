@@ -1,0 +1,94 @@
+"""Attention with sampled keys of every query's own, as a module: `dat_ref.peers.per_query` in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...ops.offsets import OffsetNetworkTrace
+from ...peers.per_query import PerQueryAttentionConfig, PerQueryTrace, PointsTrace
+from .. import functional
+from ..functional.per_query import attend_at_points, lattice
+from ..initialization import Init, init_offsets
+from .base import PeerAttention, map_of, tokens_of
+
+
+class PointsNetwork(nn.Module):
+    """The offset network of a deformable layer, with two channels a key."""
+
+    def __init__(self, config: PerQueryAttentionConfig, init: Init) -> None:
+        super().__init__()
+        channels, kernel = config.dim // config.groups, config.offset_kernel_size
+        self.config = config
+        self.depthwise = nn.Conv2d(channels, channels, kernel, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.pointwise = nn.Linear(channels, 2 * config.keys, bias=False)
+        init_offsets(self.pointwise, init)
+
+    def forward(self, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return raw offsets (B·G, 2N, H, W) of a query map (B, C, H, W), and the intermediates."""
+        params: dict[str, dict[str, Any]] = {
+            "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
+            "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
+            "pointwise": {"weight": self.pointwise.weight},
+        }
+        half = self.config.offset_kernel_size // 2
+        padding = ((half, half), (half, half))
+        return functional.offset_network(query, params, stride=1, padding=padding, groups=self.config.groups)
+
+
+class PerQueryAttention(PeerAttention):
+    """Attention of every pixel to sampled keys of its own: (B, C, H, W) → (B, C, H, W), any H and W.
+
+    The keys take N times the memory of the map, and autograd keeps them: this is what sharing them avoids.
+
+    Args:
+        config: what the layer is.
+        init: ``"released"``, or ``"zero_offset"`` to start with every key on the lattice around its query.
+
+    >>> import torch
+    >>> layer = PerQueryAttention(PerQueryAttentionConfig(dim=12, heads=4, groups=2))
+    >>> layer(torch.ones(2, 12, 5, 7)).shape
+    torch.Size([2, 12, 5, 7])
+    """
+
+    config: PerQueryAttentionConfig
+
+    def __init__(self, config: PerQueryAttentionConfig, *, init: Init = "released") -> None:
+        super().__init__()
+        self.config = config
+        self.query = nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(config.dim, config.dim)
+        self.value = nn.Linear(config.dim, config.dim)
+        self.output = nn.Linear(config.dim, config.dim)
+        self.offset_network = PointsNetwork(config, init)
+
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, PerQueryTrace | None]:
+        config, size = self.config, (x.shape[2], x.shape[3])
+        query = map_of(self.query(tokens_of(x)), size)  # (B, C, H, W)
+        raw, network = self.offset_network(query)
+        raw = raw.unflatten(0, (x.shape[0], config.groups)).unflatten(2, (config.keys, 2)).flatten(4)
+        offsets = raw.permute(0, 1, 4, 2, 3)  # (B, G, H·W, N, 2)
+        points_px = offsets + lattice(size, config.kernel_size, dtype=offsets.dtype, device=x.device)
+        params = {
+            "key": {"weight": self.key.weight, "bias": self.key.bias},
+            "value": {"weight": self.value.weight, "bias": self.value.bias},
+        }
+        merged, parts = attend_at_points(query.flatten(2), x, points_px, params, config.heads)
+        y = map_of(self.output(merged.transpose(1, 2)), size)
+        if not traced:
+            return y, None
+        at_points: dict[str, Any] = {"x": x, "points_px": points_px, **parts}
+        grouped = {"queries": query.permute(0, 2, 3, 1).unflatten(3, (config.groups, -1)), **network}
+        maps: dict[str, Any] = {name: part.permute(0, 3, 4, 1, 2).flatten(0, 1) for name, part in grouped.items()}
+        fields: dict[str, Any] = {
+            "x": x,
+            "query": query,
+            "offset_network": OffsetNetworkTrace(**maps),
+            "offsets": offsets,
+            "points_px": points_px,
+            "at_points": PointsTrace(**at_points),
+            "merged": merged.unflatten(2, size),
+        }
+        return y, PerQueryTrace(**fields)

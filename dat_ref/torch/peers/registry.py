@@ -1,0 +1,34 @@
+"""Which module computes each peer, by the type of its configuration: `dat_ref.peers.registry` in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ...config import NeighborhoodAttentionConfig, WindowAttentionConfig
+from ...peers.deform_conv import DeformableConvConfig
+from ...peers.mhsa import MultiHeadAttentionConfig
+from ...peers.ms_deform_attn import MultiScaleDeformableConfig
+from ...peers.per_query import PerQueryAttentionConfig
+from ...peers.pyramid import PyramidAttentionConfig
+from ...peers.swap_in import SwapInAttentionConfig
+from .deform_conv import DeformableConv
+from .mhsa import MultiHeadAttention
+from .ms_deform_attn import MultiScaleDeformableAttention
+from .neighborhood import NeighborhoodAttention
+from .per_query import PerQueryAttention
+from .pyramid import PyramidAttention
+from .swap_in import SwapInAttention
+from .window import WindowAttention
+
+PEER_MODULES: dict[type, Callable[..., nn.Module]] = {
+    WindowAttentionConfig: WindowAttention,
+    NeighborhoodAttentionConfig: NeighborhoodAttention,
+    MultiHeadAttentionConfig: MultiHeadAttention,
+    PyramidAttentionConfig: PyramidAttention,
+    DeformableConvConfig: DeformableConv,
+    MultiScaleDeformableConfig: MultiScaleDeformableAttention,
+    PerQueryAttentionConfig: PerQueryAttention,
+    SwapInAttentionConfig: SwapInAttention,
+}

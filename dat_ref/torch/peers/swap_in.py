@@ -1,0 +1,80 @@
+"""Deformable DETR's attention as a block of DAT: `dat_ref.peers.swap_in` in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import official
+from ..._checks import ConfigError
+from ...peers.swap_in import SwapInAttentionConfig, SwapInTrace, swap_in_names
+from .. import functional
+from ..functional.grid import Size
+from ..functional.multi_scale import sample_levels, weighted_sum
+from .base import PeerAttention, map_of, tokens_of, wide_linear
+from .ms_deform_attn import start_in_a_ring
+
+
+class SwapInAttention(PeerAttention):
+    """Sums of values sampled around every pixel, with weights predicted from it; offsets count in half maps.
+
+    (B, C, H, W) → (B, C, H, W); under ``DATPP2023`` any map of more than one row and column. It starts as released.
+
+    >>> import torch
+    >>> layer = SwapInAttention(SwapInAttentionConfig(dim=12, heads=3))
+    >>> layer(torch.ones(2, 12, 5, 7)).shape
+    torch.Size([2, 12, 5, 7])
+    """
+
+    config: SwapInAttentionConfig
+
+    def __init__(self, config: SwapInAttentionConfig) -> None:
+        super().__init__()
+        dim, samples = config.dim, config.heads * config.points
+        self.config = config
+        self.offset = nn.Linear(dim, 2 * samples)
+        self.weights = nn.Linear(dim, samples)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        start_in_a_ring(self.offset, config.heads, 1, config.points)
+
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, SwapInTrace | None]:
+        config, size = self.config, (x.shape[2], x.shape[3])
+        self._check_size(size)
+        tokens, per_point = tokens_of(x), (config.heads, 1, config.points)
+        offsets = wide_linear(tokens, self.offset).unflatten(2, (*per_point, 2))  # (B, H·W, heads, 1, P, 2)
+        reference = functional.reference_points(size, config.convention, dtype=offsets.dtype, device=x.device)
+        points = reference.reshape(-1, 1, 1, 1, 2) + offsets
+        points_px = functional.to_pixels(points, size, config.convention)
+        attention = self.weights(tokens).unflatten(2, per_point).softmax(dim=-1)
+        value = self.value(tokens).unflatten(2, (config.heads, config.dim // config.heads))
+        sampled = sample_levels(value, points_px, [size])
+        merged = weighted_sum(sampled, attention)
+        y = map_of(self.output(merged), size)
+        if not traced:
+            return y, None
+        fields: dict[str, Any] = {
+            "x": x,
+            "value": value,
+            "points": points,
+            "points_px": points_px,
+            "sampled": sampled,
+            "attention": attention,
+            "merged": map_of(merged, size),
+        }
+        return y, SwapInTrace(**fields)
+
+    def _check_size(self, size: Size) -> None:
+        spacing = self.config.convention.value.reference
+        if spacing.degenerate == float("inf") and spacing.gap in size:
+            raise ConfigError(
+                f"convention: {self.config.convention.name} has no references on a map of one row or column, got "
+                f"{size}; use CELL_CENTER"
+            )
+
+    def official_names(self) -> official.Names:
+        """Return where each parameter lives in a released state dict (``DAttentionDCN``)."""
+        return swap_in_names(self.config)

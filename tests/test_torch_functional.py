@@ -1,0 +1,535 @@
+"""`dat_ref.torch.functional` against the NumPy operations: outputs, and autograd against the hand-written gradients."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+from helpers.tensors import (  # noqa: E402
+    assert_close,
+    assert_trees_close,
+    assert_within_budget,
+    conventions,
+    lattice_points,
+    pull_back,
+    rejects,
+    resolutions,
+    seeds,
+    tensor,
+)
+
+from dat_ref import Convention, OffsetBound, ShapeError  # noqa: E402
+from dat_ref.ops import attention as np_attention  # noqa: E402
+from dat_ref.ops import bias as np_bias  # noqa: E402
+from dat_ref.ops import grid as np_grid  # noqa: E402
+from dat_ref.ops import offsets as np_offsets  # noqa: E402
+from dat_ref.ops import sampling as np_sampling  # noqa: E402
+from dat_ref.peers import neighborhood as np_neighborhood  # noqa: E402
+from dat_ref.peers import window as np_window  # noqa: E402
+from dat_ref.torch import functional  # noqa: E402
+from dat_ref.torch.functional import attention as torch_attention  # noqa: E402
+
+BACKENDS = ["eager", "dense", "matmul", "auto"]
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+# ------------------------------------------------------------------------------------------------ grid
+
+
+@given(sizes, conventions)
+def test_grids_are_the_spec_s(size, convention):
+    for ours, theirs in (
+        (functional.reference_points, np_grid.reference_points),
+        (functional.query_points, np_grid.query_points),
+    ):
+        np.testing.assert_array_equal(ours(size, convention, dtype=torch.float64).numpy(), theirs(size, convention))
+
+
+@given(sizes, conventions, seeds)
+def test_pixels_are_the_spec_s_and_come_back(size, convention, seed):
+    points = np.random.default_rng(seed).uniform(-1.5, 1.5, (3, 5, 2))
+    actual = functional.to_pixels(torch.from_numpy(points), size, convention)
+    np.testing.assert_array_equal(actual.numpy(), np_grid.to_pixels(points, size, convention))
+    back = functional.from_pixels(actual, size, convention)
+    assert_close(back, np_grid.from_pixels(actual.numpy(), size, convention))
+    assert functional.pixels_per_unit(size, convention) == tuple(np_grid.pixels_per_unit(size, convention))
+
+
+@given(st.tuples(st.integers(4, 20), st.integers(4, 20)), st.integers(1, 9), st.integers(1, 4), conventions)
+def test_padding_and_key_grid_are_the_spec_s(size, kernel, stride, convention):
+    arguments = (size, kernel, stride, convention)
+    assert functional.offset_padding(*arguments) == np_grid.offset_padding(*arguments)
+    assert functional.key_grid_size(*arguments) == np_grid.key_grid_size(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pixels_are_never_narrower_than_float32(dtype):
+    points = torch.rand(4, 2).to(dtype)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            assert functional.to_pixels(points, (50, 84), Convention.CELL_CENTER).dtype is torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ offsets
+
+
+@given(seeds, st.tuples(st.integers(3, 8), st.integers(3, 8)), st.integers(1, 3), st.integers(1, 3), conventions)
+def test_offset_network(seed, size, stride, groups, convention):
+    rng = np.random.default_rng(seed)
+    batch, channels, kernel = 2, 4, 3
+    queries = rng.standard_normal((batch * groups, channels, *size))
+    params = {
+        "depthwise": {
+            "weight": rng.standard_normal((channels, 1, kernel, kernel)),
+            "bias": rng.standard_normal(channels),
+        },
+        "norm": {"weight": rng.standard_normal(channels), "bias": rng.standard_normal(channels)},
+        "pointwise": {"weight": rng.standard_normal((2, channels))},
+    }
+    sliding = {"stride": stride, "padding": np_grid.offset_padding(size, kernel, stride, convention)}
+    expected, trace = np_offsets.offset_network(queries, params, **sliding)
+    cotangent = rng.standard_normal(expected.shape)
+    grad_queries, grad_params = np_offsets.offset_network_vjp(cotangent, trace, params, **sliding)
+
+    x = tensor(queries)
+    leaves = {part: {name: tensor(leaf) for name, leaf in these.items()} for part, these in params.items()}
+    flat = [leaf for these in leaves.values() for leaf in these.values()]
+    folded, _ = functional.offset_network(x, leaves, **sliding)
+    in_groups, _ = functional.offset_network(x.reshape(batch, -1, *size), leaves, groups=groups, **sliding)
+    for actual in (folded, in_groups):
+        assert_close(actual, expected)
+        grads = pull_back(actual, cotangent, [x, *flat])
+        assert_close(grads[0], grad_queries)
+        it = iter(grads[1:])
+        assert_trees_close({part: {name: next(it) for name in these} for part, these in leaves.items()}, grad_params)
+
+
+@given(seeds, sizes, conventions, st.sampled_from(list(OffsetBound)), st.sampled_from([0.0, 2.0, 3.5]))
+def test_bound_offsets(seed, size, convention, bound, offset_range):
+    rng = np.random.default_rng(seed)
+    reference = np_grid.reference_points(size, convention)
+    raw = rng.standard_normal((2, 3, *size, 2))
+    if np.isfinite(reference).all():
+        raw[0] = rng.choice([-1.0, 1.0], raw[0].shape) - reference  # exactly on the clamp
+    options = {"offset_range": offset_range, "convention": convention}
+    x, p = tensor(raw), torch.from_numpy(reference)
+    try:
+        offsets, points = np_offsets.bound_offsets(raw, reference, bound, **options)
+    except ValueError as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            functional.bound_offsets(x, p, bound, **options)
+        return
+    ours, actual = functional.bound_offsets(x, p, bound, **options)
+    assert_close(ours, offsets)
+    assert_close(actual, points)
+    cotangent = rng.standard_normal(raw.shape)
+    expected = np_offsets.bound_offsets_vjp(cotangent, raw, reference, bound, **options)
+    if actual.requires_grad:
+        assert_close(pull_back(actual, cotangent, [x])[0], expected)
+    else:
+        assert not expected.any()
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+@given(seeds, sizes, st.integers(0, 3), st.integers(1, 4))
+def test_bilinear_sample_everywhere(seed, size, maps, channels):
+    rng = np.random.default_rng(seed)
+    x, points = rng.standard_normal((maps, channels, *size)), lattice_points(rng, (maps, 7), size)
+    cotangent = rng.standard_normal((maps, channels, 7))
+    expected = np_sampling.bilinear_sample(x, points)
+    grads = np_sampling.bilinear_sample_vjp(cotangent, x, points)
+    xs, ps = tensor(x), tensor(points)
+    actual = functional.bilinear_sample(xs, ps)
+    assert_close(actual, expected)
+    for ours, theirs in zip(pull_back(actual, cotangent, [xs, ps]), grads, strict=True):
+        assert_close(ours, theirs)
+    assert_close(functional.bilinear_sample(xs, ps, sampler="grid_sample"), expected)
+
+
+@given(seeds, sizes)
+def test_grid_sample_agrees_off_the_lattice(seed, size):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, 3, *size))
+    points = rng.integers(-2, 11, (2, 5, 2)) + rng.uniform(0.01, 0.99, (2, 5, 2))
+    cotangent = rng.standard_normal((2, 3, 5))
+    xs, ps = tensor(x), tensor(points)
+    actual = functional.bilinear_sample(xs, ps, sampler="grid_sample")
+    grads = np_sampling.bilinear_sample_vjp(cotangent, x, points)
+    for ours, theirs in zip(pull_back(actual, cotangent, [xs, ps]), grads, strict=True):
+        assert_close(ours, theirs)
+
+
+def wrong_samplers():
+    right = functional.bilinear_sample
+    return {
+        "x and y swapped": lambda x, p: right(x, p.flip(-1)),
+        "half a pixel": lambda x, p: right(x, p + 0.5),
+        "border repeated": lambda x, p: right(
+            x, torch.minimum(p.clamp(min=0), torch.tensor(x.shape[2:], dtype=p.dtype) - 1)
+        ),
+        "nearest": lambda x, p: right(x, p.round()),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_samplers())
+def test_a_wrong_sampler_is_rejected(name):
+    rng = np.random.default_rng(3)
+    x, points = rng.standard_normal((2, 3, 4, 7)), lattice_points(rng, (2, 40), (4, 7))
+    expected = np_sampling.bilinear_sample(x, points)
+    actual = wrong_samplers()[name](tensor(x), tensor(points))
+    assert rejects(lambda: assert_close(actual, expected))
+
+
+def test_on_the_lattice_the_derivative_is_from_the_right_and_nan_stays():
+    ramp = torch.tensor([0.0, 1.0, 4.0, 9.0], dtype=torch.float64).reshape(1, 1, 1, 4)
+    points = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [0.0, -1.0], [0.0, 3.0]]], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(functional.bilinear_sample(ramp, points).sum(), points)
+    assert slope[0, :, 1].tolist() == [3.0, 5.0, 0.0, -9.0]
+    nan = functional.bilinear_sample(ramp, torch.tensor([[[0.0, float("nan")], [9.0, 0.0]]], dtype=torch.float64))
+    assert nan[0, 0].isnan().tolist() == [True, False]
+    with pytest.raises(ValueError, match="sampler: expected one of gather, grid_sample, got 'nearest'"):
+        functional.bilinear_sample(ramp, points, sampler="nearest")
+
+
+def test_sampling_has_forward_mode_and_passes_gradcheck():
+    rng = np.random.default_rng(0)
+    x, points = tensor(rng.standard_normal((1, 2, 3, 4))), tensor(rng.uniform(-0.9, 3.9, (1, 5, 2)))
+    assert torch.autograd.gradcheck(functional.bilinear_sample, (x, points), check_forward_ad=True)
+    _, along = torch.func.jvp(functional.bilinear_sample, (x, points), (torch.zeros_like(x), torch.ones_like(points)))
+    step = 1e-6
+    shifted = functional.bilinear_sample(x, points + step) - functional.bilinear_sample(x, points)
+    assert_close(along, (shifted / step).detach().numpy(), 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ bias
+
+
+@st.composite
+def cores(draw, stand_still=False):
+    """Draw what the core takes: (inputs by name, geometry); sizes all different, tables of any size."""
+    rng = np.random.default_rng(draw(seeds))
+    size = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    convention = draw(conventions)
+    batch, groups, per_group = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    samples, depth = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    heads = groups * per_group
+    built = size if draw(st.booleans()) else (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    if draw(st.booleans()):
+        points_px = lattice_points(rng, (batch, groups, samples), size)
+        points = np_grid.from_pixels(points_px, size, convention)
+    else:
+        points = rng.uniform(-1.3, 1.3, (batch, groups, samples, 2))
+    inputs = {
+        "q": rng.standard_normal((batch, heads, size[0] * size[1], depth)),
+        "k": rng.standard_normal((batch, heads, samples, depth)),
+        "v": rng.standard_normal((batch, heads, samples, depth)),
+        "points": points,
+        "bias_table": rng.standard_normal((heads, 2 * built[0] - 1, 2 * built[1] - 1)),
+    }
+    return inputs, {"query_size": size, "convention": convention, "resolution": draw(resolutions)}
+
+
+@given(cores(), seeds)
+def test_table_bias(core, seed):
+    inputs, geometry = core
+    table, points = inputs["bias_table"], inputs["points"]
+    expected = np_bias.table_bias(table, points, **geometry)
+    t, p = tensor(table), tensor(points)
+    actual = functional.table_bias(t, p, **geometry)
+    assert_close(actual, expected)
+    assert_close(functional.sampled_table_bias(t, p, **geometry), expected)
+    assert_close(functional.sampled_table_bias(t, p, sampler="gather", **geometry), expected)
+    reader = functional.GridReader(t, p, *geometry.values())
+    assert_close(reader.read(0, geometry["query_size"][0]), expected)
+    cotangent = np.random.default_rng(seed).standard_normal(expected.shape)
+    for ours, theirs in zip(
+        pull_back(actual, cotangent, [t, p]), np_bias.table_bias_vjp(cotangent, table, points, **geometry), strict=True
+    ):
+        assert_close(ours, theirs)
+    positions = functional.table_positions(p, table.shape[1:], *geometry.values())
+    np.testing.assert_array_equal(
+        positions.detach().numpy(), np_bias.table_positions(points, table.shape[1:], *geometry.values())
+    )
+
+
+@pytest.mark.parametrize("reader", [functional.HatReader, functional.GridReader])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_readers_take_the_slope_from_the_right_on_the_lattice(reader, dtype):
+    """A table of every odd size, read exactly on its cells: the slope is that towards the next cell."""
+    size = (1, 33)  # a map whose normalised coordinates are exact
+    for built in range(1, 30):
+        cells = 2 * built - 1
+        values = torch.zeros(200, dtype=dtype)
+        values[80 : 80 + cells] = torch.arange(1, cells + 1, dtype=dtype).square()  # zeros around the table
+        table = values[80 : 80 + cells].reshape(1, 1, -1)
+        points = torch.zeros(1, 1, 1, 2, dtype=dtype, requires_grad=True)  # the center: displacements are whole
+        read = reader(table, points, size, Convention.PAPER, "pixels").read(0, 1)[0, 0, :, 0]
+        places = 80 + torch.arange(33) - 16 + built - 1
+        assert torch.equal(read, values[places])
+        slopes = torch.stack([torch.autograd.grad(one, points, retain_graph=True)[0][0, 0, 0, 1] for one in read])
+        pixels_per_unit = 16
+        assert torch.equal(slopes, -pixels_per_unit * (values[places + 1] - values[places]))
+
+
+@given(seeds, sizes, conventions, st.integers(1, 3))
+def test_log_bias(seed, size, convention, groups):
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(-1.3, 1.3, (2, groups, 3, 2))
+    points[0, 0, 0] = np_grid.query_points(size, convention)[0, 0]  # a displacement of zero
+    params = {
+        "hidden": {"weight": rng.standard_normal((32, 2)), "bias": rng.standard_normal(32)},
+        "out": {"weight": rng.standard_normal((2, 32))},
+    }
+    expected, trace = np_bias.log_bias(points, params, query_size=size, convention=convention)
+    cotangent = rng.standard_normal(expected.shape)
+    grad_points, grad_params = np_bias.log_bias_vjp(cotangent, trace, params, groups=groups)
+    leaves = {part: {name: tensor(leaf) for name, leaf in these.items()} for part, these in params.items()}
+    p = tensor(points)
+    actual = functional.log_bias(p, leaves, query_size=size, convention=convention)
+    assert_close(actual, expected)
+    flat = [leaves["hidden"]["weight"], leaves["hidden"]["bias"], leaves["out"]["weight"]]
+    grads = pull_back(actual, cotangent, [p, *flat])
+    assert_close(grads[0], grad_points)
+    ours = {"hidden": {"weight": grads[1], "bias": grads[2]}, "out": {"weight": grads[3]}}
+    assert_trees_close(ours, grad_params)
+
+
+def test_fixed_bias_takes_its_own_map_only():
+    table = torch.randn(2, 15, 4)
+    assert functional.fixed_bias(table, query_size=(3, 5), samples=4).shape == (1, 2, 15, 4)
+    with pytest.raises(ShapeError) as caught:
+        functional.fixed_bias(table, query_size=(4, 5), samples=4)
+    with pytest.raises(ShapeError) as expected:
+        np_bias.fixed_bias(table.numpy(), query_size=(4, 5), samples=4)
+    assert str(caught.value) == str(expected.value)
+
+
+# ------------------------------------------------------------------------------------------------ the core
+
+
+def run_core(inputs, geometry, backend, **options):
+    leaves = {name: None if leaf is None else tensor(leaf) for name, leaf in inputs.items()}
+    return leaves, functional.deformable_attention(*leaves.values(), **geometry, backend=backend, **options)
+
+
+def assert_core(inputs, geometry, backend, change=lambda grads: grads, **options):
+    """Check output and all five gradients of a backend against the spec."""
+    leaves, actual = run_core(inputs, geometry, backend, **options)
+    assert_close(actual, np_attention.deformable_attention(**inputs, **geometry, **options))
+    cotangent = np.random.default_rng(1).standard_normal(actual.shape)
+    expected = np_attention.deformable_attention_vjp(cotangent, **inputs, **geometry, **options)
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    grads = dict(zip(present, change(pull_back(actual, cotangent, list(present.values()))), strict=True))
+    for name, grad in grads.items():
+        assert_close(grad, getattr(expected, name), what=name)
+
+
+@given(cores(), st.sampled_from(BACKENDS), st.sampled_from([None, 0.7]))
+def test_core_against_the_spec(core, backend, scale):
+    inputs, geometry = core
+    points = inputs["points"]
+    if backend != "matmul":  # the others sample in coordinates of their own; a rounding across the lattice turns slopes
+        positions = np_bias.table_positions(points, inputs["bias_table"].shape[1:], *geometry.values())
+        near = np.abs(positions - np.round(positions)).min(initial=1.0) < 1e-6
+        inputs = inputs | {"points": points + 0.0123 if near else points}
+        positions = np_bias.table_positions(inputs["points"], inputs["bias_table"].shape[1:], *geometry.values())
+        if np.abs(positions - np.round(positions)).min(initial=1.0) < 1e-6:
+            _, actual = run_core(inputs, geometry, backend, scale=scale)
+            assert_close(actual, np_attention.deformable_attention(**inputs, **geometry, scale=scale))
+            return
+    assert_core(inputs, geometry, backend, scale=scale)
+
+
+@given(cores(), st.sampled_from(BACKENDS))
+def test_core_without_a_bias(core, backend):
+    inputs, geometry = core
+    assert_core(inputs | {"bias_table": None}, geometry, backend)
+
+
+def one_core(seed=5, convention=Convention.DATPP2023, batch=2):
+    rng = np.random.default_rng(seed)
+    inputs = {
+        "q": rng.standard_normal((batch, 6, 20, 3)),
+        "k": rng.standard_normal((batch, 6, 7, 3)),
+        "v": rng.standard_normal((batch, 6, 7, 3)),
+        "points": rng.uniform(-1, 1, (batch, 3, 7, 2)),
+        "bias_table": rng.standard_normal((6, 7, 9)),
+    }
+    return inputs, {"query_size": (4, 5), "convention": convention, "resolution": "fractions"}
+
+
+@pytest.mark.parametrize("backend", ["dense", "matmul"])
+def test_a_few_rows_at_a_time_is_the_same(monkeypatch, backend):
+    inputs, geometry = one_core()
+    for budget in (1, 6 * 7 * 5 * 2 * 2):
+        monkeypatch.setitem(torch_attention._LOGITS_AT_ONCE, "cpu", budget)
+        assert_core(inputs, geometry, backend)
+
+
+def swapped_groups(inputs):
+    return inputs | {"points": inputs["points"][:, ::-1].copy()}
+
+
+WRONG_CORES = {
+    "x and y swapped": lambda inputs: inputs | {"points": inputs["points"][..., ::-1].copy()},
+    "groups in the wrong order": swapped_groups,
+    "half a pixel": lambda inputs: inputs | {"points": inputs["points"] + 0.5 / 2},
+    "bias dropped": lambda inputs: inputs | {"bias_table": np.zeros_like(inputs["bias_table"])},
+    "table transposed": lambda inputs: inputs | {"bias_table": inputs["bias_table"][:, ::-1].copy()},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CORES)
+def test_a_wrong_core_is_rejected(name):
+    inputs, geometry = one_core()
+    _, wrong = run_core(WRONG_CORES[name](inputs), geometry, "dense")
+    assert rejects(lambda: assert_close(wrong, np_attention.deformable_attention(**inputs, **geometry)))
+
+
+def test_a_gradient_off_by_a_thousandth_is_rejected():
+    inputs, geometry = one_core()
+    for wrong in range(5):
+        scaled = [1.001 if index == wrong else 1.0 for index in range(5)]
+        change = lambda grads, scaled=scaled: [g * s for g, s in zip(grads, scaled, strict=True)]  # noqa: E731
+        assert rejects(lambda change=change: assert_core(inputs, geometry, "matmul", change))
+
+
+@pytest.mark.parametrize("backend", ["eager", "dense", "matmul"])
+def test_core_gradcheck(backend):
+    inputs, geometry = one_core(batch=1)
+    leaves = [tensor(leaf) for leaf in inputs.values()]
+    run = lambda *args: functional.deformable_attention(*args, **geometry, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves, eps=1e-7, atol=1e-5)
+
+
+@given(cores(), st.sampled_from(["eager", "dense", "matmul"]))
+def test_core_in_float32_within_the_budget(core, backend):
+    inputs, geometry = core
+    if not inputs["q"].size:
+        return
+    # Away from the lattice both precisions see the same cells.
+    truth = np_attention.deformable_attention(**inputs, **geometry)
+    narrow = {name: leaf.astype(np.float32) for name, leaf in inputs.items()}
+    yardstick = np_attention.deformable_attention(**narrow, **geometry)
+    _, actual = run_core(narrow, geometry, backend)
+    assert actual.dtype is torch.float32
+    assert_within_budget(actual, yardstick, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["dense", "matmul"])
+def test_core_in_half_precision_within_the_budget(dtype, backend):
+    """The values are half, the geometry is not: no worse than the released formulation in the same precision."""
+    inputs, geometry = one_core()
+    truth = np_attention.deformable_attention(**inputs, **geometry)
+    points = torch.from_numpy(inputs["points"]).float()
+    values = {name: torch.from_numpy(leaf).to(dtype) for name, leaf in inputs.items()} | {"points": points}
+    yardstick = functional.deformable_attention(*values.values(), **geometry, backend="eager")
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            actual = functional.deformable_attention(*values.values(), **geometry, backend=backend)
+        assert actual.dtype is dtype
+        assert_within_budget(actual, yardstick, truth, factor=3.0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "dense", "matmul"])
+def test_core_takes_views_and_empty_batches(backend):
+    inputs, geometry = one_core()
+    leaves = [torch.from_numpy(leaf) for leaf in inputs.values()]
+    expected = functional.deformable_attention(*leaves, **geometry, backend=backend)
+    views = [leaf.transpose(1, 2).contiguous().transpose(1, 2) for leaf in leaves]
+    assert_close(functional.deformable_attention(*views, **geometry, backend=backend), expected.numpy())
+    empty = [leaf[:0] for leaf in leaves[:4]] + leaves[4:]
+    assert functional.deformable_attention(*empty, **geometry, backend=backend).shape == (0, 6, 20, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": (2, 6, 19, 3)},
+        {"k": (2, 6, 7, 4)},
+        {"v": (2, 5, 7, 3)},
+        {"points": (2, 4, 7, 2)},
+        {"points": (2, 3, 7, 3)},
+        {"bias_table": (6, 7, 8)},
+        {"bias_table": (5, 7, 9)},
+        {"k": (2, 6, 0, 3), "v": (2, 6, 0, 3), "points": (2, 3, 0, 2)},
+    ],
+)
+def test_errors_say_what_the_spec_s_say(change):
+    inputs, geometry = one_core()
+    inputs = inputs | {name: np.zeros(shape) for name, shape in change.items()}
+    with pytest.raises(ValueError, match="expected") as expected:
+        np_attention.deformable_attention(**inputs, **geometry)
+    with pytest.raises(type(expected.value)) as caught:
+        run_core(inputs, geometry, "auto")
+    assert str(caught.value) == str(expected.value)
+
+
+def test_integers_and_unknown_backends_are_refused():
+    inputs, geometry = one_core()
+    with pytest.raises(ShapeError, match=r"q: expected floating-point numbers .*, got torch.int64"):
+        functional.deformable_attention(
+            torch.zeros(2, 6, 20, 3, dtype=torch.long), *map(torch.from_numpy, list(inputs.values())[1:]), **geometry
+        )
+    with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of eager, dense, matmul.*, got 'cuda'"):
+        run_core(inputs, geometry, "cuda")
+
+
+def test_a_registered_backend_is_chosen_by_its_priority(monkeypatch):
+    monkeypatch.setattr(torch_attention, "_BACKENDS", dict(torch_attention._BACKENDS))
+    inputs, geometry = one_core()
+    calls = []
+
+    def double(q, *args, **kwargs):
+        calls.append(kwargs["scale"])
+        return 2 * q
+
+    functional.register_backend("double", double, "twice q", priority=9, suits=lambda q, *rest: q.dtype.itemsize == 8)
+    functional.register_backend("absent", double, "never", priority=99, available=lambda: False)
+    leaves, actual = run_core(inputs, geometry, "auto")
+    assert torch.equal(actual, 2 * leaves["q"])
+    assert calls == [3**-0.5]
+    narrow = {name: leaf.astype(np.float32) for name, leaf in inputs.items()}
+    leaves, actual = run_core(narrow, geometry, "auto")
+    assert not torch.equal(actual, 2 * leaves["q"])
+    assert "double" in functional.backends()
+    assert "absent" not in functional.backends()
+    with pytest.raises(ValueError, match="name: expected any name but 'auto'"):
+        functional.register_backend("auto", double, "")
+
+
+# ------------------------------------------------------------------------------------------------ heads and windows
+
+
+def test_heads_are_cut_and_merged_as_in_the_spec():
+    x = np.random.default_rng(0).standard_normal((2, 12, 3, 5))
+    cut = functional.split_heads(torch.from_numpy(x), 4)
+    np.testing.assert_array_equal(cut.numpy(), np_attention.split_heads(x, 4))
+    np.testing.assert_array_equal(functional.merge_heads(cut, (3, 5)).numpy(), x)
+
+
+@given(st.tuples(st.integers(1, 11), st.integers(1, 11)), st.integers(1, 5), st.data())
+def test_window_geometry(size, window, data):
+    shift = data.draw(st.integers(0, window - 1))
+    grid, cells = functional.window_cells(size, window, shift)
+    expected_grid, expected = np_window.window_cells(size, window, shift)
+    assert grid == expected_grid
+    np.testing.assert_array_equal(cells.numpy(), expected)
+    np.testing.assert_array_equal(
+        functional.window_visibility(cells, size, window, shift).numpy(),
+        np_window.window_visibility(expected, size, window, shift),
+    )
+    np.testing.assert_array_equal(functional.relative_index(window).numpy(), np_window.relative_index(window))
+
+
+@given(st.tuples(st.integers(1, 11), st.integers(1, 11)), st.sampled_from([1, 3, 5, 7]))
+def test_neighbor_index(size, kernel):
+    ours, theirs = functional.neighbor_index(size, kernel), np_neighborhood.neighbor_index(size, kernel)
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(actual.numpy(), expected)
