@@ -10,7 +10,7 @@ The same names as the NumPy spec, the same conventions, the same parameter names
 ==============  =========================================================================================
 `functional`    the operations, on tensors
 `layer`         the deformable-attention layer
-`peers`         window and neighborhood attention
+`peers`         the systems it is compared with: ``create_model("dat_tiny", attention="pyramid")``
 `block`         the Transformer block
 `backbone`      `DAT`
 `models`        `create_model`, by name

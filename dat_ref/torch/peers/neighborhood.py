@@ -23,6 +23,7 @@ class NeighborhoodAttention(SpecModule):
     On an axis shorter than K (times the dilation) the neighborhood shrinks to the map (``small_map="shrink"``), or the
     map is padded with zeros that take part as keys (``"pad"``, the released DAT++).
 
+    >>> import torch
     >>> layer = NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
     torch.Size([2, 12, 5, 7])
@@ -47,14 +48,14 @@ class NeighborhoodAttention(SpecModule):
         config = self.config
         check_map("x", x, config.dim)
         height, width = x.shape[2:]
-        padded = x.permute(0, 2, 3, 1)  # (B, H', W', C)
+        padded = x  # (B, C, H', W')
         least = config.kernel_size * config.dilation
         bottom, right = max(least - height, 0), max(least - width, 0)
         padding = config.small_map == "pad" and not surely_zero(bottom, right)
         if padding:
-            padded = F.pad(padded, (0, 0, 0, right, 0, bottom))
+            padded = F.pad(x, (0, right, 0, bottom))
         merged, weights = functional.neighborhood_attention(
-            self.qkv(padded),
+            self.qkv(padded.permute(0, 2, 3, 1)),
             self.neighborhood_bias.table,
             scale=config.scale,
             dilation=config.dilation,
@@ -66,7 +67,7 @@ class NeighborhoodAttention(SpecModule):
         if not return_trace:
             return y
         fields: dict[str, Any] = {
-            "padded": padded.permute(0, 3, 1, 2),
+            "padded": padded,
             **weights,
             "merged": merged.permute(0, 3, 1, 2),
             "size": (height, width),
