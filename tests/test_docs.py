@@ -101,7 +101,9 @@ def test_commands_of_the_page_exist(page):
 
 
 def load(path):
-    """Import a file of docs/, which is no package."""
+    """Import a file of docs/, which is no package; scripts beside it can be imported, as when it is run."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -146,19 +148,23 @@ def test_tests_that_are_named_exist():
 # ------------------------------------------------------------------------------------------------ figures and tables
 
 
-def test_figures_and_tables_are_what_the_spec_gives():
+SCRIPTS = ("draw.py", "draw_peers.py")  # in docs/figures
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_figures_and_tables_are_what_the_spec_gives(script):
     """`python docs/figures/draw.py` writes them anew."""
-    for name, content in load(DOCS / "figures" / "draw.py").outputs().items():
+    for name, content in load(DOCS / "figures" / script).outputs().items():
         assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, (
             f"docs/figures/{name} is out of step"
         )
 
 
-def test_every_drawn_file_is_on_a_page():
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_drawn_file_is_on_a_page(script):
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert [
-        name for name in load(DOCS / "figures" / "draw.py").outputs() if f"docs/figures/{name}" not in text
-    ] == []
+    drawn = load(DOCS / "figures" / script).outputs()
+    assert [name for name in drawn if f"docs/figures/{name}" not in text] == []
 
 
 def test_images_are_small():
