@@ -136,7 +136,7 @@ def test_presets_have_the_spec_s_names_and_the_released_ones(name):
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 @pytest.mark.parametrize(
     "size",
-    [(32, 32), (97, 130), (224, 224), (200, 333), pytest.param((800, 1333), marks=pytest.mark.slow)],
+    [(32, 32), (97, 130), (224, 224), (200, 333), (800, 1333)],
 )
 def test_four_finite_maps_at_any_size(name, size):
     model = dt.create_model(name, features_only=True).eval()
@@ -346,7 +346,6 @@ def test_a_few_steps_lower_the_loss(name):
     assert not unused
 
 
-@pytest.mark.slow
 def test_a_training_step_of_dat_tiny_lowers_the_loss():
     torch.manual_seed(0)
     model = dt.create_model("dat_tiny", num_classes=10, drop_path_rate=0.0).train()

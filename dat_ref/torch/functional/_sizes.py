@@ -23,6 +23,15 @@ def surely_zero(*amounts: int) -> bool:
     return all(statically_known_true(amount == 0) for amount in amounts)
 
 
+def ceil_div(length: int, cell: int) -> int:
+    """Return ⌈length/cell⌉. The dividend is never negative: an exported graph may divide towards zero.
+
+    >>> ceil_div(7, 3)
+    3
+    """
+    return (length + cell - 1) // cell
+
+
 def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the first rows and columns of a map (B, H', W', C), laid out anew as the next linear layer wants it."""
     height, width = size

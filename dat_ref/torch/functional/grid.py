@@ -8,6 +8,7 @@ from torch import Tensor
 from ..._checks import ConfigError
 from ...conventions import Convention, Spacing
 from ._precision import wide_dtype
+from ._sizes import ceil_div
 
 Size = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
@@ -105,7 +106,7 @@ def offset_padding(size: Size, kernel: int, stride: int, convention: Convention)
 
 
 def _centered_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
-    total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+    total = max((ceil_div(length, stride) - 1) * stride + kernel - length, 0)
     return total // 2, total - total // 2
 
 

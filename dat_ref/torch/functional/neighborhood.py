@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._sizes import crop, surely_zero
+from ._sizes import ceil_div, crop, surely_zero
 from .attention import attend
 from .grid import Size
 
@@ -117,8 +117,8 @@ class _Axis(NamedTuple):
 
 def _cut_axis(length: int, kernel: int, dilation: int, device: torch.device) -> _Axis:
     seen_keys = axis_kernel(length, kernel, dilation)
-    longest = -(-length // dilation)  # of the sub-maps
-    tiles = -(-longest // kernel)
+    longest = ceil_div(length, dilation)  # of the sub-maps
+    tiles = ceil_div(longest, kernel)
     span = min(kernel + seen_keys - 1, longest)
     tile = torch.arange(tiles, device=device)[:, None]
     submap = torch.arange(dilation, device=device)[:, None, None]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._sizes import crop, surely_zero
+from ._sizes import ceil_div, crop, surely_zero
 from .attention import attend
 from .grid import Size
 
@@ -19,7 +19,7 @@ def window_cells(size: Size, window: int, shift: int, device: torch.device | Non
 
     Places of the filling hold pixels beyond the map.
     """
-    down, across = (-(-length // window) for length in size)
+    down, across = (ceil_div(length, window) for length in size)
     rows = torch.arange(down * window, device=device).roll(-shift).view(down, 1, window, 1)
     columns = torch.arange(across * window, device=device).roll(-shift).view(1, across, 1, window)
     shape = (down, across, window, window)
@@ -100,7 +100,7 @@ def _window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
 def _cut(qkv: Tensor, window: int, shift: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, H, W, 3C) → q, k, v (B, nW·heads, w², d), zeros in the filling."""
     batch, height, width, channels = qkv.shape
-    down, across = -(-height // window), -(-width // window)
+    down, across = ceil_div(height, window), ceil_div(width, window)
     bottom, right = down * window - height, across * window - width
     if not surely_zero(bottom, right):
         qkv = F.pad(qkv, (0, 0, 0, right, 0, bottom))
@@ -115,7 +115,7 @@ def _cut(qkv: Tensor, window: int, shift: int, heads: int) -> tuple[Tensor, Tens
 def _lay(attended: Tensor, size: Size, window: int, shift: int, heads: int) -> Tensor:
     """Put the places of each window back into the map: (B, nW·heads, w², d) → (B, H, W, C)."""
     batch, depth = attended.shape[0], attended.shape[3]
-    down, across = -(-size[0] // window), -(-size[1] // window)
+    down, across = ceil_div(size[0], window), ceil_div(size[1], window)
     laid = attended.reshape(batch, down, across, heads, window, window, depth).permute(0, 1, 4, 2, 5, 3, 6)
     laid = laid.reshape(batch, down * window, across * window, heads * depth)
     if shift:

@@ -1,0 +1,180 @@
+"""`torch.compile` takes every model whole, and with symbolic sizes one graph serves many of them."""
+
+import logging
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from helpers.backbones import RELEASES, tiny  # noqa: E402
+from torch import nn  # noqa: E402
+
+import dat_ref.torch as dt  # noqa: E402
+from dat_ref import (  # noqa: E402
+    Convention,
+    DeformableAttentionConfig,
+    NeighborhoodAttentionConfig,
+    WindowAttentionConfig,
+)
+
+# Compiling is other people's code, and some of it warns.
+pytestmark = pytest.mark.filterwarnings("default")
+ROUNDING = 1e-5  # of the largest output
+TINY = ("dat_tiny", "dat_pp_tiny")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in dt.list_models() if name not in TINY]
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """Start without compiled graphs, and leave none behind."""
+    # Else pytest keeps what the compiler notes down at every step, which takes longer than compiling.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counter:
+    """A backend that runs the captured graph as it is, and counts how many it was given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def assert_same(actual, expected):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= ROUNDING, f"differs by {error:.1e} of the largest output"
+
+
+def layers() -> dict[str, nn.Module]:
+    """Return one layer of each kind, over maps of 12 channels."""
+    found: dict[str, nn.Module] = {
+        "window": dt.WindowAttention(WindowAttentionConfig(dim=12, heads=3, window_size=4)),
+        "shifted": dt.WindowAttention(WindowAttentionConfig(dim=12, heads=3, window_size=4, shift=2)),
+        "shrinking": dt.NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3)),
+        "padding": dt.NeighborhoodAttention(
+            NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3, small_map="pad")
+        ),
+    }
+    return found | {each.name: deformable(each) for each in Convention}
+
+
+def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
+    config = {"dim": 12, "heads": 4, "groups": 2, "stride": 2, "size": (6, 9)}
+    return dt.DeformableAttention(DeformableAttentionConfig(**config, convention=convention, **changes))
+
+
+# ------------------------------------------------------------------------------------------------ one size
+
+
+@pytest.mark.parametrize("name", [*TINY, *OTHERS])
+def test_preset_is_one_graph(name):
+    """``fullgraph=True`` raises at a graph break."""
+    model = dt.create_model(name, num_classes=5).eval()
+    x = torch.randn(1, 3, 64, 96)
+    counter = Counter()
+    with torch.no_grad():
+        actual = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)(x)
+        assert_same(actual, model(x))
+    assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("backend", ["matmul", "dense", "eager"])
+@pytest.mark.parametrize("sampler", ["gather", "grid_sample"])
+def test_every_backend_is_one_graph(backend, sampler):
+    config = DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(6, 9))
+    layer = dt.DeformableAttention(config, backend=backend, sampler=sampler).eval()
+    x = torch.randn(2, 12, 6, 9)
+    assert_same(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+def test_a_graph_break_is_noticed():
+    class Broken(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Broken(), fullgraph=True, backend="eager")(torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["DATPP2023", "shrinking"])
+def test_compiled_gradients_are_the_eager_ones(name):
+    layer = layers()[name]
+    x = torch.randn(2, 12, 6, 9, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    inputs = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
+    actual = torch.autograd.grad(compiled(x).square().sum(), inputs)
+    # A scale for all of them: some, as that of the keys' bias, are zero but for rounding.
+    scale = max(each.abs().max() for each in expected)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).abs().max() <= ROUNDING * scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_inductor_agrees(release):
+    """The default backend, with code of its own for every operation."""
+    model = dt.DAT(tiny(release)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert_same(torch.compile(model, fullgraph=True, dynamic=False)(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------ many sizes
+
+SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20), (5, 12, 21)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "PAPER")) for name in layers()]
+)
+def test_one_graph_serves_every_size(name):
+    """Sizes that fill windows, tiles and key cells, and sizes that do not."""
+    layer, counter = layers()[name].eval(), Counter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch, height, width in SIZES:
+            x = torch.randn(batch, 12, height, width)
+            assert_same(compiled(x), layer(x))
+    assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["window", pytest.param("CVPR2022", marks=pytest.mark.slow)])
+def test_one_traced_graph_serves_every_size(name):
+    """The same behind AOTAutograd, which adds conditions of its own."""
+    layer = layers()[name].eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, height, width in SIZES:
+            x = torch.randn(batch, 12, height, width)
+            assert_same(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("release", ["cvpr2022", pytest.param("datpp2023", marks=pytest.mark.slow)])
+def test_one_graph_of_a_backbone_serves_every_size(release):
+    model, counter = dt.DAT(tiny(release)).eval(), Counter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch, height, width in [(2, 130, 197), (3, 224, 160), (2, 97, 130)]:
+            x = torch.randn(batch, 3, height, width)
+            assert_same(compiled(x), model(x))
+    assert counter.graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_one_graph_of_a_preset_serves_every_size(name):
+    """Every map larger than a window: a single window, or a single pixel, is a graph of its own."""
+    model, counter = dt.create_model(name, num_classes=5).eval(), Counter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch, height, width in [(2, 240, 288), (3, 257, 300)]:
+            x = torch.randn(batch, 3, height, width)
+            assert_same(compiled(x), model(x))
+    assert counter.graphs == 1

@@ -1,0 +1,101 @@
+"""Two processes that share a batch take the step that one process takes with all of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from helpers.backbones import RELEASES, tiny  # noqa: E402
+
+import dat_ref.torch as dt  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+
+# What `torchrun` runs. It reads a job {config, state, images, labels} and writes what rank 0 ends with.
+TRAIN = '''
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import dat_ref.torch as dt
+
+
+def train(model, images, labels):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def main():
+    distributed.init_process_group("gloo")
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    jobs, done = torch.load(sys.argv[1], weights_only=False), []
+    for job in jobs:
+        torch.manual_seed(rank)  # every rank starts elsewhere; DDP spreads the state of rank 0
+        model = dt.DAT(job["config"]).double()
+        if rank == 0:
+            model.load_state_dict(job["state"])
+        train(DistributedDataParallel(model), job["images"][rank::world], job["labels"][rank::world])
+        done.append(model.state_dict())
+    if rank == 0:
+        torch.save({"world": world, "states": done}, sys.argv[2])
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def job(release, seed):
+    """Return a small backbone of a release, without stochastic depth, and a batch for it."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    config = tiny(release, drop_path_rate=0.0)
+    return {
+        "config": config,
+        "state": dt.DAT(config).double().state_dict(),
+        "images": torch.randn(4, 3, 64, 96, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(5, (4,), generator=generator),
+    }
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    script, jobs_file, done_file = tmp_path / "train.py", tmp_path / "jobs.pt", tmp_path / "done.pt"
+    script.write_text(TRAIN)
+    jobs = [job(release, seed) for seed, release in enumerate(RELEASES)]
+    torch.save(jobs, jobs_file)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(script), str(jobs_file), str(done_file)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    done = torch.load(done_file, weights_only=True)
+    assert done["world"] == 2
+
+    program = {"__name__": "train"}
+    exec(compile(TRAIN, str(script), "exec"), program)
+    for each, shared in zip(jobs, done["states"], strict=True):
+        model = dt.DAT(each["config"]).double()
+        model.load_state_dict(each["state"])
+        program["train"](model, each["images"], each["labels"])
+        moved = 0.0
+        for name, alone in model.state_dict().items():
+            assert (shared[name] - alone).abs().max() <= 1e-11, name
+            moved = max(moved, float((alone - each["state"][name]).abs().max()))
+        assert moved > 1e-3  # the steps were real ones

@@ -1,0 +1,214 @@
+"""Leaving Python: `torch.export`, ONNX, and the operators and layouts that devices ask for."""
+
+import io
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from helpers.backbones import RELEASES, tiny  # noqa: E402
+from torch.export import Dim, export  # noqa: E402
+
+import dat_ref.torch as dt  # noqa: E402
+from dat_ref import (  # noqa: E402
+    Convention,
+    DeformableAttentionConfig,
+    NeighborhoodAttentionConfig,
+    WindowAttentionConfig,
+)
+
+# Exporting is other people's code, and some of it warns.
+pytestmark = pytest.mark.filterwarnings("default")
+ROUNDING = 1e-5  # of the largest output
+ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first is the one that is exported
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def assert_same(actual, expected):
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= ROUNDING, f"differs by {error:.1e} of the largest output"
+
+
+def deformable(convention=Convention.CELL_CENTER, **options):
+    config = DeformableAttentionConfig(dim=12, heads=4, groups=2, stride=2, size=(6, 9), convention=convention)
+    return dt.DeformableAttention(config, **options).eval()
+
+
+LAYERS = {
+    "window": lambda: dt.WindowAttention(WindowAttentionConfig(dim=12, heads=3, window_size=4, shift=2)),
+    "shrinking": lambda: dt.NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3)),
+    "padding": lambda: dt.NeighborhoodAttention(
+        NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3, small_map="pad")
+    ),
+    "CELL_CENTER": deformable,
+    "DATPP2023": lambda: deformable(Convention.DATPP2023),
+}
+
+# ------------------------------------------------------------------------------------------------ torch.export
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_exported_backbone_agrees_and_survives_a_file(release):
+    model = dt.DAT(tiny(release)).eval()
+    x = torch.randn(2, 3, 67, 98)
+    program = export(model, (x,))
+    assert_same(program.module()(x), model(x))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert_same(torch.export.load(file).module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_exported_layer_takes_any_size(name):
+    layer = LAYERS[name]().eval()
+    batch, height, width = SIZES[0]
+    exported = export(layer, (torch.randn(batch, 12, height, width),), dynamic_shapes=ANY_SIZE).module()
+    for batch, height, width in SIZES:
+        x = torch.randn(batch, 12, height, width)
+        assert_same(exported(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_exported_backbone_takes_any_size(release):
+    """Of maps larger than a window; below that the program refuses."""
+    model = dt.DAT(tiny(release)).eval()
+    exported = export(model, (torch.randn(2, 3, 130, 197),), dynamic_shapes=ANY_SIZE).module()
+    for size in [(2, 3, 130, 197), (3, 3, 224, 160), (1, 3, 97, 130)]:
+        x = torch.randn(size)
+        assert_same(exported(x), model(x))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        exported(torch.randn(2, 3, 32, 32))
+
+
+# ------------------------------------------------------------------------------------------------ ONNX
+
+
+def onnx_session(model, x, dynamic_shapes=None):
+    """Export with torch's default exporter; return a function of an image, and the names of the operators used."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
+    proto = program.model_proto
+    onnx.checker.check_model(proto)
+    session = runtime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    operators = {node.op_type for node in proto.graph.node}
+    return lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0]), operators
+
+
+@pytest.mark.parametrize(
+    ("sampler", "backend"), [("gather", "auto"), ("grid_sample", "auto"), ("grid_sample", "dense"), ("gather", "eager")]
+)
+def test_onnx_layer_agrees(sampler, backend):
+    """By default there is no GridSample in the graph, which older opsets and some runtimes lack."""
+    layer = deformable(sampler=sampler, backend=backend)
+    x = torch.randn(2, 12, 16, 24)
+    run, operators = onnx_session(layer, x)
+    assert_same(run(x), layer(x))
+    assert ("GridSample" in operators) == ((sampler, backend) != ("gather", "auto"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("CELL_CENTER", "padding"))) for name in LAYERS]
+)
+def test_onnx_layer_takes_any_size(name):
+    layer = LAYERS[name]().eval()
+    batch, height, width = SIZES[0]
+    run, _ = onnx_session(layer, torch.randn(batch, 12, height, width), ANY_SIZE)
+    for batch, height, width in SIZES:
+        x = torch.randn(batch, 12, height, width)
+        assert_same(run(x), layer(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
+def test_onnx_backbone_agrees(release):
+    model = dt.DAT(tiny(release)).eval()
+    x = torch.randn(2, 3, 67, 98)
+    run, _ = onnx_session(model, x)
+    assert_same(run(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+def test_onnx_preset_agrees(name):
+    model = dt.create_model(name).eval()
+    x = torch.randn(1, 3, 224, 224)
+    run, _ = onnx_session(model, x)
+    assert_same(run(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------ devices and layouts
+
+# Plain operators that every backend of PyTorch has, MPS among them. Not here: grid_sampler (MPS lacks some of its
+# modes, ONNX lacks it before opset 16), anything with a data-dependent shape, sorting, complex numbers.
+# fmt: off
+PLAIN = {
+    "__and__", "__or__", "_assert_tensor_metadata", "add", "alias", "arange", "bitwise_not", "bmm", "cat",
+    "clamp", "clone", "contiguous", "conv2d", "detach", "div", "dropout", "embedding", "eq", "expand",
+    "flatten", "floor", "floor_divide", "full", "ge", "gelu", "getitem", "index_select", "layer_norm", "linear",
+    "log2", "lt", "masked_fill", "matmul", "mean", "minimum", "movedim", "mul", "nan_to_num", "neg", "pad",
+    "permute", "promote_types", "relu", "remainder", "repeat", "reshape", "roll", "rsub",
+    "scaled_dot_product_attention", "scatter", "select", "slice", "split_with_sizes", "stack", "sub", "tanh",
+    "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
+}
+# fmt: on
+
+
+def operators_and_dtypes(model, x):
+    """Return what a model runs where a graph is captured, and on accelerators: the names without their overloads."""
+    names, dtypes = set(), set()
+    for node in export(model, (x,)).graph.nodes:
+        if node.op != "call_function":
+            continue
+        names.add(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "").split(".")[0])
+        values = node.meta.get("val")
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, torch.Tensor):
+                dtypes.add(value.dtype)
+    return names, dtypes
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_only_plain_operators_and_no_float64(release):
+    names, dtypes = operators_and_dtypes(dt.DAT(tiny(release)).eval(), torch.randn(2, 3, 67, 98))
+    assert names - PLAIN == set()
+    assert dtypes <= {torch.float32, torch.int64, torch.bool}
+
+
+def test_an_operator_that_is_not_plain_is_noticed():
+    names, _ = operators_and_dtypes(deformable(sampler="grid_sample"), torch.randn(2, 12, 16, 24))
+    assert names - PLAIN == {"grid_sampler"}
+    _, dtypes = operators_and_dtypes(deformable().double(), torch.randn(2, 12, 16, 24).double())
+    assert torch.float64 in dtypes
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_channels_last_gives_the_same(release):
+    """Memory format changes how numbers lie, not what they are."""
+    model = dt.DAT(tiny(release)).eval()
+    x = torch.randn(2, 3, 67, 98)
+    expected, maps = model(x), model.forward_intermediates(x, intermediates_only=True)
+    model = model.to(memory_format=torch.channels_last)
+    rows = x.to(memory_format=torch.channels_last)
+    assert_same(model(rows), expected)
+    for ours, theirs in zip(model.forward_intermediates(rows, intermediates_only=True), maps, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_channels_last_stays_channels_last(name):
+    layer = LAYERS[name]().eval()
+    x = torch.randn(2, 12, 13, 17)
+    y = layer(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_same(y, layer(x))
