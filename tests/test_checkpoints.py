@@ -569,3 +569,21 @@ def test_buffers_are_those_of_the_released_modules():
 def test_buffers_need_whole_windows():
     with pytest.raises(CheckpointError, match=r"maps of whole windows of 7, as the release needs, got \(60, 56\)"):
         official_buffers(dat_ref.config("dat_tiny").resized((240, 224)))
+
+
+def test_a_checkpoint_for_other_classes_starts_a_new_head(tmp_path):
+    """`create_model` takes everything but the head, and says so; anything else that does not fit is still an error."""
+    torch = pytest.importorskip("torch")
+    from dat_ref.torch import create_model
+    from dat_ref.torch.checkpoints import save_checkpoint
+
+    trained = create_model("dat_pp_tiny", num_classes=7)
+    save_checkpoint(trained, tmp_path / "trained.safetensors")
+    with pytest.warns(UserWarning, match=r"head\.weight, head\.bias are for another number of classes"):
+        tuned = create_model("dat_pp_tiny", checkpoint=tmp_path / "trained.safetensors", num_classes=3)
+    assert tuned.head.weight.shape == (3, 512)
+    for name, leaf in trained.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(leaf, tuned.state_dict()[name])
+    with pytest.raises(CheckpointError, match="hint: the file holds dat_pp_tiny"):
+        create_model("dat_pp_small", checkpoint=tmp_path / "trained.safetensors", num_classes=3)

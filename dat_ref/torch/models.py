@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from .backbone import DAT
 
 # Options of `create_model` that go to the module; all others change its configuration.
 _MODULE_OPTIONS = ("backend", "sampler", "init")
+_HEADS = ("head.", "cls_head.")  # our name and the released one
 _ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
 _CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
 
@@ -81,6 +83,20 @@ def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's own name 
     return sorted(name for name in PRESETS if not filter or fnmatch.fnmatch(name, filter))
 
 
+def _load(model: DAT, checkpoint: str | PathLike[str]) -> None:
+    from .checkpoints import load_checkpoint
+
+    report = load_checkpoint(model, checkpoint, strict=False)
+    heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
+    if report.missing or report.unexpected or len(heads) < len(report.misshaped):
+        load_checkpoint(model, checkpoint)  # raises, with the report
+    if heads:
+        warnings.warn(
+            f"checkpoint: {', '.join(heads)} are for another number of classes and left out; the head starts anew",
+            stacklevel=3,
+        )
+
+
 def create_model(
     name: str,
     checkpoint: str | PathLike[str] | None = None,
@@ -98,7 +114,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random first values if None.
+        checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random first values if None. A
+            head for another number of classes is left out, with a warning: for fine-tuning.
         num_classes: of the head; 0 for none.
         in_chans: channels of the images.
         features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
@@ -115,6 +132,7 @@ def create_model(
 
     Raises:
         ConfigError: for an unknown name, kind of attention or override, naming near matches.
+        CheckpointError: if the file does not fit, but for its head.
 
     >>> model = create_model("dat_tiny", num_classes=10, drop_path_rate=0.1)
     >>> model.num_features, model.feature_info[0]["reduction"]
@@ -134,9 +152,7 @@ def create_model(
         raise ConfigError("out_indices: expected features_only=True with it")
     model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
     if checkpoint is not None:
-        from .checkpoints import load_checkpoint
-
-        load_checkpoint(model, checkpoint)
+        _load(model, checkpoint)
     if isinstance(model, DATFeatures):
         model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
     return model
