@@ -18,7 +18,7 @@ from dat_ref import DATConfig, official  # noqa: E402
 from dat_ref.backbone import dat_shapes  # noqa: E402
 from dat_ref.official import backbone_names  # noqa: E402
 from dat_ref.params import flatten, map_tree  # noqa: E402
-from dat_ref.torch.models import FeatureInfo  # noqa: E402
+from dat_ref.torch.features import FeatureInfo  # noqa: E402
 
 RELEASES = ["model22_mini", "model23_mini"]
 

@@ -13,6 +13,8 @@ The same names as the NumPy spec, the same conventions, the same parameter names
 `peers`         the systems it is compared with: ``create_model("dat_tiny", attention="pyramid")``
 `block`         the Transformer block
 `backbone`      `DAT`
+`features`      `DATFeatures`, a backbone that gives its maps
+`checkpoints`   files of weights, all of one or nothing
 `models`        `create_model`, by name
 `bridge`        to the spec and back; released names
 ==============  =========================================================================================
@@ -25,9 +27,10 @@ from . import functional, peers
 from .backbone import DAT
 from .block import Block
 from .bridge import as_numpy
+from .features import DATFeatures
 from .functional import backends, deformable_attention
 from .layer import DeformableAttention
-from .models import DATFeatures, create_model, list_models
+from .models import create_model, list_models
 from .peers import NeighborhoodAttention, WindowAttention
 
 __all__ = [

@@ -14,7 +14,7 @@ from ..params import unflatten
 from ..state_files import read_arrays, save_state, select_backbone
 from .backbone import DAT
 from .bridge import as_numpy
-from .models import DATFeatures
+from .features import DATFeatures
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -5,73 +5,24 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any
-
-from torch import Tensor
 
 from .._checks import ConfigError
 from ..config import BlockConfig, DATConfig
 from ..peers.swap import SWAPS, Match, swap_attention
 from ..presets import PRESETS
 from .backbone import DAT
+from .checkpoints import load_checkpoint
+from .features import DATFeatures
 
 # Options of `create_model` that go to the module; all others change its configuration.
 _MODULE_OPTIONS = ("backend", "sampler", "init")
 _HEADS = ("head.", "cls_head.")  # our name and the released one
 _ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
 _CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """What the maps of a features-only backbone are."""
-
-    entries: tuple[dict[str, Any], ...]  # one a map: num_chs, reduction, module
-    out_indices: tuple[int, ...]
-
-    def channels(self) -> list[int]:
-        """Return the channels of each map."""
-        return [entry["num_chs"] for entry in self.entries]
-
-    def reduction(self) -> list[int]:
-        """Return how many image pixels one pixel of each map spans."""
-        return [entry["reduction"] for entry in self.entries]
-
-    def module_name(self) -> list[str]:
-        """Return the name of the module that puts out each map."""
-        return [entry["module"] for entry in self.entries]
-
-    def get_dicts(self) -> list[dict[str, Any]]:
-        """Return all of it."""
-        return [dict(entry) for entry in self.entries]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.entries[index]
-
-
-class DATFeatures(DAT):
-    """A backbone that returns feature maps: images → a list of (B, dims[i], ⌈H/reduction⌉, ⌈W/reduction⌉).
-
-    Stages behind the last map, the final norm and the head are left out; names of parameters are `DAT`'s.
-    """
-
-    out_indices: tuple[int, ...]
-
-    def keep_stages(self, out_indices: Sequence[int]) -> None:
-        """Keep what the maps of these stages need, drop the rest."""
-        entries = self.feature_info
-        self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True, prune_head=True))
-        self.feature_info = FeatureInfo(tuple(entries[index] for index in self.out_indices), self.out_indices)
-
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """Return the maps, shallow to deep."""
-        return self.forward_intermediates(x, indices=self.out_indices, stop_early=True, intermediates_only=True)
 
 
 def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's own name for it
@@ -84,8 +35,6 @@ def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's own name 
 
 
 def _load(model: DAT, checkpoint: str | PathLike[str]) -> None:
-    from .checkpoints import load_checkpoint
-
     report = load_checkpoint(model, checkpoint, strict=False)
     heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
     if report.missing or report.unexpected or len(heads) < len(report.misshaped):
