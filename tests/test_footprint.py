@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 PROGRAM = """
-import json, resource, time
+import json, time
+from pathlib import Path
 import numpy as np
 import dat_ref
 
@@ -15,11 +19,14 @@ image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.flo
 started = time.perf_counter()
 logits = model(image)
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: its maximum survives exec, so that it would count the process that started this one.
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+peak = int(status["VmHWM"].split()[0]) * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "shape": logits.shape, "finite": bool(np.isfinite(logits).all())}))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_dat_tiny_at_224_takes_under_5_seconds_and_2_gib():
     """The whole process, parameters and imports included, stays under 2 GiB; the forward under 5 s."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
