@@ -20,7 +20,6 @@ from dat_ref import (  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")
 ROUNDING = 1e-5  # of the largest output
 TINY = ("dat_tiny", "dat_pp_tiny")
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in dt.list_models() if name not in TINY]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +70,7 @@ def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
 # ------------------------------------------------------------------------------------------------ one size
 
 
-@pytest.mark.parametrize("name", [*TINY, *OTHERS])
+@pytest.mark.parametrize("name", dt.list_models())
 def test_preset_is_one_graph(name):
     """``fullgraph=True`` raises at a graph break."""
     model = dt.create_model(name, num_classes=5).eval()
@@ -131,9 +130,7 @@ def test_inductor_agrees(release):
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20), (5, 12, 21)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "PAPER")) for name in layers()]
-)
+@pytest.mark.parametrize("name", list(layers()))
 def test_one_graph_serves_every_size(name):
     """Sizes that fill windows, tiles and key cells, and sizes that do not."""
     layer, counter = layers()[name].eval(), Counter()
@@ -145,7 +142,7 @@ def test_one_graph_serves_every_size(name):
     assert counter.graphs == 1
 
 
-@pytest.mark.parametrize("name", ["window", pytest.param("CVPR2022", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["window", "CVPR2022"])
 def test_one_traced_graph_serves_every_size(name):
     """The same behind AOTAutograd, which adds conditions of its own."""
     layer = layers()[name].eval()

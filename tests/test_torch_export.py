@@ -75,7 +75,6 @@ def test_exported_layer_takes_any_size(name):
         assert_same(exported(x), layer(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_exported_backbone_takes_any_size(release):
     """Of maps larger than a window; below that the program refuses."""
@@ -129,7 +128,6 @@ def test_onnx_layer_takes_any_size(name):
         assert_same(run(x), layer(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_onnx_backbone_agrees(release):
     model = dt.DAT(tiny(release)).eval()
