@@ -10,6 +10,7 @@ values the points get theirs from `bilinear_sample`, one step earlier).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ def deformable_attention(
     Raises:
         ShapeError, ConfigError: if the shapes do not go together.
     """
-    _check_core(q, k, v, points, bias_table, query_size)
+    check_core(check_array, q, k, v, points, bias_table, query_size)
     bias = None
     if bias_table is not None:
         bias = table_bias(bias_table, points, query_size=query_size, convention=convention, resolution=resolution)
@@ -135,7 +136,7 @@ def deformable_attention_vjp(
     resolution: BiasResolution = "fractions",
 ) -> CoreGradients:
     """Return the five gradients of `deformable_attention`."""
-    _check_core(q, k, v, points, bias_table, query_size)
+    check_core(check_array, q, k, v, points, bias_table, query_size)
     geometry: dict[str, Any] = {"query_size": query_size, "convention": convention, "resolution": resolution}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None if bias_table is None else table_bias(bias_table, points, **geometry)
@@ -147,22 +148,29 @@ def deformable_attention_vjp(
     return CoreGradients(grads.q, grads.k, grads.v, through_bias.points, through_bias.table)
 
 
-def _check_core(q: Array, k: Array, v: Array, points: Array, bias_table: Array | None, query_size: Size) -> None:
+def check_core(
+    check: Callable[..., Any], q: Any, k: Any, v: Any, points: Any, bias_table: Any, query_size: Size
+) -> None:
+    """Raise unless the arguments of `deformable_attention` go together.
+
+    Args:
+        check: `check_array`, or its twin for tensors.
+    """
     height, width = query_size
-    check_array("q", q, {"B": None, "heads": None, "H·W": height * width, "d": None})
+    check("q", q, {"B": None, "heads": None, "H·W": height * width, "d": None})
     batch, heads, _, depth = q.shape
-    check_array("k", k, {"B": batch, "heads": heads, "Ns": None, "d": depth})
+    check("k", k, {"B": batch, "heads": heads, "Ns": None, "d": depth})
     samples = k.shape[2]
-    check_array("v", v, {"B": batch, "heads": heads, "Ns": samples, "d": depth})
-    check_array("points", points, {"B": batch, "groups": None, "Ns": samples, "(y, x)": 2})
+    check("v", v, {"B": batch, "heads": heads, "Ns": samples, "d": depth})
+    check("points", points, {"B": batch, "groups": None, "Ns": samples, "(y, x)": 2})
     if samples == 0:
-        raise ShapeError(f"k: expected (B, heads, Ns, d) with Ns >= 1, got {k.shape}")
+        raise ShapeError(f"k: expected (B, heads, Ns, d) with Ns >= 1, got {tuple(k.shape)}")
     if points.shape[1] == 0 or heads % points.shape[1]:
-        raise ConfigError(f"points: expected groups that divide heads={heads}, got {points.shape}")
+        raise ConfigError(f"points: expected groups that divide heads={heads}, got {tuple(points.shape)}")
     if bias_table is not None:
-        check_array("bias_table", bias_table, {"heads": heads, "2H-1": None, "2W-1": None})
+        check("bias_table", bias_table, {"heads": heads, "2H-1": None, "2W-1": None})
         if bias_table.shape[1] % 2 == 0 or bias_table.shape[2] % 2 == 0:
             raise ShapeError(
                 f"bias_table: expected ({heads}, 2H-1={2 * height - 1}, 2W-1={2 * width - 1}), odd on both axes, "
-                f"got {bias_table.shape}"
+                f"got {tuple(bias_table.shape)}"
             )

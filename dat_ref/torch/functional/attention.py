@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._checks import ConfigError, ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
+from ...ops.attention import check_core
 from .._checks import check_tensor
 from .bias import GridReader, HatReader, sampled_table_bias
 from .grid import Size
@@ -179,7 +179,7 @@ def deformable_attention(
         ValueError: for an unknown backend.
     """
     if not torch.compiler.is_compiling():
-        _check_core(q, k, v, points, bias_table, query_size)
+        check_core(check_tensor, q, k, v, points, bias_table, query_size)
     run = _choose(backend, q, points, bias_table, dropout).run
     return run(
         q,
@@ -193,27 +193,6 @@ def deformable_attention(
         resolution=resolution,
         dropout=dropout,
     )
-
-
-def _check_core(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor | None, query_size: Size) -> None:
-    height, width = query_size
-    check_tensor("q", q, {"B": None, "heads": None, "H·W": height * width, "d": None})
-    batch, heads, _, depth = q.shape
-    check_tensor("k", k, {"B": batch, "heads": heads, "Ns": None, "d": depth})
-    samples = k.shape[2]
-    check_tensor("v", v, {"B": batch, "heads": heads, "Ns": samples, "d": depth})
-    check_tensor("points", points, {"B": batch, "groups": None, "Ns": samples, "(y, x)": 2})
-    if samples == 0:
-        raise ShapeError(f"k: expected (B, heads, Ns, d) with Ns >= 1, got {tuple(k.shape)}")
-    if points.shape[1] == 0 or heads % points.shape[1]:
-        raise ConfigError(f"points: expected groups that divide heads={heads}, got {tuple(points.shape)}")
-    if bias_table is not None:
-        check_tensor("bias_table", bias_table, {"heads": heads, "2H-1": None, "2W-1": None})
-        if bias_table.shape[1] % 2 == 0 or bias_table.shape[2] % 2 == 0:
-            raise ShapeError(
-                f"bias_table: expected ({heads}, 2H-1={2 * height - 1}, 2W-1={2 * width - 1}), odd on both axes, "
-                f"got {tuple(bias_table.shape)}"
-            )
 
 
 # ------------------------------------------------------------------------------------------------ "eager"
