@@ -191,6 +191,7 @@ def test_bad_input_is_named_and_nothing_is_written(capsys, tmp_path, monkeypatch
     assert message in complaint
     assert complaint.startswith("dat-ref: error: ")
     assert complaint.count("\n") == 1 or "checkpoint" in case
+    assert not (tmp_path / "explained").exists()
     assert not any(path.suffix == ".png" for path in tmp_path.rglob("*"))
 
 

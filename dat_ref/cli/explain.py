@@ -92,16 +92,13 @@ def default_queries(photo: Cell) -> list[tuple[float, float]]:
     return [(height / 2, width * at) if width >= height else (height * at, width / 2) for at in along]
 
 
-def draw(
-    explanation: Explanation, photo: Array, queries: list[tuple[float, float]], stage: int, folder: Path
-) -> list[Path]:
-    """Write the four figures of the drawn block and return their paths."""
+def draw(explanation: Explanation, photo: Array, cells: list[Cell], stage: int, folder: Path) -> list[Path]:
+    """Write the four figures of the drawn block, with the attention of its map's `cells`, and return their paths."""
     from .. import viz
 
     trace, config = explanation.trace, explanation.config
     label = f"Stage {stage}, block {explanation.block}"
     map_size: Cell = trace.x.shape[2:]
-    cells = [_cell_of(query, photo.shape[:2], map_size) for query in queries]
     deformable = [viz.deformable_attended(trace, cell) for cell in cells]
     attended = {"neighborhood": viz.neighborhood_attended}.get(explanation.local_kind or "", viz.window_attended)
     local = [attended(explanation.local_trace, cell) for cell in cells] if explanation.local_kind else []
@@ -149,11 +146,11 @@ def run(options: argparse.Namespace) -> int:
     image_size = fed_size((height, width), options.size)
     check_request(preset(options.model), options.stage, image_size, (height, width), queries)
     backend = choose_backend(options.backend)
-    make_folder(options.out)
     config, params, weights = chosen_weights(options)
     if options.checkpoint is None:
         weights += ": the figures show geometry, not what was learned"
     model = DAT(config, params)
+    make_folder(options.out)
     image = normalise(resize(photo, image_size))
 
     started = time.perf_counter()
@@ -161,7 +158,8 @@ def run(options: argparse.Namespace) -> int:
         _with_progress(walk(model, image, backend), model.config, options.json), model.config, options.stage
     )
     seconds = time.perf_counter() - started
-    figures = draw(explanation, _for_figures(photo), _scaled(queries, photo), options.stage, options.out)
+    cells = [_cell_of(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
+    figures = draw(explanation, _for_figures(photo), cells, options.stage, options.out)
 
     name = "the photograph that ships" if options.photo is None else str(options.photo)
     if options.json:
@@ -227,9 +225,3 @@ def _for_figures(photo: Array) -> Array:
     height, width = photo.shape[:2]
     factor = min(PICTURE_SIDE / min(height, width), 1.0)
     return photo if factor == 1.0 else resize(photo, (max(round(height * factor), 1), max(round(width * factor), 1)))
-
-
-def _scaled(queries: list[tuple[float, float]], photo: Array) -> list[tuple[float, float]]:
-    """Return queries in pixels of the picture that the figures show."""
-    shown = _for_figures(photo).shape
-    return [(y * shown[0] / photo.shape[0], x * shown[1] / photo.shape[1]) for y, x in queries]
