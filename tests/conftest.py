@@ -1,8 +1,12 @@
 """What every test shares: Hypothesis profiles, the golden fixtures, the rule for GPU tests."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from helpers.browser import FLAGS, find_chromium
 from helpers.golden import load_golden
 from hypothesis import settings
 
@@ -16,6 +20,39 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def golden():
     """Return the loader of golden fixtures: `meta, arrays = golden("module22_square")`."""
     return load_golden
+
+
+@pytest.fixture(scope="session")
+def site_folder(tmp_path_factory):
+    """Build the site without running the notebooks; return its folder."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Return a headless Chromium that can reach no other host."""
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
+    try:
+        path = find_chromium(playwright)
+        if path is None:
+            pytest.skip("needs a Chromium, and found none")
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+    finally:
+        playwright.stop()
 
 
 def pytest_collection_modifyitems(items):

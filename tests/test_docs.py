@@ -17,11 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # docs/figures holds parts of pages. Notebooks have a test of their own.
-PAGES = [
-    page
-    for page in sorted(DOCS.rglob("*.md"))
-    if page.relative_to(DOCS).parts[0] != "figures"
-]
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] != "figures"]
 README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
 
 
@@ -155,9 +151,7 @@ SCRIPTS = ("draw.py", "draw_peers.py")  # in docs/figures
 def test_figures_and_tables_are_what_the_spec_gives(script):
     """`python docs/figures/draw.py` writes them anew."""
     for name, content in load(DOCS / "figures" / script).outputs().items():
-        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, (
-            f"docs/figures/{name} is out of step"
-        )
+        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, f"docs/figures/{name} is out of step"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -169,9 +163,7 @@ def test_every_drawn_file_is_on_a_page(script):
 
 def test_images_are_small():
     assert {
-        path.name: path.stat().st_size
-        for path in (DOCS / "images").iterdir()
-        if path.stat().st_size > 150_000
+        path.name: path.stat().st_size for path in (DOCS / "images").iterdir() if path.stat().st_size > 150_000
     } == {}
 
 
@@ -202,21 +194,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Build the site without running the notebooks; return its pages by path."""
-    for package in ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter"):
-        pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert built.returncode == 0, built.stderr
-    return {path: Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html")}
+def site(site_folder):
+    """Return the pages of the built site by path."""
+    return {path: Page(path.read_text(encoding="utf-8")) for path in site_folder.rglob("*.html")}
 
 
 def foreign(loaded):

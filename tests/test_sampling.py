@@ -156,3 +156,13 @@ def test_a_nan_elsewhere_in_the_map_stays_where_it_is():
     grads = bilinear_sample_vjp(np.ones_like(sampled), x, points)
     assert np.isnan(grads.points_px[0, :, 0]).tolist() == [False, False, False, False, True]
     assert np.isfinite(grads.x).all()
+
+
+def test_whole_numbers_are_points_too():
+    """Integer maps and integer points are read as the floats they stand for, and so are their gradients."""
+    x, points = np.arange(12).reshape(1, 1, 3, 4), np.array([[[1, 2], [2, 3], [5, 0]]])
+    assert bilinear_sample(x, points).tolist() == [[[6.0, 11.0, 0.0]]]
+    whole = bilinear_sample_vjp(np.ones((1, 1, 3)), x, points)
+    real = bilinear_sample_vjp(np.ones((1, 1, 3)), x.astype(float), points.astype(float))
+    assert_agree(whole.points_px, real.points_px)
+    assert_agree(whole.x, real.x)

@@ -74,7 +74,7 @@ def bilinear_sample(x: Array, points_px: Array) -> Array:
     [[[2.5, 2.5, 0.0]]]
     """
     rows = np.ascontiguousarray(_pixel_rows(x))  # (N, H·W, C)
-    sampled = np.zeros((*points_px.shape[:2], x.shape[1]), dtype=np.result_type(x, points_px))
+    sampled = np.zeros((*points_px.shape[:2], x.shape[1]), dtype=np.result_type(x, points_px, np.float32))
     for corner in _corners(points_px, *x.shape[2:]):
         sampled += corner.weight[..., None] * _read(rows, corner)  # (N, P, C)
     return sampled.transpose(0, 2, 1)
@@ -106,7 +106,7 @@ def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleG
     which = np.arange(maps)[:, None]
     flat = grad_samples.reshape(-1, channels)
     grad_rows = np.zeros((maps * height * width, channels), dtype=cotangent.dtype)
-    grad_points = np.zeros_like(points_px)
+    grad_points = np.zeros(points_px.shape, dtype=np.result_type(points_px, np.float32))  # whole numbers are points too
     for corner in _corners(points_px, height, width):
         pixels = (which * (height * width) + corner.pixel).ravel()
         weighted = corner.weight.reshape(-1, 1).astype(cotangent.dtype) * flat

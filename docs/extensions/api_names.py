@@ -20,9 +20,7 @@ def public_names(module: Path) -> list[str]:
     """Return the names in `__all__` of the package or module at a path without ``.py``; none if there is none."""
     for source in (module / "__init__.py", module.with_suffix(".py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body if source.exists() else []:
-            if isinstance(node, ast.Assign) and any(
-                getattr(target, "id", "") == "__all__" for target in node.targets
-            ):
+            if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
                 return [str(name) for name in ast.literal_eval(node.value)]
     return []
 

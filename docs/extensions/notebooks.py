@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-AFTER = "The spec"  # the section of the navigation that the notebooks follow
+AFTER = "Quick start"  # the entry of the navigation that the notebooks follow
 TITLE = re.compile(r"^# # (.+)$", re.MULTILINE)
 
 
@@ -26,7 +26,7 @@ def on_config(config: Any) -> None:
         title = TITLE.search(path.read_text(encoding="utf-8"))
         pages.append({title[1] if title else path.stem: f"notebooks/{path.name}"})
     place = next(index for index, entry in enumerate(config.nav) if AFTER in entry)
-    config.nav.insert(place + 1, {"Notebooks": pages})
+    config.nav.insert(place + 1, {"Learn": pages})
     config.watch.append(str(found[0].parent))
 
 

@@ -7,6 +7,7 @@ document.addEventListener("DOMContentLoaded", () => {
       { left: "\\(", right: "\\)", display: false },
       { left: "$", right: "$", display: false },
     ],
+    ignoredClasses: ["clipboard-copy-txt"], // what the copy button of a notebook cell copies
     throwOnError: false,
   });
 });

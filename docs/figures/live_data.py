@@ -1,0 +1,200 @@
+"""Writes what the live figures are given: a photograph, a map of it, a bias table, and where points went in one pass.
+
+    python docs/figures/live_data.py            writes docs/js/figures/data/*.mjs
+    python docs/figures/live_data.py --photo    makes the photograph and its map anew first (needs pillow)
+
+A test fails when they are not what this script would write. The photograph and its map are kept as files of their
+own, because another version of a JPEG library may write other bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from dat_ref import Convention, DeformableAttentionConfig, init_params
+from dat_ref.peers import (
+    ATTENTIONS,
+    DeformableConvConfig,
+    MultiScaleDeformableConfig,
+    PerQueryAttentionConfig,
+    SwapInAttentionConfig,
+    reach,
+)
+from dat_ref.peers.visibility import sampled_pixels
+
+DOCS = Path(__file__).parents[1]
+PHOTO, PICTURE = DOCS / "images" / "live_photo.jpg", DOCS / "images" / "live_map.png"
+PHOTO_SIZE, MAP_SIZE = (450, 300), (36, 24)  # width, height
+TABLE_MAP = (5, 7)  # height, width of the map whose bias table is drawn
+
+# ------------------------------------------------------------------------------------------------ photograph
+
+
+def make_photo() -> None:
+    """Cut the photograph to 3 : 2 and average it to the map that the figures sample."""
+    from PIL import Image
+
+    from dat_ref.data import photograph_path
+
+    with Image.open(photograph_path("chelsea")) as whole:
+        cut = whole.convert("RGB").crop((0, 0, *PHOTO_SIZE))
+    cut.save(PHOTO, quality=74, optimize=True, progressive=True)
+    cut.resize(MAP_SIZE, Image.Resampling.BOX).save(PICTURE, optimize=True)
+
+
+def photo() -> dict[str, Any]:
+    """The photograph as an address of its own, and its map: (H, W, 3) bytes, flat."""
+    from PIL import Image
+
+    with Image.open(PICTURE) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    address = "data:image/jpeg;base64," + base64.b64encode(PHOTO.read_bytes()).decode("ascii")
+    return {"address": address, "size": list(pixels.shape[:2]), "pixels": pixels.ravel().tolist()}
+
+
+# ------------------------------------------------------------------------------------------------ bias
+
+
+def bias_table() -> dict[str, Any]:
+    """A table that likes what is near and to the lower right: waves under a bell, to two digits."""
+    height, width = TABLE_MAP
+    y, x = np.mgrid[1 - height : height, 1 - width : width]
+    bell = np.exp(-(y**2 / 9 + x**2 / 22))
+    values = 2 * bell * np.cos(0.75 * x + 0.55 * y + 0.35)
+    return {"size": list(TABLE_MAP), "table": np.round(values, 2).ravel().tolist()}
+
+
+# ------------------------------------------------------------------------------------------------ reach
+
+SIZE, DIM, HEADS = (12, 12), 12, 3
+SEED = 11  # one that leaves all points of the plain deformable layer inside the map
+
+
+class Moving(NamedTuple):
+    """A system whose points move, and whether all queries have the same."""
+
+    config: Any
+    shared: bool = False
+
+
+# Nine points a query, counted over all heads (nine a group in the second).
+MOVING = {
+    "deformable": Moving(DeformableAttentionConfig(DIM, HEADS, stride=4, kernel_size=5, size=SIZE), shared=True),
+    "deformable_groups": Moving(
+        DeformableAttentionConfig(DIM, HEADS, 3, stride=4, kernel_size=5, size=SIZE), shared=True
+    ),
+    "deform_conv": Moving(DeformableConvConfig(DIM, kernel_size=3)),
+    "ms_deform": Moving(MultiScaleDeformableConfig(DIM, HEADS, points=3)),
+    "per_query": Moving(PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
+    "swap_in": Moving(SwapInAttentionConfig(DIM, HEADS, points=3, convention=Convention.CELL_CENTER)),
+}
+# How strongly the queries move the points, so that offsets of a pixel or two come out: first values give hardly any.
+SPREAD = {
+    "deformable": 1.1,
+    "deformable_groups": 1.1,
+    "deform_conv": 1.2,
+    "ms_deform": 1.6,
+    "per_query": 1.2,
+    "swap_in": 0.25,
+}
+
+
+def trace_of(name: str, moved: bool = True) -> Any:
+    """Run one layer on a smooth random map with seeded weights; unless `moved`, with an offset network of zeros."""
+    rng = np.random.default_rng(SEED)
+    config = MOVING[name].config
+    params = init_params(config, seed=SEED, dtype=np.float64)
+    network = params.get("offset", params.get("offset_network", {}).get("pointwise"))
+    assert network is not None
+    if not moved:
+        for leaf in network.values():
+            leaf[:] = 0
+    else:
+        fan_in = network["weight"][0].size
+        network["weight"][:] = rng.normal(scale=SPREAD[name] / fan_in**0.5, size=network["weight"].shape)
+        if "bias" in network:
+            network["bias"][:] = 0
+    x = gaussian_filter(rng.normal(size=(1, DIM, *SIZE)), (0, 0, 1.6, 1.6))
+    _, trace = ATTENTIONS[type(config)].forward(x / x.std(), params, config)
+    return trace
+
+
+def points_of(name: str, trace: Any) -> np.ndarray:
+    """Return the points of every query, (H·W, N, 2), in pixels, or of all queries, (1, N, 2)."""
+    points = trace.points_px[0]
+    if MOVING[name].shared:
+        return np.asarray(points.reshape(1, -1, 2))
+    if points.shape[-3:-1] == SIZE:  # a convolution's: (G, K, H, W, 2)
+        points = np.moveaxis(points, (-3, -2), (0, 1))
+    elif points.shape[0] != SIZE[0] * SIZE[1]:  # (G, H·W, N, 2)
+        points = points.swapaxes(0, 1)
+    return np.asarray(points.reshape(SIZE[0] * SIZE[1], -1, 2))
+
+
+def moving_points(name: str) -> dict[str, Any]:
+    """Where a system's points start, and where they went, in hundredths of a pixel, flat.
+
+    The start is given from the query on, where each query has its own. The end is the middle of the hundredth that it
+    lies in, so that rounding moves no point onto or over a pixel center.
+    """
+    trace = trace_of(name)
+    points, home = points_of(name, trace), points_of(name, trace_of(name, moved=False))
+    hundredths = np.floor(100 * points)
+    check_reach(name, trace, (hundredths + 0.5) / 100)
+    if not MOVING[name].shared:
+        home = home - np.indices(SIZE).reshape(2, -1).T[:, None]
+        assert np.allclose(home, home[:1]), f"{name}: the start is not the same for every query"
+    return {
+        "shared": MOVING[name].shared,
+        "count": points.shape[1],
+        "home": np.round(100 * home[0]).astype(int).ravel().tolist(),
+        "points": hundredths.astype(int).ravel().tolist(),
+    }
+
+
+def check_reach(name: str, trace: Any, points: np.ndarray) -> None:
+    """Rounding must change nothing that any query reaches."""
+    for number, query in enumerate(np.ndindex(SIZE)):
+        found = sampled_pixels(points[0 if MOVING[name].shared else number], SIZE)
+        expected = reach(query, SIZE, MOVING[name].config, trace)
+        assert np.array_equal(found, expected), f"{name}: rounding changes what {query} reaches"
+
+
+# ------------------------------------------------------------------------------------------------ the module
+
+HEAD = """\
+/** {about} Written by docs/figures/live_data.py; do not edit. */
+"""
+ABOUT = {
+    "PHOTO": "A photograph, and the map [H, W] of bytes (red, green, blue) that is its average.",
+    "BIAS": "A bias table for a map of `size`.",
+    "POINTS": "Where points start (n / 100 pixels) and went ((n + 0.5) / 100), [y, x], on a map of `size`.",
+}
+
+
+def module(name: str, content: dict[str, Any]) -> str:
+    return f"{HEAD.format(about=ABOUT[name])}export const {name} = {json.dumps(content, separators=(',', ':'))};\n"
+
+
+def outputs() -> dict[str, str]:
+    """Return what this script writes, by path inside docs/."""
+    points = {"size": list(SIZE), "systems": {name: moving_points(name) for name in MOVING}}
+    return {
+        "js/figures/data/photo.mjs": module("PHOTO", photo()),
+        "js/figures/data/table.mjs": module("BIAS", bias_table()),
+        "js/figures/data/points.mjs": module("POINTS", points),
+    }
+
+
+if __name__ == "__main__":
+    if "--photo" in sys.argv:
+        make_photo()
+    for name, content in outputs().items():
+        (DOCS / name).write_text(content, encoding="utf-8")

@@ -1,0 +1,247 @@
+/** Drag a point over a small map: its four weights, the value read, both gradients, the kink at the lattice. */
+
+import { clip, corners, profile, sample } from "./kernel.mjs";
+import { fixed, frame, handle, html, markup, panel, signed, surface, svg } from "./ui.mjs";
+
+export const title = "Bilinear sampling";
+
+const SIZE = [4, 5];
+const MAP = [1, 2, 4, 3, 1, 2, 5, 8, 5, 2, 1, 6, 9, 4, 3, 0, 2, 5, 6, 2];
+const MOST = Math.max(...MAP);
+const START = [1.35, 1.7];
+const EDGE = 1.25; // pixels beyond the outermost pixel centers
+const UNIT = 60; // units of the drawing in a pixel
+const [LEFT, TOP] = [1.3 * UNIT, 1.3 * UNIT]; // where the center of pixel (0, 0) is drawn
+const [RIGHT, BOTTOM] = [LEFT + (SIZE[1] + 0.35) * UNIT, TOP + (SIZE[0] + 0.35) * UNIT];
+const PLOT = 108; // height of the plots beside the map, for the value MOST
+const [WIDTH, HEIGHT] = [RIGHT + PLOT + 22, BOTTOM + PLOT + 24];
+const SNAP = 0.04; // pixels from the lattice at which a dragged point is held by it
+
+const across = (x) => LEFT + x * UNIT;
+const down = (y) => TOP + y * UNIT;
+
+export function mount(element) {
+  const { body, say, expose } = frame(element, "sampling", title);
+  const drawing = panel(
+    WIDTH,
+    HEIGHT,
+    "A map of 4 by 5 pixels with a point to drag, and the value read along its row and column",
+  );
+  const numbers = html("div");
+  body.append(drawing, numbers);
+  drawMap(drawing);
+  const moving = svg("g");
+  drawing.append(moving);
+  const point = handle(drawing, {
+    label: "Sampling point",
+    shape: svg("circle", { class: "live-dot", r: 7 }),
+    reach: 24,
+    drag: ([y, x]) => move([snapped((y - TOP) / UNIT), snapped((x - LEFT) / UNIT)]),
+    nudge: ([y, x], fine) => move([state[0] + y * (fine ? 0.01 : 0.1), state[1] + x * (fine ? 0.01 : 0.1)]),
+  });
+  surface(drawing, drawing.querySelector(".live-map"), ([y, x]) =>
+    move([snapped((y - TOP) / UNIT), snapped((x - LEFT) / UNIT)]),
+  );
+
+  let state = START;
+  function move(wanted) {
+    state = wanted.map((value, axis) => clip(Math.round(value * 100) / 100, -EDGE, SIZE[axis] - 1 + EDGE));
+    const found = look(state);
+    point.at([down(state[0]), across(state[1])]);
+    point.describe(`row ${fixed(state[0])}, column ${fixed(state[1])}`, state[0]);
+    moving.replaceChildren(...drawPieces(found), ...drawGuides(found), ...drawProfiles(found), ...drawArrow(found));
+    numbers.replaceChildren(...readout(found));
+    say(
+      `Value ${fixed(found.value)}. ` +
+        `Slope down ${signed(found.slope[0])}, right ${signed(found.slope[1])}. ${found.note}`,
+    );
+    expose({
+      size: SIZE,
+      map: MAP,
+      point: state,
+      value: found.value,
+      slope: found.slope,
+      weights: found.corners.map((c) => c.weight),
+    });
+  }
+  move(START);
+}
+
+/** Everything that is shown of a point. */
+function look(point) {
+  const read = sample(MAP, SIZE, point);
+  // Inside a cell the slope along an axis is the same all the way: half a pixel back is the cell before.
+  const before = point.map((place, axis) => {
+    const back = [...point];
+    back[axis] -= 0.5;
+    return Number.isInteger(place) ? sample(MAP, SIZE, back).slope[axis] : read.slope[axis];
+  });
+  return { point, ...read, corners: corners(point, SIZE), before, note: noteOn(point, read.slope, before) };
+}
+
+function noteOn(point, slope, before) {
+  if (point.some((place, axis) => place <= -1 || place >= SIZE[axis]))
+    return "A pixel or more outside there is nothing to read, and no slope that would lead back.";
+  const kinks = [0, 1].filter((axis) => before[axis] !== slope[axis]);
+  if (kinks.length) {
+    const [axis] = kinks;
+    const sides = axis ? ["the left", "the right"] : ["above", "below"];
+    const slopes = `${signed(before[axis])} from ${sides[0]}, ${signed(slope[axis])} from ${sides[1]}`;
+    return `On a ${axis ? "column" : "row"} of pixel centers: slope ${slopes}, and the latter counts.`;
+  }
+  if (point.some((place, axis) => place < 0 || place > SIZE[axis] - 1))
+    return "Between the last pixel and nothing: the value fades to zero.";
+  return "Inside a cell: moving the point changes the weights smoothly.";
+}
+
+/** A place held by the lattice when it is near. */
+function snapped(place) {
+  const whole = Math.round(place);
+  return Math.abs(place - whole) < SNAP ? whole : place;
+}
+
+// ------------------------------------------------------------------------------------------------ drawing
+
+function drawMap(drawing) {
+  const map = svg(
+    "g",
+    { class: "live-map" },
+    svg("rect", { x: 0, y: 0, width: RIGHT, height: BOTTOM, fill: "transparent" }),
+  );
+  MAP.forEach((value, n) => {
+    const [row, column] = [Math.floor(n / SIZE[1]), n % SIZE[1]];
+    const [x, y] = [across(column - 0.5), down(row - 0.5)];
+    map.append(
+      svg("rect", {
+        class: "live-cell",
+        x,
+        y,
+        width: UNIT,
+        height: UNIT,
+        "fill-opacity": 0.04 + (0.44 * value) / MOST,
+      }),
+      svg("text", { class: "ink", x: x + 6, y: y + 16 }, String(value)),
+    );
+  });
+  const lines = [];
+  for (let x = 0; x < SIZE[1]; x += 1) lines.push(`M${across(x)} ${down(-1)}V${BOTTOM + PLOT}`);
+  for (let y = 0; y < SIZE[0]; y += 1) lines.push(`M${across(-1)} ${down(y)}H${RIGHT + PLOT}`);
+  map.append(svg("path", { class: "live-line live-lattice", d: lines.join("") }));
+  drawing.append(
+    map,
+    svg("path", {
+      class: "live-line",
+      d: `M${across(-1.3)} ${BOTTOM + PLOT}H${across(SIZE[1] + 0.3)}M${RIGHT} ${down(-1.3)}V${down(SIZE[0] + 0.3)}`,
+    }),
+    svg("text", { x: across(-1.3), y: BOTTOM + PLOT + 18 }, "φ along the row"),
+    svg("text", { class: "end", x: WIDTH, y: down(-1.3) + 4 }, "φ along the column"),
+  );
+}
+
+/** The unit square around the point: what it covers of a pixel is that pixel's weight. */
+function drawPieces({ point, corners: found }) {
+  const pieces = found.flatMap(({ row, column, inside, weight }) => {
+    const [top, left] = [Math.max(point[0], row) - 0.5, Math.max(point[1], column) - 0.5];
+    const [height, width] = [1 - Math.abs(point[0] - row), 1 - Math.abs(point[1] - column)];
+    if (height <= 0 || width <= 0) return [];
+    const box = { x: across(left), y: down(top), width: width * UNIT, height: height * UNIT };
+    if (!inside) return [svg("rect", { class: "live-outside", ...box })];
+    const piece = svg("rect", { class: "live-piece", ...box, "fill-opacity": 0.25 + 0.4 * weight });
+    const outline = svg("rect", { class: "live-square live-thin", ...box });
+    return [piece, outline];
+  });
+  const [x, y] = [across(point[1] - 0.5), down(point[0] - 0.5)];
+  return [...pieces, svg("rect", { class: "live-square", x, y, width: UNIT, height: UNIT })];
+}
+
+function drawGuides({ point: [y, x], value }) {
+  const level = (PLOT * value) / MOST;
+  return [
+    svg("path", {
+      class: "live-line live-guide",
+      d: `M${across(x)} ${down(y)}V${BOTTOM + PLOT - level}M${across(x)} ${down(y)}H${RIGHT + level}`,
+    }),
+  ];
+}
+
+/** φ along the row and along the column, with the tangent that the gradient gives. */
+function drawProfiles({ point, value, slope, before }) {
+  const scale = PLOT / MOST;
+  const spots = [
+    (place, height) => [RIGHT + scale * height, down(place)], // along y, values to the right
+    (place, height) => [across(place), BOTTOM + PLOT - scale * height],
+  ];
+  return [1, 0].flatMap((axis) => {
+    const spot = (place, height) =>
+      spots[axis](place, height)
+        .map((number) => number.toFixed(1))
+        .join(" ");
+    const knots = [[-1.3, 0], ...profile(MAP, SIZE, point, axis), [SIZE[axis] + 0.3, 0]];
+    const line = knots.map(([place, height]) => spot(place, height)).join("L");
+    const piece = (side, rise) => `M${spot(point[axis], value)}L${spot(point[axis] + side, value + side * rise)}`;
+    const [cx, cy] = spots[axis](point[axis], value);
+    const parts = [svg("path", { class: "live-profile", d: `M${line}` })];
+    if (slope[axis] !== before[axis])
+      parts.push(svg("path", { class: "live-tangent live-left", d: piece(-0.55, before[axis]) }));
+    const both = slope[axis] === before[axis] ? piece(-0.55, slope[axis]) : "";
+    parts.push(svg("path", { class: "live-tangent", d: both + piece(0.55, slope[axis]) }));
+    parts.push(svg("circle", { class: "live-dot", cx, cy, r: 5, style: "pointer-events: none" }));
+    return parts;
+  });
+}
+
+/** The gradient in the point: where to go for more. */
+function drawArrow({ point, slope }) {
+  const length = Math.hypot(...slope);
+  if (length < 0.05) return [];
+  const [dy, dx] = slope.map((part) => part / length);
+  const [from, to] = [11, 11 + 11 * length];
+  const [x, y] = [across(point[1]), down(point[0])];
+  const tip = [x + dx * (to + 8), y + dy * (to + 8)];
+  const sides = [1, -1].map((side) => `${x + dx * to - side * 5 * dy},${y + dy * to + side * 5 * dx}`);
+  return [
+    svg("line", { class: "live-arrow", x1: x + dx * from, y1: y + dy * from, x2: x + dx * to, y2: y + dy * to }),
+    svg("polygon", { class: "live-head", points: [tip.join(","), ...sides].join(" ") }),
+  ];
+}
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+function readout({ point, value, slope, corners: found, note }) {
+  const rows = found.map(({ row, column, inside, weight }) => {
+    const pixel = inside ? MAP[row * SIZE[1] + column] : 0;
+    const full = (1 - Math.abs(point[0] - row)) * (1 - Math.abs(point[1] - column));
+    return html(
+      "tr",
+      {},
+      html("td", {}, inside ? `row ${row}, column ${column}` : "outside"),
+      html("td", { class: "live-where" }, fixed(inside ? weight : Math.max(full, 0), 3)),
+      html("td", { class: "live-what" }, `× ${pixel}`),
+      html("td", {}, fixed(weight * pixel)),
+    );
+  });
+  const head = ["pixel", "weight", "", ""].map((word) => html("th", {}, word));
+  const sum = [html("td", { colspan: 3 }, "their sum φ"), html("td", { class: "live-what" }, fixed(value))];
+  return [
+    markup(
+      "p",
+      { class: "live-large live-number" },
+      `<span><i class="live-where">p</i> = (${fixed(point[0])}, ${fixed(point[1])})</span>` +
+        `<span>φ = <span class="live-what">${fixed(value)}</span></span>`,
+    ),
+    html(
+      "table",
+      { class: "live-table" },
+      html("thead", {}, html("tr", {}, ...head)),
+      html("tbody", {}, ...rows),
+      html("tfoot", {}, html("tr", {}, ...sum)),
+    ),
+    markup(
+      "p",
+      { class: "live-number", style: "margin: .7rem 0 .5rem" },
+      `<span class="live-slope">∂φ/∂<i>p</i> = (${signed(slope[0])}, ${signed(slope[1])})</span><br>` +
+        "∂φ/∂<i>z</i> = the four weights",
+    ),
+    html("p", { class: "live-note" }, note),
+  ];
+}

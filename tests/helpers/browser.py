@@ -1,0 +1,88 @@
+"""A headless Chromium that can reach no other host, and the pages opened in it."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_chromium(playwright):
+    """Return the path of a Chromium: that of the system, or the one that playwright has installed; else None."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    own = playwright.chromium.executable_path
+    return found or (own if own and os.path.exists(own) else None)
+
+
+class Opened:
+    """A figure's file in a tab, with what went wrong there."""
+
+    def __init__(self, page):
+        self.page, self.wrong = page, []
+        page.on("console", lambda message: self.wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        page.on("request", self._watch)
+
+    def _watch(self, request):
+        if not request.url.startswith(("file:", "data:")):
+            self.wrong.append(f"request: {request.url}")
+
+    def open(self, path: Path):
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("[data-figure].live")
+
+    def state(self):
+        """Return the numbers that the figure shows."""
+        return json.loads(self.page.get_attribute("[data-figure]", "data-state"))
+
+    def handle(self, label):
+        return self.page.locator(f'.live-handle[aria-label^="{label}."]').first
+
+    def drag(self, handle, right, down):
+        """Drag a handle with the mouse by screen pixels."""
+        handle.scroll_into_view_if_needed()
+        x, y = middle(handle)
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + right / 2, y + down / 2)
+        self.page.mouse.move(x + right, y + down)
+        self.page.mouse.up()
+
+    def touch(self, handle, right, down):
+        """The same with a finger."""
+        handle.scroll_into_view_if_needed()
+        x, y = middle(handle)
+        finger = self.page.context.new_cdp_session(self.page)
+        for kind, share in (("touchStart", 0), ("touchMove", 0.5), ("touchMove", 1)):
+            point = {"x": x + share * right, "y": y + share * down}
+            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def press(self, *keys):
+        for key in keys:
+            self.page.keyboard.press(key)
+
+
+def middle(handle):
+    box = handle.locator(".live-hit").bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+@contextmanager
+def tab(browser, **options):
+    """Open a tab with no motion (so that every change is there at once) and close it in the end."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options})
+    try:
+        yield Opened(context.new_page())
+    finally:
+        context.close()
