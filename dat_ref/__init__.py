@@ -30,6 +30,8 @@ Beyond the trail, each imported when it is first used:
 `dat_ref.train`             training in NumPy
 `dat_ref.viz`               figures (needs matplotlib)
 `dat_ref.torch`             the same in PyTorch (needs torch)
+`dat_ref.bench`             how long it takes and how much memory, as ratios (needs torch)
+`dat_ref.testing`           the conformance kit: what is wrong with an implementation (needs hypothesis)
 ==========================  ====================================================================================
 """
 
@@ -76,7 +78,7 @@ __all__ = [
     "init_params",
 ]
 
-_ON_DEMAND = ("checkpoints", "claims", "complexity", "torch", "train", "viz")
+_ON_DEMAND = ("bench", "checkpoints", "claims", "complexity", "testing", "torch", "train", "viz")
 
 
 def __getattr__(name: str) -> Any:

@@ -96,18 +96,25 @@ everyone = softmax(-BETA * squared_distances(flat, flat) - squared_distances(pla
 strength = np.linalg.svd(everyone[::4], compute_uv=False) ** 2  # every fourth query will do
 carried = np.cumsum(strength) / strength.sum()
 
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.1), width_ratios=[1, 1, 1, 0.9])
-for axes, (name, pixel) in zip(panels, QUERIES.items()):
+figure, panels = plt.subplots(2, 2, figsize=(8.2, 5.5))
+for axes, (name, pixel) in zip(panels.ravel(), QUERIES.items()):
     on_photo(axes, f"{name} asks everybody", dark=True)
     row = everyone[pixel[0] * WIDTH + pixel[1]].reshape(SIZE)
     axes.imshow(row / row.max(), cmap=style.HEAT, extent=(-0.5, WIDTH - 0.5, HEIGHT - 0.5, -0.5))
     window = [10 * (place // 10) - 0.5 for place in pixel]
     axes.add_patch(Rectangle(window[::-1], 10, 10, fill=False, ec="white", lw=0.9))
     star(axes, pixel)
-curve = panels[3]
+curve = panels[1, 1]
 curve.plot(range(1, 61), carried[:60], color=BLUE, lw=1.8)
 curve.plot([24, 24, 0], [0, carried[23], carried[23]], color=style.QUIET, lw=0.8, ls=(0, (3, 2)))
-curve.set(xlim=(0, 60), ylim=(0, 1.03), xticks=[1, 24, 60], yticks=[0, 1], xlabel="directions", title="share carried")
+curve.set(
+    xlim=(0, 60),
+    ylim=(0, 1.03),
+    xticks=[1, 24, 60],
+    yticks=[0, 1],
+    xlabel="directions",
+    title="share of the matrix that they carry",
+)
 plt.show()
 
 # %%
@@ -116,6 +123,7 @@ eye, other_eye = QUERIES["an eye"], (17, 41)
 row = everyone[eye[0] * WIDTH + eye[1]].reshape(SIZE)
 assert row[other_eye] > 50 / row.size  # the other pupil gets more than fifty times an even share ...
 assert eye[1] // 10 != other_eye[1] // 10  # ... and lies in another window (white squares)
+assert eye[0] // 10 != QUERIES["the nose"][0] // 10  # as does the nose
 
 # %% [markdown]
 # ## 2. Queries
@@ -163,7 +171,7 @@ def weights_by_hand(seed=0):
 params = weights_by_hand()
 query = linear(x, **params["query"])  # (1, 16, 40, 60)
 
-figure, panels = plt.subplots(2, 8, figsize=(9.8, 2.1))
+figure, panels = plt.subplots(2, 8, figsize=(8.6, 2.0))
 for channel, axes in enumerate(panels.T.ravel()):
     axes.imshow(query[0, channel], cmap="gray" if channel < 4 else style.FIELD)
     axes.set(xticks=[], yticks=[])
@@ -263,7 +271,7 @@ filters = params["offset_network"]
 normed, activated = (part[0, :, CELL[0], CELL[1]] for part in (network.normed, network.activated))
 parts = filters["pointwise"]["weight"] * activated  # (2, 16): what each filter adds to (Δy, Δx)
 
-figure, (where, bars, summed) = plt.subplots(1, 3, figsize=(9.8, 2.5), width_ratios=[1.2, 1, 1.1])
+figure, (where, bars, summed) = plt.subplots(1, 3, figsize=(8.8, 2.4), width_ratios=[1.2, 1, 1.1])
 on_photo(where, "the network looks at one cell ...")
 left, top = 10 * CELL[1] - 0.5, 10 * CELL[0] - 0.5
 where.add_patch(Rectangle((left, top), 10, 10, fill=False, ec="white", lw=1.6))
@@ -305,7 +313,7 @@ np.testing.assert_allclose(by_hand, raw[0, :, CELL[0], CELL[1]])
 raw_offsets = raw.reshape(1, 1, 2, *keys).transpose(0, 1, 3, 4, 2)  # (1, 1, 4, 6, 2), (y, x) last
 moved = {}
 followed = CELL[0] * keys[1] + CELL[1]  # the number of the point with the orange square
-figure, panels = plt.subplots(1, 3, figsize=(9.8, 2.6))
+figure, panels = plt.subplots(1, 3, figsize=(8.8, 2.4))
 for axes, s in zip(panels, (0.5, 1.0, 2.0)):
     bounding = {"offset_range": s, "convention": config.convention}
     _, points = bound_offsets(raw_offsets, reference, config.offset_bound, **bounding)
@@ -323,6 +331,8 @@ plt.show()
 # %%
 for s, points in moved.items():
     assert np.abs(points - reference_px.reshape(-1, 2)).max() <= s / 2 * STRIDE
+_, unmoved = bound_offsets(raw_offsets, reference, config.offset_bound, offset_range=0.0, convention=config.convention)
+np.testing.assert_array_equal(unmoved[0, 0], reference)  # s = 0
 within = {s: np.abs(places[:, None] - reference_px.reshape(-1, 2)).max(axis=2) < s / 2 * STRIDE for s in (1, 2)}
 assert (within[1].sum(axis=1) == 1).all()
 inner = ((places >= 5) & (places < np.array(SIZE) - 5)).all(axis=1)
@@ -366,7 +376,7 @@ def as_paint(colors):
     return np.clip(colors[:3].T + 0.5, 0, 1)
 
 
-figure, (close, *palettes) = plt.subplots(1, 3, figsize=(9.8, 2.6), width_ratios=[1, 1.2, 1.2])
+figure, (close, *palettes) = plt.subplots(1, 3, figsize=(8.8, 2.4), width_ratios=[1, 1.2, 1.2])
 close.imshow(as_paint(colors.reshape(3, -1)).reshape(*SIZE, 3))
 for (row, column), weight in four.items():
     close.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec="white", lw=0.8))
@@ -386,6 +396,7 @@ plt.show()
 by_hand = sum(weight * x[0, :, row, column] for (row, column), weight in four.items())
 np.testing.assert_allclose(readings["points moved"][0, :, shown], by_hand)
 np.testing.assert_allclose(sum(four.values()), 1)
+assert (np.rint(points_px) == np.rint(points_px + [1e-3, 0])).all(axis=1).mean() > 0.9  # rounded, nearly none would
 nudged = bilinear_sample(x, points_px[None] + [1e-3, 0])
 assert (np.abs(nudged - readings["points moved"])[0, :3].max(axis=0) > 0).all()  # every reading answers to a nudge
 for name in ("an eye", "the nose"):  # a pupil's black and the nose's red are found by moving, not on the grid
@@ -416,7 +427,7 @@ points = from_pixels(points_px[None, None], SIZE, config.convention)  # (1, 1, 2
 bias = table_bias(params["position_bias"]["table"], points, query_size=SIZE, convention=config.convention)
 attended, attention = attend(q, k, v, bias, config.scale)  # (1, 1, 2400, 16), (1, 1, 2400, 24)
 
-figure, panels = plt.subplots(1, 3, figsize=(9.8, 2.4))
+figure, panels = plt.subplots(1, 3, figsize=(8.8, 2.1))
 paint = as_paint(sampled.reshape(DIM, -1))
 for axes, (name, pixel) in zip(panels, QUERIES.items()):
     on_photo(axes, f"{name} mixes", dark=True)
@@ -466,13 +477,11 @@ slid = table_bias(table, from_pixels(sliding[None, None], SIZE, config.conventio
 slid = slid[nose[0] * WIDTH + nose[1]]
 rounded = table[0, HEIGHT - 1 + 12, np.rint(WIDTH - 1 + 12 - steps).astype(int)]
 
-figure, (whole, close, along) = plt.subplots(1, 3, figsize=(9.8, 2.5), width_ratios=[1.25, 1, 1.1])
+figure, (whole, close, along) = plt.subplots(1, 3, figsize=(8.8, 2.4), width_ratios=[1.25, 1, 1.1])
 whole.imshow(table[0], cmap=style.FIELD)
 whole.scatter(*reading_at.T[::-1], s=9, color=ORANGE, lw=0)
 whole.set(xticks=[0, WIDTH - 1, 2 * WIDTH - 2], yticks=[0, HEIGHT - 1, 2 * HEIGHT - 2])
-whole.set(
-    xticklabels=["-59", "0", "59"], yticklabels=["-39", "0", "39"], title="the table, and where the nose reads it"
-)
+whole.set(xticklabels=["-59", "0", "59"], yticklabels=["-39", "0", "39"], title="where the nose reads the table")
 entry = np.floor(reading_at[shown]).astype(int)
 close.imshow(table[0], cmap=style.FIELD, vmin=table[0][tuple(entry)] - 0.1, vmax=table[0][tuple(entry)] + 0.1)
 for row in range(entry[0] - 1, entry[0] + 3):
@@ -480,7 +489,7 @@ for row in range(entry[0] - 1, entry[0] + 3):
         close.text(column, row - 0.33, f"{table[0, row, column]:.3f}", ha="center", va="center", size=7)
 close.scatter(*reading_at[shown][::-1], s=40, color=ORANGE, ec="white", zorder=4)
 close.set(xlim=(entry[1] - 1.5, entry[1] + 2.5), ylim=(entry[0] + 2.5, entry[0] - 1.5), xticks=[], yticks=[])
-close.set_title("one of them, between entries")
+close.set_title("one of these places")
 along.plot(steps, rounded, color=style.HAIRLINE, lw=1.6, label="rounded", drawstyle="steps-mid")
 along.plot(steps, slid, color=BLUE, lw=1.8, label="interpolated")
 along.set(xlabel="pixels", title="the bias of a key that slides by")
@@ -513,7 +522,7 @@ content = (q @ k.swapaxes(2, 3))[0, 0, number] * config.scale
 terms = {"color: $q\\tilde k^\\top\\!/\\sqrt{d}$": content - content.max(), "place: $B$": bias[0, 0, number]}
 shares = attention[0, 0, number]
 
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.2), width_ratios=[1, 1, 1, 0.5])
+figure, panels = plt.subplots(1, 4, figsize=(8.8, 2.2), width_ratios=[1, 1, 1, 0.5])
 for axes, (name, values) in zip(panels, {**terms, "share": shares}.items()):
     axes.bar(range(24), values, color=paint, ec=style.QUIET, lw=0.3, width=0.85)
     axes.set(xticks=[], xlabel="24 keys", title=name)
@@ -536,7 +545,7 @@ for name, alone in {"color alone": softmax(content), "place alone": softmax(bias
 # %% [markdown]
 # ## 10. The whole layer
 #
-# One projection $y = z W_o$ is left, and here it passes colors on as they are. These ten sections are what
+# One projection $y = z W_o$ is left, and here it passes colors on as they are. The sections up to here are what
 # `dat_ref.DeformableAttention` does in one call; `return_trace=True` hands out every intermediate by its name.
 #
 # **Claim.** The steps above and the one call give the same numbers. And the points were worth moving: the same 24
@@ -554,8 +563,8 @@ pictures = {
 }
 off_by = {name: np.square(picture[:3] - colors).sum(axis=0).mean() for name, picture in pictures.items()}
 
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.0))
-for axes, (name, picture) in zip(panels, pictures.items()):
+figure, panels = plt.subplots(2, 2, figsize=(8.2, 6.0))
+for axes, (name, picture) in zip(panels.ravel(), pictures.items()):
     axes.imshow(as_paint(picture[:3].reshape(3, -1)).reshape(*SIZE, 3), interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=name)
     axes.set_xlabel(f"mean squared error {1000 * off_by[name]:.1f} ‰" if off_by[name] else "")
@@ -569,6 +578,8 @@ np.testing.assert_allclose(y, linear(merge_heads(attended, SIZE), **params["outp
 _, everybody, on_the_grid, with_moved = off_by.values()
 assert with_moved < on_the_grid / 3
 assert with_moved < everybody < on_the_grid
+variety = {name: picture[:3].var(axis=(1, 2)).sum() for name, picture in pictures.items()}  # of colors
+assert variety["from 2400 keys: everybody"] < variety["from 24 moved keys"] < variety["the map"]
 
 # %% [markdown]
 # ## 11. How the points learned
@@ -584,7 +595,7 @@ assert with_moved < everybody < on_the_grid
 # valley; [gradients by hand](../04_gradients_by_hand/) walks across one.
 
 # %%
-figure, (axes, fall) = plt.subplots(1, 2, figsize=(9.8, 3.3), width_ratios=[1.35, 1])
+figure, (axes, fall) = plt.subplots(1, 2, figsize=(8.8, 3.1), width_ratios=[1.35, 1])
 on_photo(axes, "24 walks from the grid, 200 steps long")
 for point in range(24):
     axes.plot(*walk[:, point].T[::-1], color="white", lw=1.1, alpha=0.9)

@@ -92,7 +92,7 @@ def read(maps, convention):
 
 
 x = photo_map("coffee", (24, 36))
-figure, rows = plt.subplots(2, 4, figsize=(9.8, 3.5))
+figure, rows = plt.subplots(2, 4, figsize=(8.8, 3.3))
 for (above, below), convention in zip(rows.T, Convention):
     seen = read(x, convention)
     above.imshow(as_picture(seen), interpolation="nearest")
@@ -142,7 +142,7 @@ for convention in Convention:
 
 # %%
 checkers = np.indices((15, 21)).sum(axis=0) % 2 * 2.0 - 1  # -1 and 1
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.0))
+figure, panels = plt.subplots(1, 4, figsize=(8.8, 1.9))
 for axes, convention in zip(panels, Convention):
     axes.imshow(read(checkers[None, None], convention)[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     bare(axes, title=convention.name)
@@ -186,7 +186,7 @@ lost = {
     for convention in Convention
 }  # (photographs, sides) each
 
-figure, (axes, *examples) = plt.subplots(1, 4, figsize=(9.8, 2.5), width_ratios=[1.5, 1, 1, 1])
+figure, (axes, *examples) = plt.subplots(1, 4, figsize=(8.8, 2.4), width_ratios=[1.5, 1, 1, 1])
 for convention, losses in lost.items():
     axes.plot(SIDES, losses.T, color=COLORS[convention], lw=0.6, alpha=0.45)
     axes.plot(SIDES, losses.mean(axis=0), color=COLORS[convention], lw=2.2, marker="o", ms=3.5)
@@ -238,7 +238,8 @@ assert at_14[Convention.DATPP2023] > 0.4
 # which the offset network looks at the queries are laid out by another rule than the points that it moves.
 #
 # **Claim** (`dat_ref.ops.grid.offset_padding`). Under `CELL_CENTER` a window lies on its point, to half a pixel. In
-# the 2023 geometry it lies a whole cell's diagonal away or more, and 13 of 49 points are held on the border.
+# the 2023 geometry half of the windows lie more than a whole cell away from their points, and 13 of 49 points are held
+# on the border.
 
 # %%
 SIZE, KERNEL, STRIDE = (56, 56), 9, 8  # stage 1 of dat_pp_tiny
@@ -258,8 +259,8 @@ for convention in Convention:
     centers = window_centers(convention)
     windows[convention] = np.stack(np.meshgrid(centers, centers, indexing="ij"), axis=-1)
 
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.6))
-for axes, convention in zip(panels, Convention):
+figure, panels = plt.subplots(2, 2, figsize=(7.4, 7.7))
+for axes, convention in zip(panels.ravel(), Convention):
     axes.imshow(astronaut, extent=(-0.5, 55.5, 55.5, -0.5))
     for window, point in zip(windows[convention].reshape(-1, 2), points[convention].reshape(-1, 2)):
         axes.plot(*np.stack([window, point]).T[::-1], color="white", lw=0.8)
@@ -298,7 +299,7 @@ places = {
     for convention in Convention
 }  # (sides, 7), as a fraction of the photograph: 0 and 1 are its borders
 
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.3), sharey=True)
+figure, panels = plt.subplots(1, 4, figsize=(8.8, 2.2), sharey=True)
 for axes, convention in zip(panels, Convention):
     axes.plot(DOUBLES, places[convention], color=COLORS[convention], lw=1.4, marker="o", ms=2.5)
     axes.set(
@@ -327,7 +328,7 @@ assert min(travel[convention] for convention in Convention if convention is not 
 
 # %%
 MAP = (7, 7)
-figure, panels = plt.subplots(1, 4, figsize=(9.8, 2.6))
+figure, panels = plt.subplots(1, 4, figsize=(8.8, 2.5))
 read_at = {}
 for axes, convention in zip(panels, Convention):
     starts = from_pixels(places_read(MAP, convention), MAP, convention).reshape(1, 1, -1, 2)
@@ -423,7 +424,8 @@ assert not any(caught["CVPR2022", test, shape] for test in ("flip", "transpositi
 # ## 8. The same error by rounding
 #
 # There is one more way to lose a fraction of a pixel: store the coordinate in few bits. A normalised coordinate near 1
-# has a resolution of $2^{-8}$ in bfloat16, whatever the map. Half a map of 336 pixels times that is most of a pixel.
+# has a resolution of $2^{-8}$ in bfloat16, whatever the map. Half a map of 336 pixels times that is two thirds of a
+# pixel, from one number to the next.
 #
 # **Claim.** The error of a coordinate in half precision grows with the map: bfloat16 is off by up to a third of a
 # pixel at 336, float16 by an eighth of that. `to_pixels` therefore works in float32 or wider, whatever it is given.

@@ -122,7 +122,7 @@ def lively(config, seed=2):
 # %%
 QUERIES = {"face": (2, 5), "helmet": (9, 9)}
 seen = {}
-figure, panels = plt.subplots(2, 5, figsize=(9.8, 4.9))
+figure, panels = plt.subplots(2, 5, figsize=(8.8, 4.6))
 for axes, (name, config) in zip(panels.ravel(), SYSTEMS.items()):
     _, trace = run(config, lively(config))
     seen[name] = [reach(query, SIZE, config, trace) for query in QUERIES.values()]
@@ -320,7 +320,7 @@ for name, stack in STACKS.items():
         if depth == 1:
             pictures[name] = chained[10 * WIDE + 11].reshape(WIDE, WIDE) > 0
 
-figure, (axes, *panels) = plt.subplots(1, 5, figsize=(9.8, 2.5), width_ratios=[1.3, 1, 1, 1, 1])
+figure, (axes, *panels) = plt.subplots(1, 5, figsize=(8.8, 2.4), width_ratios=[1.3, 1, 1, 1, 1])
 for shares, color in zip(reached.values(), (GREEN, PINK, BLUE, ORANGE)):
     axes.plot(range(1, 5), shares, color=color, lw=1.8, marker="o", ms=4)
 axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="share of the map reached")
@@ -402,6 +402,11 @@ def pyramid(reduction):
 
 WEB["spatial reduction = plain"] = apart(pyramid(1), bare), apart(pyramid(2), bare)
 
+# %% [markdown]
+# Now keys of each query: hand every query a copy of the points that a deformable layer found, or take their offsets
+# away (a neighborhood, but for the border). And a dilated neighborhood, which is one on every second pixel.
+
+# %%
 config = DeformableAttentionConfig(6, 2, stride=2, kernel_size=3, bias=BiasKind.NONE)
 tree = init_params(config, seed=0, dtype=np.float64)
 _, trace = run(config, tree, z)
@@ -428,6 +433,12 @@ parts = [
 ]
 WEB["dilated = neighborhood of a sub-map"] = apart(dilated, parts[0]), apart(dilated, parts[1])  # and of another one
 
+# %% [markdown]
+# Convolutions, and what ties them to Deformable DETR: a sigmoid in place of its softmax, a tap for each point, one
+# matrix for all taps. Last, the swap-in, whose offsets are (y, x) in half maps where the original's are (x, y) in
+# pixels.
+
+# %%
 kernel = rng.normal(size=(6, 6, 3, 3))
 still, ones = np.zeros((1, 18, 5, 5)), np.ones((1, 9, 5, 5))
 convolved = conv2d(z, kernel, padding=((1, 1), (1, 1)))

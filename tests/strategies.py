@@ -22,10 +22,22 @@ from dat_ref import (
 )
 from dat_ref.block import ATTENTIONS
 from dat_ref.ops.grid import key_grid_size
+from dat_ref.testing.strategies import anywhere, awkward, map_sizes, points_in, seeds
 
-SIDES = (1, 3, 5, 2, 7, 4)  # odd ones first: failures shrink towards the front
+__all__ = [
+    "Case",
+    "awkward",
+    "consistent_conventions",
+    "conventions",
+    "layer_cases",
+    "map_sizes",
+    "neighborhood_cases",
+    "numbers",
+    "points_px",
+    "seeds",
+    "window_cases",
+]
 
-seeds = st.integers(0, 2**16)
 conventions = st.sampled_from(list(Convention))
 consistent_conventions = st.sampled_from([Convention.CELL_CENTER, Convention.PAPER])
 
@@ -35,35 +47,9 @@ def numbers(seed: int, *shape: int, dtype: Any = np.float64) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def awkward(array: np.ndarray) -> np.ndarray:
-    """Return the same numbers, read-only, every second element of a larger array stored back to front."""
-    padded = np.full([2 * length for length in array.shape], np.nan, dtype=array.dtype)
-    view = padded[tuple(slice(None, None, 2) for _ in array.shape)][..., ::-1]
-    view[...] = array
-    view.flags.writeable = False
-    return view
-
-
-@st.composite
-def map_sizes(draw: st.DrawFn, smallest: int = 1, largest: int = 7) -> tuple[int, int]:
-    """Draw (H, W) with H != W."""
-    sides = [side for side in SIDES if smallest <= side <= largest]
-    height = draw(st.sampled_from(sides))
-    return height, draw(st.sampled_from([side for side in sides if side != height]))
-
-
-@st.composite
-def points_px(draw: st.DrawFn, size: tuple[int, int], count: int) -> np.ndarray:
+def points_px(size: tuple[int, int], count: int) -> st.SearchStrategy[np.ndarray]:
     """Draw pixel positions (count, 2): whole numbers, next to whole numbers, between them, just and far outside."""
-
-    def coordinate(length: int) -> st.SearchStrategy[float]:
-        whole = st.integers(-2, length + 1).map(float)
-        near = st.tuples(st.integers(-1, length), st.sampled_from([-1e-9, 1e-9, 2.0**-40])).map(sum)
-        between = st.floats(-1.5, length + 0.5, width=32)
-        outside = st.sampled_from([-1e6, 1e6, -1.0 - 2**-30, float(length)])
-        return st.one_of(whole, near, between, outside)
-
-    return np.array([[draw(coordinate(length)) for length in size] for _ in range(count)])
+    return points_in(size, anywhere, (count,))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.agreement import assert_agree
-from helpers.checks import integer_gather, zero_offset_bias_is_a_gather
+from helpers.checks import zero_offset_bias_is_a_gather
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bias as loops
@@ -14,6 +14,7 @@ from dat_ref import Convention, ShapeError
 from dat_ref.layer import deformable_layer
 from dat_ref.ops.bias import fixed_bias, log_bias, table_bias, table_bias_vjp, table_positions, table_scale
 from dat_ref.ops.grid import from_pixels, query_points, reference_points, to_pixels
+from dat_ref.testing.subjects.bias import gathered
 
 RESOLUTIONS = st.sampled_from(["fractions", "pixels"])
 
@@ -51,7 +52,7 @@ def test_zero_offset_bias_is_an_integer_gather_on_any_map(convention, size, seed
     table = table_of(seed, 2, size)
     points = reference_points(size, convention).reshape(1, 1, -1, 2)
     read = table_bias(table, points, query_size=size, convention=convention)
-    assert_agree(read[0], integer_gather(table, size), 1e-11)
+    assert_agree(read[0], gathered(table, size), 1e-11)
 
 
 def test_the_releases_read_between_the_entries():

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# docs/figures holds parts of pages. Notebooks have a test of their own.
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] != "figures"]
+# docs/figures and docs/performance hold parts of pages. Notebooks have a test of their own.
+PARTS = ("figures", "performance")
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in PARTS]
 README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
 
 

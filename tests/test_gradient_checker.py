@@ -12,32 +12,16 @@ from dat_ref import BiasKind, Convention, DeformableAttentionConfig, OffsetBound
 from dat_ref.layer import deformable_layer, deformable_layer_vjp, deformable_shapes
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.params import flatten, unflatten
+from dat_ref.testing.subjects import SAMPLER
 
 
 def wrong_sample_vjps():
-    """Return wrong gradients of sampling by name."""
-
-    def scaled(g, x, points_px):
-        grads = sample_vjp(g, x, points_px)
-        return {**grads, "points_px": 1.001 * grads["points_px"]}
-
-    def scaled_map(g, x, points_px):
-        grads = sample_vjp(g, x, points_px)
-        return {**grads, "x": 1.001 * grads["x"]}
-
-    def swapped(g, x, points_px):
-        grads = sample_vjp(g, x, points_px)
-        return {**grads, "points_px": grads["points_px"][..., ::-1]}
+    """Return wrong gradients of sampling by name: the kit's, but for those on the lattice, and more."""
 
     def corner_outside_counted(g, x, points_px):  # as if the map went on with its border pixels
         inside = np.clip(points_px, 0, np.asarray(x.shape[2:]) - 1.0)
         edge = bilinear_sample_vjp(g, np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge"), points_px + 1)
         return {"x": sample_vjp(g, x, inside)["x"], "points_px": edge.points_px}
-
-    def corner_outside_dropped(g, x, points_px):  # points between the border and the outside get nothing
-        grads = sample_vjp(g, x, points_px)
-        whole = ((points_px >= 0) & (points_px <= np.asarray(x.shape[2:]) - 1)).all(axis=-1, keepdims=True)
-        return {**grads, "points_px": grads["points_px"] * whole}
 
     def one_corner_forgotten(g, x, points_px):
         grads = sample_vjp(g, x, points_px)
@@ -50,9 +34,12 @@ def wrong_sample_vjps():
         grads = sample_vjp(g, x, points_px)
         return {**grads, "x": grads["x"] * np.nan}
 
-    wrong = [scaled, scaled_map, swapped, corner_outside_counted, corner_outside_dropped]
-    wrong += [one_corner_forgotten, missing, not_a_number]
-    return {function.__name__: function for function in wrong}
+    mutants = [mutant for mutant in SAMPLER.mutants if mutant.vjp and mutant.check != "gradient_on_the_lattice"]
+    wrong = [corner_outside_counted, one_corner_forgotten, missing, not_a_number]
+    return {
+        **{mutant.name: mutant.vjp(sample_vjp) for mutant in mutants},
+        **{function.__name__: function for function in wrong},
+    }
 
 
 @pytest.mark.parametrize("name", wrong_sample_vjps())

@@ -1,79 +1,95 @@
-"""Wrong implementations, each of which a named check must reject; and the checkers of numbers, shown wrong ones."""
+"""Wrong implementations against the checkers beside the kit: scipy, the scalar loops, traces, and those of numbers.
+
+What the kit rejects, and by which check, is in `test_testing_mutants`; here its mutants meet an independent truth.
+"""
+
+from functools import cache
 
 import numpy as np
 import pytest
 from helpers import checks
 from helpers.agreement import assert_agree, assert_within_budget
+from helpers.layers import run_oracle
 from strategies import numbers
 
 import dat_ref.layer
 import dat_ref.ops.bias
+from dat_ref import Convention
 from dat_ref.layer import deformable_layer
 from dat_ref.ops import bias as bias_ops
 from dat_ref.ops.grid import to_pixels
 from dat_ref.ops.sampling import bilinear_sample
+from dat_ref.params import unflatten
+from dat_ref.testing import Setting
+from dat_ref.testing.subjects import LAYER, SAMPLER
+from dat_ref.testing.subjects.layer_cases import config_of
+
+CELL_CENTER = Setting(Convention.CELL_CENTER)
 
 # ------------------------------------------------------------------------------------------------ samplers
 
 
-def inside(x, points_px):
-    """Return whether each point lies on the map, (N, 1, P)."""
-    return ((points_px >= 0) & (points_px <= np.asarray(x.shape[2:]) - 1)).all(axis=-1)[:, None]
+@pytest.mark.parametrize("check", checks.SAMPLER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("mutant", [each for each in SAMPLER.mutants if each.forward], ids=lambda mutant: mutant.name)
+def test_wrong_samplers_are_rejected(mutant, check):
+    """Scipy and the loops see every mistake in sampling that the kit knows, on the examples that it judges by."""
+    cases = SAMPLER.check(mutant.check).cases(CELL_CENTER)
+    assert any(rejects(check, mutant.forward(bilinear_sample), case) for case in cases)
+    assert not any(rejects(check, bilinear_sample, case) for case in cases)
 
 
-def clamped(x, points_px):
-    return bilinear_sample(x, np.clip(points_px, 0, np.asarray(x.shape[2:]) - 1.0))
+def rejects(check, sampler, case):
+    """Return whether a check rejects a sampler on a case."""
+    try:
+        check(sampler, *case.arguments.values())
+    except AssertionError:
+        return True
+    return False
 
 
-MAPS = checks.sampling_is_map_coordinates
-LOOPS = checks.sampling_is_the_loops
-WEIGHTS = checks.sampling_has_unit_weights
-BORDER = checks.sampling_fades_at_the_border
-
-WRONG_SAMPLERS = {
-    "x and y swapped": (lambda x, p: bilinear_sample(x, p[..., ::-1]), [MAPS, LOOPS, WEIGHTS, BORDER]),
-    "half a pixel off": (lambda x, p: bilinear_sample(x, p + 0.5), [MAPS, LOOPS, WEIGHTS, BORDER]),
-    "H for H - 1": (
-        lambda x, p: bilinear_sample(x, p * np.asarray(x.shape[2:]) / (np.asarray(x.shape[2:]) - 1)),
-        [MAPS, LOOPS, WEIGHTS, BORDER],
-    ),
-    "nearest instead of linear": (lambda x, p: bilinear_sample(x, np.round(p)), [MAPS, LOOPS, BORDER]),
-    "border dropped": (lambda x, p: bilinear_sample(x, p) * inside(x, p), [MAPS, LOOPS, BORDER]),
-    "border repeated": (clamped, [MAPS, LOOPS, BORDER]),
-    "last row lost": (
-        lambda x, p: bilinear_sample(np.where(np.arange(x.shape[2])[:, None] < x.shape[2] - 1, x, 0), p),
-        [MAPS, LOOPS, WEIGHTS, BORDER],
-    ),
-    "map transposed": (
-        lambda x, p: bilinear_sample(x.swapaxes(2, 3).reshape(x.shape), p),
-        [MAPS, LOOPS],
-    ),
-    "NaN": (lambda x, p: bilinear_sample(x, p) * np.nan, [MAPS, LOOPS, WEIGHTS, BORDER]),
-    "channels reversed": (lambda x, p: bilinear_sample(x[:, ::-1], p), [MAPS, LOOPS]),
-}
+@pytest.mark.parametrize("check", checks.SAMPLER_CHECKS, ids=lambda check: check.__name__)
+def test_a_sampler_of_nan_is_rejected(check):
+    """NaN is as wrong as a wrong number."""
+    with pytest.raises(AssertionError):
+        check(lambda x, points_px: np.nan * bilinear_sample(x, points_px))
 
 
-@pytest.mark.parametrize("name", WRONG_SAMPLERS)
-def test_wrong_samplers_are_rejected(name):
-    """Each wrong sampler fails every check that is meant to see it."""
-    sampler, must_reject = WRONG_SAMPLERS[name]
-    for check in must_reject:
-        with pytest.raises(AssertionError):
-            check(sampler)
+# ------------------------------------------------------------------------------------------------ layers, by the loops
+
+LARGE = "fine_positions"  # too many pixels for scalar loops
 
 
-# ------------------------------------------------------------------------------------------------ layers
+@cache
+def by_the_loops(name):
+    """Return the kit's examples of a check of the layer, each with what the scalar loops make of it."""
+    found = []
+    for case in LAYER.check(name).cases(CELL_CENTER):
+        x, weights, options = case.arguments.values()
+        config = config_of(x, weights, options, CELL_CENTER.convention)
+        found.append((case, run_oracle(x, unflatten(weights), config).output))
+    return found
+
+
+@pytest.mark.parametrize("mutant", [each for each in LAYER.mutants if each.forward], ids=lambda mutant: mutant.name)
+def test_wrong_layers_differ_from_the_loops(mutant):
+    """On the examples that the kit judges by, its reference is the scalar loops, and the mutant is not."""
+    if mutant.check == LARGE:
+        pytest.skip("too many pixels for scalar loops")
+    wrong, differs = mutant.apply(LAYER.reference).forward, []
+    for case, truth in by_the_loops(mutant.check):
+        arguments = case.arguments.values()
+        assert_agree(LAYER.reference.forward(*arguments, convention=CELL_CENTER.convention)[0], truth, 1e-11)
+        differs.append(np.abs(wrong(*arguments, convention=CELL_CENTER.convention) - truth).max() > 1e-6)
+    assert any(differs)
+
+
+# --------------------------------------------------------------------------------------------- layers, by traces
 
 
 def replace_in(monkeypatch, module, name, wrong):
     """Replace a function in the module that calls it; `wrong` gets the real one first."""
     real = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: wrong(real, *args, **kwargs))
-
-
-def offsets_swapped(mp):
-    """The network's two channels are taken for (x, y)."""
-    replace_in(mp, dat_ref.layer, "_raw_offsets", lambda real, *a: (real(*a)[0][..., ::-1], real(*a)[1]))
 
 
 def points_swapped(mp):
@@ -86,6 +102,11 @@ def half_a_pixel_off(mp):
     replace_in(mp, dat_ref.layer, "to_pixels", lambda real, *a: real(*a) + 0.5)
 
 
+def half_a_row_off(mp):
+    """The same in y alone."""
+    replace_in(mp, dat_ref.layer, "to_pixels", lambda real, *a: real(*a) + np.array([0.5, 0.0]))
+
+
 def h_for_h_minus_one(mp):
     """Coordinates span H pixels where they should span H - 1, and the reverse."""
 
@@ -95,11 +116,6 @@ def h_for_h_minus_one(mp):
         return real(points, size, convention) * other / extent
 
     replace_in(mp, dat_ref.layer, "to_pixels", wrong)
-
-
-def scale_missing(mp):
-    """The logits are not divided by √d."""
-    replace_in(mp, dat_ref.layer, "attend", lambda real, q, k, v, bias, scale: real(q, k, v, bias, 1.0))
 
 
 def groups_in_wrong_order(mp):
@@ -119,16 +135,6 @@ def heads_in_wrong_order(mp):
         return back
 
     replace_in(mp, dat_ref.layer, "table_bias", wrong)
-
-
-def border_dropped(mp):
-    """Points between the last pixel and the outside read nothing."""
-    replace_in(mp, dat_ref.layer, "bilinear_sample", lambda real, x, p: real(x, p) * inside(x, p))
-
-
-def border_repeated(mp):
-    """Points outside read the border's pixels."""
-    replace_in(mp, dat_ref.layer, "bilinear_sample", lambda real, x, p: clamped(x, p))
 
 
 def bias_sign(mp):
@@ -167,45 +173,30 @@ def wrong_query_grid(mp):
     replace_in(mp, bias_ops, "query_points", wrong)
 
 
-def tanh_forgotten(mp):
-    """Offsets are scaled, not bounded."""
-
-    def wrong(real, raw, reference, bound, **options):
-        if bound is not dat_ref.OffsetBound.TANH_PIXELS:
-            return real(raw, reference, bound, **options)
-        return real(np.arctanh(np.clip(raw, -0.99, 0.99)), reference, bound, **options)
-
-    replace_in(mp, dat_ref.layer, "bound_offsets", wrong)
-
-
-ORACLE, IDENTITY, GATHER = (
+LOOPS, IDENTITY, GATHER = (
     checks.layer_is_the_loops,
     checks.zero_offset_is_the_identity,
     checks.zero_offset_bias_is_a_gather,
 )
-FLIPS, GROUPS, BEFORE = (
-    checks.layer_commutes_with_flips,
+GROUPS, BEFORE, TURNED = (
     checks.groups_keep_to_themselves,
     checks.bias_rewards_what_lies_before,
+    checks.layer_commutes_with_transposition,
 )
 
 WRONG_LAYERS = {
-    offsets_swapped: [ORACLE, FLIPS],
-    points_swapped: [ORACLE, IDENTITY],
-    half_a_pixel_off: [ORACLE, IDENTITY, FLIPS],
-    h_for_h_minus_one: [ORACLE, IDENTITY],
-    scale_missing: [ORACLE],
-    groups_in_wrong_order: [ORACLE, GROUPS],
-    heads_in_wrong_order: [ORACLE, GROUPS],
-    border_dropped: [ORACLE],
-    border_repeated: [ORACLE],
-    bias_sign: [ORACLE, GATHER, BEFORE],
-    bias_subtracted: [ORACLE, GATHER, BEFORE],
-    bias_transposed: [ORACLE, GATHER, BEFORE],
-    table_off_by_one: [ORACLE, GATHER, FLIPS],
-    table_axes_swapped: [ORACLE, GATHER, BEFORE],
-    wrong_query_grid: [ORACLE, GATHER],
-    tanh_forgotten: [ORACLE],
+    points_swapped: [LOOPS, IDENTITY],
+    half_a_pixel_off: [LOOPS, IDENTITY],
+    half_a_row_off: [LOOPS, IDENTITY, TURNED],
+    h_for_h_minus_one: [LOOPS, IDENTITY],
+    groups_in_wrong_order: [LOOPS, GROUPS],
+    heads_in_wrong_order: [LOOPS, GROUPS],
+    bias_sign: [LOOPS, GATHER, BEFORE],
+    bias_subtracted: [LOOPS, GATHER, BEFORE],
+    bias_transposed: [LOOPS, GATHER, BEFORE],
+    table_off_by_one: [LOOPS, GATHER],
+    table_axes_swapped: [LOOPS, GATHER, BEFORE],
+    wrong_query_grid: [LOOPS, GATHER],
 }
 
 
@@ -220,7 +211,7 @@ def test_wrong_layers_are_rejected(mutant, monkeypatch):
 
 def test_transposition_cannot_see_a_swap(monkeypatch):
     """Why the checks are many: swapped coordinates commute with transposing everything, so that check is blind."""
-    offsets_swapped(monkeypatch)
+    points_swapped(monkeypatch)
     checks.layer_commutes_with_transposition(deformable_layer)
 
 

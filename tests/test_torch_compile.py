@@ -82,7 +82,7 @@ def test_preset_is_one_graph(name):
     assert counter.graphs == 1
 
 
-@pytest.mark.parametrize("backend", ["matmul", "dense", "eager"])
+@pytest.mark.parametrize("backend", ["matmul", "blockwise", "eager"])
 @pytest.mark.parametrize("sampler", ["gather", "grid_sample"])
 def test_every_backend_is_one_graph(backend, sampler):
     config = DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(6, 9))

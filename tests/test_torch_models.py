@@ -37,7 +37,7 @@ def mini_model(name: str, **options) -> dt.DAT:
 # ------------------------------------------------------------------------------------------------ releases and spec
 
 
-@pytest.mark.parametrize("backend", ["dense", "matmul", "eager"])
+@pytest.mark.parametrize("backend", ["blockwise", "matmul", "eager"])
 @pytest.mark.parametrize("name", golden_names("model"))
 def test_backbone_is_the_released_one(name, backend):
     meta, arrays = load_golden(name)
@@ -70,7 +70,13 @@ def test_the_fixtures_reject_a_wrong_backbone(name):
 
 
 @settings(max_examples=6)
-@given(st.sampled_from(RELEASES), st.integers(33, 75), st.integers(33, 75), seeds, st.sampled_from(["dense", "matmul"]))
+@given(
+    st.sampled_from(RELEASES),
+    st.integers(33, 75),
+    st.integers(33, 75),
+    seeds,
+    st.sampled_from(["blockwise", "matmul"]),
+)
 def test_backbone_is_the_spec_s_at_any_size(name, height, width, seed, backend):
     config = mini(name)
     rng = np.random.default_rng(seed)

@@ -98,7 +98,7 @@ def shapes_of(config):
 # ------------------------------------------------------------------------------------------------ the releases
 
 
-@pytest.mark.parametrize("backend", ["dense", "matmul", "eager"])
+@pytest.mark.parametrize("backend", ["blockwise", "matmul", "eager"])
 @pytest.mark.parametrize("name", golden_names("module"))
 def test_deformable_attention_is_the_released_one(name, backend):
     meta, arrays = load_golden(name)
@@ -204,7 +204,7 @@ def deformable_configs(draw):
 
 
 @settings(max_examples=60)
-@given(deformable_configs(), st.integers(0, 2), seeds, st.sampled_from(["matmul", "dense", "eager"]))
+@given(deformable_configs(), st.integers(0, 2), seeds, st.sampled_from(["matmul", "blockwise", "eager"]))
 def test_deformable_attention_is_the_spec_s(drawn, batch, seed, backend):
     config, size = drawn
     x = np.random.default_rng(seed).standard_normal((batch, config.dim, *size))
@@ -317,7 +317,7 @@ def small_layer(convention=Convention.DATPP2023, **options):
     return dt.DeformableAttention(config, **options)
 
 
-@given(deformable_configs(), seeds, st.sampled_from(["matmul", "dense"]))
+@given(deformable_configs(), seeds, st.sampled_from(["matmul", "blockwise"]))
 def test_float32_is_within_the_budget(drawn, seed, backend):
     config, size = drawn
     rng = np.random.default_rng(seed)

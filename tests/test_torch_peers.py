@@ -218,7 +218,7 @@ def test_checkpoint_of_a_swapped_backbone(tmp_path):
 
 def test_zero_offset_start_reaches_the_offset_network():
     config = CONFIGS["per_query"]
-    assert not attention_module(config, init="zero_offset", backend="dense").offset_network.pointwise.weight.any()
+    assert not attention_module(config, init="zero_offset", backend="blockwise").offset_network.pointwise.weight.any()
     assert attention_module(config).offset_network.pointwise.weight.any()
 
 

@@ -1,11 +1,8 @@
 """Training: the loss falls, states survive a file, recomputing changes nothing, half precision leaves points alone."""
 
 import io
-import json
-import runpy
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -138,7 +135,7 @@ def test_narrow_geometry_is_noticed(monkeypatch):
     assert narrowest is torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["auto", "dense", "matmul", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "blockwise", "matmul", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_step_under_autocast_is_finite(release, dtype, backend):
@@ -161,36 +158,3 @@ def test_a_model_of_half_precision_keeps_its_points_in_float32(release, dtype):
     assert logits.isfinite().all()
     assert narrowest is torch.float32
     assert all(each.isfinite().all() for each in points)
-
-
-# ------------------------------------------------------------------------------------------------ the benchmark
-
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "bench_backends.py"
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    if not BENCHMARK.exists():
-        pytest.skip("the benchmarks are not part of this distribution")
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    return runpy.run_path(str(BENCHMARK))
-
-
-def test_benchmark_gives_ratios_of_what_agrees(benchmark, monkeypatch, capsys):
-    arguments = ["--models", "dat_tiny", "--sizes", "64", "--batches", "1", "--rounds", "1"]
-    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--backends", "dense", "matmul", "--json"])
-    benchmark["main"]()
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert (row["model"], row["size"], row["batch"]) == ("dat_tiny", 64, 1)
-    assert row["ratios"].keys() == {"dense", "matmul"}
-    assert all(ratio > 0 for ratio in row["ratios"].values())
-
-
-def test_benchmark_refuses_to_compare_what_differs(benchmark):
-    models = benchmark["contenders"]("dat_tiny", ["dense"])
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        benchmark["check_agreement"](models, x)
-        models["dense"].stages[2].blocks[1].attention.position_bias.table += 1e-2 * torch.randn(12, 27, 27)
-        with pytest.raises(SystemExit, match="dense: differs by"):
-            benchmark["check_agreement"](models, x)

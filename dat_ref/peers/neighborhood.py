@@ -130,8 +130,8 @@ def neighborhood_attention_vjp(
     grad_qkv = np.concatenate(
         [
             grads.q[:, :, :, 0],
-            _scatter_neighbors(grads.k, trace.neighbors),
-            _scatter_neighbors(grads.v, trace.neighbors),
+            scatter_neighbors(grads.k, trace.neighbors),
+            scatter_neighbors(grads.v, trace.neighbors),
         ],
         axis=1,
     )
@@ -144,7 +144,7 @@ def neighborhood_attention_vjp(
     return qkv.x[:, :, :height, :width], grad_params
 
 
-def _scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
+def scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
     """(B, heads, H·W, K², d) → (B, heads, H·W, d), each key the sum over the queries that see it."""
     batch, heads, count, _, depth = gathered.shape
     values = gathered.transpose(2, 3, 0, 1, 4).reshape(neighbors.size, -1)

@@ -16,6 +16,7 @@ The same names as the NumPy spec, the same conventions, the same parameter names
 `features`      `DATFeatures`, a backbone that gives its maps
 `checkpoints`   files of weights, all of one or nothing
 `models`        `create_model`, by name
+`inference`     `optimize_for_inference`, on a CPU
 `bridge`        to the spec and back; released names
 ==============  =========================================================================================
 
@@ -29,6 +30,7 @@ from .block import Block
 from .bridge import as_numpy
 from .features import DATFeatures
 from .functional import backends, deformable_attention
+from .inference import optimize_for_inference
 from .layer import DeformableAttention
 from .models import create_model, list_models
 from .peers import NeighborhoodAttention, WindowAttention
@@ -46,5 +48,6 @@ __all__ = [
     "deformable_attention",
     "functional",
     "list_models",
+    "optimize_for_inference",
     "peers",
 ]

@@ -24,6 +24,7 @@ from .functional._sizes import surely_zero
 from .functional.sampling import Sampler
 from .initialization import Init
 from .layer import DeformableAttention
+from .peers import NeighborhoodAttention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,7 +86,8 @@ class DAT(SpecModule):
     Args:
         config: what the backbone is; ``dat_ref.config("dat_tiny")`` gives a preset, and `create_model` builds from its
             name.
-        backend: how deformable attention is computed, one of `dat_ref.torch.backends()`; ``"auto"`` chooses.
+        backend: how deformable and neighborhood attention are computed, one of `dat_ref.torch.backends()`; ``"auto"``
+            chooses.
         sampler: how features are sampled, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
         global_pool: ``"avg"``, or ``""`` to leave the last map unpooled.
@@ -255,13 +257,13 @@ class DAT(SpecModule):
             x, trace = embed.traced(F.gelu(x) if index else x)
             entering.append(trace)
         for number, stage in enumerate(self.stages):
-            assert isinstance(stage, Stage)
+            blocks: Any = stage.blocks
             if number:
                 downsample = self.downsamples[number - 1]
                 assert isinstance(downsample, Embed)
                 x, trace = downsample.traced(x)
                 entering = [trace]
-            for index, block in enumerate(stage.blocks):
+            for index, block in enumerate(blocks):
                 x, block_trace = block(x, return_trace=True)
                 output: Any = x
                 yield Step(number, index, [] if index else entering, block_trace, output)
@@ -300,10 +302,11 @@ class DAT(SpecModule):
                 stage.grad_checkpointing = enable
 
     def set_backend(self, backend: str = "auto", sampler: Sampler | None = None) -> None:
-        """Choose how all deformable attentions are computed, see `dat_ref.torch.backends()`."""
+        """Choose how all deformable and neighborhood attentions are computed, see `dat_ref.torch.backends()`."""
         for module in self.modules():
-            if isinstance(module, DeformableAttention):
+            if isinstance(module, (DeformableAttention, NeighborhoodAttention)):
                 module.backend = backend
+            if isinstance(module, DeformableAttention):
                 module.sampler = sampler or module.sampler
 
     def no_weight_decay(self) -> set[str]:

@@ -15,7 +15,7 @@ from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig
 from .functional.sampling import Sampler
 from .initialization import Init
 from .layer import DeformableAttention
-from .peers import PEER_MODULES, PerQueryAttention
+from .peers import PEER_MODULES, NeighborhoodAttention, PerQueryAttention
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -97,6 +97,7 @@ ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
 
 _OPTIONS: dict[Any, tuple[str, ...]] = {
     DeformableAttention: ("backend", "sampler", "init"),
+    NeighborhoodAttention: ("backend",),
     PerQueryAttention: ("init",),
 }
 
@@ -125,7 +126,7 @@ class Block(nn.Module):
         config: what the block is.
         drop_path: rate of stochastic depth, on both residual branches.
         dropout: rate inside the MLP.
-        backend, sampler, init: of a deformable attention, see `DeformableAttention`.
+        backend, sampler, init: of a deformable attention, see `DeformableAttention`; `backend` of a neighborhood's too.
     """
 
     def __init__(

@@ -1,34 +1,33 @@
-"""Deformable layers for the tests: random parameters, the oracle's names, mirrored layers, the distance to a kink."""
+"""Deformable layers for the tests: the kit's, and the oracle's names."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from oracle.deformable import Result
 from oracle.deformable import deformable_attention as oracle_layer
 
-from dat_ref import BiasKind, DeformableAttentionConfig, OffsetBound
-from dat_ref.layer import LayerTrace
-from dat_ref.ops.bias import table_positions
-from dat_ref.params import flatten, map_tree, unflatten
+from dat_ref import DeformableAttentionConfig
+from dat_ref.testing.layers import (
+    kink_distance,
+    lattice_distance,
+    mirror,
+    random_params,
+    transpose,
+    transposed_config,
+)
+
+__all__ = [
+    "kink_distance",
+    "lattice_distance",
+    "mirror",
+    "random_params",
+    "run_oracle",
+    "transpose",
+    "transposed_config",
+]
 
 Array = np.ndarray
 Tree = Any
-
-
-def random_params(shapes: Tree, rng: np.random.Generator, dtype: Any = np.float64) -> Tree:
-    """Return parameters large enough that every one of them matters: tables of order one, offsets across the map."""
-
-    def leaf(name: str, shape: tuple[int, ...]) -> Array:
-        values = rng.standard_normal(shape)
-        if name.endswith("table"):
-            return values
-        if len(shape) == 1:
-            is_scale = name.endswith("weight")  # of a norm or of a layer scale
-            return 1.0 + 0.3 * values if is_scale else 0.3 * values
-        return values / np.sqrt(np.prod(shape[1:]))
-
-    return unflatten({name: leaf(name, shape).astype(dtype) for name, shape in flatten(shapes).items()})
 
 
 def run_oracle(x: Array, params: Tree, config: DeformableAttentionConfig) -> Result:
@@ -46,108 +45,3 @@ def run_oracle(x: Array, params: Tree, config: DeformableAttentionConfig) -> Res
         "average_pool": config.average_pool,
     }
     return oracle_layer(np.asarray(x, dtype=np.float64), options, params)
-
-
-# ------------------------------------------------------------------------------------------------ symmetry
-
-
-def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: tuple[int, int], keys: Tree) -> Tree:
-    """Return the parameters of the layer that sees the world in a mirror.
-
-    Kernels and tables are flipped along `axis` (0 is y), the offsets along it change sign; a fixed table has its
-    queries and keys renumbered; the log-CPB network sees the displacement along it with the other sign.
-    """
-    mirrored = map_tree(np.array, params)
-    if config.offset_bound is not OffsetBound.NONE:
-        network = mirrored["offset_network"]
-        network["depthwise"]["weight"] = np.flip(network["depthwise"]["weight"], 2 + axis)
-        network["pointwise"]["weight"][axis] *= -1
-    if config.bias is BiasKind.TABLE:
-        mirrored["position_bias"]["table"] = np.flip(mirrored["position_bias"]["table"], 1 + axis)
-    elif config.bias is BiasKind.LOG_CPB:
-        mirrored["position_bias"]["hidden"]["weight"][:, axis] *= -1
-    elif config.bias is BiasKind.DEPTHWISE:
-        kernel = mirrored["position_bias"]["depthwise"]
-        kernel["weight"] = np.flip(kernel["weight"], 2 + axis)
-    elif config.bias is BiasKind.FIXED:
-        table = mirrored["position_bias"]["table"]
-        grid = table.reshape(len(table), *size, *keys)
-        mirrored["position_bias"]["table"] = np.flip(grid, (1 + axis, 3 + axis)).reshape(table.shape)
-    return mirrored
-
-
-def transpose(params: Tree, config: DeformableAttentionConfig, size: tuple[int, int], keys: Tree) -> Tree:
-    """Return the parameters of the layer that has y and x exchanged."""
-    turned = map_tree(np.array, params)
-    if config.offset_bound is not OffsetBound.NONE:
-        network = turned["offset_network"]
-        network["depthwise"]["weight"] = network["depthwise"]["weight"].swapaxes(2, 3)
-        network["pointwise"]["weight"] = network["pointwise"]["weight"][::-1]
-    if config.bias is BiasKind.TABLE:
-        turned["position_bias"]["table"] = turned["position_bias"]["table"].swapaxes(1, 2)
-    elif config.bias is BiasKind.LOG_CPB:
-        turned["position_bias"]["hidden"]["weight"] = turned["position_bias"]["hidden"]["weight"][:, ::-1]
-    elif config.bias is BiasKind.DEPTHWISE:
-        kernel = turned["position_bias"]["depthwise"]
-        kernel["weight"] = kernel["weight"].swapaxes(2, 3)
-    elif config.bias is BiasKind.FIXED:
-        table = turned["position_bias"]["table"]
-        grid = table.reshape(len(table), *size, *keys)
-        turned["position_bias"]["table"] = grid.transpose(0, 2, 1, 4, 3).reshape(table.shape)
-    return turned
-
-
-def transposed_config(config: DeformableAttentionConfig) -> DeformableAttentionConfig:
-    """Return the configuration whose sized bias is built for the transposed map."""
-    return config if config.size is None else replace(config, size=config.size[::-1])
-
-
-# ------------------------------------------------------------------------------------------------ kinks
-
-
-def lattice_distance(positions: Array) -> float:
-    """Return how near the nearest coordinate is to a whole number; infinity if there is none."""
-    return float(np.abs(positions - np.round(positions)).min(initial=np.inf))
-
-
-def kink_distance(trace: LayerTrace, config: DeformableAttentionConfig, table_size: Any = None) -> float:
-    """Return how near a layer's pass came to a place where it has no derivative.
-
-    These are the lattices of the map and of the bias table, the edge of the clamp (whatever lies beyond it is held, and
-    does not move), and the zeros of log-CPB's ReLU and of its displacement. The distance is divided by how fast the
-    points move: a layer norm over channels that happen to be nearly equal magnifies every small step.
-    """
-    if config.offset_bound is OffsetBound.NONE:
-        return _log_bias_distance(trace, moves=False)
-    distance = _log_bias_distance(trace, moves=True)
-    moving = np.ones(trace.points.shape, dtype=bool)
-    if config.offset_bound is OffsetBound.CLAMP:
-        beyond = np.abs(trace.reference + trace.raw_offsets) - 1
-        moving = beyond < 0
-        distance = min(distance, float(np.abs(beyond).min(initial=np.inf)))
-    distance = min(distance, lattice_distance(trace.points_px[moving]))
-    if config.bias is BiasKind.TABLE:
-        flat = trace.points.reshape(*trace.points.shape[:2], -1, 2)
-        size = trace.x.shape[2:]
-        positions = table_positions(flat, table_size, size, config.convention, config.bias_resolution)
-        which = np.broadcast_to(moving.reshape(flat.shape)[:, :, None], positions.shape)
-        # A table read at a fixed place whatever the points (one entry on an axis) has no kink there.
-        changes = np.array([table_size[axis] > 1 and size[axis] > 1 for axis in range(2)])
-        distance = min(distance, lattice_distance(positions[which & changes]))
-    return distance * _norm_deviation(trace)
-
-
-def _norm_deviation(trace: LayerTrace) -> float:
-    """Return the smallest standard deviation that the offset network's norm divides by, at most 1."""
-    assert trace.offset_network is not None
-    windows = trace.offset_network.windows
-    return 1.0 if windows.shape[1] == 1 else float(windows.std(axis=1).min(initial=1.0))
-
-
-def _log_bias_distance(trace: LayerTrace, moves: bool) -> float:
-    if trace.log_bias is None:
-        return np.inf
-    distance = float(np.abs(trace.log_bias.hidden).min(initial=np.inf))
-    if not moves:
-        return distance
-    return min(distance, float(np.abs(trace.log_bias.displacement).min(initial=np.inf)))

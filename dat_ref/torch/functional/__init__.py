@@ -1,23 +1,16 @@
 """The operations of `dat_ref.ops` on tensors, under the same names: grid, offsets, sampling, bias, attention, and those
 of the peers. Gradients are autograd's. Geometry is float32 or wider, under autocast too."""
 
-from .attention import (
-    Backend,
-    attend,
-    backends,
-    deformable_attention,
-    merge_heads,
-    register_backend,
-    split_heads,
-)
+from .attention import attend, deformable_attention, merge_heads, split_heads
 from .bias import (
-    GridReader,
     HatReader,
+    TableLookup,
     fixed_bias,
     hat_matrix,
     log_bias,
     sampled_table_bias,
     table_bias,
+    table_lookup,
     table_positions,
     table_scale,
 )
@@ -35,19 +28,34 @@ from .multi_scale import level_sizes, location_pixels, multi_scale_deformable_at
 from .neighborhood import axis_neighbors, neighbor_index, neighborhood_attention
 from .offsets import bound_offsets, depthwise_conv2d, offset_limit, offset_network
 from .per_query import attend_at_points
+from .registry import Backend, BackendWarning, Call, backends, register_backend
 from .sampling import bilinear_sample, sample_tokens
-from .windows import relative_index, window_attention, window_cells, window_visibility
+from .windows import (
+    attend_in_windows,
+    cut_windows,
+    lay_windows,
+    relative_index,
+    split_windows,
+    window_attention,
+    window_cells,
+    window_mask,
+    window_visibility,
+)
 
 __all__ = [
     "Backend",
-    "GridReader",
+    "BackendWarning",
+    "Call",
     "HatReader",
+    "TableLookup",
     "attend",
     "attend_at_points",
+    "attend_in_windows",
     "axis_neighbors",
     "backends",
     "bilinear_sample",
     "bound_offsets",
+    "cut_windows",
     "deform_conv2d",
     "deform_points",
     "deformable_attention",
@@ -56,6 +64,7 @@ __all__ = [
     "from_pixels",
     "hat_matrix",
     "key_grid_size",
+    "lay_windows",
     "level_sizes",
     "location_pixels",
     "log_bias",
@@ -74,11 +83,14 @@ __all__ = [
     "sample_tokens",
     "sampled_table_bias",
     "split_heads",
+    "split_windows",
     "table_bias",
+    "table_lookup",
     "table_positions",
     "table_scale",
     "to_pixels",
     "window_attention",
     "window_cells",
+    "window_mask",
     "window_visibility",
 ]

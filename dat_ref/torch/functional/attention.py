@@ -2,37 +2,41 @@
 
     z = softmax(q k̃ᵀ / √d + B) ṽ        for each head
 
-================  ================================================================================================
-``"eager"``       the formulation of the releases: every displacement written out, the table sampled at each of them,
-                  einsum, softmax. For comparison.
-``"dense"``       the table sampled with coordinates computed an axis at a time (`bias.GridReader`), then torch's fused
-                  attention; a few query rows at a time, so that the (H·W × Ns) matrices of all heads need not be in
-                  memory at once (while training they are kept).
-``"matmul"``      the same with the bias as two matrix products (`bias.HatReader`): plain operations for compilers,
-                  exporters and accelerators.
-``"auto"``        ``"matmul"`` where a graph is being captured; otherwise the available and suitable backend of the
-                  highest priority.
-================  ================================================================================================
+=================  ===============================================================================================
+``"triton"``       kernels in Triton, for CUDA devices
+``"cpu"``          kernels in Numba, for CPUs
+``"blockwise"``    the same computation in plain PyTorch, on any device
+``"matmul"``       plain operations: the bias as two matrix products (`bias.HatReader`), then torch's fused attention.
+                   For exporters, and for what must look inside: `torch.func`, derivatives of any order, dropout
+``"eager"``        the formulation of the releases: every displacement written out, the table sampled at each of them,
+                   einsum, softmax. For comparison
+``"auto"``         the first of these that can serve the call
+=================  ===============================================================================================
 
-Kernels register here with `register_backend`.
+The first three stand behind one operation of PyTorch, `operation.fused_attention`, and never hold all logits at once.
+More can be added with `registry.register_backend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...config import BiasResolution
 from ...conventions import Convention
 from ...ops.attention import check_core
+from .. import kernels
 from .._checks import check_tensor
-from .bias import GridReader, HatReader, sampled_table_bias
+from . import blockwise
+from .bias import HatReader, sampled_table_bias, table_lookup
 from .grid import Size
+from .operation import fused_attention, is_transformed, register_kernels
+from .registry import Call, CoreFunction, choose_backend, register_backend
 
 # ------------------------------------------------------------------------------------------------ pieces
 
@@ -65,83 +69,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     return weights.to(v.dtype) @ v, weights
 
 
-# ------------------------------------------------------------------------------------------------ backends
-
-
-class CoreFunction(Protocol):
-    """What a backend computes: the arguments of `deformable_attention`, checked, with the scale filled in."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        points: Tensor,
-        bias_table: Tensor | None,
-        *,
-        query_size: Size,
-        convention: Convention,
-        scale: float,
-        resolution: BiasResolution,
-        dropout: float,
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute the core."""
-
-    name: str
-    run: CoreFunction
-    what: str  # one line for people
-    priority: int  # "auto" tries higher ones first
-    available: Callable[[], bool]  # on this machine
-    suits: Callable[[Tensor, Tensor, Tensor | None, float], bool]  # these (q, points, bias_table, dropout)
-
-
-_BACKENDS: dict[str, Backend] = {}
-
-
-def register_backend(
-    name: str,
-    run: CoreFunction,
-    what: str,
-    *,
-    priority: int = 0,
-    available: Callable[[], bool] = lambda: True,
-    suits: Callable[[Tensor, Tensor, Tensor | None, float], bool] = lambda q, points, bias_table, dropout: True,
-) -> None:
-    """Add a backend, or replace the one of that name.
-
-    Args:
-        name: what callers pass as ``backend=``.
-        run: the computation, see `CoreFunction`.
-        what: one line about it.
-        priority: ``"auto"`` takes the available and suitable backend of the highest priority (``"dense"`` has 0).
-        available: whether this machine can run it.
-        suits: whether it can take ``(q, points, bias_table, dropout)``: device, dtype, head width, gradients.
-    """
-    if name == "auto":
-        raise ValueError("name: expected any name but 'auto', which chooses among the others")
-    _BACKENDS[name] = Backend(name, run, what, priority, available, suits)
-
-
-def backends() -> dict[str, str]:
-    """Return the backends that this machine can run, by name, each with a line about it."""
-    return {backend.name: backend.what for backend in _BACKENDS.values() if backend.available()}
-
-
-def _choose(name: str, q: Tensor, points: Tensor, bias_table: Tensor | None, dropout: float) -> Backend:
-    if name == "auto":
-        if torch.compiler.is_compiling():
-            return _BACKENDS["matmul"]
-        able = [one for one in _BACKENDS.values() if one.available() and one.suits(q, points, bias_table, dropout)]
-        return max(able, key=lambda one: one.priority)
-    if name not in _BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(_BACKENDS)}, got {name!r}")
-    return _BACKENDS[name]
-
-
 # ------------------------------------------------------------------------------------------------ the core
 
 
@@ -168,7 +95,8 @@ def deformable_attention(
         bias_table: (heads, 2H-1, 2W-1), or None for no bias. A table of another size is read as `resolution` says.
         query_size: (H, W).
         scale: of the dot products, d^(-1/2) if None.
-        backend: one of `backends()`, or ``"auto"``.
+        backend: one of `backends()`, or ``"auto"``. One that cannot serve leaves the call to the next, with a
+            `BackendWarning`.
         dropout: share of the attention weights to drop, for training.
 
     Returns:
@@ -180,8 +108,8 @@ def deformable_attention(
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
-    run = _choose(backend, q, points, bias_table, dropout).run
-    return run(
+    chosen = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
+    return chosen.run(
         q,
         k,
         v,
@@ -219,30 +147,11 @@ def _eager(
     return torch.einsum("bhmn,bhnd->bhmd", weights, v)
 
 
-# ------------------------------------------------------------------------------------------------ "dense" and "matmul"
+# ------------------------------------------------------------------------------------------------ "matmul"
 
 # Logits computed at once: on a CPU so few that they stay in cache, on an accelerator enough to keep it busy.
 _LOGITS_AT_ONCE = {"cpu": 1 << 21}
 _LOGITS_AT_ONCE_ELSEWHERE = 1 << 28
-
-
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    bias_table: Tensor | None,
-    *,
-    query_size: Size,
-    convention: Convention,
-    scale: float,
-    resolution: BiasResolution,
-    dropout: float,
-) -> Tensor:
-    if bias_table is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-    reader = GridReader(bias_table, points, query_size, convention, resolution)
-    return _attend_by_rows(q, k, v, reader, query_size, scale, dropout)
 
 
 def _matmul(
@@ -260,12 +169,16 @@ def _matmul(
 ) -> Tensor:
     if bias_table is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-    reader = HatReader(bias_table, points, query_size, convention, resolution)
-    return _attend_by_rows(q, k, v, reader, query_size, scale, dropout)
+    lookup = table_lookup(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
+    reader = HatReader(bias_table, lookup, query_size)
+    # Fused attention has neither forward-mode nor second derivatives.
+    transformed = is_transformed(q, k, v, points, bias_table)
+    with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
+        return _attend_by_rows(q, k, v, reader, query_size, scale, dropout)
 
 
 def _attend_by_rows(
-    q: Tensor, k: Tensor, v: Tensor, reader: GridReader | HatReader, size: Size, scale: float, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, reader: HatReader, size: Size, scale: float, dropout: float
 ) -> Tensor:
     height, width = size
     whole = torch.compiler.is_compiling()  # a graph would be pinned to how often a loop runs
@@ -287,12 +200,95 @@ def _rows_at_once(q: Tensor, k: Tensor, width: int) -> int:
     return max(budget // max(q.shape[0] * q.shape[1] * width * k.shape[2], 1), 1)
 
 
-register_backend("eager", _eager, "the releases' formulation: every displacement sampled, einsum", priority=-1)
-register_backend("dense", _dense, "plain PyTorch: coordinates an axis at a time, fused attention, a few rows at a time")
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def attention_by(name: str) -> CoreFunction:
+    """Return the backend that runs `fused_attention` with one of the registered sets of kernels."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        points: Tensor,
+        bias_table: Tensor | None,
+        *,
+        query_size: Size,
+        convention: Convention,
+        scale: float,
+        resolution: BiasResolution,
+        dropout: float,
+    ) -> Tensor:
+        if bias_table is None:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        built = (bias_table.shape[1], bias_table.shape[2])
+        base, step = table_lookup(points, built, query_size, convention, resolution)
+        return fused_attention(q, k, v, base, bias_table, query_size=query_size, step=step, scale=scale, kernels=name)
+
+    return run
+
+
+def _beyond_kernels(call: Call) -> str:
+    """Return why no set of kernels can serve a call, or nothing."""
+    if call.dropout:
+        return "it has no dropout of attention weights"
+    if _is_exporting():
+        return "an exported program holds plain operations only"
+    if is_transformed(*call[:5]):
+        return "torch.func and forward-mode derivatives must look inside"
+    return ""
+
+
+# Before torch 2.7 there is no telling export from compilation.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def _refused_by_blockwise(call: Call) -> str:
+    if call.q.device.type not in ("cpu", "meta") and torch.are_deterministic_algorithms_enabled():
+        return f"on {call.q.device.type!r} the gradient of the table is summed in any order"
+    return _beyond_kernels(call)
+
+
+def _refused_by_cpu(call: Call) -> str:
+    if call.q.device.type != "cpu":
+        return f"it runs on CPUs, and the tensors are on {call.q.device.type!r}"
+    return _beyond_kernels(call)
+
+
+def _refused_by_triton(call: Call) -> str:
+    if call.q.device.type != "cuda" and not kernels.triton_is_interpreted():
+        return f"it runs on CUDA devices, and the tensors are on {call.q.device.type!r}"
+    return _beyond_kernels(call)
+
+
+register_kernels("blockwise", lambda: blockwise)
+register_kernels("cpu", partial(kernels.load, "cpu"))
+register_kernels("triton", partial(kernels.load, "triton"))
+
+register_backend("eager", _eager, "the releases' formulation: every displacement sampled, einsum")
 register_backend(
-    "matmul",
-    _matmul,
-    "plain PyTorch: the bias as two matrix products; for compilers, exporters and accelerators",
-    priority=1,
-    suits=lambda q, points, bias_table, dropout: q.device.type != "cpu",
+    "matmul", _matmul, "plain operations for exporters: the bias as two matrix products, fused attention", priority=10
+)
+register_backend(
+    "blockwise",
+    attention_by("blockwise"),
+    "plain PyTorch, a tile of the logits at a time, on any device",
+    priority=20,
+    refuses=_refused_by_blockwise,
+)
+register_backend(
+    "cpu",
+    attention_by("cpu"),
+    "Numba, compiled for this processor: bias, softmax and products in one pass",
+    priority=-30,  # TEMPORARY: 30 once the kernels are whole
+    missing=partial(kernels.missing, "cpu"),
+    refuses=_refused_by_cpu,
+)
+register_backend(
+    "triton",
+    attention_by("triton"),
+    "Triton, fused for CUDA devices",
+    priority=40,
+    missing=partial(kernels.missing, "triton"),
+    refuses=_refused_by_triton,
 )

@@ -1,19 +1,19 @@
 """Position bias: `dat_ref.ops.bias` on tensors.
 
 The table is read at i = (q - p̃)·scale + center, whose row depends on the query's row alone and whose column on its
-column alone. There are two ways to make use of that:
+column alone, and which advances by a constant from query to query: `table_lookup` says from where, and by how much.
 
-- `HatReader`: two matrix products with hat weights, one an axis, B[n] = Y[n] B̂ X[n]ᵀ, where Y[n] (H × T_y) and X[n]
-  (W × T_x) have two neighbouring weights (1 - f, f) a row. Its gradients are matrix products too, where a sampled read
-  would scatter; and it uses no operator that exports or devices may lack.
-- `GridReader`: torch's grid_sample, with coordinates computed an axis at a time. On a CPU the faster one.
+`HatReader` reads it with two matrix products of hat weights, one an axis, B[n] = Y[n] B̂ X[n]ᵀ, where Y[n] (H × T_y)
+and X[n] (W × T_x) have two neighbouring weights (1 - f, f) a row: with operators that all exporters and devices have,
+and with derivatives of any order. Faster ones are `table_windows`, and the kernels.
 
-Both take the derivative on the lattice from the right, as the spec does.
+All take the derivative on the lattice from the right, as the spec does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ..._checks import ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
 from ._precision import wide_dtype, without_autocast
-from .grid import Size, axis_coordinates, axis_pixels, query_points, to_pixels
+from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
 # ------------------------------------------------------------------------------------------------ where
@@ -43,6 +43,45 @@ def table_scale(
     return y, x
 
 
+class TableLookup(NamedTuple):
+    """Where a table is read: query (i, j) reads the bias of key n at row base[n, 0] + i·step[0], column likewise."""
+
+    base: Tensor  # (B, G, Ns, 2), (y, x), in cells of the table, float32 or wider
+    step: tuple[float, float]  # cells from one query to the next; exactly 1 where table and map have one lattice
+
+
+def table_lookup(
+    points: Tensor,
+    table_size: Size,
+    query_size: Size,
+    convention: Convention,
+    resolution: BiasResolution = "fractions",
+) -> TableLookup:
+    """Return where in the table the displacements of the queries from each point are read, in canonical form.
+
+    With s cells per unit of normalised displacement, i = (q - p̃) s + center, and q advances by a constant from query to
+    query. So all there is to know are the position of query (0, 0) and the step, which is exactly 1 for a table of the
+    map's size, except for ``CVPR2022``, whose queries stand (H-1)/H pixels apart.
+
+    Args:
+        points: p̃ (B, G, Ns, 2), normalised.
+        table_size: (2H₀-1, 2W₀-1).
+        query_size: (H, W).
+    """
+    spacing = convention.value.query
+    scale = table_scale(table_size, query_size, convention, resolution)
+    units = pixels_per_unit(query_size, convention)
+    bases, steps = [], []
+    for axis, along in enumerate(points.to(wide_dtype(points)).unbind(-1)):
+        length = query_size[axis]
+        cells = scale[axis] * units[axis]  # per unit
+        first = spacing.coordinate(0, length) * cells + (table_size[axis] - 1) // 2
+        bases.append(torch.rsub(along, first, alpha=cells))  # first - cells · along
+        # A single query takes no step; 1 keeps it on the common path.
+        steps.append(1.0 if length == 1 else cells / ((length - spacing.gap) / 2))
+    return TableLookup(torch.stack(bases, dim=-1), (steps[0], steps[1]))
+
+
 def table_positions(
     points: Tensor,
     table_size: Size,
@@ -50,38 +89,27 @@ def table_positions(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> Tensor:
-    """Return where in the table the displacement of each query from each point is read.
-
-    Args:
-        points: p̃ (B, G, Ns, 2), normalised.
-        table_size: (2H₀-1, 2W₀-1).
-        query_size: (H, W).
+    """Return where in the table the displacement of each query from each point is read, written out.
 
     Returns:
         (B, G, H·W, Ns, 2), (y, x), in cells of the table.
     """
-    points_px = to_pixels(points, query_size, convention)
-    queries = query_points(query_size, convention, dtype=points_px.dtype, device=points.device)
-    queries_px = to_pixels(queries, query_size, convention).flatten(0, 1)
-    displacement = queries_px[:, None] - points_px[:, :, None]  # (B, G, H·W, Ns, 2)
-    scale = table_scale(table_size, query_size, convention, resolution)
-    axes = [
-        along * cells + (count - 1) // 2
-        for along, cells, count in zip(displacement.unbind(-1), scale, table_size, strict=True)
-    ]
-    return torch.stack(axes, dim=-1)
+    lookup = table_lookup(points, table_size, query_size, convention, resolution)
+    rows, columns = axis_positions(lookup, query_size)  # (B, G, Ns, H) and (B, G, Ns, W)
+    rows, columns = (each.transpose(2, 3) for each in (rows, columns))
+    shape = (*rows.shape[:3], query_size[1], rows.shape[3])  # (B, G, H, W, Ns)
+    grid = torch.stack((rows[:, :, :, None].expand(shape), columns[:, :, None].expand(shape)), dim=-1)
+    return grid.flatten(2, 3)
 
 
-def _axis_positions(
-    points: Tensor, axis: int, table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution
-) -> Tensor:
-    """Return the table positions of one axis, (…, Ns, H) for points (…, Ns, 2)."""
-    length = query_size[axis]
-    points_px = axis_pixels(points[..., axis], length, convention)
-    queries = axis_coordinates(length, convention.value.query, points_px.dtype, points.device)
-    displacement = axis_pixels(queries, length, convention) - points_px[..., None]
-    scale = table_scale(table_size, query_size, convention, resolution)[axis]
-    return displacement * scale + (table_size[axis] - 1) // 2
+def axis_positions(lookup: TableLookup, query_size: Size) -> tuple[Tensor, Tensor]:
+    """Return the rows of the table that query rows read, (…, Ns, H), and the columns, (…, Ns, W)."""
+    base, step = lookup
+    rows, columns = (
+        base[..., axis, None] + torch.arange(query_size[axis], dtype=base.dtype, device=base.device) * step[axis]
+        for axis in (0, 1)
+    )
+    return rows, columns
 
 
 def hat_matrix(positions: Tensor, length: int) -> Tensor:
@@ -121,32 +149,26 @@ def table_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
-    return HatReader(table, points, query_size, convention, resolution).read(0, query_size[0])
+    size = (table.shape[1], table.shape[2])
+    lookup = table_lookup(points, size, query_size, convention, resolution)
+    return HatReader(table, lookup, query_size).read(0, query_size[0])
 
 
 class HatReader:
     """A table and the points that read it, ready to give the bias for any run of query rows: by matrix products.
 
-    >>> reader = HatReader(torch.zeros(4, 9, 13), torch.zeros(2, 1, 6, 2), (5, 7), Convention.PAPER)
+    >>> lookup = table_lookup(torch.zeros(2, 1, 6, 2), (9, 13), (5, 7), Convention.PAPER)
+    >>> reader = HatReader(torch.zeros(4, 9, 13), lookup, (5, 7))
     >>> reader.read(1, 3).shape
     torch.Size([2, 4, 14, 6])
     """
 
-    def __init__(
-        self,
-        table: Tensor,
-        points: Tensor,
-        query_size: Size,
-        convention: Convention,
-        resolution: BiasResolution = "fractions",
-    ) -> None:
+    def __init__(self, table: Tensor, lookup: TableLookup, query_size: Size) -> None:
         heads, height, width = table.shape
-        groups = points.shape[1]
-        dtype = wide_dtype(table, points)
-        moved = points.transpose(0, 1).to(dtype)  # (G, B, Ns, 2)
-        geometry = ((height, width), query_size, convention, resolution)
-        self.rows = _axis_positions(moved, 0, *geometry)  # (G, B, Ns, H)
-        columns = _axis_positions(moved, 1, *geometry)
+        groups = lookup.base.shape[1]
+        dtype = wide_dtype(table, lookup.base)
+        moved = lookup.base.transpose(0, 1).to(dtype)  # (G, B, Ns, 2)
+        self.rows, columns = axis_positions(TableLookup(moved, lookup.step), query_size)  # (G, B, Ns, H or W)
         self.across = hat_matrix(columns, width).flatten(0, 2)  # (G·B·Ns, W, T_x)
         by_group = table.to(dtype).reshape(groups, heads // groups, height, width)
         self.table = by_group.transpose(1, 2).flatten(2)  # (G, T_y, heads/G · T_x)
@@ -164,50 +186,6 @@ class HatReader:
             read = torch.bmm(read, self.across.transpose(1, 2))  # (G·B·Ns, rows·heads/G, W)
         read = read.reshape(groups, batch, samples, rows, heads, width).permute(1, 0, 4, 3, 5, 2)
         return read.reshape(batch, groups * heads, rows * width, samples)
-
-
-class GridReader:
-    """The same as `HatReader`, by torch's grid_sample.
-
-    The table is filled up with zeros to powers of two, for which the way to grid_sample's normalised coordinates and
-    back is exact on the lattice: rounding never takes a point there across it, and its derivative is that from the
-    right.
-    """
-
-    def __init__(
-        self,
-        table: Tensor,
-        points: Tensor,
-        query_size: Size,
-        convention: Convention,
-        resolution: BiasResolution = "fractions",
-    ) -> None:
-        heads, height, width = table.shape
-        batch, groups = points.shape[:2]
-        dtype = wide_dtype(table, points)
-        geometry = ((height, width), query_size, convention, resolution)
-        filled = (_power_of_two(height), _power_of_two(width))
-        wide = points.to(dtype).flatten(0, 1)  # (B·G, Ns, 2)
-        rows, columns = (_axis_positions(wide, axis, *geometry).transpose(1, 2) for axis in (0, 1))
-        self.rows = (2 * rows + 1) / filled[0] - 1  # (B·G, H, Ns)
-        self.columns = (2 * columns + 1) / filled[1] - 1  # (B·G, W, Ns)
-        table = F.pad(table.to(dtype), (0, filled[1] - width, 0, filled[0] - height))
-        by_group = table.reshape(1, groups, heads // groups, *filled).expand(batch, -1, -1, -1, -1)
-        self.table = by_group.reshape(batch * groups, heads // groups, *filled)
-        self.batch, self.heads = batch, heads
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Return the bias of query rows [start, stop): (B, heads, rows·W, Ns)."""
-        rows = self.rows[:, start:stop]
-        many, width, samples = self.columns.shape
-        shape = (many, stop - start, width, samples)
-        grid = torch.stack((self.columns[:, None].expand(shape), rows[:, :, None].expand(shape)), dim=-1)
-        read = F.grid_sample(self.table, grid.flatten(1, 2), padding_mode="zeros", align_corners=False)
-        return read.reshape(self.batch, self.heads, (stop - start) * width, samples)
-
-
-def _power_of_two(length: int) -> int:
-    return 1 << (length - 1).bit_length()
 
 
 def sampled_table_bias(

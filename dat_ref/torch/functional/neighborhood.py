@@ -1,27 +1,38 @@
-"""Neighborhood attention with a relative bias: `dat_ref.peers.neighborhood` on tensors.
+"""Neighborhood attention with a relative bias: `dat_ref.peers.neighborhood` on tensors, with backends to choose from.
 
-Gathering the K² keys of every query would copy each key K² times. Instead the queries are cut into K × K tiles; the
-keys that a tile needs form a rectangle of at most (2K - 1)², and inside it a mask hides what a query does not see. A
-key is copied fewer than four times, and the products are dense ones. With dilation every interleaved sub-map is cut
-into tiles of its own.
+================  ================================================================================================
+``"eager"``       the keys of each query gathered: every key is copied K² times. For comparison.
+``"matmul"``      tiles of queries, each with the rectangle of keys that it needs, and torch's fused attention: plain
+                  operations, for exporters and for dropout of attention weights.
+``"blockwise"``   the same tiles, some at a time, with a backward pass that keeps no logits.
+``"cpu"``         Numba.
+``"triton"``      Triton, on CUDA devices.
+``"auto"``        the last of these that can serve.
+================  ================================================================================================
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._sizes import ceil_div, crop, surely_zero
-from .attention import attend
+from ..._checks import ShapeError
+from .. import kernels
+from .._checks import check_tensor
+from . import neighborhood_tiles
+from .attention import _beyond_kernels, _refused_by_cpu, _refused_by_triton, attend
 from .grid import Size
-
-
-def axis_kernel(length: int, kernel: int, dilation: int = 1) -> int:
-    """Return how many keys a query of an axis sees: K, or as many as the shortest sub-map has."""
-    return min(kernel, length) if dilation == 1 else min(kernel, max(length // dilation, 1))
+from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
+from .neighborhood_tiles import axis_kernel, first_key, submap_length, tiled_attention
+from .operation import is_transformed
+from .registry import Backend, Call, choose_backend
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.device | None = None) -> Tensor:
@@ -33,17 +44,8 @@ def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.de
     seen = axis_kernel(length, kernel, dilation)
     query = torch.arange(length, device=device)
     place, submap = query // dilation, query % dilation
-    first = _first_key(place, _submap_length(length, submap, dilation), seen)
+    first = first_key(place, submap_length(length, submap, dilation), seen)
     return submap[:, None] + dilation * (first[:, None] + torch.arange(seen, device=device))
-
-
-def _submap_length(length: int, submap: Tensor, dilation: int) -> Tensor:
-    """Return ⌈(length - ρ)/δ⌉, the pixels of each sub-map ρ."""
-    return (length - submap + dilation - 1) // dilation
-
-
-def _first_key(query: Tensor, length: Tensor, seen: int) -> Tensor:
-    return torch.minimum((query - seen // 2).clamp(min=0), (length - seen).clamp(min=0))
 
 
 def neighbor_index(
@@ -59,6 +61,9 @@ def neighbor_index(
     return keys.reshape(count, -1), table.reshape(count, -1)
 
 
+# ------------------------------------------------------------------------------------------------ the operation
+
+
 def neighborhood_attention(
     qkv: Tensor,
     table: Tensor,
@@ -67,22 +72,56 @@ def neighborhood_attention(
     dilation: int = 1,
     dropout: float = 0.0,
     return_weights: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attend to the K × K keys around each query; at the border the neighborhood slides inwards.
 
+        z = softmax(scale · q kᵀ + B̂[d + K - 1]) v        with d = key - query, in steps of δ
+
     Args:
         qkv: (B, H, W, 3C), the projected map, channels last.
-        table: (heads, 2K-1, 2K-1).
+        table: B̂, (heads, 2K-1, 2K-1).
+        scale: of the dot products.
         dilation: δ, distance in pixels between neighbors.
+        dropout: share of the attention weights to drop, for training.
         return_weights: whether to gather each query's keys and return ``q`` (B, heads, H·W, 1, d), ``k``, ``v`` (B,
             heads, H·W, K_y·K_x, d), ``attention`` (B, heads, H·W, 1, K_y·K_x) and ``neighbors`` (H·W, K_y·K_x).
+        backend: one of those above; `backends()` tells which of them run here.
 
     Returns:
-        (B, H, W, C), and the weights if asked (else an empty dict).
+        (B, H, W, C), and the weights if asked (else an empty dict). With K at least 2 max(H, W) - 1 this is plain
+        attention with a relative bias.
+
+    Raises:
+        ShapeError: if the shapes do not go together.
+        ValueError: for an unknown backend.
     """
+    _check(qkv, table)
     if return_weights:
         return _gathered(qkv, table, scale, dilation)
-    return _tiled(qkv, table, scale, dilation, dropout), {}
+    heads, kernel, size = table.shape[0], (table.shape[1] + 1) // 2, (qkv.shape[1], qkv.shape[2])
+    q, k, v = (_split_heads(part, heads) for part in qkv.split(qkv.shape[3] // 3, dim=3))
+    run = choose_backend(backend, Call(q, k, v, None, table, dropout), _BACKENDS).run
+    attended = run(q, k, v, table, size=size, kernel=kernel, dilation=dilation, scale=scale, dropout=dropout)
+    return attended.transpose(1, 2).flatten(2).unflatten(1, size), {}
+
+
+def _check(qkv: Tensor, table: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    check_tensor("qkv", qkv, {"B": None, "H": None, "W": None, "3C": None})
+    check_tensor("table", table, {"heads": None, "2K-1": None, "2K-1 ": None})
+    heads, rows, columns = table.shape
+    if rows != columns or rows % 2 == 0:
+        raise ShapeError(f"table: expected (heads, 2K-1, 2K-1), got {tuple(table.shape)}")
+    if heads == 0 or qkv.shape[3] % (3 * heads) or 0 in qkv.shape[1:]:
+        expected = f"(B, H, W, 3C) with H, W >= 1 and C divisible by heads={heads}"
+        raise ShapeError(f"qkv: expected {expected}, got {tuple(qkv.shape)}")
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, H, W, C) → (B, heads, H·W, d), the same memory."""
+    return x.unflatten(3, (heads, x.shape[3] // heads)).flatten(1, 2).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ query by query
@@ -100,80 +139,103 @@ def _gathered(qkv: Tensor, table: Tensor, scale: float, dilation: int) -> tuple[
     return merged, {"q": q, "k": k, "v": v, "attention": weights, "neighbors": neighbors}
 
 
-# ------------------------------------------------------------------------------------------------ tile by tile
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    *,
+    size: Size,
+    kernel: int,
+    dilation: int,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    neighbors, places = neighbor_index(size, kernel, dilation, q.device)
+    logits = torch.einsum("bhmd,bhmnd->bhmn", q * scale, k[:, :, neighbors]) + table.flatten(1)[:, places]
+    weights = F.dropout(torch.softmax(logits, dim=-1).to(v.dtype), dropout)
+    return torch.einsum("bhmn,bhmnd->bhmd", weights, v[:, :, neighbors])
 
 
-class _Axis(NamedTuple):
-    """One axis cut into tiles of K queries, sub-map after sub-map."""
-
-    tiles: int
-    span: int  # keys of a tile
-    queries: Tensor  # (tiles · K,), the queries of each tile
-    places: Tensor  # (length,), where among those each query is
-    keys: Tensor  # (tiles · span,), the keys of each tile
-    shift: Tensor  # (tiles, K, span), displacement + K - 1, any valid number where the query does not see the key
-    seen: Tensor  # (tiles, K, span)
+# ------------------------------------------------------------------------------------------------ backends
 
 
-def _cut_axis(length: int, kernel: int, dilation: int, device: torch.device) -> _Axis:
-    seen_keys = axis_kernel(length, kernel, dilation)
-    longest = ceil_div(length, dilation)  # of the sub-maps
-    tiles = ceil_div(longest, kernel)
-    span = min(kernel + seen_keys - 1, longest)
-    tile = torch.arange(tiles, device=device)[:, None]
-    submap = torch.arange(dilation, device=device)[:, None, None]
-    lengths = _submap_length(length, submap, dilation)
-    # Counted inside a sub-map: keys (δ, tiles, span) and queries (δ, tiles, K). Queries beyond its end repeat the last
-    # one, and their results are thrown away; keys beyond it are seen by nobody.
-    first = torch.minimum((tile * kernel - seen_keys // 2).clamp(min=0), (lengths - span).clamp(min=0))
-    keys = first + torch.arange(span, device=device)
-    query = torch.minimum(tile * kernel + torch.arange(kernel, device=device), (lengths - 1).clamp(min=0))
-    offset = keys[:, :, None] - _first_key(query, lengths, seen_keys)[..., None]  # (δ, tiles, K, span)
-    shift = (keys[:, :, None] - query[..., None] + kernel - 1).clamp(0, 2 * kernel - 2)
-    seen = (offset >= 0) & (offset < seen_keys)
-    in_map = [(submap + dilation * steps).clamp(max=length - 1).flatten() for steps in (query, keys)]
-    pixel = torch.arange(length, device=device)
-    places = pixel % dilation * (tiles * kernel) + pixel // dilation
-    return _Axis(dilation * tiles, span, in_map[0], places, in_map[1], shift.flatten(0, 1), seen.flatten(0, 1))
+class NeighborhoodFunction(Protocol):
+    """What a backend computes: q, k, v (B, heads, H·W, d) and table (heads, 2K-1, 2K-1) → (B, heads, H·W, d)."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor,
+        *,
+        size: Size,
+        kernel: int,
+        dilation: int,
+        scale: float,
+        dropout: float,
+    ) -> Tensor: ...
 
 
-def _tiled(qkv: Tensor, table: Tensor, scale: float, dilation: int, dropout: float) -> Tensor:
-    batch, height, width, channels = qkv.shape
-    heads, kernel = table.shape[0], (table.shape[1] + 1) // 2
-    depth = channels // (3 * heads)
-    down, across = (_cut_axis(length, kernel, dilation, qkv.device) for length in (height, width))
-    tiles = down.tiles * across.tiles * heads  # tiles join the heads' axis, so that one mask serves the whole batch
+def _by_kernels(name: str) -> NeighborhoodFunction:
+    """Return the backend that runs one of the registered sets of kernels."""
 
-    q, kv = qkv.split((channels // 3, 2 * channels // 3), dim=3)
-    bottom, right = down.tiles * kernel - height, across.tiles * kernel - width
-    filled = not surely_zero(bottom, right)
-    if dilation > 1:
-        q = q.index_select(1, down.queries).index_select(2, across.queries)
-    elif filled:
-        q = F.pad(q, (0, 0, 0, right, 0, bottom))
-    q = q.reshape(batch, down.tiles, kernel, across.tiles, kernel, heads, depth).permute(0, 1, 3, 5, 2, 4, 6)
-    q = q.reshape(batch, tiles, kernel * kernel, depth)
-    kv = kv.index_select(1, down.keys).index_select(2, across.keys)
-    kv = kv.reshape(batch, down.tiles, down.span, across.tiles, across.span, 2, heads, depth)
-    kv = kv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (2, B, tiles down, tiles across, heads, span_y, span_x, d)
-    k, v = kv.reshape(2, batch, tiles, down.span * across.span, depth).unbind(0)
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor,
+        *,
+        size: Size,
+        kernel: int,
+        dilation: int,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        geometry = {"size": size, "kernel": kernel, "dilation": dilation, "scale": scale}
+        return fused_neighborhood_attention(q, k, v, table, **geometry, kernels=name)  # type: ignore[arg-type]
 
-    mask = _tile_mask(table.to(q.dtype), down, across)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    attended = attended.reshape(batch, down.tiles, across.tiles, heads, kernel, kernel, depth)
-    attended = attended.permute(0, 1, 4, 2, 5, 3, 6)
-    attended = attended.reshape(batch, down.tiles * kernel, across.tiles * kernel, heads * depth)
-    if dilation > 1:
-        return attended.index_select(1, down.places).index_select(2, across.places)
-    return crop(attended, (height, width)) if filled else attended
+    return run
 
 
-def _tile_mask(table: Tensor, down: _Axis, across: _Axis) -> Tensor:
-    """Return what is added to the logits: (1, tiles·heads, K², span_y·span_x)."""
-    heads, side = table.shape[0], table.shape[2]
-    kernel = (side + 1) // 2
-    place = down.shift[:, None, :, None, :, None] * side + across.shift[None, :, None, :, None, :]
-    seen = down.seen[:, None, :, None, :, None] & across.seen[None, :, None, :, None, :]
-    bias = table.flatten(1).index_select(1, place.flatten()).view(heads, *place.shape)
-    bias = bias.masked_fill(~seen, float("-inf")).permute(1, 2, 0, 3, 4, 5, 6)
-    return bias.reshape(1, down.tiles * across.tiles * heads, kernel * kernel, down.span * across.span)
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"{kernels.load(name).__name__}.neighborhood")
+
+
+register_neighborhood_kernels("blockwise", lambda: neighborhood_tiles)
+register_neighborhood_kernels("cpu", partial(_load, "cpu"))
+register_neighborhood_kernels("triton", partial(_load, "triton"))
+
+
+def _refused_by_matmul(call: Call) -> str:
+    if is_transformed(*call[:5]):
+        return "torch.func and forward-mode derivatives look inside, and torch's fused attention has none of the latter"
+    return ""
+
+
+_LARGEST_TRITON_KERNEL = 32  # `LARGEST_KERNEL` of kernels that only those can import who have Triton
+
+
+def _refused_by_triton_here(call: Call) -> str:
+    assert call.bias_table is not None
+    if call.bias_table.shape[1] > 2 * _LARGEST_TRITON_KERNEL - 1:
+        return f"its neighborhoods have at most {_LARGEST_TRITON_KERNEL}² keys"
+    return _refused_by_triton(call)
+
+
+def _backend(name: str, run: NeighborhoodFunction, priority: int, refuses: Callable[[Call], str]) -> Backend:
+    """Return a backend of the core's name: what it needs is the same."""
+    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses)
+
+
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        _backend("eager", _eager, 0, lambda call: ""),
+        _backend("matmul", tiled_attention, 10, _refused_by_matmul),
+        _backend("blockwise", _by_kernels("blockwise"), 20, _beyond_kernels),
+        _backend("cpu", _by_kernels("cpu"), 30, _refused_by_cpu),
+        _backend("triton", _by_kernels("triton"), 40, _refused_by_triton_here),
+    )
+}

@@ -1,9 +1,12 @@
 """Window and shifted-window attention (Swin): `dat_ref.peers.window` on tensors.
 
-Windows join the heads' axis, (B, nW·heads, w², d): so one mask serves the whole batch.
+A layer cuts its map into windows before it projects queries, keys and values: a third of what would move behind the
+projection, and heads are then views.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,55 +74,94 @@ def window_attention(
     Returns:
         (B, H, W, C), and the weights if asked (else an empty dict).
     """
-    heads = table.shape[0]
-    height, width = qkv.shape[1:3]
-    q, k, v = _cut(qkv, window, shift, heads)
-    mask = _window_mask(table.to(qkv.dtype), (height, width), window, shift)
+    size = (qkv.shape[1], qkv.shape[2])
+    windows = cut_windows(qkv, window, shift)
+    mask = window_mask(table.to(qkv.dtype), size, window, shift)
     traced: dict[str, Tensor] = {}
     if return_weights:
+        q, k, v = split_windows(windows, table.shape[0])
         attended, weights = attend(q, k, v, mask, scale)
         parts = {"q": q, "k": k, "v": v, "attention": weights}
-        traced = {name: part.unflatten(1, (-1, heads)).flatten(0, 1) for name, part in parts.items()}
+        traced = {name: part.flatten(0, 1) for name, part in parts.items()}
+        attended = attended.transpose(2, 3).flatten(3)
     else:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    return _lay(attended, (height, width), window, shift, heads), traced
+        attended = attend_in_windows(windows, mask, scale=scale, dropout=dropout)
+    return lay_windows(attended, size, window, shift), traced
 
 
-def _window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """Return what is added to the logits, (1, nW·heads, w², w²)."""
+def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
+    """Return what is added to the logits of each window, (nW, heads, w², w²); (1, …) if that is the same for all."""
     heads, places = table.shape[0], window * window
-    bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(heads, places, places)
+    bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(1, heads, places, places)
     (down, across), cells = window_cells(size, window, shift, table.device)
-    bias = bias.expand(down * across, heads, places, places)
-    if shift or not surely_zero(down * window - size[0], across * window - size[1]):
-        visible = window_visibility(cells, size, window, shift)
-        bias = bias.masked_fill(~visible[:, None], float("-inf"))
-    return bias.reshape(1, down * across * heads, places, places)
+    if not shift and surely_zero(down * window - size[0], across * window - size[1]):
+        return bias
+    visible = window_visibility(cells, size, window, shift)
+    return bias.masked_fill(~visible[:, None], float("-inf"))
 
 
-def _cut(qkv: Tensor, window: int, shift: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, W, 3C) → q, k, v (B, nW·heads, w², d), zeros in the filling."""
-    batch, height, width, channels = qkv.shape
+def cut_windows(x: Tensor, window: int, shift: int) -> Tensor:
+    """(B, H, W, C) → (B, nW, w², C), zeros in the filling."""
+    batch, height, width, channels = x.shape
     down, across = ceil_div(height, window), ceil_div(width, window)
     bottom, right = down * window - height, across * window - width
     if not surely_zero(bottom, right):
-        qkv = F.pad(qkv, (0, 0, 0, right, 0, bottom))
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
     if shift:
-        qkv = qkv.roll((-shift, -shift), dims=(1, 2))
-    cut = qkv.reshape(batch, down, window, across, window, 3, heads, channels // (3 * heads))
-    cut = cut.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, B, nH, nW', heads, w, w, d)
-    q, k, v = cut.reshape(3, batch, down * across * heads, window * window, channels // (3 * heads)).unbind(0)
-    return q, k, v
+        x = x.roll((-shift, -shift), dims=(1, 2))
+    cut = x.reshape(batch, down, window, across, window, channels).transpose(2, 3)
+    return cut.reshape(batch, down * across, window * window, channels)
 
 
-def _lay(attended: Tensor, size: Size, window: int, shift: int, heads: int) -> Tensor:
-    """Put the places of each window back into the map: (B, nW·heads, w², d) → (B, H, W, C)."""
-    batch, depth = attended.shape[0], attended.shape[3]
+def lay_windows(windows: Tensor, size: Size, window: int, shift: int) -> Tensor:
+    """Put the places of each window back into the map: (B, nW, w², C) → (B, H, W, C)."""
+    batch, channels = windows.shape[0], windows.shape[3]
     down, across = ceil_div(size[0], window), ceil_div(size[1], window)
-    laid = attended.reshape(batch, down, across, heads, window, window, depth).permute(0, 1, 4, 2, 5, 3, 6)
-    laid = laid.reshape(batch, down * window, across * window, heads * depth)
+    laid = windows.reshape(batch, down, across, window, window, channels).transpose(2, 3)
+    laid = laid.reshape(batch, down * window, across * window, channels)
     if shift:
         laid = laid.roll((shift, shift), dims=(1, 2))
     if not surely_zero(down * window - size[0], across * window - size[1]):
         laid = crop(laid, size)
     return laid
+
+
+def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attend inside each window.
+
+    Args:
+        qkv: (B, nW, w², 3C), projected.
+        mask: (nW or 1, heads, w², w²), see `window_mask`.
+
+    Returns:
+        (B, nW, w², C).
+    """
+    batch, count = qkv.shape[:2]
+    heads = mask.shape[1]
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scale}
+    if mask.shape[0] == 1 and not torch.compiler.is_compiling():
+        q, k, v = split_windows(qkv.flatten(0, 1), heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        return attended.transpose(1, 2).flatten(2).unflatten(0, (batch, count))
+    if batch and _by_image(qkv, mask):
+        images = [F.scaled_dot_product_attention(*split_windows(one, heads), attn_mask=mask, **options) for one in qkv]
+        attended = torch.stack(images) if batch > 1 else images[0][None]
+        return attended.transpose(2, 3).flatten(3)
+    # Windows join the heads' axis, (B, nW·heads, w², d): one mask serves the whole batch.
+    q, k, v = (part.flatten(1, 2) for part in split_windows(qkv, heads))
+    shared = mask.expand(count, -1, -1, -1).flatten(0, 1)[None]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=shared, **options)
+    return attended.unflatten(1, (count, heads)).transpose(2, 3).flatten(3)
+
+
+def _by_image(qkv: Tensor, mask: Tensor) -> bool:
+    """Return whether to attend image by image: without a copy of q, k and v, where torch's fused kernel takes them."""
+    if torch.compiler.is_compiling() or qkv.device.type != "cpu":
+        return False
+    return not (torch.is_grad_enabled() and (qkv.requires_grad or mask.requires_grad))
+
+
+def split_windows(windows: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(…, w², 3C) → q, k, v (…, heads, w², d), without a copy."""
+    q, k, v = windows.unflatten(-1, (3, heads, -1)).unbind(-3)
+    return q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)

@@ -29,8 +29,8 @@ class PositionBias(nn.Module):
         """Return the bias of every pair of pixels, (1, heads, H·W, H·W), read in fractions of the map."""
         dtype = wide_dtype(like)
         points = functional.reference_points(size, Convention.CELL_CENTER, dtype=dtype, device=like.device)
-        reader = functional.GridReader(self.table, points.reshape(1, 1, -1, 2), size, Convention.CELL_CENTER)
-        return reader.read(0, size[0])
+        geometry: dict[str, Any] = {"query_size": size, "convention": Convention.CELL_CENTER}
+        return functional.sampled_table_bias(self.table, points.reshape(1, 1, -1, 2), **geometry)
 
 
 class MultiHeadAttention(PeerAttention):

@@ -23,15 +23,20 @@ class NeighborhoodAttention(SpecModule):
     On an axis shorter than K (times the dilation) the neighborhood shrinks to the map (``small_map="shrink"``), or the
     map is padded with zeros that take part as keys (``"pad"``, the released DAT++).
 
+    Args:
+        config: what the layer is.
+        backend: how it is computed, see `functional.neighborhood_attention`; ``"auto"`` chooses.
+
     >>> import torch
     >>> layer = NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
     torch.Size([2, 12, 5, 7])
     """
 
-    def __init__(self, config: NeighborhoodAttentionConfig) -> None:
+    def __init__(self, config: NeighborhoodAttentionConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.neighborhood_bias = RelativeBias(config.heads, config.kernel_size, sigma=0.02)
         self.output = nn.Linear(config.dim, config.dim)
@@ -61,6 +66,7 @@ class NeighborhoodAttention(SpecModule):
             dilation=config.dilation,
             dropout=config.attention_dropout if self.training else 0.0,
             return_weights=return_trace,
+            backend=self.backend,
         )
         inside = crop(merged, (height, width)) if padding else merged
         y = self.projection_dropout(self.output(inside)).permute(0, 3, 1, 2)

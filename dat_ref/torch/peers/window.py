@@ -13,6 +13,7 @@ from ...peers.window import WindowTrace
 from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
+from ..functional.grid import Size
 from ..initialization import init_table
 
 
@@ -49,21 +50,39 @@ class WindowAttention(SpecModule):
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, WindowTrace]:
         """Return y (B, C, H, W), and the trace if asked (attention dropout is then left out)."""
-        config = self.config
-        check_map("x", x, config.dim)
+        check_map("x", x, self.config.dim)
+        return self._traced(x) if return_trace else self._attend(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        config, size = self.config, (x.shape[2], x.shape[3])
+        windows = functional.cut_windows(x.permute(0, 2, 3, 1), config.window_size, config.shift)
+        attended = self.attend_in_windows(self.qkv(windows), size)
+        projected = self.projection_dropout(self.output(attended))
+        return functional.lay_windows(projected, size, config.window_size, config.shift).permute(0, 3, 1, 2)
+
+    def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
+        """Attend inside the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mask = self.mask(size, qkv.dtype)
+        return functional.attend_in_windows(qkv, mask, scale=self.config.scale, dropout=dropout)
+
+    def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
+        return functional.window_mask(
+            self.window_bias.table.to(dtype), size, self.config.window_size, self.config.shift
+        )
+
+    def _traced(self, x: Tensor) -> tuple[Tensor, WindowTrace]:
+        config, size = self.config, (x.shape[2], x.shape[3])
         merged, weights = functional.window_attention(
             self.qkv(x.permute(0, 2, 3, 1)),
             self.window_bias.table,
             window=config.window_size,
             shift=config.shift,
             scale=config.scale,
-            dropout=config.attention_dropout if self.training else 0.0,
-            return_weights=return_trace,
+            return_weights=True,
         )
         y = self.projection_dropout(self.output(merged)).permute(0, 3, 1, 2)
-        if not return_trace:
-            return y
-        size = (x.shape[2], x.shape[3])
         grid, cells = functional.window_cells(size, config.window_size, config.shift, x.device)
         fields: dict[str, Any] = {"x": x, **weights, "merged": merged.permute(0, 3, 1, 2), "grid": grid, "cells": cells}
         return y, WindowTrace(**fields)

@@ -1,0 +1,82 @@
+"""Whole backbones: as released, as here, rewritten for inference, compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..torch import DAT, create_model, optimize_for_inference
+from .agreement import WHOLE_GRADIENT, Results
+from .cases import ModelCase
+from .contenders import Contender
+from .released import as_released
+
+RELEASED = "released"  # what the others are compared with, in float32
+OPTIMIZED = "optimized"  # `optimize_for_inference`, which has no training step
+COMPILED = ", compiled"
+
+
+def model_contenders(
+    case: ModelCase, names: list[str], dtypes: list[torch.dtype], device: str, seed: int, compiled: bool
+) -> list[Contender]:
+    """Return the backbone with the same random weights and images in every way asked for.
+
+    Args:
+        names: ``"released"``, ``"optimized"``, or backends.
+        dtypes: float32 as it is, others under autocast (``"optimized"``: cast).
+        compiled: whether to add each under `torch.compile`, in the last of the dtypes.
+    """
+    torch.manual_seed(seed)
+    original = create_model(case.name, drop_path_rate=0.0).eval().to(device)
+    images = torch.randn(case.batch, 3, case.image, case.image, device=device)
+    labels = torch.randint(original.num_classes, (case.batch,), device=device)
+    found = []
+    for dtype in dtypes:
+        for name in names:
+            found.append(_contender(name, original, images, labels, dtype, compiled=False))
+            if compiled and name != OPTIMIZED and dtype == dtypes[-1]:
+                found.append(_contender(name, original, images, labels, dtype, compiled=True))
+    return found
+
+
+def _contender(
+    name: str, original: DAT, images: Tensor, labels: Tensor, dtype: torch.dtype, compiled: bool
+) -> Contender:
+    plain = _variant(name, original, dtype)
+    parameters = list(plain.parameters())
+    model: Callable[[Tensor], Tensor] = torch.compile(plain) if compiled else plain
+    images = images.to(dtype) if name == OPTIMIZED else images
+
+    def forward() -> Tensor:
+        with torch.no_grad(), _autocast(name, images, dtype):
+            return model(images)
+
+    def backward() -> Results:
+        with _autocast(name, images, dtype):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        grads = torch.autograd.grad(loss, parameters)
+        return {"logits": logits.detach(), WHOLE_GRADIENT: torch.cat([grad.flatten() for grad in grads])}
+
+    return Contender(name + COMPILED * compiled, dtype, forward, None if name == OPTIMIZED else backward)
+
+
+def _variant(name: str, original: DAT, dtype: torch.dtype) -> nn.Module:
+    if name == RELEASED:
+        return as_released(original)
+    model = copy.deepcopy(original)
+    if name == OPTIMIZED:
+        return optimize_for_inference(model.to(dtype))
+    model.set_backend(name)
+    return model
+
+
+def _autocast(name: str, images: Tensor, dtype: torch.dtype) -> AbstractContextManager[object]:
+    if name == OPTIMIZED or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(images.device.type, dtype=dtype)

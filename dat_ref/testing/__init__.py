@@ -1,0 +1,55 @@
+"""The conformance kit: point it at any implementation, and it says which promises hold and what is wrong.
+
+    >>> from dat_ref.testing import check
+    >>> (report,) = check("dat_ref.ops.sampling:bilinear_sample", max_examples=5)
+    >>> report.passed, report.results[3].check.promise
+    (True, 'Position (0, 0) is the center of the first pixel.')
+
+==========================  ====================================================================================
+`dat_ref.testing.subjects`  what can be judged: one file for each operation
+`dat_ref.testing.subject`   what the kit is made of: case, check, mutant, subject, implementation
+`dat_ref.testing.trial`     one implementation under one setting, compared with the spec
+`dat_ref.testing.run`       the checks, in order, with the smallest counter-example
+`dat_ref.testing.diagnosis` the mistake by name: the mutant that behaves the same
+`dat_ref.testing.layout`    other layouts, single images: wrappers for what does not fit the protocol as it is
+`dat_ref.testing.report`    the report for people
+`dat_ref.testing.pytest`    one test for each check, in other people's suites
+==========================  ====================================================================================
+
+An implementation is a function of NumPy arrays under the protocol's name, or an object with several of them;
+``<name>_vjp(cotangent, *arguments)`` beside it is its gradient. ``dat-ref check --list`` prints the names.
+"""
+
+from .agreement import assert_agree, assert_within_budget, over_budget
+from .kit import check, choose
+from .layout import with_layout
+from .report import text
+from .run import Report, Result, check_subject
+from .subject import Argument, Case, Check, Implementation, Mismatch, Mutant, Setting, Skip, Stage, Subject
+from .subjects import SUBJECTS
+from .torch import from_torch
+
+__all__ = [
+    "SUBJECTS",
+    "Argument",
+    "Case",
+    "Check",
+    "Implementation",
+    "Mismatch",
+    "Mutant",
+    "Report",
+    "Result",
+    "Setting",
+    "Skip",
+    "Stage",
+    "Subject",
+    "assert_agree",
+    "assert_within_budget",
+    "check",
+    "check_subject",
+    "choose",
+    "from_torch",
+    "over_budget",
+    "text",
+    "with_layout",
+]

@@ -1,0 +1,58 @@
+"""``deformable-attention`` from PyPI: where its two-dimensional module puts its keys, and what it reads there.
+
+Its layer differs from DAT's by design (a bias computed by a small network, no normalisation of the offsets, grouped
+projections), so its outputs are not compared. Two of its promises can be: its keys lie on a grid over the map, and a
+key moved to pixel p reads the map at p. Keys are counted in cells of their grid; with one key a pixel these are pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..._checks import Array
+from ...ops.grid import Size
+from ..torch import from_torch
+from . import require
+
+torch = require("torch")
+module = require("deformable_attention.deformable_attention_2d", "deformable-attention")
+
+
+def _keys_and_values(x: Any, positions: Any) -> Any:
+    """Run the module with its keys at `positions` (N, 2, H, W), (x, y), and catch what it reads: (N, C, H, W)."""
+    channels = x.shape[1]
+    x = torch.cat([x, x.new_zeros(len(x), max(4 - channels, 0), *x.shape[2:])], dim=1)  # it wants four at least
+    layer = module.DeformableAttention2D(
+        dim=x.shape[1], dim_head=1, heads=1, offset_groups=1, downsample_factor=1, offset_kernel_size=1
+    ).to(x.dtype)
+    # Whatever its network would predict, the keys move to where they are wanted.
+    layer.to_offsets.register_forward_hook(lambda *_: positions - module.create_grid_like(positions))
+    caught: list[Any] = []
+    layer.to_k.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    layer(x)
+    return caught[0][:, :channels]
+
+
+def _bilinear_sample(x: Any, points_px: Any) -> Any:
+    """Sample at points (N, P, 2): the module has a key for each pixel, so they go in portions of H·W."""
+    height, width = x.shape[2:]
+    portions = []
+    for portion in points_px.flip(-1).split(height * width, dim=1):  # (N, ≤ H·W, 2), (x, y)
+        idle = portion.new_zeros(len(portion), height * width - portion.shape[1], 2)
+        positions = torch.cat([portion, idle], dim=1).transpose(1, 2).reshape(-1, 2, height, width)
+        portions.append(_keys_and_values(x, positions).flatten(2)[:, :, : portion.shape[1]])
+    return torch.cat(portions, dim=2)
+
+
+bilinear_sample = from_torch(_bilinear_sample)
+bilinear_sample_vjp = bilinear_sample.vjp
+
+
+def reference_pixels(key_size: Size, size: Size) -> Array:
+    """Return where the keys lie in pixels: its own grid, normalised by its own function, for the grid_sample that it
+    calls, in whose coordinates -1 and 1 are the map's edges."""
+    grid = module.create_grid_like(torch.zeros(1, 2, *key_size, dtype=torch.float64))
+    normalised = module.normalize_grid(grid[None])[0].flip(-1)  # (Hk, Wk, 2), (y, x)
+    extent = torch.tensor(size, dtype=torch.float64)
+    pixels: Array = ((normalised + 1) * extent / 2 - 0.5).numpy()
+    return pixels

@@ -1,0 +1,89 @@
+"""Counter-examples as text: a small map with points on it, or positions along an axis."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._checks import Array
+
+LARGEST_SIDE = 9  # larger maps are told, not drawn
+CELL, ROW = 6, 2  # characters a pixel, lines a pixel
+
+
+def draw_map(pixels: Array, points: Array) -> str:
+    """Draw a map (H, W) with its pixel values, and points (P, 2) in pixels as letters; one pixel around the map shows.
+
+    >>> print(draw_map(np.array([[1.0, 2.0]]), np.array([[0.0, 1.5]])))
+                    x=0   x=1
+           y=0        1     2  a
+    a: (y, x) = (0, 1.5)
+    """
+    height, width = pixels.shape
+    points = np.round(points, 9) + 0.0  # not -0
+    legend = [f"{letter(p)}: (y, x) = ({y:.12g}, {x:.12g})" for p, (y, x) in enumerate(points.tolist())]
+    if max(height, width) > LARGEST_SIDE:
+        return "\n".join([f"map of {height} × {width}", *legend])
+    lines = [[" "] * (CELL * (width + 4)) for _ in range(ROW * (height + 1) + 1)]
+
+    def write(row: float, column: float, text: str) -> None:
+        """Put a text so that it ends where position (row, column) is drawn."""
+        line, end = round(ROW * (row + 1)), round(CELL * (column + 3)) + 1
+        if 0 <= line < len(lines) and len(text) <= end <= len(lines[0]):
+            lines[line][end - len(text) : end] = text
+
+    for i, j in np.ndindex(height, width):
+        write(i, j, f"{pixels[i, j]:.4g}")
+    for i in range(height):
+        write(i, -1.5, f"y={i}")
+    for p, (y, x) in enumerate(points.tolist()):
+        if np.isfinite([y, x]).all():
+            beside = 1 / CELL if y == round(y) and x == round(x) else 0  # not on top of the pixel's number
+            write(y, x + beside, letter(p))
+    header = "".join(f"{f'x={j}':>{CELL}}" for j in range(width))
+    drawn = [line for line in ("".join(line).rstrip() for line in lines) if line]  # empty lines tell nothing
+    return "\n".join([" " * (2 * CELL + 1) + header, *drawn, *legend])
+
+
+def letter(index: int) -> str:
+    """Return a name for a point: a, b, c … z, then the number."""
+    return chr(ord("a") + index) if index < 26 else str(index)
+
+
+def draw_axis(name: str, length: int, expected: Array, got: Array) -> str:
+    """Draw positions along an axis of pixels: a ruler, what was expected (o) and what came (x; * where they meet).
+
+    >>> print(draw_axis("rows", 3, np.array([0.0, 2.0]), np.array([0.5, 2.5])))
+    rows     0     1     2
+             o  x        o  x
+             expected 0 2, got 0.5 2.5
+    """
+    margin, label = 3, max(len(name) + 1, 6)
+    line = [" "] * (label + margin + CELL * (length + 1))
+
+    def place(value: float) -> int:
+        return label + margin + round(CELL * value)
+
+    ruler = list(line)
+    for pixel in range(length):
+        ruler[place(pixel)] = str(pixel)[-1]
+    for values, mark in ((expected, "o"), (got, "x")):
+        for value in values[np.isfinite(values)]:
+            at = place(float(np.clip(value, -0.5 - margin / CELL, length)))
+            if 0 <= at < len(line):
+                line[at] = "*" if line[at] == "o" and mark == "x" else mark
+    ruler[: len(name)] = name
+    texts = " ".join(f"{value:.4g}" for value in expected), " ".join(f"{value:.4g}" for value in got)
+    told = f"{'':{label + margin}}expected {texts[0]}, got {texts[1]}"
+    return "\n".join(["".join(ruler).rstrip(), "".join(line).rstrip(), told])
+
+
+def worst(expected: Array, got: Array) -> str:
+    """Say where two arrays of one shape differ most: ``at [0, 0, 2]: expected 1, got 0.25``."""
+    if expected.shape != got.shape:
+        return f"expected shape {expected.shape}, got {got.shape}"
+    if not expected.size:
+        return ""
+    error = np.nan_to_num(np.abs(got - expected), nan=np.inf)
+    place = np.unravel_index(int(error.argmax()), error.shape)
+    at = ", ".join(str(int(i)) for i in place)
+    return f"at [{at}]: expected {expected[place]:.9g}, got {got[place]:.9g}"

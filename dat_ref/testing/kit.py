@@ -1,0 +1,90 @@
+"""From a target to its reports: what ``dat-ref check`` and the pytest helper share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..conventions import Convention
+from .conventions import Following, follows
+from .run import Report, check_subject
+from .subject import Implementation, Setting, Subject
+from .target import implementations, load
+
+Pair = tuple[Subject, Implementation]
+
+
+def choose(target: Any, subjects: Sequence[str] = ()) -> list[Pair]:
+    """Return what a target implements; see `dat_ref.testing.target.implementations`.
+
+    Args:
+        target: ``"package.module:object"``, or the object itself.
+        subjects: names; empty for all that are there.
+    """
+    if isinstance(target, str):
+        return implementations(load(target), target, subjects)
+    module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", type(target).__name__)
+    return implementations(target, f"{module}:{name}" if module else name, subjects)
+
+
+def settings_for(
+    implementation: Implementation, subject: Subject, convention: Convention | None, setting: Setting
+) -> Iterator[tuple[Setting, Following | None]]:
+    """Yield under what to check: the convention asked for, or each that it can be told, or the one that it follows."""
+    if convention is not None or not subject.conventional:
+        yield replace(setting, convention=convention or setting.convention), None
+    elif implementation.takes_convention:
+        yield from ((replace(setting, convention=each), None) for each in Convention)
+    else:
+        found = follows(implementation, subject, setting)
+        yield replace(setting, convention=found.convention), found
+
+
+def check(
+    target: Any,
+    subjects: Sequence[str] = (),
+    *,
+    convention: Convention | None = None,
+    dtype: str = "float64",
+    max_examples: int = 50,
+    expected_failures: Mapping[str, str] | None = None,
+) -> list[Report]:
+    """Check everything that a target implements.
+
+    Args:
+        target: ``"package.module:object"``, or a function, an instance, a class or a module.
+        subjects: names; empty for all that are there.
+        convention: whose geometry is the truth; None to find out.
+        expected_failures: reasons by the name of a check, ``first_pixel`` or ``sampler.first_pixel``.
+
+    Returns:
+        a report for each subject, for each convention where it can be told one.
+
+    Raises:
+        ValueError: if there is nothing to check.
+    """
+    setting = Setting(dtype=dtype, max_examples=max_examples)
+    return [
+        check_subject(implementation, subject, each, expected_failures)
+        for subject, implementation in choose(target, subjects)
+        for each, _ in settings_for(implementation, subject, convention, setting)
+    ]
+
+
+def read_expected_failures(path: Path) -> dict[str, str]:
+    """Read a list of checks that are known to fail, a line each: its name, then ``# why``; other comments are skipped.
+
+    Raises:
+        ValueError: for a line without a reason.
+    """
+    listed = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        name, _, reason = (part.strip() for part in line.partition("#"))
+        if not name:
+            continue
+        if not reason:
+            raise ValueError(f"--xfails: expected `name  # why` in {path}, line {number}, got {line.strip()!r}")
+        listed[name] = reason
+    return listed

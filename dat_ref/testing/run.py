@@ -1,0 +1,202 @@
+"""Run a subject's checks against an implementation: named examples first, then what Hypothesis draws and shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
+from hypothesis.strategies import SearchStrategy
+
+from .diagnosis import diagnose
+from .subject import (
+    Case,
+    Check,
+    Implementation,
+    Mismatch,
+    Mutant,
+    Setting,
+    Skip,
+    Stage,
+    Subject,
+    with_mistakes,
+)
+from .trial import Trial
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that a check rejects, as small as could be found."""
+
+    case: Case
+    mismatch: Mismatch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a check.
+
+    Args:
+        failure: the counter-example, or None.
+        skipped: why it did not run, or "".
+        expected_failure: the reason on the list of expected failures, or None where it is not on it.
+    """
+
+    check: Check
+    failure: Failure | None = None
+    skipped: str = ""
+    expected_failure: str | None = None
+
+    @property
+    def status(self) -> str:
+        """``pass``, ``fail``, ``skip``, ``xfail`` (fails as expected) or ``xpass`` (passes against expectation)."""
+        if self.skipped:
+            return "skip"
+        if self.expected_failure is not None:
+            return "xfail" if self.failure else "xpass"
+        return "fail" if self.failure else "pass"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of one subject; `diagnosis` names the known mistakes that the implementation behaves like."""
+
+    trial: Trial
+    results: list[Result]
+    diagnosis: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong: no failure, and none missing that was expected."""
+        return not any(result.status in ("fail", "xpass") for result in self.results)
+
+    def failed(self, stage: Stage | None = None) -> list[Result]:
+        """Return the failures, of one stage or of all, in order; expected ones too."""
+        return [result for result in self.results if result.failure and stage in (None, result.check.stage)]
+
+    def mistakes(self) -> list[Mutant]:
+        """Return the mistakes of the diagnosis."""
+        known = {mutant.name: mutant for mutant in self.trial.subject.mutants}
+        return [known[name] for name in self.diagnosis]
+
+    def shown(self) -> list[Result]:
+        """Return the failures to be told in full: the first of each stage, and those of the mistakes by name."""
+        named = {mistake.check for mistake in self.mistakes()}
+        first = [self.failed(stage)[0] for stage in Stage if self.failed(stage)]
+        return [result for result in self.failed() if result in first or result.check.name in named]
+
+
+def check_subject(
+    implementation: Implementation,
+    subject: Subject,
+    setting: Setting | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    *,
+    shrink: bool = True,
+) -> Report:
+    """Run every check of a subject, in order.
+
+    Args:
+        expected_failures: reasons by the name of a check (``first_pixel`` or ``sampler.first_pixel``).
+        shrink: whether to look for the smallest counter-example of each stage's first failure.
+    """
+    trial = Trial(implementation, subject, setting or Setting())
+    listed = expected_failures or {}
+    results: list[Result] = []
+    for check in subject.checks:
+        reason = listed.get(f"{subject.name}.{check.name}", listed.get(check.name))
+        failed = [result.check.stage for result in results if result.failure]
+        if Stage.SMOKE in failed and check.stage is not Stage.SMOKE:
+            results.append(Result(check, skipped="it does not run"))
+        else:
+            # The first failure of a stage is shown in full, so that one is made small.
+            results.append(check_one(trial, check, reason, shrink=shrink and check.stage not in failed))
+    report = Report(trial, results)
+    report.diagnosis.extend(diagnose(trial, [result.failure.case for result in report.failed() if result.failure]))
+    if shrink and len(report.diagnosis) > 1:
+        results[:] = [_isolated(trial, result, report.mistakes()) for result in results]
+    return report
+
+
+def _isolated(trial: Trial, result: Result, mistakes: Sequence[Mutant]) -> Result:
+    """Return a result whose counter-example shows its own mistake: where it would be wrong without the others too."""
+    others = [mistake for mistake in mistakes if mistake.check != result.check.name]
+    if result.failure is None or len(others) == len(mistakes):
+        return result
+    reference = with_mistakes(trial.subject.reference, others)
+    failure = find_failure(replace(trial, subject=replace(trial.subject, reference=reference)), result.check)
+    if failure is None:
+        return result
+    try:
+        result.check.test(trial, failure.case)
+    except Mismatch as mismatch:
+        return replace(result, failure=Failure(mismatch.case or failure.case, mismatch))
+    return result
+
+
+def check_one(trial: Trial, check: Check, reason: str | None = None, *, shrink: bool = True) -> Result:
+    """Run one check.
+
+    Args:
+        reason: why it is expected to fail, or None.
+        shrink: whether to look for the smallest counter-example.
+    """
+    if check.stage is Stage.GRADIENTS and trial.implementation.vjp is None:
+        return Result(check, skipped="no gradient was given")
+    try:
+        return Result(check, find_failure(trial, check, shrink=shrink), expected_failure=reason)
+    except Skip as skip:
+        return Result(check, skipped=str(skip))
+
+
+def find_failure(trial: Trial, check: Check, *, shrink: bool = True) -> Failure | None:
+    """Return a case that the check rejects, the smallest that Hypothesis finds, or else the first example."""
+
+    def attempt(case: Case) -> Mismatch | None:
+        try:
+            check.test(trial, case)
+        except Mismatch as mismatch:
+            return mismatch
+        return None
+
+    found = None
+    for case in check.cases(trial.setting):
+        mismatch = attempt(case)
+        if mismatch is not None:
+            found = Failure(mismatch.case or case, mismatch)
+            break
+    if check.strategy is None or (found is not None and not shrink):
+        return found
+    drawn = _search(check.strategy(trial.setting), attempt, trial.setting.max_examples, shrink=shrink)
+    return drawn or found
+
+
+def _search(
+    strategy: SearchStrategy[Case], attempt: Callable[[Case], Mismatch | None], max_examples: int, *, shrink: bool
+) -> Failure | None:
+    """Let Hypothesis look for a failure; it runs the smallest one last."""
+    last: Failure | None = None
+
+    @settings(
+        max_examples=max_examples,
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        database=None,
+        deadline=None,
+        derandomize=True,  # the same verdict on every run
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def look(case: Case) -> None:
+        nonlocal last
+        mismatch = attempt(case)
+        if mismatch is not None:
+            last = Failure(mismatch.case or case, mismatch)
+            raise mismatch
+
+    try:
+        look()
+    except (Mismatch, Flaky):  # flaky: the implementation answers differently when asked again, which is a failure too
+        return last
+    return None

@@ -1,0 +1,120 @@
+"""From what people have to what the kit runs: a function, a class, an instance or a module with known names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from .subject import Implementation, Subject
+from .subjects import SUBJECTS
+
+
+def load(name: str) -> Any:
+    """Import ``package.module:object``, ``package.module`` or ``package.module:object.attribute``.
+
+    Raises:
+        ValueError: if there is no such object.
+    """
+    module_name, _, path = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file here can be named
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # an import inside the module fails
+        raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}") from error
+    for attribute in path.split(".") if path else ():
+        if not hasattr(found, attribute):
+            raise ValueError(f"TARGET: {module_name} has no {path!r}")
+        found = getattr(found, attribute)
+    return found
+
+
+def implementations(target: Any, name: str, only: Sequence[str] = ()) -> list[tuple[Subject, Implementation]]:
+    """Return what a target implements: each subject with its functions.
+
+    A function serves the subject that its name belongs to, or the one that is asked for. A class is called without
+    arguments. An instance or a module serves every subject whose function it has; ``<function>_vjp`` beside it is the
+    gradient.
+
+    Args:
+        name: ``package.module:object``, for the report.
+        only: names of subjects; empty for all that are there.
+
+    Raises:
+        ValueError: if nothing is found, or what was asked for is missing; it says which names are looked for.
+    """
+    wanted = [subject_named(each) for each in only] or list(SUBJECTS)
+    if inspect.isclass(target):
+        target = target()
+    if inspect.isroutine(target) or (callable(target) and not any(hasattr(target, each.function) for each in wanted)):
+        return [_single(target, name, wanted, chosen=bool(only))]
+    found = [
+        (subject, implementation_of(subject, getattr(target, subject.function),
+                                    getattr(target, f"{subject.function}_vjp", None), _path(name, subject.function)))
+        for subject in wanted
+        if hasattr(target, subject.function)
+    ]  # fmt: skip
+    missing = [subject for subject in wanted if not hasattr(target, subject.function)]
+    if not found or (only and missing):
+        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{listing(missing)}")
+    return found
+
+
+def _single(target: Any, name: str, wanted: Sequence[Subject], *, chosen: bool) -> tuple[Subject, Implementation]:
+    own = getattr(target, "__name__", "")
+    subjects = [subject for subject in wanted if subject.function == own] or (list(wanted) if chosen else [])
+    if len(subjects) != 1:
+        names = ", ".join(subject.name for subject in SUBJECTS)
+        raise ValueError(
+            f"TARGET: which subject does the function {own!r} implement? Name one with --subject ({names}), or call "
+            f"the function by one of the protocol's names:\n{listing(wanted)}"
+        )
+    return subjects[0], implementation_of(subjects[0], target, getattr(target, "vjp", None), name)
+
+
+def implementation_of(subject: Subject, forward: Any, vjp: Any, name: str) -> Implementation:
+    """Return functions as an implementation; what they take by name only, they are given by name."""
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # written in another language
+        parameters = MappingProxyType({})
+    keywords = [
+        argument.name
+        for argument in subject.arguments
+        if argument.name in parameters and parameters[argument.name].kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    return Implementation(name, forward, vjp, "convention" in parameters, keywords)
+
+
+def _path(name: str, function: str) -> str:
+    return f"{name}.{function}" if ":" in name else f"{name}:{function}"
+
+
+def subject_named(name: str) -> Subject:
+    """Return a subject by name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for subject in SUBJECTS:
+        if subject.name == name:
+            return subject
+    raise ValueError(f"--subject: expected one of {', '.join(subject.name for subject in SUBJECTS)}, got {name!r}")
+
+
+def listing(subjects: Sequence[Subject]) -> str:
+    """Return the functions of subjects with what they take and return, for people who write one."""
+    lines = []
+    for subject in subjects:
+        lines.append(f"  {subject.signature} -> ({', '.join(subject.returns)}): {subject.title}")
+        for argument in subject.arguments:
+            axes = f"({', '.join(argument.axes)})" if argument.axes else ""
+            lines.append(f"      {argument.name:<12} {axes:<14} {argument.words}")
+    return "\n".join(lines)

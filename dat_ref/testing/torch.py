@@ -1,0 +1,82 @@
+"""Implementations in torch, as functions of NumPy arrays; autograd gives the gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .._checks import Array
+from .subject import Function
+
+
+class from_torch:
+    """A torch function as the kit takes one: ``sample = from_torch(my_sample)``, with its gradient as ``sample.vjp``.
+
+    Args:
+        function: takes tensors where the protocol has arrays, and dicts of tensors for dicts of arrays; everything else
+            as it is.
+        device: where the tensors are put.
+
+    >>> import torch
+    >>> double = from_torch(lambda x: 2 * x)
+    >>> double(np.array([1.0, 3.0])), double.vjp(np.array([1.0, 1.0]), np.array([1.0, 3.0]))[0]
+    (array([2., 6.]), array([2., 2.]))
+    """
+
+    numpy_memory = False  # what it allocates cannot be seen from here
+
+    def __init__(self, function: Function, device: str = "cpu") -> None:
+        self.function, self.device = function, device
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        with suppress(TypeError, ValueError):  # written in another language
+            self.__signature__ = inspect.signature(function)  # whether it takes a convention, and what by name only
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return the function's result."""
+        import torch
+
+        with torch.no_grad():
+            return _each(self._arrays, self.function(*self._tensors(arguments), **options))
+
+    def vjp(self, cotangent: Array, *arguments: Any, **options: Any) -> list[Any]:
+        """Return the gradient of every array among the arguments, in order, of a dict as a dict; zeros where autograd
+        finds none. Where the function returns several results, the cotangent is of the first."""
+        import torch
+
+        tensors = self._tensors(arguments)
+        leaves = [leaf.requires_grad_() for value in tensors for leaf in _leaves(value)]
+        output = self.function(*tensors, **options)
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        (weight,) = self._tensors([cotangent])
+        grads = iter(torch.autograd.grad(first, leaves, weight, allow_unused=True, materialize_grads=True))
+        return [_each(lambda leaf: self._arrays(next(grads)), value) for value in tensors if _leaves(value)]
+
+    def _tensors(self, arguments: Any) -> list[Any]:
+        """Copies: a tensor on a read-only array would be a licence to write."""
+        import torch
+
+        def tensor(value: Any) -> Any:
+            return torch.from_numpy(np.array(value)).to(self.device) if isinstance(value, np.ndarray) else value
+
+        return [_each(tensor, value) for value in arguments]
+
+    @staticmethod
+    def _arrays(value: Any) -> Any:
+        return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change a value, or each of a dict or of a tuple."""
+    if isinstance(value, Mapping):
+        return {name: change(each) for name, each in value.items()}
+    return tuple(change(each) for each in value) if type(value) is tuple else change(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Return the tensors in an argument."""
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return [each for each in values if hasattr(each, "requires_grad_")]

@@ -1,0 +1,71 @@
+"""What autograd and autocast do with an operation of ours that has a backward operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autograd_rule(
+    operation: Callable[..., Any],
+    backward: Callable[..., Any],
+    tensors: int,
+    twice: Callable[..., tuple[Tensor | None, ...]] | None = None,
+) -> Callable[..., Any]:
+    """Return what to register for ``"Autograd"``; `torch.library.register_autograd` does the same at thrice the cost.
+
+    Args:
+        operation: (tensors, geometry) → (out, lse), of which `out` is differentiable.
+        backward: (cotangent of out, tensors, out, lse, geometry) → the gradients of the tensors.
+        tensors: how many of the arguments are tensors, the first ones.
+        twice: (cotangent of out, tensors, geometry, which gradients are needed) → the gradients of the tensors, None
+            where not needed, by operations that can be differentiated once more.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = operation(*args)
+            ctx.save_for_backward(*args[:tensors], out, lse)
+            ctx.geometry = args[tensors:]
+            ctx.mark_non_differentiable(lse)
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+            others = (None,) * len(ctx.geometry)
+            needed = ctx.needs_input_grad[:tensors]
+            if grad_out is None:
+                return (None,) * tensors + others
+            if torch.is_grad_enabled():  # create_graph=True
+                if twice is None:
+                    raise NotImplementedError(f"{operation} has no second derivative; backend='matmul' has")
+                return twice(grad_out, ctx.saved_tensors[:tensors], ctx.geometry, needed) + others
+            grads = backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+            return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)) + others
+
+    def rule(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(each.requires_grad for each in args[:tensors]):
+            return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    return rule
+
+
+def autocast_rule(operation: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return what to register for autocast on a device: q, k and v become narrow, everything else is geometry."""
+
+    def rule(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        # float64 is asked for on purpose.
+        narrow = (each if each.dtype is torch.float64 else each.to(dtype) for each in (q, k, v))
+        with torch.autocast(device, enabled=False):
+            return operation(*narrow, *others)
+
+    return rule

@@ -1,0 +1,313 @@
+"""Models rewritten for inference on a CPU: `optimize_for_inference`.
+
+What is rewritten, and what it saves:
+
+- linear layers hold their weights packed as oneDNN reads them, with the GELU inside the product;
+- factors and identities are folded into weights: layer scale into the projection before it, ``x + conv(x)`` into the
+  middle of the kernel;
+- residual branches are added in place;
+- shallow stages run a few images at a time, so that memory is used again instead of asked for;
+- windows that see all their pixels are attended to by the core's kernels, where those are; the masks of the others are
+  kept from call to call.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..conventions import Convention
+from . import functional
+from .backbone import Stage
+from .block import MLP, Block, LayerScale
+from .functional.grid import Size
+from .layer import DeformableAttention
+from .peers import NeighborhoodAttention, WindowAttention
+from .peers.mhsa import MultiHeadAttention
+
+M = TypeVar("M", bound=nn.Module)
+
+# The layers of each attention that are called as modules; others lend their weights to functions, and stay.
+_PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    DeformableAttention: ("query", "key", "value", "output"),
+    WindowAttention: ("qkv", "output"),
+    NeighborhoodAttention: ("qkv", "output"),
+    MultiHeadAttention: ("qkv", "output"),
+}
+_OPERATORS = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")  # not public in torch
+# Bytes of the widest maps of a stage at a time. Much less, and products of few rows grow slow; much more, and the
+# allocator gives the memory back to the system after each use and gets it page by page again.
+_HIDDEN_BYTES = 1 << 24
+
+
+def optimize_for_inference(model: M) -> M:
+    """Return a copy of a model that computes the same, faster: for inference alone, on a CPU.
+
+    The copy takes any H and W and any batch, as the model does, and gives the same outputs but for rounding. It can be
+    copied and pickled; it cannot be trained, traced, exported, moved or cast, and has no state dict: keep the model for
+    those. For half precision cast the model first: ``optimize_for_inference(copy.deepcopy(model).to(torch.bfloat16))``.
+
+    Args:
+        model: `DAT`, `DeformableAttention`, or any module with such inside, in eval mode.
+
+    Returns:
+        the copy; if the device, the dtype or this machine has no packed products, a plain copy, with a warning that
+        says why.
+
+    Raises:
+        ValueError: for a model in training mode.
+
+    >>> import dat_ref.torch
+    >>> model = dat_ref.torch.create_model("dat_tiny", num_classes=10).eval()
+    >>> fast = optimize_for_inference(model)
+    >>> images = torch.ones(1, 3, 64, 96)
+    >>> bool(torch.allclose(fast(images), model(images), atol=1e-5))
+    True
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError("model: expected eval mode, got a model that is training: call model.eval() first")
+    fast = copy.deepcopy(model).requires_grad_(False)
+    reason = _why_not(model)
+    if reason:
+        warnings.warn(f"optimize_for_inference: {reason}; the model is copied as it is", stacklevel=2)
+        return fast
+    for module in fast.modules():
+        if type(module) is Block:
+            _fold_block(module)
+        elif type(module) is MLP and module.kind == "depthwise_residual":
+            _fold_identity(module.depthwise)
+    return _replace(fast, {})
+
+
+def _why_not(model: nn.Module) -> str:
+    """Return what stands against packing the weights, or nothing."""
+    weights = list(model.parameters())
+    devices = {weight.device.type for weight in weights}
+    if devices - {"cpu"}:
+        return f"weights are on {', '.join(sorted(devices))}, and only those of a CPU are packed (use torch.compile)"
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
+        return f"torch {torch.__version__} has no packed products"
+    dtypes = {str(weight.dtype) for weight in weights if not _packs(weight.dtype)}
+    return f"this machine has no packed products in {', '.join(sorted(dtypes))}" if dtypes else ""
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    try:
+        _pack(torch.zeros(2, 2, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ folding
+
+
+def _fold_block(block: Block) -> None:
+    if block.local_perception is not None:
+        _fold_identity(block.local_perception)
+    _fold_scale(block.layer_scale2, block.mlp.linear2)
+    block.layer_scale2 = nn.Identity()
+    if type(block.attention) in _PROJECTIONS:
+        _fold_scale(block.layer_scale1, block.attention.output)  # type: ignore[arg-type]
+        block.layer_scale1 = nn.Identity()
+
+
+def _fold_identity(depthwise: nn.Conv2d) -> None:
+    """Make ``conv(x)`` what ``x + conv(x)`` was."""
+    rows, columns = depthwise.kernel_size
+    depthwise.weight[:, :, rows // 2, columns // 2].add_(1)
+
+
+def _fold_scale(scale: nn.Module, linear: nn.Linear) -> None:
+    if isinstance(scale, LayerScale):
+        linear.weight.mul_(scale.weight[:, None])
+        linear.bias.mul_(scale.weight)
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+class InferenceModule(nn.Module):
+    """A module that refuses what a rewritten model cannot do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    def train(self, mode: bool = True) -> Any:
+        """Refuse to train."""
+        if mode:
+            raise RuntimeError(f"{_REWRITTEN} and cannot be trained: train the one it was made of")
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        raise RuntimeError(f"{_REWRITTEN}: move or cast the one it was made of, and rewrite that")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise RuntimeError(f"{_REWRITTEN}: save the one it was made of")
+
+
+_REWRITTEN = "this model was rewritten for inference"
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+class PackedLinear(InferenceModule):
+    """A linear layer whose weight lies as oneDNN reads it, perhaps with a GELU behind it."""
+
+    def __init__(self, layer: nn.Linear, gelu: bool = False) -> None:
+        super().__init__()
+        self.dtype = layer.weight.dtype
+        self.weight = _pack(layer.weight)  # opaque to all but the operator
+        self.bias = layer.bias.detach().clone()
+        self.activation = "gelu" if gelu else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C')."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{_REWRITTEN}: compile or export the one it was made of")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"{_REWRITTEN} and has no gradients: differentiate the one it was made of")
+        x = x.to(self.dtype)  # autocast has no say here
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weight": self.weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "weight": _pack(state["weight"])})
+
+
+class FastMLP(InferenceModule):
+    """`MLP` with the GELU inside the first product or inside the convolution."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.depthwise = None if mlp.kind == "linear" else mlp.depthwise  # x + conv(x) has been folded
+        self.linear1 = PackedLinear(mlp.linear1, gelu=mlp.kind == "linear")
+        self.linear2 = PackedLinear(mlp.linear2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        hidden = self.linear1(x.permute(0, 2, 3, 1))
+        if self.depthwise is not None:
+            hidden = _convolve_gelu(hidden.permute(0, 3, 1, 2), self.depthwise).permute(0, 2, 3, 1)
+        return self.linear2(hidden).permute(0, 3, 1, 2)
+
+
+def _convolve_gelu(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    shape = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+    return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *shape, "gelu", [], "none")
+
+
+class FastWindowAttention(InferenceModule, WindowAttention):
+    """`WindowAttention` that keeps the mask of the last size, and needs none where the core's kernels can do it.
+
+    Where windows see all their pixels, this is deformable attention whose points are the pixels of a window.
+    """
+
+    def __init__(self, attention: WindowAttention) -> None:
+        WindowAttention.__init__(self, attention.config)
+        self.qkv, self.window_bias, self.output = attention.qkv, attention.window_bias, attention.output
+        side = (attention.config.window_size,) * 2
+        self.pixels = functional.reference_points(side, Convention.CELL_CENTER, dtype=torch.float32).view(1, 1, -1, 2)
+        self.kernels = "cpu" in functional.backends()
+        self.kept: Any = None  # ((size, dtype), mask)
+        self.eval()
+
+    def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
+        """Attend inside the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
+        config, side = self.config, self.config.window_size
+        if config.shift or size[0] % side or size[1] % side or not self.kernels:
+            return super().attend_in_windows(qkv, size)
+        q, k, v = functional.split_windows(qkv.flatten(0, 1), config.heads)
+        attended = functional.deformable_attention(
+            q,
+            k,
+            v,
+            self.pixels.expand(len(q), -1, -1, -1),
+            self.window_bias.table,
+            query_size=(side, side),
+            convention=Convention.CELL_CENTER,
+            scale=config.scale,
+            backend="cpu",
+        )
+        return attended.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[:2])
+
+    def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
+        key = (size, dtype)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = key, super().mask(size, dtype)
+        return self.kept[1]
+
+
+class FastBlock(InferenceModule):
+    """`Block` with its residual branches added in place."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.local_perception = block.local_perception  # x + conv(x) has been folded
+        self.norm1, self.attention, self.layer_scale1 = block.norm1, block.attention, block.layer_scale1
+        self.norm2, self.mlp = block.norm2, block.mlp
+
+    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        if return_trace:
+            raise RuntimeError(f"{_REWRITTEN} and keeps no trace: trace the one it was made of")
+        if self.local_perception is not None:
+            x = self.local_perception(x)
+        x = self.layer_scale1(self.attention(self.norm1(x))).add_(x)
+        return self.mlp(self.norm2(x)).add_(x)
+
+
+class FastStage(InferenceModule):
+    """`Stage`, a few images at a time."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.widest = max(block.mlp.linear1.bias.shape[0] for block in stage.blocks)  # type: ignore[index, operator, union-attr]
+        self.blocks = stage.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        image = x.shape[2] * x.shape[3] * self.widest * x.element_size()
+        parts = [self._run(part) for part in x.split(max(_HIDDEN_BYTES // max(image, 1), 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+_FAST: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    MLP: FastMLP,
+    WindowAttention: FastWindowAttention,
+    Block: FastBlock,
+    Stage: FastStage,
+}
+
+
+def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> Any:
+    """Return what stands for a module, its children first; one that is shared stays shared."""
+    if module not in done:
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _replace(child, done)
+        for name in _PROJECTIONS.get(type(module), ()):
+            setattr(module, name, PackedLinear(getattr(module, name)))
+        fast = _FAST.get(type(module))
+        done[module] = module if fast is None else fast(module)
+    return done[module]

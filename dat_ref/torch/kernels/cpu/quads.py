@@ -1,0 +1,119 @@
+"""Groups of four lanes: 16 lanes are four queries with four keys each, or four queries with four channels each.
+
+With queries and channels in the lanes, a product with a key needs neither a transposed copy of queries or keys nor a
+sum over all lanes: four channels of the key go to all four queries, and what remains in the end are sums inside quads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .vectors import Vector, maximum
+from .vectors import _address as address
+from .vectors import _alignment as alignment
+
+QUAD = 4
+LANES = QUAD * QUAD
+inlined = njit(
+    error_model="numpy", fastmath={"contract"}, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
+
+
+def _mask(places: Iterable[int]) -> Any:
+    places = list(places)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+@intrinsic
+def spread_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return array[index : index + 4] in all quads."""
+    vector = Vector(array.dtype, like.lanes)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.VectorType(context.get_value_type(array.dtype), QUAD)
+        pointer = address(context, builder, array, args[0], args[1], kind)
+        quad = builder.load(pointer, align=alignment(context, array.dtype))
+        return builder.shuffle_vector(quad, quad, _mask(lane % QUAD for lane in range(like.lanes)))
+
+    return vector(array, types.int64, like), lower
+
+
+@intrinsic
+def quads_of(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return a in the lanes of the first quad, b, c and d in those of the others."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = context.get_value_type(like.dtype)
+        four = ir.Constant(ir.VectorType(kind, QUAD), ir.Undefined)
+        for place in range(QUAD):
+            value = context.cast(builder, args[1 + place], sig.args[1 + place], like.dtype)
+            four = builder.insert_element(four, value, ir.Constant(ir.IntType(32), place))
+        return builder.shuffle_vector(four, four, _mask(lane // QUAD for lane in range(like.lanes)))
+
+    return like(like, a, b, c, d), lower
+
+
+@intrinsic
+def quad_sums(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return in lane 4·i + j the sum over quad i of the j-th vector."""
+
+    def halved(builder: Any, left: Any, right: Any) -> Any:
+        """Return in each quad: the sums of two neighbors of the left vector, then of the right one."""
+        even, odd = (
+            builder.shuffle_vector(left, right, _mask(quad + place + odd for quad in quads for place in places))
+            for odd in (0, 1)
+        )
+        return builder.fadd(even, odd)
+
+    quads, places = range(0, a.lanes, QUAD), (0, 2, a.lanes, a.lanes + 2)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return halved(builder, halved(builder, *args[:2]), halved(builder, *args[2:]))
+
+    return a(a, b, c, d), lower
+
+
+@intrinsic
+def interleave(typing: Any, target: Any, to: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """target[to + 16·k + 4·i + j] = the i-th vector's lane 4·k + j."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for k in range(LANES // QUAD):
+            pair = _mask(start + QUAD * k + j for start in (0, LANES) for j in range(QUAD))
+            halves = [builder.shuffle_vector(*args[first : first + 2], pair) for first in (2, 4)]
+            row = builder.shuffle_vector(*halves, _mask(range(LANES)))
+            index = builder.add(args[1], ir.Constant(ir.IntType(64), LANES * k))
+            pointer = address(context, builder, target, args[0], index, row.type)
+            builder.store(row, pointer, align=alignment(context, target.dtype))
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, a, b, c, d), lower
+
+
+@intrinsic(prefer_literal=True)
+def _swapped(typing: Any, vector: Any, distance: Any) -> Any:
+    step = distance.literal_value
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.shuffle_vector(args[0], args[0], _mask(lane ^ step for lane in range(vector.lanes)))
+
+    return vector(vector, distance), lower
+
+
+@inlined
+def quad_maximum(vector: Any) -> Any:
+    """Return in all lanes of a quad its largest one."""
+    vector = maximum(vector, _swapped(vector, 1))
+    return maximum(vector, _swapped(vector, 2))
+
+
+@inlined
+def quad_sum(vector: Any) -> Any:
+    """Return in all lanes of a quad their sum."""
+    vector = vector + _swapped(vector, 1)
+    return vector + _swapped(vector, 2)

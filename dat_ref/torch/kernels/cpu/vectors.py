@@ -1,0 +1,352 @@
+"""Vectors of numbers as values in Numba: what the kernels of this folder are written in.
+
+    query = load(queries, at, zero)              # as many numbers as `zero` has, from there on
+    total += spread(keys, n, zero) * query       # one number for all lanes; × and + become fused multiply-adds
+    store(scores, at, total)
+
+LLVM maps a vector to whatever registers there are: 16 float32 lanes are one register with AVX-512, two with AVX2, four
+with NEON. Written as loops over scalars, the same needs the loop vectoriser to see that arrays do not overlap and that
+indices are not negative, and a small edit can silently cost a factor of ten. Here nothing is left to be found out, and
+sums can stay in registers while a loop runs.
+
+`load`, `spread` and `store` check no bounds, and indices do not count from the end.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.np.arrayobj import populate_array
+
+# Of the processor that Numba compiles for, which is part of the key under which it keeps compiled code.
+_HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+
+# Numbers of lanes. Four wide sums at a time are 16 registers of the 32 that AVX-512 and NEON have, or 8 of AVX2's 16.
+NARROW = 16 if _HAS_AVX512 else 8
+PAIR = 2 * NARROW
+WIDE = 4 * NARROW if _HAS_AVX512 else 2 * NARROW
+
+FUSED = ("contract",)  # lets LLVM fuse a product and a sum
+
+# No flag that assumes numbers to be finite: NaN must come out as NaN.
+compiled = njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+class Vector(types.Type):
+    """The Numba type of a vector: an element type and a number of lanes."""
+
+    def __init__(self, dtype: types.Type, lanes: int) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(f"Vector({dtype}, {lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        element = manager.lookup(vector.dtype).get_value_type()
+        super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def _spread_value(context: Any, builder: Any, value: Any, given: types.Type, vector: Vector) -> Any:
+    """All lanes the one value, converted to the vector's element type; a vector stays what it is."""
+    if isinstance(given, Vector):
+        return value
+    scalar = context.cast(builder, value, given, vector.dtype)
+    empty = ir.Constant(context.get_value_type(vector), ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), None))
+
+
+def _define_operator(symbol: Any, instruction: str) -> None:
+    @infer_global(symbol)
+    class _Typing(AbstractTemplate):
+        def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
+            vectors = [kind for kind in args if isinstance(kind, Vector)]
+            if not vectors or any(kind != vectors[0] and not isinstance(kind, types.Number) for kind in args):
+                return None
+            return signature(vectors[0], *args)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        left, right = (_spread_value(context, builder, *pair, sig.return_type) for pair in zip(args, sig.args))
+        return getattr(builder, instruction)(left, right, flags=FUSED)
+
+    for pair in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(symbol, *pair)(lower)
+
+
+for _name, _instruction in (("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"), ("truediv", "fdiv")):
+    _define_operator(getattr(operator, _name), _instruction)
+    _define_operator(getattr(operator, f"i{_name}"), _instruction)
+
+
+@intrinsic(prefer_literal=True)
+def filled(typing: Any, value: Any, lanes: Any) -> Any:
+    """Return that many lanes of this value; their number must be a constant."""
+    vector = Vector(types.unliteral(value), lanes.literal_value)
+    return vector(value, lanes), lambda context, builder, sig, args: _spread_value(
+        context, builder, args[0], value, vector
+    )
+
+
+@intrinsic
+def lanes_of(typing: Any, like: Any) -> Any:
+    """Return how many lanes the vector has."""
+    lanes = like.lanes
+    return types.int64(like), lambda context, builder, sig, args: context.get_constant(types.int64, lanes)
+
+
+@intrinsic
+def maximum(typing: Any, a: Any, b: Any) -> Any:
+    """Return the larger one in each lane, and b where either is NaN."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, b), lower
+
+
+@intrinsic
+def where_not_negative(typing: Any, condition: Any, a: Any, b: Any) -> Any:
+    """Return a in the lanes where the condition is 0 or more, b in the others."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = ir.Constant(args[0].type, None)
+        return builder.select(builder.fcmp_ordered(">=", args[0], zero), args[1], args[2])
+
+    return a(condition, a, b), lower
+
+
+@intrinsic
+def lane_numbers(typing: Any, like: Any) -> Any:
+    """Return 0, 1, 2, …"""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return ir.Constant(args[0].type, [float(lane) for lane in range(like.lanes)])
+
+    return like(like), lower
+
+
+@intrinsic
+def keep_lanes(typing: Any, vector: Any, first: Any, last: Any) -> Any:
+    """Return the vector with zeros in all lanes but first ≤ lane < last, whatever stood there."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        numbers = ir.Constant(ir.VectorType(ir.IntType(64), vector.lanes), list(range(vector.lanes)))
+        indices = Vector(types.int64, vector.lanes)
+        start, stop = (
+            _spread_value(context, builder, arg, kind, indices) for arg, kind in zip(args[1:], (first, last))
+        )
+        inside = builder.and_(builder.icmp_signed(">=", numbers, start), builder.icmp_signed("<", numbers, stop))
+        return builder.select(inside, args[0], ir.Constant(args[0].type, None))
+
+    return vector(vector, first, last), lower
+
+
+@intrinsic
+def lane_sum(typing: Any, vector: Any) -> Any:
+    """Return the sum of all lanes."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, lanes = args[0], vector.lanes
+        while lanes > 1:  # halves onto each other
+            lanes //= 2
+            low, high = (
+                ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes)))
+                for start in (0, lanes)
+            )
+            total = builder.fadd(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return vector.dtype(vector), lower
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, pointee: Any) -> Any:
+    """Return the address of array[index] as a pointer to the pointee type."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
+
+
+def _alignment(context: Any, dtype: types.Type) -> int:
+    return context.get_abi_sizeof(context.get_value_type(dtype))  # of one element, not of a whole vector
+
+
+@intrinsic
+def numbers_at(typing: Any, address: Any, like: Any) -> Any:
+    """Return the memory at an address as a flat array of numbers of the type of `like`, of no known length."""
+    kind = types.Array(like, 1, "C")
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array = context.make_array(kind)(context, builder)
+        size, itemsize = (context.get_constant(types.intp, n) for n in (2**60, _alignment(context, like)))
+        pointer = builder.inttoptr(args[0], context.get_value_type(like).as_pointer())
+        populate_array(array, data=pointer, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.int64, like), lower
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return array[index : index + lanes] with the lanes of `like`. The array is flat and contiguous."""
+    vector = Vector(array.dtype, like.lanes)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, array, args[0], args[1], context.get_value_type(vector))
+        return builder.load(address, align=_alignment(context, array.dtype))
+
+    return vector(array, types.int64, like), lower
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Set array[index : index + lanes]."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, array, args[0], args[1], context.get_value_type(vector))
+        builder.store(args[2], address, align=_alignment(context, array.dtype))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), lower
+
+
+@intrinsic
+def spread(typing: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return array[index] in all lanes."""
+    vector = Vector(array.dtype, like.lanes)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address = _address(context, builder, array, args[0], args[1], context.get_value_type(array.dtype))
+        return _spread_value(context, builder, builder.load(address), array.dtype, vector)
+
+    return vector(array, types.int64, like), lower
+
+
+@intrinsic
+def transpose_block(typing: Any, target: Any, to: Any, target_row: Any, source: Any, at: Any, source_row: Any) -> Any:
+    """target[to + i·target_row + j] = source[at + j·source_row + i] for i, j < NARROW.
+
+    In log₂ NARROW rounds, each of which swaps the blocks beside the diagonal of blocks twice as large.
+    """
+    vector = Vector(source.dtype, NARROW)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = context.get_value_type(vector)
+        align = _alignment(context, source.dtype)
+
+        def row(array: int, number: int) -> Any:
+            index = builder.add(args[array + 1], builder.mul(args[array + 2], ir.Constant(ir.IntType(64), number)))
+            return _address(context, builder, sig.args[array], args[array], index, kind)
+
+        rows = [builder.load(row(3, number), align=align) for number in range(NARROW)]
+        block = NARROW // 2
+        while block:
+            lanes = range(NARROW)
+            upper = [lane if not lane & block else lane - block + NARROW for lane in lanes]
+            lower_ = [lane + block if not lane & block else lane + NARROW for lane in lanes]
+            for first in (number for number in lanes if not number & block):
+                pair = rows[first], rows[first + block]
+                for number, mask in ((first, upper), (first + block, lower_)):
+                    rows[number] = builder.shuffle_vector(
+                        *pair, ir.Constant(ir.VectorType(ir.IntType(32), NARROW), mask)
+                    )
+            block //= 2
+        for number, value in enumerate(rows):
+            builder.store(value, row(0, number), align=align)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(target, index, index, source, index, index), lower
+
+
+# ------------------------------------------------------------------------------------------------ exp2 and log2
+
+
+@intrinsic
+def exp2(typing: Any, x: Any) -> Any:
+    """Return 2ˣ in each lane, for x ≤ 100; 2^-126 for anything below -126; NaN stays NaN.
+
+    With n the integer nearest to x and f = x - n, it is 2ⁿ · Σ (f ln 2)ᵏ / k!, and n is added to the sum's exponent.
+    """
+    # For |f| ≤ ½ the first term left out is 5e-9 or 4e-18: below the rounding of either type.
+    degree, bits, mantissa = (7, 32, 23) if x.dtype == types.float32 else (13, 64, 52)
+    series = [math.log(2) ** k / math.factorial(k) for k in range(degree + 1)]
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind, integers = args[0].type, ir.VectorType(ir.IntType(bits), x.lanes)
+
+        def constant(value: float) -> Any:
+            return ir.Constant(kind, [value] * x.lanes)
+
+        lowest = constant(-126.0)
+        power = builder.select(builder.fcmp_ordered(">", lowest, args[0]), lowest, args[0])
+        # Adding 1.5·2^mantissa leaves no room for a fraction: x is rounded, and the lowest bits of the result hold n.
+        shift = constant(1.5 * 2.0**mantissa)
+        shifted = builder.fadd(power, shift)
+        f = builder.fsub(power, builder.fsub(shifted, shift))
+        total = constant(series[-1])
+        for coefficient in reversed(series[:-1]):
+            total = builder.fadd(builder.fmul(total, f, flags=FUSED), constant(coefficient), flags=FUSED)
+        n = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * x.lanes))
+        return builder.bitcast(builder.add(builder.bitcast(total, integers), n), kind)
+
+    return x(x), lower
+
+
+@intrinsic
+def log2(typing: Any, x: Any) -> Any:
+    """Return the logarithm to base 2 in each lane, for normal x > 0; NaN stays NaN.
+
+    With x = 2ⁿ m, √½ ≤ m < √2, and z = (m - 1)/(m + 1), it is n + 2/ln 2 · Σ z^(2k+1) / (2k+1).
+    """
+    # For |z| ≤ 0.172 the first term left out is 4e-10 or 3e-19.
+    terms, bits, mantissa = (5, 32, 23) if x.dtype == types.float32 else (12, 64, 52)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind, integers = args[0].type, ir.VectorType(ir.IntType(bits), x.lanes)
+
+        def constant(value: Any, kind: Any = kind) -> Any:
+            return ir.Constant(kind, [value] * x.lanes)
+
+        one, width = constant(1.0), constant(mantissa, integers)
+        number = builder.bitcast(args[0], integers)
+        root_half = builder.bitcast(constant(math.sqrt(0.5)), integers)
+        n = builder.ashr(builder.sub(number, root_half), width)
+        m = builder.bitcast(builder.sub(number, builder.shl(n, width)), kind)
+        z = builder.fdiv(builder.fsub(m, one), builder.fadd(m, one))
+        square, total = builder.fmul(z, z), constant(0.0)
+        for k in reversed(range(terms)):
+            total = builder.fadd(
+                builder.fmul(total, square, flags=FUSED), constant(2 / math.log(2) / (2 * k + 1)), flags=FUSED
+            )
+        result = builder.fadd(builder.fmul(total, z, flags=FUSED), builder.sitofp(n, kind), flags=FUSED)
+        return builder.fadd(result, builder.fsub(args[0], args[0]))  # what is no number must not become one
+
+    return x(x), lower
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+@intrinsic(prefer_literal=True)
+def take_ticket(typing: Any, record: Any, place: Any) -> Any:
+    """Return the place-th integer of a record and add 1 to it, in one step that no other thread can come between."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        counters = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        counter = builder.gep(counters, [ir.Constant(ir.IntType(64), place.literal_value)])
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(record, place), lower

@@ -1,0 +1,123 @@
+"""Time and memory of the core against the size of its map, log-log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from .style import GROUP_COLORS, HAIRLINE, INK, save, sheet, styled
+
+__all__ = ["draw_speed", "save"]
+
+BLUE, VERMILION, GREEN, PINK, _, _, BROWN, GRAY = GROUP_COLORS
+TICKS = 0.5  # inches left of a panel, for its numbers
+
+
+class Look(NamedTuple):
+    """How a line is drawn and named."""
+
+    name: str
+    color: str
+    width: float = 1.4
+    dashes: tuple[float, ...] = ()
+
+
+LOOKS = {
+    "eager": Look("eager, as released", INK),
+    "matmul": Look("matmul", BROWN),
+    "blockwise": Look("blockwise", GREEN),
+    "cpu": Look("cpu (Numba)", BLUE, 2.2),
+    "triton": Look("triton", VERMILION, 2.2),
+    "sdpa": Look("torch's attention, no bias", PINK, 1.4, (3.2, 1.4)),
+}
+
+
+@styled
+def draw_speed(found: Mapping[str, Any]) -> Figure:
+    """Draw what `dat-ref bench` measured on maps of growing size.
+
+    Args:
+        found: what it writes with ``--json``; ``resolutions`` holds at least two maps.
+    """
+    maps, machine = found["resolutions"], found["machine"]
+    if len(maps) < 2:
+        raise ValueError(f"resolutions: expected at least two maps, got {len(maps)}")
+    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    page = sheet(
+        2,
+        0.8,
+        columns=2,
+        title="Time and memory of the core against the size of the map",
+        caption=f"Forward pass, one image, 12 heads of 32 channels, a key for every pixel, {maps[0]['dtype']}. "
+        f"{machine['hardware']}{threads}, torch {machine['versions']['torch']}, {machine['date']}. "
+        "A line ends where its backend would no longer fit into memory.",
+        footer=0.68,
+    )
+    time, memory = page.axes
+    lines = [_panel(time, maps, "Time", "seconds", "s"), _panel(memory, maps, "Memory", "bytes", "B")]
+    page.figure.legend(handles=lines[0], loc="lower center", ncols=len(lines[0]), handlelength=2.2)
+    return page.figure
+
+
+def _panel(axes: Axes, maps: list[Mapping[str, Any]], title: str, field: str, symbol: str) -> list[Any]:
+    _make_room(axes)
+    names = list(dict.fromkeys(row["name"] for each in maps for row in each["rows"]))
+    lines = []
+    for name in names:
+        amounts = {
+            each["side"]: row[field]["forward"]
+            for each in maps
+            for row in each["rows"]
+            if row["name"] == name and row[field]["forward"]
+        }
+        look = LOOKS.get(name, Look(name, GRAY))
+        (line,) = axes.plot(
+            list(amounts),
+            list(amounts.values()),
+            color=look.color,
+            lw=look.width,
+            dashes=look.dashes or (None, None),
+            marker="o",
+            ms=2.8,
+            mec="white",
+            mew=0.5,
+            label=look.name,
+        )
+        lines.append(line)
+    sides = [each["side"] for each in maps]
+    axes.set_title(title)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(sides[0] * 0.93, sides[-1] * 1.07)
+    axes.set_xlabel("side of the map, pixels")
+    axes.xaxis.set_major_locator(FixedLocator(sides))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(10))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _short(amount, symbol)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color=HAIRLINE, lw=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    return lines
+
+
+def _make_room(axes: Axes) -> None:
+    box, figure = axes.get_position(), axes.figure
+    assert figure is not None
+    share = TICKS / figure.get_size_inches()[0]  # type: ignore[union-attr]
+    axes.set_position((box.x0 + share, box.y0, box.width - share, box.height))
+
+
+def _short(amount: float, unit: str) -> str:
+    """Write a number with a prefix.
+
+    >>> _short(2e6, "B"), _short(1e-4, "s")
+    ('2 MB', '100 µs')
+    """
+    prefixes = {1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "µ"}
+    factor = next((factor for factor in prefixes if amount >= factor * 0.999), 1e-6)
+    return f"{amount / factor:g} {prefixes[factor]}{unit}"

@@ -1,0 +1,277 @@
+"""The benchmark: no speed of what computes something else, medians by turns, memory, a page that follows the JSON."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import dat_ref.torch.functional as functional  # noqa: E402
+from dat_ref.bench import cases, contenders, measure, memory, timing  # noqa: E402
+from dat_ref.bench.agreement import Disagreement, check  # noqa: E402
+from dat_ref.bench.contenders import BACKWARD, FORWARD, contender, draw  # noqa: E402
+from dat_ref.bench.released import as_released  # noqa: E402
+from dat_ref.cli import main  # noqa: E402
+from dat_ref.torch.functional import registry  # noqa: E402
+
+DOCS = Path(__file__).parents[1] / "docs"
+CORE = cases.CoreCase("C", 1, (5, 7), (2, 3), 4, 2, depth=8)
+MODEL = cases.ModelCase("dat_tiny", 1, 64)
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    """Make the shape C tiny, and the model's image small."""
+    monkeypatch.setattr(cases, "cases", lambda names, device: [each for each in (CORE, MODEL) if each.name in names])
+    monkeypatch.setattr(timing, "LEAST_SAMPLE", 0.0)
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Do without the processes that memory is measured in."""
+    monkeypatch.setattr(measure, "extra_bytes", lambda *arguments: 2_500_000)
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def results(dtype=torch.float32, backend="blockwise"):
+    return dict(contender(backend, CORE, draw(CORE, torch.float32, "cpu", 5).to(dtype)).results())
+
+
+def test_backends_agree_and_are_within_the_budget_in_half_precision():
+    expected = results(backend="eager")
+    assert check("blockwise", results(), expected, expected, torch.float32) < 1e-5
+    plain = results(torch.bfloat16, "eager")
+    assert check("blockwise", results(torch.bfloat16), expected, plain, torch.bfloat16) < 0.1
+    assert list(expected) == ["forward", "out", "q", "k", "v", "points", "table"]
+
+
+@pytest.mark.parametrize("part", ["forward", "out", "q", "k", "v", "points", "table"])
+@pytest.mark.parametrize("mistake", ["thousandth", "nan", "missing", "shape", "one element"])
+def test_a_mistake_in_any_part_is_seen(part, mistake):
+    wrong, expected = results(), results(backend="eager")
+    tensor = wrong[part].clone()
+    wrong[part] = {
+        "thousandth": tensor * 1.001,
+        "nan": tensor.index_fill(0, torch.tensor([0]), float("nan")),
+        "missing": tensor,
+        "shape": tensor[..., :-1],
+        "one element": tensor.flatten().index_fill(0, torch.tensor([3]), 0.0).view(tensor.shape),
+    }[mistake]
+    if mistake == "missing":
+        del wrong[part]
+    with pytest.raises(
+        Disagreement, match=r"shape|gives|by nan" if mistake in ("shape", "missing", "nan") else f"differs: {part} by"
+    ):
+        check("wrong", wrong, expected, expected, torch.float32)
+
+
+def test_in_half_precision_a_mistake_of_a_tenth_is_seen():
+    expected, plain = results(), results(torch.bfloat16, "eager")
+    wrong = {**plain, "points": plain["points"] * 1.3}
+    check("right", plain, expected, plain, torch.bfloat16)
+    with pytest.raises(Disagreement, match="points"):
+        check("wrong", wrong, expected, plain, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------ time and memory
+
+
+def test_contenders_take_turns_and_the_median_counts(monkeypatch):
+    """Each round starts with another contender; what a clock shows of each is known."""
+    now, ran = [0.0], []
+    costs = {"a": [9, 1, 5, 2], "b": [9, 40, 30, 20], "c": [9, 3, 3, 3]}  # the first only says how often to repeat
+
+    def run(name):
+        def call():
+            ran.append(name)
+            now[0] += costs[name][ran.count(name) - 1]
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "LONG_RUN", 1e9)
+    medians, rounds = timing.medians({name: run(name) for name in costs}, 3, "cpu")
+    assert (medians, rounds) == ({"a": 2, "b": 30, "c": 3}, 3)
+    assert "".join(ran) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_short_calls_are_repeated_and_long_ones_get_fewer_rounds(monkeypatch):
+    now, calls = [0.0], {"short": 0, "long": 0}
+
+    def run(name, seconds):
+        def call():
+            calls[name] += 1
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    medians, rounds = timing.medians({"short": run("short", 0.0005), "long": run("long", 9.0)}, 50, "cpu")
+    assert rounds == timing.LEAST_ROUNDS
+    assert calls == {"short": 1 + 10 * rounds, "long": 1 + rounds}
+    assert medians == pytest.approx({"short": 0.0005, "long": 9.0})
+
+
+def allocate(megabytes):
+    """Return a small run and one that takes so much, for `extra_bytes`."""
+    return [lambda: torch.ones(3) @ torch.ones(3), lambda: torch.ones(megabytes * 250_000).sum()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+def test_memory_is_what_was_taken():
+    for megabytes in (5, 40):
+        taken = memory.extra_bytes("cpu", 1, allocate, megabytes)
+        assert 0.95 * megabytes < taken / 1e6 < megabytes + 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("backend", ["blockwise", "cpu", "eager"])
+def test_memory_grows_with_queries_and_not_with_pairs(backend):
+    """Four times the pixels are sixteen times the pairs; the eager formulation, the counter-example, keeps those."""
+    if backend not in functional.backends():
+        pytest.skip("not here")
+
+    def taken(case):
+        return memory.extra_bytes("cpu", 1, measure.attention_runs, case, backend, torch.float32, "cpu", FORWARD)
+
+    small, large = (taken(replace(case, heads=6)) for case in cases.resolutions((24, 48)))
+    linear = large < 5 * small + 2e6
+    assert linear == (backend != "eager"), (small, large)
+
+
+# ------------------------------------------------------------------------------------------------ who takes part
+
+
+def test_a_backend_that_cannot_serve_takes_no_part():
+    assert contenders.objection("blockwise", CORE, draw(CORE, torch.float32, "cpu", 0)) == ""
+    if not torch.cuda.is_available():
+        assert contenders.objection("triton", CORE, draw(CORE, torch.float32, "cpu", 0)) != ""
+
+
+def test_data_is_drawn_anew_for_each_run(monkeypatch):
+    seeds = []
+
+    def recorded(case, dtype, device, seed):
+        seeds.append(seed)
+        return draw(case, dtype, device, seed)
+
+    monkeypatch.setattr(measure, "draw", recorded)
+    monkeypatch.setattr(measure, "extra_bytes", lambda *arguments: None)
+    options = measure.Options("cpu", 1, 1, ("blockwise",), (torch.float32,))
+    for _ in range(2):
+        list(measure.comparisons([CORE], options, lambda what: None))
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+def test_the_released_formulation_has_the_same_parameters_and_outputs(name):
+    import dat_ref.torch as dt
+
+    torch.manual_seed(0)
+    model = dt.create_model(name, num_classes=10).eval()
+    released = as_released(model)
+    assert released.state_dict().keys() == model.state_dict().keys()
+    kinds = {type(module).__name__ for module in released.modules()}
+    assert {"PointwiseConvolution"} | ({"WrittenOutWindows"} if name == "dat_tiny" else set()) <= kinds
+    assert "WindowAttention" not in kinds
+    x = torch.randn(1, 3, 67, 98)
+    with torch.no_grad():
+        torch.testing.assert_close(released(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def bench(*arguments):
+    return main(["bench", "--rounds", "1", "--device", "cpu", *arguments])
+
+
+def test_everything_is_measured_told_and_written(tiny_cases, no_memory, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("dat_ref.cli.bench.SIDES", {"cpu": (3, 5)})
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # takes minutes
+    files = {kind: tmp_path / "made" / f"numbers.{kind}" for kind in ("json", "md", "png")}
+    written = ["--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])]
+    assert (
+        bench("--shapes", "C", "dat_tiny", "curve", "--backends", "blockwise", "--compile", "dat_tiny", *written) == 0
+    )
+    told = capsys.readouterr()
+    found = json.loads(files["json"].read_text(encoding="utf-8"))
+    core, model = found["comparisons"]
+    assert [row["name"] for row in core["rows"]] == ["eager", "blockwise", "sdpa"]
+    assert all(row["seconds"][kind] > 0 for row in core["rows"] for kind in (FORWARD, BACKWARD))
+    assert core["rows"][0]["bytes"].keys() == {FORWARD, BACKWARD}
+    plain, half = ([row["name"] for row in model["rows"] if row["dtype"] == name] for name in ("float32", "bfloat16"))
+    assert plain == ["released", "blockwise", "optimized"]
+    assert half == ["released", "released, compiled", "blockwise", "blockwise, compiled", "optimized"]
+    assert sum(model["shares"]["float32"].values()) == pytest.approx(1)
+    assert BACKWARD not in next(row for row in model["rows"] if row["name"] == "optimized")["seconds"]
+    assert [each["side"] for each in found["resolutions"]] == [3, 5]
+    assert "torch's attention, no bias" in told.out
+    assert "1.00×" in told.out
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    again = tmp_path / "again.md"
+    assert main(["bench", "--read", str(files["json"]), "--markdown", str(again)]) == 0
+    assert again.read_text(encoding="utf-8") == files["md"].read_text(encoding="utf-8")
+    assert capsys.readouterr().out == told.out
+
+
+class CrookedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+@pytest.mark.parametrize("mistake", [lambda out: out * 1.001, CrookedGradient.apply], ids=["output", "gradient"])
+def test_what_computes_something_else_gets_no_speed(tiny_cases, no_memory, mistake, monkeypatch, capsys, tmp_path):
+    """Neither for itself nor for the others; exit code 1, and no file is left."""
+
+    def run(*arguments, **options):
+        return mistake(registry._BACKENDS["blockwise"].run(*arguments, **options))
+
+    monkeypatch.setitem(registry._BACKENDS, "crooked", replace(registry._BACKENDS["eager"], name="crooked", run=run))
+    path = tmp_path / "numbers.json"
+    assert bench("--shapes", "C", "--backends", "blockwise", "crooked", "--json", str(path)) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.search(r"crooked in float32 differs: .*no speed is told", told.err, re.DOTALL)
+    assert not path.exists()
+
+
+def test_what_would_not_fit_is_not_run(tiny_cases, no_memory, monkeypatch, capsys):
+    """The reference is then the blockwise formulation."""
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
+    monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], run=None))
+    assert bench("--shapes", "C", "--backends", "blockwise") == 0
+    assert "C, float32: eager: would take about 0.0 GB, and 0.0 GB are free." in capsys.readouterr().out
+
+
+def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsys):
+    if "cpu" not in functional.backends():
+        pytest.skip("not here")
+    took = iter([8.5, 0.25])
+    monkeypatch.setattr("dat_ref.bench.run.fresh_process", lambda *arguments: next(took))
+    assert bench("--shapes", "C", "--warm") == 0
+    assert re.search(r"cpu +float32 +8\.5 +0\.2", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "Z"], "--shapes: expected some of A, A22, B"),
+        (["--backends", "fast"], "--backends: expected some of eager"),
+        (["--dtypes", "int8"], "--dtypes: expected float32, bfloat16 or float16, got 'int8'"),
+        (["--read", "no/such.json"], "no/such.json: No such file"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert bench(*arguments) == 2
+    assert message in capsys.readouterr().err

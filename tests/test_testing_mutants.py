@@ -1,0 +1,99 @@
+"""The kit itself: every mutant fails first at the check that names it, and is named; that right ones pass is shown in
+`test_testing_ours`."""
+
+from contextlib import suppress
+
+import pytest
+
+from dat_ref import Convention
+from dat_ref.testing import SUBJECTS, Mutant, Setting, Skip, Stage, check_subject
+from dat_ref.testing.diagnosis import diagnose
+from dat_ref.testing.run import check_one
+from dat_ref.testing.subjects import ATTENTION, BIAS, LAYER
+from dat_ref.testing.subjects.layer_steps import LayerSteps, run_layer
+from dat_ref.testing.subjects.steps import Steps, attend_with_bias, exchange, read_bias
+from dat_ref.testing.trial import Trial
+
+MUTANTS = [(subject, mutant) for subject in SUBJECTS for mutant in subject.mutants]
+
+# What ports get wrong, with words that the names of the mutants share.
+COMMON_MISTAKES = {
+    "x/y swapped": "x and y swapped",
+    "half-pixel shift": "half a pixel",
+    "H for H - 1": "H for H - 1",
+    "square-only normalisation": "x is normalised by the height",
+    "group order": "groups in reverse order",
+    "missing scale": "the scale is missing",
+    "missing offset bound": "no bound: the tanh is missing",
+    "border dropped": "dropped",
+    "border wrapped": "wraps around",
+    "bias sign": "the displacement has the wrong sign",
+    "bias transposed": "the table is transposed",
+    "table off by one": "off by one",
+    "gradient times 1.001": "0.1 % too large",
+    "position gradient through the bias forgotten": "the position gradient through the bias is forgotten",
+    "half-precision geometry": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(("subject", "mutant"), MUTANTS, ids=lambda each: each.name)
+def test_each_mutant_is_rejected_by_the_check_named_for_it(subject, mutant):
+    """The first check that fails is the one that the mutant names, and the diagnosis is the mutant."""
+    trial = Trial(mutant.apply(subject.reference), subject, Setting(max_examples=3))
+    results = (check_one(trial, check, shrink=False) for check in subject.checks)
+    first = next(result for result in results if result.failure)
+    assert first.check.name == mutant.check
+    assert diagnose(trial, [first.failure.case]) == [mutant.name]
+
+
+@pytest.mark.parametrize("mistake", COMMON_MISTAKES)
+def test_the_common_mistakes_are_all_there(mistake):
+    """Each of the mistakes that ports make is a mutant."""
+    assert any(COMMON_MISTAKES[mistake] in mutant.name for _, mutant in MUTANTS)
+
+
+def unchanged(step):
+    return step
+
+
+@pytest.mark.parametrize(
+    ("subject", "compute", "steps", "exchanged"),
+    [
+        (BIAS, read_bias, Steps(), "displace"),
+        (ATTENTION, attend_with_bias, Steps(), "attend"),
+        (LAYER, run_layer, LayerSteps(), "bound"),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+@pytest.mark.parametrize("convention", Convention)
+def test_without_a_mistake_the_steps_are_the_reference(subject, compute, steps, exchanged, convention):
+    """What the mutants are made of is right: only the exchanged step can be what a check sees."""
+    same = Mutant("nothing", "", exchange(compute, steps, **{exchanged: unchanged}))
+    setting = Setting(convention)
+    trial = Trial(same.apply(subject.reference), subject, setting)
+    for check in subject.checks:
+        if check.stage in (Stage.SHAPES, Stage.VALUES):
+            for case in check.cases(setting):
+                with suppress(Skip):
+                    check.test(trial, case)
+
+
+def test_a_report_names_the_first_failure_and_the_mistake():
+    """All checks of one mutant, with the smallest counter-example."""
+    mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalised by the height")
+    report = check_subject(mutant.apply(BIAS.reference), BIAS, Setting(max_examples=10))
+    assert not report.passed
+    assert report.failed()[0].check.name == "not_square"
+    assert report.diagnosis == ["x is normalised by the height"]
+
+
+def test_names_are_unique_and_mutants_name_checks():
+    """A name means one thing; every mutant's check exists."""
+    assert (
+        len({subject.name for subject in SUBJECTS}) == len({subject.function for subject in SUBJECTS}) == len(SUBJECTS)
+    )
+    for subject in SUBJECTS:
+        checks, mutants = [check.name for check in subject.checks], [mutant.name for mutant in subject.mutants]
+        assert len(set(checks)) == len(checks)
+        assert len(set(mutants)) == len(mutants)
+        assert {mutant.check for mutant in subject.mutants} <= set(checks)

@@ -1,0 +1,184 @@
+"""Our own implementations keep every promise of the kit: the NumPy spec, PyTorch in each backend, the torch layer.
+
+A few cases a check are drawn, in the profile "deep" many.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+from torch.func import functional_call
+
+from dat_ref import Convention, OffsetBound
+from dat_ref.testing import Stage, check, from_torch, text
+from dat_ref.testing.pytest import conformance_tests
+from dat_ref.testing.subjects.layer_cases import config_of
+from dat_ref.torch import DeformableAttention, functional
+from dat_ref.torch.functional import backends
+
+FEW = max(settings.default.max_examples // 8, 1)  # 3 of a check in the profile "ci", 50 in "deep"
+DTYPES = ["float64", "float32"]
+
+
+def holds(target, subject, *, besides="", **options):
+    """Require every promise but one that is not made, the gradients' among them."""
+    reports = check(target, [subject], **{"max_examples": FEW, **options})
+    for report in reports:
+        assert {result.check.name for result in report.failed()} <= {besides}, text(report)
+        gradients = [result for result in report.results if result.check.stage is Stage.GRADIENTS]
+        assert not any("no gradient was given" in result.skipped for result in gradients)
+    return reports
+
+
+# ------------------------------------------------------------------------------------------------ NumPy
+
+SPEC = {
+    "sampler": "dat_ref.ops.sampling",
+    "reference_grid": "dat_ref.testing.subjects.reference_grid",
+    "offset_bound": "dat_ref.testing.subjects.offset_bound",
+    "bias": "dat_ref.ops.bias",
+    "attention": "dat_ref.ops.attention",
+    "layer": "dat_ref.testing.subjects.layer",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("subject", SPEC)
+def test_the_spec(subject, dtype):
+    """The NumPy spec, under every convention; memory is measured, too."""
+    reports = holds(SPEC[subject], subject, dtype=dtype)
+    assert len(reports) == (1 if subject == "sampler" else len(Convention))
+    assert all(
+        result.status == "pass" for report in reports for result in report.results if result.check.name == "memory"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ torch, the operations
+
+
+def bounded_offsets(raw, offset_range, convention):
+    """`functional.bound_offsets` as the protocol has it."""
+    reference = functional.reference_points(raw.shape[1:3], convention)
+    options = {"offset_range": offset_range, "convention": convention}
+    if convention.reference.gap and 1 in raw.shape[1:3]:
+        raise NotImplementedError("a single key")
+    return functional.bound_offsets(raw[:, None], reference, OffsetBound.TANH_PIXELS, **options)[0][:, 0]
+
+
+def reference_pixels(key_size, size, convention):
+    """`functional.reference_points` as the protocol has it."""
+    return functional.to_pixels(
+        functional.reference_points(key_size, convention, dtype=torch.float64), size, convention
+    )
+
+
+def by_gather(x, points_px):
+    return functional.bilinear_sample(x, points_px, sampler="gather")
+
+
+def by_grid_sample(x, points_px):
+    return functional.bilinear_sample(x, points_px, sampler="grid_sample")
+
+
+# torch's grid_sample takes normalised coordinates: rounding decides on which side of a pixel a point on it lies.
+NOT_PROMISED = "gradient_on_the_lattice"
+
+OPERATIONS = [
+    ("sampler", by_gather, ""),
+    ("sampler", by_grid_sample, NOT_PROMISED),
+    ("bias", functional.table_bias, ""),
+    ("bias", functional.sampled_table_bias, NOT_PROMISED),
+    ("offset_bound", bounded_offsets, ""),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("subject", "function", "besides"), OPERATIONS)
+def test_operations_in_torch(subject, function, besides, dtype):
+    """The functions of `dat_ref.torch.functional`."""
+    holds(from_torch(function), subject, dtype=dtype, besides=besides)
+
+
+def test_reference_grid_in_torch():
+    """It takes no arrays, so that there is no precision to choose and no gradient."""
+    for report in check(from_torch(reference_pixels), ["reference_grid"], max_examples=FEW):
+        assert report.passed, text(report)
+
+
+# ------------------------------------------------------------------------------------------------ torch, the core
+
+
+def attention_by(backend):
+    """Return the core in one of its backends, as the protocol has it."""
+
+    def attention(q, k, v, points, bias_table, query_size, convention):
+        return functional.deformable_attention(
+            q, k, v, points, bias_table, query_size=query_size, convention=convention, backend=backend
+        )
+
+    return from_torch(attention)
+
+
+# The releases' grids of queries have another pitch than pixels, which is where kernels differ.
+BACKENDS = [
+    (backend, convention)
+    for backend in ("eager", "matmul", "blockwise", "cpu")
+    for convention in (Convention.CELL_CENTER, Convention.CVPR2022)
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "convention"), BACKENDS)
+def test_backends(backend, convention, dtype):
+    """Each way to compute the core."""
+    if backend not in backends():
+        pytest.skip(backends(missing=True)[backend])
+    besides = NOT_PROMISED if backend == "eager" else ""
+    holds(attention_by(backend), "attention", convention=convention, dtype=dtype, besides=besides)
+
+
+INTERPRETED = """
+from test_testing_ours import attention_by, holds
+from dat_ref import Convention
+
+holds(attention_by("triton"), "attention", convention=Convention.CELL_CENTER, dtype="float32", max_examples=1)
+print("passed")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_in_its_interpreter():
+    """The kernels for CUDA, run in Python on tiny settings; triton must know before it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.endswith("passed\n"), run.stdout + run.stderr
+
+
+# ------------------------------------------------------------------------------------------------ torch, the layer
+
+
+def deformable_attention_layer(x, weights, options, convention):
+    """The module, fed with the protocol's weights."""
+    config = config_of(x, weights, options, convention)
+    with torch.device("meta"):
+        module = DeformableAttention(config)
+    y, trace = functional_call(module, weights, (x,), {"return_trace": True})
+    return y, trace.points
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("convention", [Convention.CELL_CENTER, Convention.DATPP2023])
+def test_the_layer_in_torch(convention, dtype):
+    """`dat_ref.torch.DeformableAttention`, its gradients through autograd."""
+    holds(from_torch(deformable_attention_layer), "layer", convention=convention, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ as other people do
+
+test_sampler_by_the_plugin = conformance_tests(from_torch(by_gather), ["sampler"], max_examples=FEW)
