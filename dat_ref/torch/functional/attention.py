@@ -280,7 +280,7 @@ register_backend(
     "cpu",
     attention_by("cpu"),
     "Numba, compiled for this processor: bias, softmax and products in one pass",
-    priority=-30,  # TEMPORARY: 30 once the kernels are whole
+    priority=30,
     missing=partial(kernels.missing, "cpu"),
     refuses=_refused_by_cpu,
 )

@@ -126,7 +126,8 @@ def record_type(fields: Fields, dtype: torch.dtype) -> Any:
     came up. On disk that would be the same name for code of different types, from different processes.
     """
     record = numba.from_dtype(fields.record(dtype))
-    record._code = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:7], "big")
+    digest = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:4], "big")
+    record._code = 1 << 29 | digest >> 4  # far from those given in order, and no more than a C integer holds
     return record
 
 
