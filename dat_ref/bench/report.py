@@ -173,7 +173,7 @@ def _digits(number: float, digits: int = 3) -> str:
     """Return a number with so many significant digits, and no exponent.
 
     >>> _digits(0.18342), _digits(2614.3), _digits(11.92, 2)
-    ('0.183', '2614', '12')
+    ('0.183', '2 614', '12')
     """
     if number == 0:
         return "0"

@@ -29,9 +29,10 @@ def factor(of_depth: Callable[[int], float]) -> Callable[[Function], Function]:
 
 def over_queries(right: Function, q: Array, k: Array, v: Array, bias: Array, scale: float) -> Any:
     """The weights of each key sum to one."""
-    exponentials = np.exp((q * q.dtype.type(scale)) @ k.swapaxes(-1, -2) + bias)
-    weights = exponentials / exponentials.sum(axis=-2, keepdims=True)
-    return weights @ v, weights
+    with np.errstate(over="ignore", invalid="ignore"):
+        exponentials = np.exp((q * q.dtype.type(scale)) @ k.swapaxes(-1, -2) + bias)
+        weights = exponentials / exponentials.sum(axis=-2, keepdims=True)
+        return weights @ v, weights
 
 
 def unguarded(right: Function, q: Array, k: Array, v: Array, bias: Array, scale: float) -> Any:

@@ -22,7 +22,7 @@ from ..strategies import seeds
 from ..subject import Argument, Case, Check, Implementation, Mismatch, Skip, Stage, Subject
 from ..trial import Trial
 from . import layer_cases as cases
-from .layer_cases import Weights, config_of, drawn, even_table, table_for
+from .layer_cases import OPTIONS, WEIGHTS, Weights, config_of, drawn, even_table, table_for
 from .layer_mutants import MUTANTS
 
 LAYER_STEP = 2.0**-16  # of a weight, which moves points by more than that
@@ -381,24 +381,6 @@ CHECKS = (
 
 
 # ------------------------------------------------------------------------------------------------ the subject
-
-INDENT = "\n" + " " * 34
-WEIGHTS = INDENT.join(
-    [
-        "dict of arrays by name; W is (outputs, inputs), k the kernel:",
-        "query, key, value, output: each .weight (C, C) and .bias (C)",
-        "offset_network.depthwise.weight (C/G, 1, k, k) and .bias (C/G)",
-        "offset_network.norm.weight and .bias (C/G)",
-        "offset_network.pointwise.weight (2, C/G), y first",
-        "position_bias.table (M, 2H - 1, 2W - 1)",
-    ]
-)
-OPTIONS = INDENT.join(
-    [
-        "dict of heads, groups, stride, kernel_size, offset_range,",
-        "offset_bound ('tanh_pixels', 'clamp' or 'tanh_coordinates')",
-    ]
-)
 
 
 def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:

@@ -45,6 +45,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# What the protocol hands over, for people.
+INDENT = "\n" + " " * 34
+WEIGHTS = INDENT.join(
+    [
+        "dict of arrays by name; W is (outputs, inputs), k the kernel:",
+        "query, key, value, output: each .weight (C, C) and .bias (C)",
+        "offset_network.depthwise.weight (C/G, 1, k, k) and .bias (C/G)",
+        "offset_network.norm.weight and .bias (C/G)",
+        "offset_network.pointwise.weight (2, C/G), y first",
+        "position_bias.table (M, 2H - 1, 2W - 1)",
+    ]
+)
+OPTIONS = INDENT.join(
+    [
+        "dict of heads, groups, stride, kernel_size, offset_range,",
+        "offset_bound ('tanh_pixels', 'clamp' or 'tanh_coordinates')",
+    ]
+)
+
+
 def config_of(x: Array, weights: Weights, options: dict[str, Any], convention: Convention) -> DeformableAttentionConfig:
     """Return the configuration of a layer from what the protocol hands over."""
     rows, columns = weights["position_bias.table"].shape[1:]

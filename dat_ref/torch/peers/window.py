@@ -13,6 +13,7 @@ from ...peers.window import WindowTrace
 from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
+from ..functional._sizes import surely_zero
 from ..functional.grid import Size
 from ..initialization import init_table
 
@@ -55,10 +56,15 @@ class WindowAttention(SpecModule):
 
     def _attend(self, x: Tensor) -> Tensor:
         config, size = self.config, (x.shape[2], x.shape[3])
-        windows = functional.cut_windows(x.permute(0, 2, 3, 1), config.window_size, config.shift)
-        attended = self.attend_in_windows(self.qkv(windows), size)
-        projected = self.projection_dropout(self.output(attended))
-        return functional.lay_windows(projected, size, config.window_size, config.shift).permute(0, 3, 1, 2)
+        geometry = (config.window_size, config.shift)
+        tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if surely_zero(size[0] % config.window_size, size[1] % config.window_size):
+            windows = self.qkv(functional.cut_windows(tokens, *geometry))
+            y = functional.lay_windows(self.output(self.attend_in_windows(windows, size)), size, *geometry)
+        else:  # what the last windows are filled up with need not be projected
+            windows = functional.cut_windows(self.qkv(tokens), *geometry)
+            y = self.output(functional.lay_windows(self.attend_in_windows(windows, size), size, *geometry))
+        return self.projection_dropout(y).permute(0, 3, 1, 2)
 
     def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
         """Attend inside the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
