@@ -1,0 +1,484 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Cost
+#
+# "Linear complexity" is said of many attentions, and measured of few. A stopwatch would not settle it: it measures a
+# machine, a kernel and a day. So here nothing is timed. Everything is *counted*, twice: once by a formula, once by
+# watching the code run. The two must agree to the unit; then the formula may speak of sizes that nobody wants to run.
+#
+# What comes out is not always what one hears: the released models pay *more* for their attention in stages 3 and 4
+# than plain attention would, and the offset network that the article reckons at 6 % costs 0.6 %.
+#
+# The reference is [What it costs](../../cost/). Each section here makes a claim, names the function of `dat_ref` that
+# it is about, draws it, and ends with an assertion.
+
+# %%
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+
+import dat_ref
+from dat_ref import DeformableAttentionConfig, WindowAttentionConfig
+from dat_ref.block import block
+from dat_ref.cli.photo import load_photo, normalise, resize
+from dat_ref.complexity import (
+    PUBLISHED,
+    allocated,
+    attention_terms,
+    backbone_cost,
+    block_cost,
+    count,
+    doubling,
+    growth,
+    held_bytes,
+    total,
+)
+from dat_ref.data import photograph_path
+from dat_ref.layer import deformable_layer
+from dat_ref.peers import ATTENTIONS, SWAPS, MultiHeadAttentionConfig, PerQueryAttentionConfig, matched_peer
+from dat_ref.viz import style
+from dat_ref.viz.marks import dimmed
+
+plt.rcParams.update(style.SETTINGS)
+plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BROWN, GRAY = style.GROUP_COLORS
+
+# A layer of dat_tiny's stage 3, with the stride of the article's worked example
+layer = DeformableAttentionConfig(dim=384, heads=12, groups=3, stride=2, kernel_size=5, size=(14, 14))
+photo = load_photo(photograph_path("astronaut"))
+
+# %% [markdown]
+# ## 1. Watch a layer run
+#
+# A multiply-add is a product that is added to a sum. There are six places in a layer where that happens:
+#
+# $$
+# \underbrace{2 HW N_s C}_{\text{attention}} + \underbrace{2 HW C^2}_{\text{query, output}} +
+# \underbrace{2 N_s C^2}_{\text{key, value}} + \underbrace{(k^2 + 2) N_s C}_{\text{offset network}} +
+# \underbrace{4 N_s C}_{\text{sampling}} + \underbrace{4 HW N_s M}_{\text{bias}}
+# $$
+#
+# While `dat_ref.complexity.count` watches, each array reports what is done with it. It knows no formula and no names
+# of terms, only which function was running.
+#
+# **Claim.** What ran is what the formula says, term by term, to the unit.
+
+# %%
+backbone = dat_ref.config("dat_tiny")
+features = dat_ref.DAT(backbone, dat_ref.init_params(backbone, seed=0)).forward_intermediates(
+    normalise(resize(photo, (224, 224)))
+)[2]  # (1, 384, 14, 14), of a photograph
+params = dat_ref.init_params(layer, seed=0)
+ran = count(deformable_layer, features, params, layer)
+terms = attention_terms(1, (14, 14), layer)
+
+TERM_COLORS = {
+    "query and output": GRAY,
+    "key and value": style.HAIRLINE,
+    "attention": BLUE,
+    "offset network": ORANGE,
+    "bias": GREEN,
+    "sampling": PINK,
+}
+figure, axes = plt.subplots(figsize=(9.6, 1.9))
+for row, config in enumerate((layer, replace(layer, stride=1))):
+    start = 0
+    for name, color in TERM_COLORS.items():
+        amount = attention_terms(1, (14, 14), config)[name].macs / 1e6
+        axes.barh(
+            row, amount, left=start, color=color, height=0.6, ec="white", lw=0.6, label=name if row == 0 else None
+        )
+        start += amount
+    axes.text(start + 1, row, f"{start:.1f} M", va="center", size=8.5)
+axes.set(yticks=[0, 1], yticklabels=["stride 2: 49 keys", "stride 1: 196 keys"], xlabel="millions of multiply-adds")
+axes.invert_yaxis()
+axes.tick_params(axis="y", length=0)
+figure.legend(loc="outside upper center", ncols=6, handlelength=1, columnspacing=1.2)
+plt.show()
+
+# %%
+by_function = {
+    "attention": "attend",
+    "offset network": "offset_network",
+    "bias": "table_bias",
+    "sampling": "_sample_groups",
+}
+for name, function in by_function.items():
+    assert ran.within(function).macs == terms[name].macs
+rest = ran.macs - ran.within(*by_function.values()).macs  # four projections
+assert rest == terms["query and output"].macs + terms["key and value"].macs
+assert ran.macs == total(terms).macs
+assert ran.gathers == total(terms).gathers
+for name, term in terms.items():
+    print(f"{name:17} {term.macs:>11,}")
+
+# %% [markdown]
+# ## 2. A slip of the decimal point
+#
+# These are the numbers of the article's own example, $H = W = 14$, $N_s = 49$, $C = 384$, $k = 5$. It finds 79.63 M
+# for attention and projections. It then says of the offset network: 5.08 M, about 6 %.
+#
+# **Claim.** The first number is right. The second is ten times too large: $27 \cdot 49 \cdot 384 = 508\,032$. Moving
+# the points is nearly free, and the article undersells itself.
+
+# %%
+three = sum(terms[name].macs for name in ("attention", "query and output", "key and value"))
+network = terms["offset network"].macs
+figure, axes = plt.subplots(figsize=(6.4, 2.5))
+squares = (("attention and projections", three, BLUE), ("offset network, as quoted", 5.08e6, style.HAIRLINE))
+place = 0.0
+for name, amount, color in (*squares, ("as it is", network, ORANGE)):
+    side = (amount / 1e6) ** 0.5  # areas are amounts
+    axes.add_patch(Rectangle((place, 0), side, side, color=color))
+    axes.text(place, -0.5, f"{name}\n{amount / 1e6:.2f} M", size=8.5, va="top")
+    place += max(side, 6.5) + 1.2
+axes.set(xlim=(0, place), ylim=(-2.6, 9.2), aspect="equal", xticks=[], yticks=[])
+axes.spines[:].set_visible(False)
+plt.show()
+
+# %%
+assert round(three / 1e6, 2) == 79.63
+assert network == (5**2 + 2) * 49 * 384 == 508_032
+assert ran.within("offset_network").macs == network  # not only by formula: it ran
+assert round(5_080_000 / network) == 10
+
+# %% [markdown]
+# ## 3. How often is a pixel read?
+#
+# Multiply-adds are cheap where they come as matrix products. Reading at an address that depends on the data is not: it
+# is a *gather*, four values for each interpolated one. This is the cost that sharing the keys saves.
+#
+# **Claim** (`dat_ref.complexity.count`). A layer with 49 shared points reads 196 pixels, wherever its 196 queries are.
+# With 49 points of each query it is 196 times as many, and as many again if keys and values are read apart. Each
+# reading takes all channels.
+
+
+# %%
+def readings(points_px):
+    """Return how often each pixel of a 14 × 14 map is read by points (..., 2): a point reads the four around it."""
+    times = np.zeros((16, 16), dtype=int)  # with a border for what lies outside
+    for y, x in np.clip(np.floor(points_px.reshape(-1, 2)).astype(int) + 1, 0, 14):
+        times[y : y + 2, x : x + 2] += 1
+    return times[1:-1, 1:-1]
+
+
+own = PerQueryAttentionConfig(dim=384, heads=12, kernel_size=7)
+passes = {}
+for config in (layer, own):
+    _, trace = ATTENTIONS[type(config)].forward(features, dat_ref.init_params(config, seed=0), config)
+    passes[config] = readings(trace.points_px[0, 0] if config is layer else trace.points_px)
+
+figure, panels = plt.subplots(1, 3, figsize=(9.2, 2.7), width_ratios=[1, 1, 0.9])
+for axes, (config, times) in zip(panels, passes.items()):
+    axes.imshow(dimmed(resize(photo, (224, 224))), extent=(-0.5, 13.5, 13.5, -0.5))
+    axes.imshow(times / times.max(), cmap=style.HEAT, alpha=0.8, extent=(-0.5, 13.5, 13.5, -0.5))
+    name = "shared points" if config is layer else "each query's"
+    axes.set(xticks=[], yticks=[], title=f"{name}: up to {times.max()} times")
+amounts = {"shared": count(deformable_layer, features, params, layer).within("_sample_groups").gathers}
+amounts["each query's"] = count(
+    ATTENTIONS[PerQueryAttentionConfig].forward, features, dat_ref.init_params(own, seed=0), own
+).gathers
+panels[2].bar(list(amounts), list(amounts.values()), color=(BLUE, ORANGE), width=0.6)
+panels[2].set(yscale="log", ylim=(1e3, 3e8), title="values gathered")
+for place, amount in enumerate(amounts.values()):
+    panels[2].text(place, amount * 1.3, f"{amount:,}", ha="center", size=8.5)
+plt.show()
+
+# %%
+assert amounts["shared"] == 4 * 49 * 384
+assert amounts["each query's"] == 2 * 196 * amounts["shared"]
+assert passes[layer].sum() <= 4 * 49 < 4 * 49 * 196  # less where points lie at the border
+
+# %% [markdown]
+# ## 4. How it grows, counted while it runs
+#
+# Double the side of the map; a cost that goes as $\text{side}^p$ is multiplied by $2^p$. Linear in the number of
+# pixels means $p = 2$, quadratic $p = 4$.
+#
+# **Claim** (`dat_ref.complexity.growth`). Deformable attention is linear *with a fixed number of keys* and quadratic
+# *with a fixed stride*. The exponents of the attention term come from layers that ran; dots ran, lines are formulas.
+
+# %%
+SMALL = DeformableAttentionConfig(dim=12, heads=2, groups=1, stride=2, kernel_size=3, size=(8, 8))
+SIDES = doubling(8, 2)
+systems = {
+    "plain attention": (lambda side: MultiHeadAttentionConfig(12, 2), GRAY),
+    "DAT, stride 2": (lambda side: SMALL, BLUE),
+    "DAT, 16 keys": (lambda side: replace(SMALL, stride=side // 4), ORANGE),
+    "window 4 × 4": (lambda side: WindowAttentionConfig(12, 2, window_size=4), GREEN),
+}
+
+
+def attention_that_ran(config, side):
+    """Run a layer on noise and return the multiply-adds inside `attend`."""
+    x = np.random.default_rng(0).normal(size=(1, 12, side, side))
+    forward = ATTENTIONS[type(config)].forward
+    return count(forward, x, dat_ref.init_params(config, seed=0, dtype=np.float64), config).within("attend").macs
+
+
+figure, axes = plt.subplots(figsize=(6.6, 3.2))
+exponents = {}
+for name, (config_at, color) in systems.items():
+    counted = growth({side: attention_that_ran(config_at(side), side) for side in SIDES})
+    exponents[name] = counted.exponent
+    wide = doubling(8, 4)
+    by_formula = [attention_terms(1, (side, side), config_at(side))["attention"].macs for side in wide]
+    assert by_formula[:3] == list(counted.counts)
+    axes.plot(wide, by_formula, color=color, lw=1.4)
+    axes.plot(SIDES, counted.counts, "o", color=color, ms=5)
+    shift = {"DAT, 16 keys": 5, "window 4 × 4": -5}.get(name, 0)
+    axes.annotate(
+        f"{name}: {exponents[name]:.1f}",
+        (wide[-1], by_formula[-1]),
+        xytext=(8, shift),
+        textcoords="offset points",
+        color=color,
+        va="center",
+    )
+axes.set(xscale="log", yscale="log", xticks=doubling(8, 4), xticklabels=doubling(8, 4), xlim=(7, 420))
+axes.set(xlabel="side of the map", title="multiply-adds of the attention term, and their exponent")
+axes.minorticks_off()
+plt.show()
+
+# %%
+assert {name: round(exponent, 9) for name, exponent in exponents.items()} == {
+    "plain attention": 4, "DAT, stride 2": 4, "DAT, 16 keys": 2, "window 4 × 4": 2
+}  # fmt: skip
+
+# %% [markdown]
+# ## 5. What is saved comes from the stride
+#
+# A layer with a stride of 1 has as many keys as plain attention has, and a network, a sampling and a bias reading
+# besides. And in stages 3 and 4, DAT as released has a stride of 1.
+#
+# **Claim.** There deformable attention costs *more* than plain attention of the same map, by 2 %. It saves as soon as
+# the stride is 2, and the larger the map the more. So what the released DAT buys with its points is not speed: it is
+# that keys can lie between pixels and where the image puts them.
+
+# %%
+plain = MultiHeadAttentionConfig(384, 12, size=(14, 14))
+
+MAPS = (14, 28, 56, 112)
+ratio = {
+    stride: [
+        total(attention_terms(1, (side, side), replace(layer, stride=stride))).macs
+        / total(attention_terms(1, (side, side), plain)).macs
+        for side in MAPS
+    ]
+    for stride in (1, 2, 4, 7)
+}
+
+figure, axes = plt.subplots(figsize=(6.2, 2.7))
+for (stride, values), color in zip(ratio.items(), (ORANGE, BLUE, GREEN, PINK)):
+    axes.plot(MAPS, values, color=color, lw=1.8, marker="o", ms=4)
+    axes.annotate(
+        f"stride {stride}",
+        (MAPS[-1], values[-1]),
+        xytext=(7, 6 if stride == 1 else 0),
+        textcoords="offset points",
+        color=color,
+        va="center",
+    )
+axes.axhline(1, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
+axes.set(xscale="log", yscale="log", xticks=MAPS, xticklabels=MAPS, xlim=(13, 170), yticks=[0.03, 0.1, 0.3, 1])
+axes.set(
+    yticklabels=["3%", "10%", "30%", "100%"], xlabel="side of the map", title="multiply-adds, of plain attention's"
+)
+axes.minorticks_off()
+plt.show()
+
+# %%
+in_release = [block.attention for blocks in dat_ref.config("dat_tiny").stages for block in blocks]
+assert {each.stride for each in in_release if each.kind == "deformable"} == {1}
+print(f"stride 1 on 14 × 14: {ratio[1][0]:.3f} times plain attention")
+assert 1 < ratio[1][0] < 1.05
+for stride in (2, 4, 7):
+    assert (np.diff(ratio[stride]) < 0).all()
+    assert ratio[stride][0] < 1
+
+# %% [markdown]
+# ## 6. Memory is where it hurts
+#
+# The reference code writes every intermediate down, as the released code does. Two of them have an entry for every
+# pair of query and key: the bias and the attention.
+#
+# **Claim** (`dat_ref.complexity.held_bytes`). The bytes that a pass holds are those of the formula. On a photograph of
+# 224 pixels those pairs are a part of it; at the 800 × 1333 of detection, on stage 1 of DAT++, they are nine tenths,
+# and more than a gigabyte for one layer. (A kernel that keeps no pairs holds only the rest: see [the
+# backends](../08_in_your_own_model/).)
+
+# %%
+stage1 = dat_ref.config("dat_pp_tiny").stages[0][1].attention
+IMAGES = {"224 × 224": (56, 56), "448 × 448": (112, 112), "800 × 1333": (200, 334)}
+kept = {
+    name: {term: cost.kept for term, cost in attention_terms(1, size, stage1).items()} for name, size in IMAGES.items()
+}
+
+figure, axes = plt.subplots(figsize=(8.6, 2.0))
+for row, parts in enumerate(kept.values()):
+    start = 0
+    for name, color in TERM_COLORS.items():
+        amount = parts[name] / 2**20
+        axes.barh(
+            row, amount, left=start, color=color, height=0.6, ec="white", lw=0.4, label=name if row == 0 else None
+        )
+        start += amount
+    axes.text(start + 12, row, f"{start:,.0f} MiB", va="center", size=8.5)
+axes.set(yticks=range(3), yticklabels=kept, xlabel="MiB kept for the backward by one layer, one image, float32")
+axes.invert_yaxis()
+axes.tick_params(axis="y", length=0)
+figure.legend(loc="outside upper center", ncols=6, handlelength=1, columnspacing=1.2)
+plt.show()
+
+# %%
+x = np.random.default_rng(0).normal(size=(1, stage1.dim, 56, 56)).astype(np.float32)
+stage1_params = dat_ref.init_params(stage1, seed=0)
+held = held_bytes(deformable_layer(x, stage1_params, stage1), without=[x, stage1_params])
+assert held == sum(kept["224 × 224"].values())
+pairs = {name: (parts["attention"] + parts["bias"]) / sum(parts.values()) for name, parts in kept.items()}
+print(", ".join(f"{name}: pairs are {share:.0%}" for name, share in pairs.items()))
+assert pairs["224 × 224"] < pairs["448 × 448"] < pairs["800 × 1333"]
+assert pairs["800 × 1333"] > 0.9
+assert sum(kept["800 × 1333"].values()) > 2**30
+
+whole = dat_ref.config("dat_pp_tiny").stages[0][1]
+peak = allocated(
+    block,
+    x,
+    dat_ref.init_params(replace(dat_ref.config("dat_pp_tiny"), num_classes=0), 0)["stages"][0]["blocks"][1],
+    whole,
+).peak
+assert abs(peak / block_cost(1, (56, 56), whole).peak - 1) < 0.03  # the most that is held at once, as measured
+
+# %% [markdown]
+# ## 7. Whole backbones
+#
+# Attention is a part of a block, and blocks are many. Where do the multiply-adds of a model go?
+#
+# **Claim** (`dat_ref.complexity.backbone_cost`). The sums agree with what the articles print of all eight models, to
+# 1.5 %. Six tenths of dat_tiny are MLPs; its four deformable layers, points, keys, bias and all, make an eighth.
+
+# %%
+PARTS = {"deformable": BLUE, "local attention": SKY, "mlp": style.HAIRLINE, "rest": GRAY}
+
+
+def split(part):
+    """Return the multiply-adds of one part of a backbone: attention, MLP, the rest."""
+    mlp = part.terms["mlp"].macs if "mlp" in part.terms else 0
+    perception = part.terms["local perception"].macs if "local perception" in part.terms else 0
+    attention = part.total.macs - mlp - perception
+    if part.block == 0:
+        return {"rest": part.total.macs}
+    return {"deformable" if part.kind == "deformable" else "local attention": attention, "mlp": mlp, "rest": perception}
+
+
+figure, panels = plt.subplots(2, 1, figsize=(9.6, 3.6), height_ratios=[1, 1])
+shares = {}
+for axes, name in zip(panels, ("dat_tiny", "dat_pp_tiny")):
+    cost = backbone_cost(1, (224, 224), dat_ref.config(name))
+    sums = dict.fromkeys(PARTS, 0)
+    for place, part in enumerate(cost.parts):
+        bottom = 0
+        for kind, amount in split(part).items():
+            axes.bar(place, amount / 1e6, bottom=bottom, color=PARTS[kind], width=0.8)
+            bottom += amount / 1e6
+            sums[kind] += amount
+    shares[name] = {kind: amount / cost.total.macs for kind, amount in sums.items()}
+    assert sum(sums.values()) == cost.total.macs
+    axes.set(xticks=[], title=f"{name}: {cost.total.macs / 1e9:.2f} G in all", ylabel="millions")
+panels[1].set_xlabel("from patch embedding to head, block by block")
+handles = [Rectangle((0, 0), 1, 1, color=color) for color in PARTS.values()]
+figure.legend(handles, PARTS, loc="outside upper right", ncols=4, handlelength=1, columnspacing=1.2)
+plt.show()
+
+# %%
+for name, (side, millions, billions) in PUBLISHED.items():
+    cost = backbone_cost(1, (side, side), dat_ref.config(name)).total
+    assert abs(cost.parameters / 1e6 / millions - 1) < 0.025
+    assert abs(cost.products / 1e9 / billions - 1) < 0.015
+for name, of_model in shares.items():
+    print(name, ", ".join(f"{kind} {share:.0%}" for kind, share in of_model.items()))
+assert round(shares["dat_tiny"]["mlp"], 1) == 0.6
+assert abs(shares["dat_tiny"]["deformable"] - 1 / 8) < 0.01
+assert sum(part.kind == "deformable" for part in backbone_cost(1, (224, 224), dat_ref.config("dat_tiny")).parts) == 4
+
+# %% [markdown]
+# ## 8. Ten systems, two currencies
+#
+# Counters of FLOPs see multiply-adds. Graphics processors also feel gathers, and the systems differ in these by more.
+#
+# **Claim.** Of ten systems with 49 keys a query, or as near as they come, deformable attention needs the fewest
+# multiply-adds. Of those that move points it gathers least, by a factor of 25 and more.
+
+# %%
+NAMES = {
+    "deformable": "DAT",
+    "multi_head": "plain attention",
+    "window": "window",
+    "neighborhood": "neighborhood",
+    "pyramid": "spatial reduction",
+    "deform_conv": "deformable convolution",
+    "ms_deform": "Deformable DETR",
+    "ms_deform_dot": "DETR, dot products",
+    "per_query": "keys of each query",
+    "swap_in": "swap-in",
+}
+peers = {"deformable": layer, **{kind: matched_peer(layer, (14, 14), kind) for kind in SWAPS if kind in NAMES}}
+price = {kind: total(attention_terms(1, (14, 14), config)) for kind, config in peers.items()}
+
+figure, axes = plt.subplots(figsize=(8.0, 3.6))
+floor = 4e4  # where those are drawn that gather nothing
+NUDGES = {"swap_in": (7, 7), "ms_deform": (7, -7), "per_query": (7, -6), "ms_deform_dot": (7, 7)}
+NUDGES |= {"window": (-8, 11), "neighborhood": (-8, -12), "pyramid": (-85, 0)}
+for kind, cost in price.items():
+    moves = cost.gathers > 0
+    color = BLUE if kind == "deformable" else (ORANGE if moves else GRAY)
+    axes.scatter(cost.macs, max(cost.gathers, floor), s=55, color=color, zorder=3, lw=0)
+    axes.annotate(
+        NAMES[kind],
+        (cost.macs, max(cost.gathers, floor)),
+        xytext=NUDGES.get(kind, (7, 0)),
+        textcoords="offset points",
+        color=color,
+        va="center",
+        size=8.5,
+    )
+axes.set(xscale="log", yscale="log", ylim=(2e4, 1.5e8), xlim=(4e7, 1.3e10))
+axes.set(
+    xlabel="multiply-adds",
+    ylabel="values gathered",
+    yticks=[floor, 1e6, 1e7, 1e8],
+    yticklabels=["none", "1 M", "10 M", "100 M"],
+)
+axes.minorticks_off()
+plt.show()
+
+# %%
+assert min(price, key=lambda kind: price[kind].macs) == "deformable"
+movers = {kind: cost.gathers for kind, cost in price.items() if cost.gathers}
+assert min(movers, key=movers.get) == "deformable"
+assert sorted(movers.values())[1] > 25 * movers["deformable"]
+
+# %% [markdown]
+# ## What to remember
+#
+# - Count, and count twice. A formula that nobody checks slips a decimal point.
+# - Fixed stride: quadratic. Fixed keys: linear. The same layer.
+# - At stride 1, as released in stages 3 and 4, deformable attention costs slightly more than plain attention.
+# - Sharing the keys saves gathers, by a factor of the number of queries.
+# - Memory is in the pairs of query and key, not in the points.
+#
+# Next: [the systems that it is compared with](../06_the_others/).
