@@ -156,7 +156,7 @@ PLAIN = {
     "flatten", "floor", "floor_divide", "full", "ge", "gelu", "getitem", "index_select", "layer_norm", "linear",
     "log2", "lt", "masked_fill", "matmul", "mean", "minimum", "movedim", "mul", "nan_to_num", "neg", "pad",
     "permute", "promote_types", "relu", "remainder", "repeat", "reshape", "roll", "rsub",
-    "scaled_dot_product_attention", "scatter", "select", "slice", "split_with_sizes", "stack", "sub", "tanh",
+    "scaled_dot_product_attention", "scatter", "select", "slice", "split", "split_with_sizes", "stack", "sub", "tanh",
     "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
 }
 # fmt: on
