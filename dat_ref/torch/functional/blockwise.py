@@ -26,7 +26,7 @@ from .table_windows import TableWindows, Tile, part_of
 
 LOG2 = math.log(2)
 # Logits of a tile: on a CPU so few that they stay in its cache, elsewhere enough to keep an accelerator busy.
-FORWARD_TILE = {"cpu": 1 << 22}
+FORWARD_TILE = {"cpu": 1 << 21}
 BACKWARD_TILE = {"cpu": 1 << 20}
 _TILE_ELSEWHERE = 1 << 26
 
