@@ -1,18 +1,23 @@
-"""The kit itself: every mutant fails first at the check that names it, and is named; that right ones pass is shown in
-`test_testing_ours`."""
+"""The kit itself: every mutant fails first at the check that names it, is named, and shown by a program that runs; that
+right ones pass is shown in `test_testing_ours`."""
 
+import sys
 from contextlib import suppress
+from dataclasses import replace
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from dat_ref import Convention
 from dat_ref.testing import SUBJECTS, Mutant, Setting, Skip, Stage, check_subject
 from dat_ref.testing.diagnosis import diagnose
 from dat_ref.testing.run import check_one
+from dat_ref.testing.snippet import snippet
 from dat_ref.testing.subjects import ATTENTION, BIAS, LAYER
 from dat_ref.testing.subjects.layer_steps import LayerSteps, run_layer
 from dat_ref.testing.subjects.steps import Steps, attend_with_bias, exchange, read_bias
-from dat_ref.testing.trial import Trial
+from dat_ref.testing.trial import Trial, by_name
 
 MUTANTS = [(subject, mutant) for subject in SUBJECTS for mutant in subject.mutants]
 
@@ -33,17 +38,45 @@ COMMON_MISTAKES = {
     "gradient times 1.001": "0.1 % too large",
     "position gradient through the bias forgotten": "the position gradient through the bias is forgotten",
     "half-precision geometry": "bfloat16",
+    "padding keys attended": "padding keys are attended",
 }
 
 
 @pytest.mark.parametrize(("subject", "mutant"), MUTANTS, ids=lambda each: each.name)
-def test_each_mutant_is_rejected_by_the_check_named_for_it(subject, mutant):
-    """The first check that fails is the one that the mutant names, and the diagnosis is the mutant."""
-    trial = Trial(mutant.apply(subject.reference), subject, Setting(max_examples=3))
+def test_each_mutant_is_rejected_by_the_check_named_for_it(subject, mutant, monkeypatch):
+    """The first check that fails is the one it names, the diagnosis is the mutant, and the program shows it."""
+    port = replace(mutant.apply(subject.reference), name=f"port:{subject.function}")
+    trial = Trial(port, subject, Setting(max_examples=3))
     results = (check_one(trial, check, shrink=False) for check in subject.checks)
     first = next(result for result in results if result.failure)
     assert first.check.name == mutant.check
     assert diagnose(trial, [first.failure.case]) == [mutant.name]
+    program = snippet(trial, first.failure.case, first.failure.mismatch, first.check.stage)
+    assert shows_a_difference(program, trial, first.check.stage, monkeypatch)
+
+
+def shows_a_difference(program, trial, stage, monkeypatch):
+    """Run a snippet, and return whether what it prints is wrong."""
+    module, subject, printed = ModuleType("port"), trial.subject, []
+    calls = {subject.function: trial.implementation.forward, f"{subject.function}_vjp": trial.implementation.vjp}
+    for name, function in calls.items():
+        setattr(
+            module, name, lambda *given, function=function, **options: (function(*given, **options), given, options)
+        )
+    monkeypatch.setitem(sys.modules, "port", module)
+    with np.errstate(all="ignore"):
+        exec(program, {"print": printed.append})
+    ((result, given, options),) = printed
+    if stage is Stage.GRADIENTS:
+        got, right = (
+            by_name(each, subject.differentiable) for each in (result, subject.reference.vjp(*given, **options))
+        )
+        return any(over(got[name], right[name]) for name in right)
+    return over(subject.result(result), subject.result(subject.reference.forward(*given, **options)))
+
+
+def over(got, expected):
+    return np.shape(got) != np.shape(expected) or not np.allclose(got, expected, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("mistake", COMMON_MISTAKES)

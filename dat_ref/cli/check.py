@@ -10,7 +10,7 @@ from .._checks import ConfigError
 from ..conventions import Convention
 
 if TYPE_CHECKING:
-    from ..testing import Subject
+    from ..testing import Implementation, Setting, Subject
     from ..testing.conventions import Following
 
 AUTO = "auto"
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a check does not hold, or holds against expectation."""
     _require_hypothesis()
-    from ..testing import SUBJECTS, Setting, check_subject, choose, text
+    from ..testing import SUBJECTS, Setting, Stage, check_subject, choose, text
     from ..testing.kit import read_expected_failures, settings_for
     from ..testing.target import subject_named
 
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
                 print(following(subject, found))
             report = check_subject(implementation, subject, each, expected)
             print(text(report), end="\n\n")
+            if convention is not None and report.failed(Stage.VALUES):
+                print(other_convention(implementation, subject, each), end="")
             passed = passed and report.passed
     return 0 if passed else 1
 
@@ -78,9 +80,20 @@ def described(subject: Subject) -> str:
     """Return a subject's function and its checks, for people who write one."""
     from ..testing.target import listing
 
+    longest = max(len(check.name) for check in subject.checks)
     lines = [f"{subject.name}", listing([subject])]
-    lines += [f"  {check.stage.value:<11}{check.name:<24}{check.promise}" for check in subject.checks]
+    lines += [f"  {check.stage.value:<11}{check.name:<{longest}}  {check.promise}" for check in subject.checks]
     return "\n".join(lines)
+
+
+def other_convention(implementation: Implementation, subject: Subject, setting: Setting) -> str:
+    """Say that an implementation is right under another convention than the one asked for, if it is."""
+    from ..testing.conventions import follows
+
+    if not subject.conventional or implementation.takes_convention:
+        return ""
+    found = follows(implementation, subject, setting)
+    return f"{following(subject, found)}: try --convention {found.convention.name.lower()}\n\n" if found.exact else ""
 
 
 def following(subject: Subject, found: Following) -> str:

@@ -86,4 +86,8 @@ def worst(expected: Array, got: Array) -> str:
     error = np.nan_to_num(np.abs(got - expected), nan=np.inf)
     place = np.unravel_index(int(error.argmax()), error.shape)
     at = ", ".join(str(int(i)) for i in place)
-    return f"at [{at}]: expected {expected[place]:.9g}, got {got[place]:.9g}"
+    for digits in (9, 12, 17):  # as many as tell them apart
+        texts = f"{expected[place]:.{digits}g}", f"{got[place]:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return f"at [{at}]: expected {texts[0]}, got {texts[1]}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..conventions import Convention
 from .conventions import Following, follows
 from .run import Report, check_subject
 from .subject import Implementation, Setting, Subject
+from .subjects import SUBJECTS
 from .target import implementations, load
 
 Pair = tuple[Subject, Implementation]
@@ -63,9 +65,10 @@ def check(
         a report for each subject, for each convention where it can be told one.
 
     Raises:
-        ValueError: if there is nothing to check.
+        ValueError: if there is nothing to check, or an expected failure is no check.
     """
     setting = Setting(dtype=dtype, max_examples=max_examples)
+    require_checks(expected_failures or {})
     return [
         check_subject(implementation, subject, each, expected_failures)
         for subject, implementation in choose(target, subjects)
@@ -77,9 +80,9 @@ def read_expected_failures(path: Path) -> dict[str, str]:
     """Read a list of checks that are known to fail, a line each: its name, then ``# why``; other comments are skipped.
 
     Raises:
-        ValueError: for a line without a reason.
+        ValueError: for a line without a reason, or one that names no check.
     """
-    listed = {}
+    listed: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         name, _, reason = (part.strip() for part in line.partition("#"))
         if not name:
@@ -87,4 +90,20 @@ def read_expected_failures(path: Path) -> dict[str, str]:
         if not reason:
             raise ValueError(f"--xfails: expected `name  # why` in {path}, line {number}, got {line.strip()!r}")
         listed[name] = reason
+    require_checks(listed, f"--xfails: {path}")
     return listed
+
+
+def require_checks(names: Iterable[str], where: str = "expected_failures") -> None:
+    """Require that all are names of checks, ``first_pixel`` or ``sampler.first_pixel``.
+
+    Raises:
+        ValueError: for the first that is not.
+    """
+    known = {f"{subject.name}.{check.name}" for subject in SUBJECTS for check in subject.checks}
+    known |= {name.partition(".")[2] for name in known}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; {near[0]!r} is one" if near else ""
+            raise ValueError(f"{where}: {name!r} is no check{hint} (dat-ref check --list prints them all)")

@@ -14,6 +14,7 @@ from .trial import Trial
 
 MARKS = {"pass": "✓", "fail": "✗", "skip": "·", "xfail": "✗", "xpass": "✓"}
 WIDTH = 100
+SINGLE_PRECISION = 8 * float(np.finfo(np.float32).eps)
 
 
 def text(report: Report) -> str:
@@ -21,6 +22,10 @@ def text(report: Report) -> str:
     parts = [_head(report), table(report)]
     if report.diagnosis:
         parts.append(diagnosis(report))
+    if _as_in_single_precision(report):
+        parts.append(
+            "Where its numbers are wrong they are nearly right, as in single precision: check it with --dtype float32."
+        )
     failed = [result for result in report.results if result.status == "fail"]
     for stage in Stage:
         of_stage = [result for result in failed if result.check.stage is stage]
@@ -64,6 +69,19 @@ def diagnosis(report: Report) -> str:
     count = "one mistake" if len(names) == 1 else f"{len(names)} mistakes"
     listed = "\n".join(f"    {name}" for name in names)
     return f"It behaves exactly like the reference with {count}:\n{listed}"
+
+
+def _as_in_single_precision(report: Report) -> bool:
+    """Whether float64 was handed over, and every number that differs does so by a few roundings of float32."""
+    pairs = [
+        (result.failure.mismatch.got, result.failure.mismatch.expected) for result in report.failed() if result.failure
+    ]
+    numbers = [(got, expected) for got, expected in pairs if got is not None and expected is not None]
+    near = [
+        got.shape == expected.shape and np.allclose(got, expected, rtol=SINGLE_PRECISION, atol=SINGLE_PRECISION)
+        for got, expected in numbers
+    ]
+    return report.trial.setting.dtype == "float64" and bool(near) and all(near)
 
 
 def failure_text(trial: Trial, result: Result) -> str:

@@ -81,10 +81,11 @@ class Report:
         return [known[name] for name in self.diagnosis]
 
     def shown(self) -> list[Result]:
-        """Return the failures to be told in full: the first of each stage, and those of the mistakes by name."""
+        """Return the failures to be told in full: the first unexpected one of each stage, and those of the mistakes."""
         named = {mistake.check for mistake in self.mistakes()}
-        first = [self.failed(stage)[0] for stage in Stage if self.failed(stage)]
-        return [result for result in self.failed() if result in first or result.check.name in named]
+        unexpected = [result for result in self.results if result.status == "fail"]
+        first = {result.check.stage: result for result in reversed(unexpected)}.values()
+        return [result for result in unexpected if result in first or result.check.name in named]
 
 
 def check_subject(
@@ -107,11 +108,13 @@ def check_subject(
     for check in subject.checks:
         reason = listed.get(f"{subject.name}.{check.name}", listed.get(check.name))
         failed = [result.check.stage for result in results if result.failure]
+        shown = [result.check.stage for result in results if result.status == "fail"]
         if Stage.SMOKE in failed and check.stage is not Stage.SMOKE:
             results.append(Result(check, skipped="it does not run"))
         else:
-            # The first failure of a stage is shown in full, so that one is made small.
-            results.append(check_one(trial, check, reason, shrink=shrink and check.stage not in failed))
+            # The first unexpected failure of a stage is shown in full, so that one is made small.
+            small = shrink and reason is None and check.stage not in shown
+            results.append(check_one(trial, check, reason, shrink=small))
     report = Report(trial, results)
     report.diagnosis.extend(diagnose(trial, [result.failure.case for result in report.failed() if result.failure]))
     if shrink and len(report.diagnosis) > 1:

@@ -236,7 +236,12 @@ class Subject:
     @property
     def signature(self) -> str:
         """The call, as one line: ``bilinear_sample(x, points_px)``."""
-        return f"{self.function}({', '.join(argument.name for argument in self.arguments)})"
+        return f"{self.function}({', '.join(self.names)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arguments, in order."""
+        return [argument.name for argument in self.arguments]
 
     @property
     def differentiable(self) -> list[str]:

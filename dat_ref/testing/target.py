@@ -6,10 +6,12 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
+from .adapters import MissingPackageError
 from .subject import Implementation, Subject
 from .subjects import SUBJECTS
 
@@ -18,22 +20,34 @@ def load(name: str) -> Any:
     """Import ``package.module:object``, ``package.module`` or ``package.module:object.attribute``.
 
     Raises:
-        ValueError: if there is no such object.
+        ValueError: if there is no such object, or its module cannot be imported.
     """
     module_name, _, path = name.partition(":")
+    if not all(module_name.split(".")):
+        raise ValueError(f"TARGET: expected package.module:object, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file here can be named
     try:
         found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # an import inside the module fails
-        raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}") from error
+    except MissingPackageError:
+        raise  # it says what to install
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}") from error
+        raise ValueError(f"TARGET: importing {module_name} raised {_told(error)}") from error
     for attribute in path.split(".") if path else ():
         if not hasattr(found, attribute):
             raise ValueError(f"TARGET: {module_name} has no {path!r}")
         found = getattr(found, attribute)
     return found
+
+
+def _told(error: Exception) -> str:
+    """Return an exception as a line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    # A syntax error says so itself; the other two are not where the mistake is.
+    told = isinstance(error, SyntaxError) or place.filename.startswith("<frozen") or place.filename == __file__
+    return f"{type(error).__name__}: {error}" + ("" if told else f" ({place.filename}, line {place.lineno})")
 
 
 def implementations(target: Any, name: str, only: Sequence[str] = ()) -> list[tuple[Subject, Implementation]]:
@@ -52,7 +66,7 @@ def implementations(target: Any, name: str, only: Sequence[str] = ()) -> list[tu
     """
     wanted = [subject_named(each) for each in only] or list(SUBJECTS)
     if inspect.isclass(target):
-        target = target()
+        target = _made(target, name)
     if inspect.isroutine(target) or (callable(target) and not any(hasattr(target, each.function) for each in wanted)):
         return [_single(target, name, wanted, chosen=bool(only))]
     found = [
@@ -63,8 +77,18 @@ def implementations(target: Any, name: str, only: Sequence[str] = ()) -> list[tu
     ]  # fmt: skip
     missing = [subject for subject in wanted if not hasattr(target, subject.function)]
     if not found or (only and missing):
-        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{listing(missing)}")
+        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{_looked_for(missing)}")
     return found
+
+
+def _made(kind: type, name: str) -> Any:
+    try:
+        return kind()
+    except Exception as error:
+        raise ValueError(
+            f"TARGET: {name} is a class, which is called without arguments; that raised {_told(error)}. "
+            "Name an instance, or a function that has what it needs"
+        ) from error
 
 
 def _single(target: Any, name: str, wanted: Sequence[Subject], *, chosen: bool) -> tuple[Subject, Implementation]:
@@ -74,7 +98,7 @@ def _single(target: Any, name: str, wanted: Sequence[Subject], *, chosen: bool) 
         names = ", ".join(subject.name for subject in SUBJECTS)
         raise ValueError(
             f"TARGET: which subject does the function {own!r} implement? Name one with --subject ({names}), or call "
-            f"the function by one of the protocol's names:\n{listing(wanted)}"
+            f"the function by one of the protocol's names:\n{_looked_for(wanted)}"
         )
     return subjects[0], implementation_of(subjects[0], target, getattr(target, "vjp", None), name)
 
@@ -113,8 +137,29 @@ def listing(subjects: Sequence[Subject]) -> str:
     """Return the functions of subjects with what they take and return, for people who write one."""
     lines = []
     for subject in subjects:
-        lines.append(f"  {subject.signature} -> ({', '.join(subject.returns)}): {subject.title}")
-        for argument in subject.arguments:
-            axes = f"({', '.join(argument.axes)})" if argument.axes else ""
-            lines.append(f"      {argument.name:<12} {axes:<14} {argument.words}")
+        lines.append(_signature(subject))
+        rows = [
+            (argument.name, f"({', '.join(argument.axes)})" if argument.axes else "", argument.words)
+            for argument in subject.arguments
+        ]
+        names, axes = (max(len(row[column]) for row in rows) for column in range(2))
+        for name, shape, words in rows:
+            line = f"      {name:<{names}}  {shape:<{axes}}  "
+            lines.append(line + words.replace("\n", "\n" + " " * len(line)))
+        if subject.differentiable:
+            given, returned = (", ".join(names) for names in (subject.names, subject.differentiable))
+            lines.append(f"      its gradient: {subject.function}_vjp(cotangent, {given}) -> ({returned})")
+        if subject.conventional:
+            lines.append("      both may take convention=, a dat_ref.Convention; else the one that it follows is found")
     return "\n".join(lines)
+
+
+def _signature(subject: Subject) -> str:
+    return f"  {subject.signature} -> ({', '.join(subject.returns)}): {subject.title}"
+
+
+def _looked_for(subjects: Sequence[Subject]) -> str:
+    """The listing of one subject; of several only what they are called, and where the rest is told."""
+    if len(subjects) == 1:
+        return listing(subjects)
+    return "\n".join([*map(_signature, subjects), "`dat-ref check --list` says what each argument is"])

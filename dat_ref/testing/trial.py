@@ -55,7 +55,7 @@ class Trial:
         except NotImplementedError as error:
             raise Skip(f"not implemented: {error}") from error
         except Exception as error:
-            raise Mismatch(f"it raised {type(error).__name__}: {error}") from error
+            raise Mismatch(f"it raised {type(error).__name__}: {error}", case=case) from error
 
     def expected(self, case: Case) -> Array:
         """Return the reference's result in float64, from the numbers that the implementation is given."""
@@ -97,13 +97,18 @@ class Trial:
         return wide.with_arrays(moved)
 
     def agree(
-        self, got: Array, expected: Array, tolerance: float = FLOAT64_TOLERANCE, case: Case | None = None
+        self,
+        got: Array,
+        expected: Array,
+        tolerance: float = FLOAT64_TOLERANCE,
+        case: Case | None = None,
+        what: str = "",
     ) -> None:
         """Require agreement to a tolerance, as far as the setting's precision allows it; `case` as in `Mismatch`."""
         finest = max(tolerance, 32 * float(np.finfo(self.setting.dtype).eps))
         words = disagreement(got, expected, finest)
         if words:
-            raise Mismatch(words, expected, got, case)
+            raise Mismatch(what + words, expected, got, case)
 
     def within_budget(self, got: Array, expected: Array, plain: Array, what: str = "") -> None:
         """Require that a low-precision result is about as good as the reference's own in that precision."""
@@ -150,7 +155,7 @@ class Trial:
 
         array = case.arrays()[name]
         measured = numerical_gradient(forward, array, cotangent, one_sided=one_sided, step=step)
-        self.agree(grads[name], measured, SLOPE_TOLERANCE)
+        self.agree(grads[name], measured, SLOPE_TOLERANCE, what=f"gradient of {name}: ")
 
     def compare_slopes(self, names: Iterable[str], case: Case, *, step: float = STEP) -> None:
         """The same along random directions: for arrays that are too large to be moved element by element."""

@@ -46,8 +46,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 # What the protocol hands over, for people.
-INDENT = "\n" + " " * 34
-WEIGHTS = INDENT.join(
+WEIGHTS = "\n".join(
     [
         "dict of arrays by name; W is (outputs, inputs), k the kernel:",
         "query, key, value, output: each .weight (C, C) and .bias (C)",
@@ -57,7 +56,7 @@ WEIGHTS = INDENT.join(
         "position_bias.table (M, 2H - 1, 2W - 1)",
     ]
 )
-OPTIONS = INDENT.join(
+OPTIONS = "\n".join(
     [
         "dict of heads, groups, stride, kernel_size, offset_range,",
         "offset_bound ('tanh_pixels', 'clamp' or 'tanh_coordinates')",
