@@ -47,6 +47,8 @@ def chromium():
     try:
         path = find_chromium(playwright)
         if path is None:
+            if os.environ.get("CI"):
+                pytest.fail("needs a Chromium, and found none: .ci/run installs it")
             pytest.skip("needs a Chromium, and found none")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser

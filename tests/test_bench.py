@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import dat_ref.torch.functional as functional  # noqa: E402
-from dat_ref.bench import cases, contenders, measure, memory, timing  # noqa: E402
+from dat_ref.bench import cases, contenders, measure, memory, report, timing  # noqa: E402
 from dat_ref.bench.agreement import Disagreement, check  # noqa: E402
 from dat_ref.bench.contenders import BACKWARD, FORWARD, contender, draw  # noqa: E402
 from dat_ref.bench.released import as_released  # noqa: E402
@@ -218,6 +218,19 @@ def test_everything_is_measured_told_and_written(tiny_cases, no_memory, monkeypa
     assert main(["bench", "--read", str(files["json"]), "--markdown", str(again)]) == 0
     assert again.read_text(encoding="utf-8") == files["md"].read_text(encoding="utf-8")
     assert capsys.readouterr().out == told.out
+
+
+@pytest.mark.parametrize("numbers", sorted(DOCS.glob("performance/*.json")), ids=lambda path: path.name)
+def test_the_tables_of_the_site_are_those_of_the_numbers(numbers):
+    """`dat-ref bench --read docs/performance/cpu.json --markdown docs/performance/cpu.md` writes them anew."""
+    found = json.loads(numbers.read_text(encoding="utf-8"))
+    tables = numbers.with_suffix(".md").read_text(encoding="utf-8")
+    assert tables == report.markdown(found)
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\[start:(\w+)\]", tables):
+        assert f'"docs/performance/{numbers.stem}.md:{name}"' in page or name == "machine"
+    other = json.loads(numbers.read_text(encoding="utf-8"), parse_float=lambda number: 2 * float(number))
+    assert tables != report.markdown(other)
 
 
 class CrookedGradient(torch.autograd.Function):
