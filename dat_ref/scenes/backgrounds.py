@@ -1,0 +1,59 @@
+"""What objects are placed on: the photographs that ship, each cut into a part to train on and a part held out.
+
+The right third of every photograph is held out: both parts show like things, and no pixel is in both.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from .._checks import Array, ConfigError
+from ..data import photograph_path, photographs
+
+HELD_OUT = 1 / 3  # of each photograph's width, on its right
+LEAST_SIDE = 80  # pixels of the photograph that a background shows, at least; fewer are a blur
+
+
+@cache
+def part(name: str, split: str) -> Array:
+    """Return a split's part of a photograph, (H, W, 3), uint8."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("pillow is needed to read the photographs: pip install 'dat-ref[viz]'") from error
+    with Image.open(photograph_path(name)) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    border = round(pixels.shape[1] * (1 - HELD_OUT))
+    return pixels[:, :border] if split == "train" else pixels[:, border:]
+
+
+def background(generator: np.random.Generator, split: str, size: int) -> Array:
+    """Draw a background: a square cut from a photograph, mirrored half of the time, lighter or darker.
+
+    Args:
+        generator: whose next numbers decide.
+        split: ``"train"`` or ``"held_out"``.
+        size: side of what is returned, pixels.
+
+    Returns:
+        (size, size, 3) float32 in [0, 1].
+    """
+    names = photographs()
+    pixels = part(names[generator.integers(len(names))], split)
+    height, width = pixels.shape[:2]
+    side = int(generator.integers(LEAST_SIDE, min(height, width) + 1))
+    top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
+    square = _resized(pixels[top : top + side, left : left + side], size)
+    if generator.integers(2):
+        square = square[:, ::-1]
+    return np.clip(square * generator.uniform(0.75, 1.2), 0, 1).astype(np.float32)
+
+
+def _resized(pixels: Array, size: int) -> Array:
+    """Return a square of another size, in [0, 1], smoothed as far as it is made smaller."""
+    from PIL import Image
+
+    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(resized, dtype=np.float32) / 255
