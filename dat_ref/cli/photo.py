@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from .._checks import Array, ConfigError
-from ..data import photograph_path
+from ..data import PIXEL_DEVIATION, PIXEL_MEAN, photograph_path
 from ..presets import PRESETS
 
-# Mean and deviation of ImageNet's pixels, with which the released models were trained.
-PIXEL_MEAN = np.array([0.485, 0.456, 0.406])
-PIXEL_DEVIATION = np.array([0.229, 0.224, 0.225])
 MULTIPLE = 32  # the last stage has one pixel for 32 × 32 of the image
 
 

@@ -8,6 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Mean and deviation of ImageNet's pixels, red, green and blue in [0, 1], with which the released models were trained.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_DEVIATION = (0.229, 0.224, 0.225)
+
 _FOLDER = Path(__file__).parent
 
 

@@ -71,7 +71,7 @@ def _polygon(corners: Array, x: Array, y: Array) -> Array:
 @cache
 def _corners(kind: str) -> Array:
     if kind == "square":
-        return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.82
+        return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.76
     if kind == "triangle":
         return _on_circle(3)
     if kind == "star":

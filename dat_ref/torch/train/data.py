@@ -1,0 +1,239 @@
+"""What a network is trained on: scenes, or a tree of image folders.
+
+A data set has a length, an item for each number, the names of its ``classes``, whether it is ``multi`` (several can be
+right at once), and ``set_epoch``. Items are (image (3, H, W) float32, normalised; target), the target a class, int64,
+or float32 (classes,) of zeros and ones. What chance decides about an item follows from (seed, epoch, number) alone: the
+order in which items are asked for, workers, and a run that was stopped and goes on change nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..._checks import Array, ConfigError
+from ...data import PIXEL_DEVIATION, PIXEL_MEAN
+from ...scenes import Scenes
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+NAMED = 8  # files or classes that a message names; of the rest it says how many
+WHOLE = 0.875  # share of the shorter side that is looked at when nothing is drawn by chance
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops to train on
+
+
+def normalised(image: Array) -> Tensor:
+    """Turn pixels (H, W, 3) uint8 into what networks take: (3, H, W) float32 with ImageNet's mean and deviation."""
+    values = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float().div_(255)
+    mean, deviation = (torch.tensor(each)[:, None, None] for each in (PIXEL_MEAN, PIXEL_DEVIATION))
+    return values.sub_(mean).div_(deviation).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+class SceneImages(Dataset[tuple[Tensor, Tensor]]):
+    """Scenes as a data set.
+
+    Args:
+        scenes: which ones.
+        fresh: whether every epoch has scenes of its own: there is no end to them.
+
+    >>> data = SceneImages(Scenes("which_all", "held_out", size=32))
+    >>> image, target = data[3]
+    >>> tuple(image.shape), tuple(target.shape)
+    ((3, 32, 32), (8,))
+    """
+
+    def __init__(self, scenes: Scenes, fresh: bool = False) -> None:
+        self.scenes, self.fresh, self.epoch = scenes, fresh, 0
+        self.classes, self.multi = scenes.classes, scenes.multi
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        scene = self.scenes.scene(number + self.fresh * self.epoch * len(self.scenes))
+        return normalised(scene.image), torch.as_tensor(scene.label)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
+    """A tree ROOT/CLASS/picture: classes are the folders, in the order of their names.
+
+    Args:
+        root: the folder with a folder for each class.
+        size: side of the squares that are cut out, pixels.
+        augment: whether to cut, mirror and alter them by chance, for training.
+        seed: of chance.
+        classes: that there must be, as those of the data trained on; those that are found if None.
+
+    Raises:
+        ConfigError: for a folder that is absent or empty, classes without pictures, pictures that cannot be read, and
+            classes that are not among those that there must be. They are counted, and the first of them named.
+    """
+
+    multi = False
+
+    def __init__(
+        self,
+        root: Path | str,
+        size: int = 224,
+        augment: bool = False,
+        seed: int = 0,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.root, self.size, self.augment, self.seed, self.epoch = Path(root), size, augment, seed, 0
+        found = _pictures(self.root)
+        self.classes = tuple(sorted(found) if classes is None else classes)
+        self._compare(found)
+        self.items = [(path, number) for number, name in enumerate(self.classes) for path in found.get(name, [])]
+        _look_at([path for path, _ in self.items])
+        self._alter = _alteration() if augment else None
+
+    def _compare(self, found: dict[str, list[Path]]) -> None:
+        unknown = sorted(set(found) - set(self.classes))
+        if unknown:
+            raise ConfigError(f"{self.root}: has {_some(unknown, 'class', 'classes')} that training has not")
+        absent = [name for name in self.classes if name not in found]
+        if absent:
+            warnings.warn(f"{self.root}: has no picture of {_some(absent, 'class', 'classes')}", stacklevel=3)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        path, label = self.items[number]
+        try:
+            picture = _read(path)
+        except (OSError, SyntaxError, ValueError) as error:  # after its first bytes
+            raise ConfigError(f"{path}: cannot be read to its end: {error}") from error
+        if self._alter is None:
+            return normalised(_middle(picture, self.size)), torch.tensor(label)
+        generator = np.random.default_rng([self.seed, self.epoch, number])
+        image = torch.from_numpy(_crop(picture, self.size, generator)).permute(2, 0, 1).float().div_(255)
+        with torch.random.fork_rng(devices=[]):  # kornia draws from torch's own generator
+            torch.manual_seed(int(generator.integers(1 << 62)))
+            image = self._alter(image[None])[0].clamp(0, 1)
+        mean, deviation = (torch.tensor(each)[:, None, None] for each in (PIXEL_MEAN, PIXEL_DEVIATION))
+        return ((image - mean) / deviation).contiguous(), torch.tensor(label)
+
+
+def train_and_val(root: Path | str, size: int, seed: int) -> tuple[ImageFolder, ImageFolder]:
+    """Return the data sets of ROOT/train, altered by chance, and of ROOT/val, as it is.
+
+    Raises:
+        ConfigError: as `ImageFolder`, and if ``val`` has a class that ``train`` has not.
+    """
+    train = ImageFolder(Path(root) / "train", size, augment=True, seed=seed)
+    return train, ImageFolder(Path(root) / "val", size, classes=train.classes)
+
+
+def _pictures(root: Path) -> dict[str, list[Path]]:
+    """Return the pictures of each class; complain of what is no picture, and of classes without any."""
+    if not root.is_dir():
+        raise ConfigError(f"{root}: expected a folder with a folder for each class, and there is none")
+    folders = sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if not folders:
+        raise ConfigError(f"{root}: expected a folder for each class, and it has no folders")
+    found: dict[str, list[Path]] = {}
+    others: list[str] = []
+    for folder in folders:
+        files = sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith("."))
+        found[folder.name] = [each for each in files if each.suffix.lower() in SUFFIXES]
+        others += [str(each.relative_to(root)) for each in files if each.suffix.lower() not in SUFFIXES]
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise ConfigError(f"{root}: no pictures in {_some(empty, 'class', 'classes')}; expected {', '.join(SUFFIXES)}")
+    if others:
+        warnings.warn(f"{root}: left out {_some(others, 'file', 'files')} with other endings", stacklevel=4)
+    return found
+
+
+def _look_at(paths: Iterable[Path]) -> None:
+    """Read the first bytes of every picture, and complain of all that are none."""
+    with ThreadPoolExecutor(16) as pool:
+        wrong = [f"{path} ({reason})" for path, reason in pool.map(_complaint, paths) if reason]
+    if wrong:
+        raise ConfigError(f"cannot read {_some(wrong, 'picture', 'pictures')}")
+
+
+def _complaint(path: Path) -> tuple[Path, str]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return path, "" if min(opened.size) > 0 else "it is empty"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return path, "it is empty" if path.stat().st_size == 0 else type(error).__name__
+
+
+def _some(names: Sequence[str], one: str, many: str) -> str:
+    """Name some and count all.
+
+    >>> _some(["a", "b"], "class", "classes")
+    '2 classes: a, b'
+    """
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} {one if len(names) == 1 else many}: {', '.join(names[:NAMED])}{rest}"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _read(path: Path) -> Any:
+    """Return a picture as a person sees it: upright and in colour."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def _middle(picture: Any, size: int) -> Array:
+    """Return the middle of a picture, WHOLE of its shorter side, as (size, size, 3) uint8."""
+    side = WHOLE * min(picture.size)
+    left, top = ((length - side) / 2 for length in picture.size)
+    return _cut(picture, (left, top, left + side, top + side), size)
+
+
+def _crop(picture: Any, size: int, generator: np.random.Generator) -> Array:
+    """Return a part of a picture of random area, shape and place, mirrored half of the time: (size, size, 3) uint8."""
+    width, height = picture.size
+    area = generator.uniform(*AREA) * width * height
+    ratio = np.exp(generator.uniform(*np.log(RATIO)))
+    across, down = min(np.sqrt(area * ratio), width), min(np.sqrt(area / ratio), height)
+    left, top = generator.uniform(0, width - across), generator.uniform(0, height - down)
+    image = _cut(picture, (left, top, left + across, top + down), size)
+    return np.ascontiguousarray(image[:, ::-1]) if generator.integers(2) else image
+
+
+def _cut(picture: Any, box: tuple[float, float, float, float], size: int) -> Array:
+    from PIL import Image
+
+    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _alteration() -> Any:
+    """Return kornia's RandAugment with the strength of the released recipe, and random erasing."""
+    try:
+        from kornia import augmentation as kornia
+    except ImportError as error:
+        raise ConfigError("kornia is needed to alter pictures: pip install 'dat-ref[train]'") from error
+    return torch.nn.Sequential(kornia.auto.RandAugment(n=2, m=9), kornia.RandomErasing(p=0.25))
