@@ -6,9 +6,11 @@ import importlib.util
 import io
 import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -25,37 +27,75 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-# ------------------------------------------------------------------------------------------------ Python in pages
+# ------------------------------------------------------------------------------------------------ code in pages
 
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
+class Block(NamedTuple):
+    """A block of code: where it is, and what it must print or None; that is in the block titled "prints" after it."""
+
+    line: int
+    language: str
+    title: str
+    code: str
+    expected: str | None
+
+
 def code_blocks(markdown):
-    """Yield (line, code, what it must print or None): that is in the block titled "prints" right after it."""
-    found = [
-        (
-            markdown.count("\n", 0, fence.start()) + 1,
-            fence[2],
-            fence[3],
-            re.sub(f"^{fence[1]}", "", fence[4], flags=re.M),
-        )
-        for fence in FENCE.finditer(markdown)
-    ]
-    for index, (line, language, _, code) in enumerate(found):
-        following = found[index + 1] if index + 1 < len(found) else (0, "", "", "")
-        if language == "python":
-            yield line, code, following[3] if 'title="prints"' in following[2] else None
+    """Yield the blocks of a page."""
+    found = list(FENCE.finditer(markdown))
+    texts = [re.sub(f"^{fence[1]}", "", fence[4], flags=re.MULTILINE) for fence in found]
+    titles = [re.search('title="([^"]*)"', fence[3]) for fence in found]
+    titles = [title[1] if title else "" for title in titles]
+    for index, fence in enumerate(found):
+        line = markdown.count("\n", 0, fence.start()) + 1
+        expected = texts[index + 1] if titles[index + 1 : index + 2] == ["prints"] else None
+        yield Block(line, fence[2], titles[index], texts[index], expected)
 
 
 def run_page(markdown, where):
-    """Run the blocks of a page one after the other, in one namespace, as a reader would."""
+    """Run the blocks of a page one after the other, as a reader would: Python in one namespace, and what has a title is
+    a file of that name, or a change of it; commands where their output is shown."""
     names = {"__name__": "page"}
-    for line, code, expected in code_blocks(markdown):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * line + code, where, "exec"), names)
-        if expected is not None:
-            assert printed.getvalue() == expected, f"{where}, line {line}: prints\n{printed.getvalue()}"
+    for block in code_blocks(markdown):
+        printed = None
+        if block.language in ("python", "text") and Path(block.title).suffix:
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        elif block.language == "diff":
+            change(Path(block.title), block.code)
+        elif block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(compile("\n" * block.line + block.code, where, "exec"), names)
+            printed = output.getvalue()
+        elif block.language == "bash" and block.expected is not None:
+            printed = run_commands(block.code)
+        if block.expected is not None:
+            assert printed == block.expected, f"{where}, line {block.line}: prints\n{printed}"
+
+
+def change(path, difference):
+    """Exchange the lines of a file that a difference takes out for those that it puts in."""
+    lines = difference.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] in (sign, " ")) for sign in "-+")
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path}: expected once\n{old}"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def run_commands(commands):
+    """Run commands in a shell, as people do, and return what they print."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": scripts, "PYTHONDONTWRITEBYTECODE": "1"}  # files change within a second
+    run = subprocess.run(
+        ["bash", "-c", commands],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return run.stdout
 
 
 @pytest.mark.parametrize("page", PAGES + README, ids=name_of)
@@ -69,6 +109,20 @@ def test_wrong_output_is_noticed():
     with pytest.raises(AssertionError, match="line 1: prints"):
         run_page(page, "page")
     run_page(page.replace("3", "2"), "page")
+
+
+RUN = '```bash\npython a.py\n```\n\n```text title="prints"\n{}\n```\n\n'
+
+
+def test_files_of_a_page_are_written_changed_and_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = '```python title="a.py"\nx = 1\nprint(x)\n```\n\n'
+    difference = '```diff title="a.py"\n-x = 1\n+x = 2\n print(x)\n```\n\n'
+    run_page(file + RUN.format(1) + difference + RUN.format(2), "page")
+    with pytest.raises(AssertionError, match="line 20: prints"):
+        run_page(file + RUN.format(1) + difference + RUN.format(1), "page")
+    with pytest.raises(AssertionError, match="expected once"):
+        run_page(file + difference + difference, "page")
 
 
 def test_blocks_of_a_page_share_names_and_errors_surface():
@@ -114,7 +168,7 @@ def documented():
     return {name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page, re.M)}
 
 
-@pytest.mark.parametrize("module", ["dat_ref", "dat_ref.torch"])
+@pytest.mark.parametrize("module", ["dat_ref", "dat_ref.torch", "dat_ref.testing"])
 def test_every_public_name_is_on_the_api_page(module):
     """A name added to `__all__` needs a line `::: module.name` in docs/."""
     if importlib.util.find_spec(module) is None:
@@ -144,7 +198,7 @@ def test_tests_that_are_named_exist():
 # ------------------------------------------------------------------------------------------------ figures and tables
 
 
-SCRIPTS = ("draw.py", "draw_peers.py")  # in docs/figures
+SCRIPTS = ("draw.py", "draw_peers.py", "mutants.py")  # in docs/figures
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,8 +14,9 @@ from dat_ref.testing import SUBJECTS, Mutant, Setting, Skip, Stage, check_subjec
 from dat_ref.testing.diagnosis import diagnose
 from dat_ref.testing.run import check_one
 from dat_ref.testing.snippet import snippet
-from dat_ref.testing.subjects import ATTENTION, BIAS, LAYER
+from dat_ref.testing.subjects import ATTENTION, BIAS, LAYER, SAMPLER
 from dat_ref.testing.subjects.layer_steps import LayerSteps, run_layer
+from dat_ref.testing.subjects.sampler_mutants import at
 from dat_ref.testing.subjects.steps import Steps, attend_with_bias, exchange, read_bias
 from dat_ref.testing.trial import Trial, by_name
 
@@ -118,6 +119,14 @@ def test_a_report_names_the_first_failure_and_the_mistake():
     assert not report.passed
     assert report.failed()[0].check.name == "not_square"
     assert report.diagnosis == ["x is normalised by the height"]
+
+
+def test_mistakes_that_make_up_for_each_other_are_not_named():
+    """Edges for centers and centers for edges cancel, but for a single row, where points would be held."""
+    held = Mutant("held", "single_row", at(lambda points, size, last: np.where(size == 1, 0.0, points)))
+    report = check_subject(held.apply(SAMPLER.reference), SAMPLER, Setting(max_examples=5))
+    assert report.failed()[0].check.name == "single_row"
+    assert report.diagnosis == []
 
 
 def test_names_are_unique_and_mutants_name_checks():

@@ -43,15 +43,19 @@ SPEC = {
     "bias": "dat_ref.ops.bias",
     "attention": "dat_ref.ops.attention",
     "layer": "dat_ref.testing.subjects.layer",
+    "multi_scale": "dat_ref.peers.multi_scale",
+    "deform_conv": "dat_ref.peers.deform_conv",
+    "neighborhood": "dat_ref.testing.subjects.neighborhood",
 }
+FOR_EACH_CONVENTION = {"reference_grid", "offset_bound", "bias", "attention", "layer"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("subject", SPEC)
 def test_the_spec(subject, dtype):
-    """The NumPy spec, under every convention; memory is measured, too."""
+    """The NumPy spec, under every convention where that matters; memory is measured, too."""
     reports = holds(SPEC[subject], subject, dtype=dtype)
-    assert len(reports) == (1 if subject == "sampler" else len(Convention))
+    assert len(reports) == (len(Convention) if subject in FOR_EACH_CONVENTION else 1)
     assert all(
         result.status == "pass" for report in reports for result in report.results if result.check.name == "memory"
     )
@@ -177,6 +181,39 @@ def deformable_attention_layer(x, weights, options, convention):
 def test_the_layer_in_torch(convention, dtype):
     """`dat_ref.torch.DeformableAttention`, its gradients through autograd."""
     holds(from_torch(deformable_attention_layer), "layer", convention=convention, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ torch, the peers
+
+
+def neighborhood_by(backend):
+    """Return neighborhood attention in one of its backends, as the protocol has it."""
+
+    def attend_neighborhood(q, k, v, bias_table, query_size, kernel_size, dilation):
+        rows = [each.transpose(1, 2).flatten(2).unflatten(1, query_size) for each in (q, k, v)]  # (N, H, W, C)
+        options = {"scale": q.shape[3] ** -0.5, "dilation": dilation, "backend": backend}
+        mixed, _ = functional.neighborhood_attention(torch.cat(rows, dim=3), bias_table, **options)
+        return mixed.flatten(1, 2).unflatten(2, q.shape[1::2]).transpose(1, 2)
+
+    return from_torch(attend_neighborhood)
+
+
+PEERS = {
+    "multi_scale": from_torch(functional.multi_scale_deformable_attention),
+    "deform_conv": from_torch(functional.deform_conv2d),
+    "neighborhood, eager": neighborhood_by("eager"),
+    "neighborhood, cpu": neighborhood_by("cpu"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PEERS)
+def test_the_peers_in_torch(name, dtype):
+    """The functions that the peers' modules call."""
+    subject, _, backend = name.partition(", ")
+    if backend and backend not in backends():
+        pytest.skip(backends(missing=True)[backend])
+    holds(PEERS[name], subject, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------ as other people do

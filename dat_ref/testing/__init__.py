@@ -13,7 +13,7 @@
 `dat_ref.testing.diagnosis` the mistake by name: the mutant that behaves the same
 `dat_ref.testing.layout`    other layouts, single images: wrappers for what does not fit the protocol as it is
 `dat_ref.testing.report`    the report for people
-`dat_ref.testing.pytest`    one test for each check, in other people's suites
+`dat_ref.testing.pytest`    the same in other people's suites: one test for each check
 ==========================  ====================================================================================
 
 An implementation is a function of NumPy arrays under the protocol's name, or an object with several of them;

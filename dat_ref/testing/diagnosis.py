@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -16,7 +16,7 @@ CLOSE = {"float64": 1e-7, "float32": 1e-4}  # of the implementation to a mutant:
 Outputs = Iterable[Array | None]  # None where it raised
 
 
-def diagnose(trial: Trial, failing: Sequence[Case]) -> list[str]:
+def diagnose(trial: Trial, failing: Sequence[Case], failed: Collection[str] | None = None) -> list[str]:
     """Return the names of the mistakes that explain the failures: one, or two at once; empty if none known do.
 
     The named examples of the values stage are compared, first those that are not degenerate: what a formula that
@@ -25,6 +25,8 @@ def diagnose(trial: Trial, failing: Sequence[Case]) -> list[str]:
 
     Args:
         failing: the cases that failed.
+        failed: names of the checks that failed; a mistake whose own check holds was not made, though two that make up
+            for each other may look alike. None where they are not known.
     """
     if not failing:
         return []
@@ -35,12 +37,19 @@ def diagnose(trial: Trial, failing: Sequence[Case]) -> list[str]:
         if not all(right):
             # First what is wrong: most mutants are right there.
             order = sorted(range(len(probes)), key=right.__getitem__)
-            return _first_match(trial, [forward[i] for i in order], [probes[i] for i in order])
-    return _diagnose_gradient(trial)
+            candidates = _candidates(trial, failed, "forward")
+            return _first_match(trial, candidates, [forward[i] for i in order], [probes[i] for i in order])
+    return _diagnose_gradient(trial, _candidates(trial, failed, "vjp"))
 
 
-def _first_match(trial: Trial, forward: Sequence[Array | None], probes: Sequence[Case]) -> list[str]:
-    candidates = [mutant for mutant in trial.subject.mutants if mutant.forward is not None]
+def _candidates(trial: Trial, failed: Collection[str] | None, part: str) -> list[Mutant]:
+    of_part = [mutant for mutant in trial.subject.mutants if getattr(mutant, part) is not None]
+    return [mutant for mutant in of_part if failed is None or mutant.check in failed]
+
+
+def _first_match(
+    trial: Trial, candidates: Sequence[Mutant], forward: Sequence[Array | None], probes: Sequence[Case]
+) -> list[str]:
     for mistakes in _sets(candidates):
         if _same(trial, forward, _reference_outputs(trial, mistakes, probes)):
             return [mutant.name for mutant in mistakes]
@@ -88,9 +97,8 @@ def _close(trial: Trial, one: Array | None, other: Array | None) -> bool:
     return one.shape == other.shape and np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _diagnose_gradient(trial: Trial) -> list[str]:
+def _diagnose_gradient(trial: Trial, candidates: Sequence[Mutant]) -> list[str]:
     """The same for gradients, where the forward is right."""
-    candidates = [mutant for mutant in trial.subject.mutants if mutant.vjp is not None]
     if trial.implementation.vjp is None or not candidates:
         return []
     probes = _examples(trial, Stage.GRADIENTS)

@@ -13,7 +13,7 @@ from .subject import Case, Mismatch, Stage
 from .trial import Trial
 
 MARKS = {"pass": "✓", "fail": "✗", "skip": "·", "xfail": "✗", "xpass": "✓"}
-WIDTH = 100
+WIDTH = 84
 SINGLE_PRECISION = 8 * float(np.finfo(np.float32).eps)
 
 

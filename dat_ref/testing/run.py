@@ -116,7 +116,8 @@ def check_subject(
             small = shrink and reason is None and check.stage not in shown
             results.append(check_one(trial, check, reason, shrink=small))
     report = Report(trial, results)
-    report.diagnosis.extend(diagnose(trial, [result.failure.case for result in report.failed() if result.failure]))
+    cases = [result.failure.case for result in report.failed() if result.failure]
+    report.diagnosis.extend(diagnose(trial, cases, [result.check.name for result in report.failed()]))
     if shrink and len(report.diagnosis) > 1:
         results[:] = [_isolated(trial, result, report.mistakes()) for result in results]
     return report

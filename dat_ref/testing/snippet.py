@@ -14,7 +14,7 @@ from .strategies import numbers
 from .subject import Case, Mismatch, Stage
 from .trial import Trial
 
-LARGE = 24  # numbers; a larger array is made by an expression, if there is one
+FEW, LARGE = 4, 24  # numbers; a larger array is made by an expression, if there is one
 WIDTH = 100
 LONGEST_EXPECTED = 12  # numbers
 
@@ -44,7 +44,7 @@ def snippet(trial: Trial, case: Case, mismatch: Mismatch, stage: Stage) -> str:
     if stage is Stage.GRADIENTS:
         expected = trial.gradients(trial.subject.reference, cotangent, trial.cast(case, np.float64))
         short = {name: grad for name, grad in expected.items() if grad.size <= LONGEST_EXPECTED}
-        lines += [f"# the reference gives {name}: {_plain(np.round(grad, 9))}" for name, grad in short.items()]
+        lines += [f"# the reference gives {name}: {_plain(grad)}" for name, grad in short.items()]
     elif mismatch.expected is not None and mismatch.expected.size <= LONGEST_EXPECTED:
         lines.append(f"# expected {_plain(mismatch.expected)}")
     return "\n".join(lines)
@@ -90,12 +90,14 @@ def literal(value: object, column: int = 0, *, values_matter: bool = True) -> st
     kind = "" if value.dtype == np.float64 else f", dtype={str(value.dtype)!r}"
     if not value.size:
         return f"np.zeros({value.shape}{kind})"
-    if value.size > LARGE:
-        if np.array_equal(value, np.arange(1.0, value.size + 1).reshape(value.shape)):
-            return f"np.arange(1.0, {value.size + 1}{kind}).reshape{value.shape}"
-        if not values_matter or (value == value.flat[0]).all():
-            return f"np.full({value.shape}, {value.flat[0]}{kind})"
-    return f"np.array({_rows(value, column + len('np.array('))}{kind})"
+    if value.size > LARGE and np.array_equal(value, np.arange(1.0, value.size + 1).reshape(value.shape)):
+        return f"np.arange(1.0, {value.size + 1}{kind}).reshape{value.shape}"
+    if value.size > FEW and ((value == value.flat[0]).all() or (value.size > LARGE and not values_matter)):
+        return f"np.full({value.shape}, {_named(str(value.flat[0]))}{kind})"
+    reshaped = ""
+    if value.size > FEW and value.shape[-1] == 1:  # a column would be long
+        value, reshaped = value.ravel(), f".reshape{value.shape}"
+    return f"np.array({_rows(value, column + len('np.array('))}{kind}){reshaped}"
 
 
 def _rows(array: Array, column: int) -> str:
@@ -116,8 +118,8 @@ def _rows(array: Array, column: int) -> str:
 
 
 def _plain(array: Array) -> str:
-    """Return nested lists on one line."""
-    return _named(repr(array.tolist()))
+    """Return nested lists on one line, to nine decimals: the last ones differ from machine to machine."""
+    return _named(repr(np.round(array, 9).tolist()))
 
 
 def _named(text: str) -> str:

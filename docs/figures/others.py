@@ -1,0 +1,146 @@
+"""Runs the conformance kit on other people's packages and writes down what it says.
+
+    python docs/figures/others.py
+
+`others.json` and `others.md` are written beside this file, with versions and the date. A test runs the kit again on
+each package that is installed in the version written down, and compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import re
+import warnings
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dat_ref.testing import Report, Setting, check_subject, choose
+from dat_ref.testing.conventions import follows
+from dat_ref.testing.report import failure_text
+
+FOLDER = Path(__file__).parent
+ADAPTERS = "dat_ref.testing.adapters"
+FEW = 4  # checks that are named in a row of the table
+
+
+class Row(NamedTuple):
+    """What is checked, and under which precision; `shown` names the counter-examples that go on the page."""
+
+    title: str
+    package: str
+    target: str
+    subject: str
+    dtype: str = "float64"
+    shown: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("its sampler", "deformable-attention", "deformable_attention", "sampler", shown=("first_pixel", "not_square")),
+    Row("its key grid", "deformable-attention", "deformable_attention", "reference_grid", shown=("not_square",)),
+    Row("Deformable DETR and its relatives", "transformers", "transformers", "multi_scale"),
+    Row("Mask2Former, OneFormer", "transformers", "transformers:mask2former", "multi_scale"),
+    Row("RT-DETRv2, D-FINE", "transformers", "transformers:rt_detr_v2", "multi_scale"),
+    Row(
+        "RT-DETRv2, the variant without interpolation", "transformers", "transformers:rt_detr_v2_discrete",
+        "multi_scale", shown=("pixel_centers",),
+    ),
+    Row("`GridSample` of the standard's evaluator", "onnx", "onnx", "sampler", "float32", ("shapes", "nan_comes_out")),
+    Row("`DeformConv` of the standard's evaluator", "onnx", "onnx", "deform_conv", "float32", ("single_row",)),
+)  # fmt: skip
+
+
+def measure(row: Row, max_examples: int = 50, *, shrink: bool = True) -> Report:
+    """Run the checks of a row, under the convention that is nearest."""
+    ((subject, implementation),) = choose(f"{ADAPTERS}.{row.target}", [row.subject])
+    setting = Setting(dtype=row.dtype, max_examples=max_examples)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        if subject.conventional:
+            setting = Setting(follows(implementation, subject, setting).convention, row.dtype, max_examples)
+        return check_subject(implementation, subject, setting, shrink=shrink)
+
+
+def outcome(row: Row, report: Report) -> dict[str, Any]:
+    """Return what is written down of a report."""
+    return {
+        "package": row.package,
+        "version": version(row.package),
+        "target": f"{ADAPTERS}.{row.target}",
+        "subject": row.subject,
+        "dtype": row.dtype,
+        "convention": report.trial.setting.convention.name if report.trial.subject.conventional else None,
+        "statuses": {result.check.name: result.status for result in report.results},
+        "diagnosis": report.diagnosis,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the page's parts
+
+
+def part(name: str, *lines: str) -> str:
+    """Return a part of the file that a page includes by name."""
+    name = re.sub(r"\W+", "-", name)
+    return "\n".join([f"<!-- --8<-- [start:{name}] -->", "", *lines, "", f"<!-- --8<-- [end:{name}] -->", ""])
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return a row for each: how many checks hold, and which fail."""
+    lines = ["| what | version | precision | convention | hold | fail |", "|---|---|---|---|---:|---|"]
+    for row, each in zip(ROWS, found, strict=True):
+        failed = [name for name, status in each["statuses"].items() if status == "fail"]
+        held = sum(status == "pass" for status in each["statuses"].values())
+        ran = held + len(failed)
+        named = ", ".join(f"`{name}`" for name in failed[:FEW]) or "none"
+        named += f" and {len(failed) - FEW} more" if len(failed) > FEW else ""
+        convention = each["convention"]
+        told = "—" if convention is None else f"none; nearest `{convention}`" if failed else f"`{convention}`"
+        lines.append(
+            f"| {row.package}: {row.title} | {each['version']} | {row.dtype} | {told} | {held} of {ran} | {named} |"
+        )
+    return "\n".join(lines)
+
+
+def outside(size: tuple[int, int]) -> str:
+    """Say how many keys of deformable-attention lie off the map, one a pixel and none moved."""
+    adapter = importlib.import_module(f"{ADAPTERS}.deformable_attention")
+    points = adapter.reference_pixels(size, size)
+    away = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # where zeros are read
+    lowest = points[..., 0].max()
+    return (
+        f"On a map of {size[0]} × {size[1]}, without offsets, {away.sum():,} of {away.size:,} keys lie a pixel or more "
+        f"off the map and read zeros; no key reads below row {lowest:.1f}."
+    )
+
+
+def parts(found: list[dict[str, Any]], reports: list[Report]) -> str:
+    """Return the Markdown that the page includes."""
+    versions = sorted({f"{each['package']} {each['version']}" for each in found})
+    machine = f"Python {platform.python_version()}, torch {version('torch')}, NumPy {version('numpy')}"
+    written = [
+        part("date", f"Checked on {date.today():%d %B %Y}: {', '.join(versions)}; {machine}."),
+        part("table", table(found)),
+        part("outside", outside((32, 64))),
+    ]
+    for row, report in zip(ROWS, reports, strict=True):
+        if report.diagnosis:
+            name = f"diagnosis {row.target} {row.subject}"
+            written.append(part(name, "```text", *report.diagnosis, "```"))
+        for result in report.results:
+            if result.check.name in row.shown:
+                assert result.failure is not None, f"{row.target}: {result.check.name} holds"
+                name = f"{row.target} {row.subject} {result.check.name}"
+                written.append(part(name, "```text", failure_text(report.trial, result), "```"))
+    return "\n".join(written)
+
+
+if __name__ == "__main__":
+    reports = [measure(row) for row in ROWS]
+    found = [outcome(row, report) for row, report in zip(ROWS, reports, strict=True)]
+    (FOLDER / "others.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (FOLDER / "others.md").write_text(parts(found, reports), encoding="utf-8")

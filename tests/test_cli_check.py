@@ -1,0 +1,182 @@
+"""`dat-ref check`: what it prints, its options, its exit codes, and what it says of targets that cannot be checked."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from dat_ref.cli import main
+
+# A sampler that drops what lies outside the pixel centers, one that cannot say what it is, grids of two conventions.
+PORT = """
+import numpy as np
+from dat_ref.ops.sampling import bilinear_sample as right
+
+def bilinear_sample(x, points_px):
+    last = np.array(x.shape[2:]) - 1
+    inside = ((points_px >= 0) & (points_px <= last)).all(axis=-1)
+    return right(x, points_px) * inside[:, None].astype(x.dtype)
+
+def sample(x, points_px):
+    return right(x, points_px)
+
+def in_single_precision(x, points_px):
+    return right(x.astype(np.float32), points_px.astype(np.float32)).astype(x.dtype)
+
+def cells(key_size, size):
+    y, x = ((np.arange(keys) + 0.5) * length / keys - 0.5 for keys, length in zip(key_size, size))
+    return np.stack(np.meshgrid(y, x, indexing="ij"), -1)
+
+class Port:
+    def bilinear_sample(self, x, points_px):
+        return right(x, points_px)
+
+class Built:
+    def __init__(self, size):
+        pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def port(tmp_path, monkeypatch):
+    """Put a module of that name into an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("port", "broken", "needs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "port.py").write_text(PORT, encoding="utf-8")
+    yield tmp_path
+    for name in ("port", "broken", "needs"):
+        sys.modules.pop(name, None)
+
+
+def run(*arguments, code):
+    """Run the command with few examples, and require its exit code."""
+    assert main(["check", *arguments, "--max-examples", "3"]) == code
+
+
+def test_a_wrong_implementation(port, capsys):
+    """Which checks fail, the mistake by name, the counter-example drawn, and a program that shows it."""
+    run("port", code=1)
+    printed = capsys.readouterr().out
+    assert "✓ zeros_outside" in printed
+    assert "✗ border_fades" in printed
+    assert "like the reference with one mistake:\n    points outside the pixel centers are dropped" in printed
+    assert "    a: (y, x) = (-0.5, -0.5)" in printed
+    assert "15 of 24 checks hold, 4 fail, 5 not run" in printed
+    program = printed.split("to reproduce:\n")[1].split("\n\nAlso")[0]
+    shown = []
+    exec("\n".join(line[4:] for line in program.splitlines()), {"print": shown.append})
+    assert np.all(shown[0] == 0)
+    assert "# expected [[[0.25]]]" in program
+
+
+@pytest.mark.parametrize("target", ["port:sample", "port:Port", "port:Port.bilinear_sample", "dat_ref.ops.sampling"])
+def test_right_ones_in_every_form(target, port, capsys):
+    """A function of any name, a class, a method, a module."""
+    if target == "port:Port.bilinear_sample":
+        (port / "port.py").write_text(PORT + "Port = Port()\n", encoding="utf-8")
+    run(target, "--subject", "sampler", code=0)
+    assert " 0 fail" not in capsys.readouterr().out
+
+
+def test_conventions(port, capsys):
+    """Found, or asked for; a wrong one is told which would be right."""
+    run("port:cells", "--subject", "reference_grid", code=0)
+    assert capsys.readouterr().out.startswith("reference_grid follows CELL_CENTER\n")
+    run("port:cells", "--subject", "reference_grid", "--convention", "cell_center", code=0)
+    assert "follows" not in capsys.readouterr().out
+    run("port:cells", "--subject", "reference_grid", "--convention", "cvpr2022", code=1)
+    assert "follows CELL_CENTER: try --convention cell_center" in capsys.readouterr().out
+
+
+def test_single_precision_inside(port, capsys):
+    """It is recognised, and right in its own precision."""
+    run("port:in_single_precision", "--subject", "sampler", code=1)
+    assert "check it with --dtype float32" in capsys.readouterr().out
+    run("port:in_single_precision", "--subject", "sampler", "--dtype", "float32", code=0)
+
+
+def test_expected_failures(port, capsys):
+    """Those that fail are no failure; one that is not on the list is shown in full; one that holds is a failure."""
+    known = port / "known.txt"
+    everything = (
+        "border_fades # we drop them\nsingle_row # so\nsampler.anywhere # so\n\n# the same\nzeros_around # so\n"
+    )
+    known.write_text(everything, encoding="utf-8")
+    run("port", "--xfails", str(known), code=0)
+    assert "fails as expected: we drop them" in capsys.readouterr().out
+    known.write_text(everything.replace("single_row # so\n", ""), encoding="utf-8")
+    run("port", "--xfails", str(known), code=1)
+    printed = capsys.readouterr().out
+    assert "✗ single_row\n  promised:" in printed
+    assert "✗ border_fades\n" not in printed
+    known.write_text(everything + "first_pixel # was wrong once\n", encoding="utf-8")
+    run("port", "--xfails", str(known), code=1)
+    assert "holds, but is on the list of expected failures: take it off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("border_fades", "expected `name  # why` in known.txt, line 1"),
+        ("border_fade # why", "'border_fade' is no check; 'border_fades' is one"),
+        ("bias.border_fade # why", "'bias.border_fade' is no check; 'bias.border_fades' is one"),
+        (None, "known.txt: No such file"),
+    ],
+)
+def test_lists_that_cannot_be_used(listed, words, port, capsys):
+    if listed is not None:
+        (port / "known.txt").write_text(listed, encoding="utf-8")
+    run("port", "--xfails", "known.txt", code=2)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("", "expected package.module:object, got ''"),
+        ("port.", "expected package.module:object, got 'port.'"),
+        ("elsewhere:sample", "found no module 'elsewhere'"),
+        ("port.sampling:sample", "found no module 'port.sampling'"),
+        ("port:nothing", "port has no 'nothing'"),
+        ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
+        ("port:sample", "which subject does the function 'sample' implement?"),
+        ("port:Built", "port:Built is a class, which is called without arguments; that raised TypeError"),
+        ("broken", "importing broken raised ZeroDivisionError: division by zero (" ),
+        ("needs", "importing needs raised ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)  # fmt: skip
+def test_targets_that_cannot_be_checked(target, words, port, capsys):
+    """Exit code 2, for 1 says that something is wrong with an implementation that ran."""
+    (port / "broken.py").write_text("1 / 0\n", encoding="utf-8")
+    (port / "needs.py").write_text("import nowhere\n", encoding="utf-8")
+    run(target, code=2)
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_options_that_make_no_sense(port, capsys):
+    run("port", "--subject", "sampling", code=2)
+    assert "--subject: expected one of sampler, reference_grid" in capsys.readouterr().err
+    run("port", "--subject", "bias", code=2)
+    assert "table       (M, Y, X)" in capsys.readouterr().err  # what was asked for is told in full
+    assert main(["check", "port", "--max-examples", "0"]) == 2
+    assert main(["check"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "port", "--convention", "none"])
+    assert stop.value.code == 2
+
+
+def test_the_list(capsys):
+    """What people need to write an adapter."""
+    assert main(["check", "--list", "--subject", "sampler", "--subject", "bias"]) == 0
+    printed = capsys.readouterr().out
+    assert "bilinear_sample(x, points_px) -> (N, C, P)" in printed
+    assert "its gradient: bilinear_sample_vjp(cotangent, x, points_px) -> (x, points_px)" in printed
+    assert "may take convention=" in printed
+    assert "border_fades" in printed

@@ -1,0 +1,89 @@
+"""What the site says of other packages is what the kit finds, for those that are installed in the version named."""
+
+import importlib.util
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dat_ref.testing import Setting, Stage, check, text
+from dat_ref.testing.subject import with_mistakes
+from dat_ref.testing.subjects import MULTI_SCALE
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+WRITTEN = json.loads((FIGURES / "others.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def others():
+    """Return the script that wrote it."""
+    spec = importlib.util.spec_from_file_location("docs_others", FIGURES / "others.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "number", range(len(WRITTEN)), ids=lambda number: "{target}-{subject}".format(**WRITTEN[number])
+)
+def test_what_is_written_of_a_package_is_what_the_kit_finds(number, others):
+    """A few cases a check are enough: every failure is seen in a named one."""
+    written, row = WRITTEN[number], others.ROWS[number]
+    try:
+        installed = version(row.package)
+    except PackageNotFoundError:
+        pytest.skip(f"{row.package} is not installed")
+    if installed != written["version"]:
+        pytest.skip(f"{row.package} {installed} is installed, {written['version']} was checked")
+    assert others.outcome(row, others.measure(row, max_examples=3, shrink=False)) == written
+
+
+def test_the_page_says_what_was_found():
+    """Its table has the numbers of the file beside it."""
+    page = (FIGURES / "others.md").read_text(encoding="utf-8")
+    for each in WRITTEN:
+        statuses = list(each["statuses"].values())
+        held, failed = statuses.count("pass"), statuses.count("fail")
+        assert f"| {each['version']} | {each['dtype']} |" in page
+        assert f"| {held} of {held + failed} |" in page
+
+
+def test_deformable_attention_with_its_two_mistakes_mended(monkeypatch):
+    """Each axis by its own length, -1 and 1 as the edges that they are read as: only the empty batch is left."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("deformable_attention")
+    from dat_ref.testing.adapters import deformable_attention as adapter
+
+    def normalize_grid(grid, dim=1, out_dim=-1):
+        height, width = grid.shape[-2:]
+        x, y = grid.unbind(dim=dim)
+        return torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=out_dim)
+
+    monkeypatch.setattr(adapter.module, "normalize_grid", normalize_grid)
+    (report,) = check(adapter, ["sampler"], max_examples=3)
+    assert [result.check.name for result in report.failed()] == ["shapes"], text(report)
+    assert report.diagnosis == []
+
+
+def test_discrete_sampling_of_rt_detr_v2_is_the_reference_with_three_differences():
+    """Nearest pixel, border repeated, half a pixel further down and right: in this order."""
+    pytest.importorskip("transformers")
+    from dat_ref.testing.adapters.transformers import rt_detr_v2_discrete
+
+    names = (
+        "nearest pixel instead of linear",
+        "the border is repeated outside",
+        "half a pixel down and right: pixel = location · W",
+    )
+    known = {mutant.name: mutant for mutant in MULTI_SCALE.mutants}
+    wrong = with_mistakes(MULTI_SCALE.reference, [known[name] for name in names])
+    for promise in MULTI_SCALE.checks:
+        for case in promise.cases(Setting()) if promise.stage is Stage.VALUES else ():
+            given = case.arguments.values()
+            np.testing.assert_allclose(
+                rt_detr_v2_discrete.multi_scale_deformable_attention(*given), wrong.forward(*given), atol=1e-12
+            )
