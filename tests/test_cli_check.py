@@ -10,7 +10,7 @@ from dat_ref.cli import main
 # A sampler that drops what lies outside the pixel centers, one that cannot say what it is, grids of two conventions.
 PORT = """
 import numpy as np
-from dat_ref.ops.sampling import bilinear_sample as right
+from dat_ref.ops.sampling import bilinear_sample as right, bilinear_sample_vjp as gradients
 
 def bilinear_sample(x, points_px):
     last = np.array(x.shape[2:]) - 1
@@ -30,6 +30,16 @@ def cells(key_size, size):
 class Port:
     def bilinear_sample(self, x, points_px):
         return right(x, points_px)
+
+class Shifted:
+    def bilinear_sample(self, x, points_px):
+        return right(x, points_px + 0.5)
+
+def doubled(x, points_px):
+    return right(x, points_px)
+
+def doubled_vjp(cotangent, x, points_px):
+    return [2 * grad for grad in gradients(cotangent, x, points_px)]
 
 class Built:
     def __init__(self, size):
@@ -67,11 +77,31 @@ def test_a_wrong_implementation(port, capsys):
     assert "like the reference with one mistake:\n    points outside the pixel centers are dropped" in printed
     assert "    a: (y, x) = (-0.5, -0.5)" in printed
     assert "15 of 24 checks hold, 4 fail, 5 not run" in printed
-    program = printed.split("to reproduce:\n")[1].split("\n\nAlso")[0]
-    shown = []
+    assert np.all(shown_by(printed) == 0)
+    assert "# expected [[[0.25]]]" in printed
+
+
+def shown_by(printed):
+    """Run the first program of a report as it stands, and return what it prints."""
+    program, shown = printed.split("to reproduce:\n")[1].split("\n\n✗")[0].split("\n\nAlso")[0], []
     exec("\n".join(line[4:] for line in program.splitlines()), {"print": shown.append})
-    assert np.all(shown[0] == 0)
-    assert "# expected [[[0.25]]]" in program
+    return shown[0]
+
+
+def test_a_wrong_class(port, capsys):
+    """The program makes an instance, too."""
+    run("port:Shifted", code=1)
+    assert shown_by(capsys.readouterr().out).shape == (1, 1, 1)
+
+
+def test_a_wrong_gradient_beside_a_function(port, capsys):
+    """It belongs to the function that is named, and the program calls it."""
+    run("port:doubled", "--subject", "sampler", code=1)
+    printed = capsys.readouterr().out
+    assert "✗ gradient_of_the_map" in printed
+    assert "smallest counter-example: gradient of x: " in printed
+    assert "# the reference gives x: " in printed
+    assert len(shown_by(printed)) == 2
 
 
 @pytest.mark.parametrize("target", ["port:sample", "port:Port", "port:Port.bilinear_sample", "dat_ref.ops.sampling"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,7 +14,7 @@ from .conventions import Following, follows
 from .run import Report, check_subject
 from .subject import Implementation, Setting, Subject
 from .subjects import SUBJECTS
-from .target import implementations, load
+from .target import implementations, load, owner_of
 
 Pair = tuple[Subject, Implementation]
 
@@ -26,9 +27,9 @@ def choose(target: Any, subjects: Sequence[str] = ()) -> list[Pair]:
         subjects: names; empty for all that are there.
     """
     if isinstance(target, str):
-        return implementations(load(target), target, subjects)
+        return implementations(load(target), target, subjects, owner_of(target))
     module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", type(target).__name__)
-    return implementations(target, f"{module}:{name}" if module else name, subjects)
+    return implementations(target, f"{module}:{name}" if module else name, subjects, sys.modules.get(module))
 
 
 def settings_for(

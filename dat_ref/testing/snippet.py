@@ -60,7 +60,7 @@ def _callable(trial: Trial, stage: Stage) -> tuple[str, list[str]]:
     if not path:
         function = trial.subject.function + gradient
         return f"{module}.{function}" if module.isidentifier() else function, []
-    first = (path + gradient).split(".")[0]
+    first = (path + gradient).split(".")[0].removesuffix("()")
     return path + gradient, [f"from {module} import {first}"]
 
 

@@ -50,31 +50,40 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" + ("" if told else f" ({place.filename}, line {place.lineno})")
 
 
-def implementations(target: Any, name: str, only: Sequence[str] = ()) -> list[tuple[Subject, Implementation]]:
+def owner_of(name: str) -> Any:
+    """Return the module or the object that a name is an attribute of; a module itself."""
+    module_name, _, path = name.partition(":")
+    parent = path.rpartition(".")[0]
+    return load(f"{module_name}:{parent}" if parent else module_name)
+
+
+def implementations(
+    target: Any, name: str, only: Sequence[str] = (), owner: Any = None
+) -> list[tuple[Subject, Implementation]]:
     """Return what a target implements: each subject with its functions.
 
     A function serves the subject that its name belongs to, or the one that is asked for. A class is called without
-    arguments. An instance or a module serves every subject whose function it has; ``<function>_vjp`` beside it is the
-    gradient.
+    arguments. An instance or a module serves every subject whose function it has. Its gradient is ``function.vjp``, or
+    ``<function>_vjp`` beside it.
 
     Args:
         name: ``package.module:object``, for the report.
         only: names of subjects; empty for all that are there.
+        owner: what a function lies in, with its gradient beside it.
 
     Raises:
         ValueError: if nothing is found, or what was asked for is missing; it says which names are looked for.
     """
     wanted = [subject_named(each) for each in only] or list(SUBJECTS)
     if inspect.isclass(target):
-        target = _made(target, name)
+        target, name = _made(target, name), f"{name}()"
     if inspect.isroutine(target) or (callable(target) and not any(hasattr(target, each.function) for each in wanted)):
-        return [_single(target, name, wanted, chosen=bool(only))]
+        return [_single(target, name, wanted, owner, chosen=bool(only))]
     found = [
-        (subject, implementation_of(subject, getattr(target, subject.function),
-                                    getattr(target, f"{subject.function}_vjp", None), _path(name, subject.function)))
+        (subject, implementation_of(subject, getattr(target, subject.function), target, _path(name, subject.function)))
         for subject in wanted
         if hasattr(target, subject.function)
-    ]  # fmt: skip
+    ]
     missing = [subject for subject in wanted if not hasattr(target, subject.function)]
     if not found or (only and missing):
         raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{_looked_for(missing)}")
@@ -91,7 +100,9 @@ def _made(kind: type, name: str) -> Any:
         ) from error
 
 
-def _single(target: Any, name: str, wanted: Sequence[Subject], *, chosen: bool) -> tuple[Subject, Implementation]:
+def _single(
+    target: Any, name: str, wanted: Sequence[Subject], owner: Any, *, chosen: bool
+) -> tuple[Subject, Implementation]:
     own = getattr(target, "__name__", "")
     subjects = [subject for subject in wanted if subject.function == own] or (list(wanted) if chosen else [])
     if len(subjects) != 1:
@@ -100,11 +111,13 @@ def _single(target: Any, name: str, wanted: Sequence[Subject], *, chosen: bool) 
             f"TARGET: which subject does the function {own!r} implement? Name one with --subject ({names}), or call "
             f"the function by one of the protocol's names:\n{_looked_for(wanted)}"
         )
-    return subjects[0], implementation_of(subjects[0], target, getattr(target, "vjp", None), name)
+    return subjects[0], implementation_of(subjects[0], target, owner, name)
 
 
-def implementation_of(subject: Subject, forward: Any, vjp: Any, name: str) -> Implementation:
-    """Return functions as an implementation; what they take by name only, they are given by name."""
+def implementation_of(subject: Subject, forward: Any, owner: Any, name: str) -> Implementation:
+    """Return a function and its gradient as an implementation; what they take by name only, they are given by name."""
+    called = name.rpartition(":")[2].rpartition(".")[2]
+    vjp = getattr(forward, "vjp", None) or getattr(owner, f"{called}_vjp", None)
     try:
         parameters = inspect.signature(forward).parameters
     except (TypeError, ValueError):  # written in another language
