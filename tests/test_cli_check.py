@@ -45,6 +45,17 @@ class Built:
     def __init__(self, size):
         pass
 
+def nothing(x, points_px):
+    pass
+
+def noisy(x, points_px):
+    return right(x, points_px) + np.random.default_rng().random()
+
+def not_single_rows(x, points_px):
+    if 1 in x.shape[2:]:
+        raise NotImplementedError("single rows")
+    return right(x, points_px)
+
 number = 3
 """
 
@@ -113,6 +124,29 @@ def test_right_ones_in_every_form(target, port, capsys):
     assert " 0 fail" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing", "it returns object, not numbers"),
+        ("noisy", "asked again, it answers differently: 4 of 4 differ"),
+    ],
+)
+def test_what_fails_at_once_is_asked_no_further(name, words, port, capsys):
+    run(f"port:{name}", "--subject", "sampler", code=1)
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "· first_pixel              not run: a smoke check fails" in printed
+
+
+def test_options_that_are_not_there(port, capsys):
+    """Their cases are left out; a check that has no others is not run."""
+    run("port:not_single_rows", "--subject", "sampler", code=0)
+    printed = capsys.readouterr().out
+    assert "· single_row               not run: not implemented: single rows" in printed
+    assert "✓ anywhere " in printed
+    assert "(on some cases not run: not implemented: single rows)" in printed
+
+
 def test_conventions(port, capsys):
     """Found, or asked for; a wrong one is told which would be right."""
     run("port:cells", "--subject", "reference_grid", code=0)
@@ -172,7 +206,7 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
         ("port.", "expected package.module:object, got 'port.'"),
         ("elsewhere:sample", "found no module 'elsewhere'"),
         ("port.sampling:sample", "found no module 'port.sampling'"),
-        ("port:nothing", "port has no 'nothing'"),
+        ("port:absent", "port has no 'absent'"),
         ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
         ("port:sample", "which subject does the function 'sample' implement?"),
         ("port:Built", "port:Built is a class, which is called without arguments; that raised TypeError"),

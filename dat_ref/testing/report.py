@@ -59,6 +59,8 @@ def table(report: Report) -> str:
             "xfail": f"fails as expected: {result.expected_failure}",
             "xpass": "holds, but is on the list of expected failures: take it off",
         }.get(result.status, result.check.promise)
+        if result.left_out:
+            note += f" (on some cases not run: {result.left_out})"
         lines.append(f"  {shown:<11}{MARKS[result.status]} {result.check.name:<{longest}}  {note}")
     return "\n".join(lines)
 

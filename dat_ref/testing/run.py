@@ -40,12 +40,14 @@ class Result:
     Args:
         failure: the counter-example, or None.
         skipped: why it did not run, or "".
+        left_out: why it did not run on some of its cases, or "".
         expected_failure: the reason on the list of expected failures, or None where it is not on it.
     """
 
     check: Check
     failure: Failure | None = None
     skipped: str = ""
+    left_out: str = ""
     expected_failure: str | None = None
 
     @property
@@ -110,7 +112,7 @@ def check_subject(
         failed = [result.check.stage for result in results if result.failure]
         shown = [result.check.stage for result in results if result.status == "fail"]
         if Stage.SMOKE in failed and check.stage is not Stage.SMOKE:
-            results.append(Result(check, skipped="it does not run"))
+            results.append(Result(check, skipped="a smoke check fails"))
         else:
             # The first unexpected failure of a stage is shown in full, so that one is made small.
             small = shrink and reason is None and check.stage not in shown
@@ -148,20 +150,39 @@ def check_one(trial: Trial, check: Check, reason: str | None = None, *, shrink: 
     """
     if check.stage is Stage.GRADIENTS and trial.implementation.vjp is None:
         return Result(check, skipped="no gradient was given")
+    left_out: list[Skip] = []
     try:
-        return Result(check, find_failure(trial, check, shrink=shrink), expected_failure=reason)
+        failure = find_failure(trial, check, left_out, shrink=shrink)
     except Skip as skip:
         return Result(check, skipped=str(skip))
+    return Result(check, failure, left_out=str(left_out[0]) if left_out else "", expected_failure=reason)
 
 
-def find_failure(trial: Trial, check: Check, *, shrink: bool = True) -> Failure | None:
-    """Return a case that the check rejects, the smallest that Hypothesis finds, or else the first example."""
+def find_failure(
+    trial: Trial, check: Check, left_out: list[Skip] | None = None, *, shrink: bool = True
+) -> Failure | None:
+    """Return a case that the check rejects, the smallest that Hypothesis finds, or else the first example.
+
+    Args:
+        left_out: gets the cases that were skipped, where others were not.
+
+    Raises:
+        Skip: if all cases were.
+    """
+    skips: list[Skip] = []
+    ran = False
 
     def attempt(case: Case) -> Mismatch | None:
+        nonlocal ran
         try:
             check.test(trial, case)
         except Mismatch as mismatch:
+            ran = True
             return mismatch
+        except Skip as skip:
+            skips.append(skip)
+        else:
+            ran = True
         return None
 
     found = None
@@ -170,10 +191,13 @@ def find_failure(trial: Trial, check: Check, *, shrink: bool = True) -> Failure 
         if mismatch is not None:
             found = Failure(mismatch.case or case, mismatch)
             break
-    if check.strategy is None or (found is not None and not shrink):
-        return found
-    drawn = _search(check.strategy(trial.setting), attempt, trial.setting.max_examples, shrink=shrink)
-    return drawn or found
+    if check.strategy is not None and (found is None or shrink):
+        found = _search(check.strategy(trial.setting), attempt, trial.setting.max_examples, shrink=shrink) or found
+    if skips and not ran:
+        raise skips[0]
+    if left_out is not None:
+        left_out += skips
+    return found
 
 
 def _search(

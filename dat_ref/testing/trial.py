@@ -51,11 +51,14 @@ class Trial:
             Skip: if it raises NotImplementedError: it says itself that it does not have an option.
         """
         try:
-            return self.call(self.implementation, self.cast(case))
+            got = self.call(self.implementation, self.cast(case))
         except NotImplementedError as error:
             raise Skip(f"not implemented: {error}") from error
         except Exception as error:
             raise Mismatch(f"it raised {type(error).__name__}: {error}", case=case) from error
+        if not np.issubdtype(got.dtype, np.number):
+            raise Mismatch(f"it returns {got.dtype}, not numbers", case=case)
+        return got
 
     def expected(self, case: Case) -> Array:
         """Return the reference's result in float64, from the numbers that the implementation is given."""
