@@ -1,4 +1,8 @@
-"""The eight released backbones, by name: DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``."""
+"""Backbones by name: the eight released ones, DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``, and a small one.
+
+``dat_nano`` is new work, in the default convention: three stages for images of 64 × 64, small enough to be trained on a
+laptop in minutes and to ship with its weights.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ._checks import ConfigError
-from .config import DATConfig
+from .config import BlockConfig, DATConfig, DeformableAttentionConfig, WindowAttentionConfig
 
 
 def _preset_2022(
@@ -52,6 +56,27 @@ def _preset_2023(dim: int, heads: int, groups: Sequence[int], drop_path: float) 
     return DATConfig.from_official(released, release="datpp2023")
 
 
+def _nano() -> DATConfig:
+    def windows(dim: int, heads: int, shift: int = 0) -> BlockConfig:
+        return BlockConfig(WindowAttentionConfig(dim, heads, 4, shift=shift), local_perception=True)
+
+    def deformable(dim: int, heads: int, groups: int, side: int) -> BlockConfig:
+        attention = DeformableAttentionConfig(
+            dim, heads, groups=groups, kernel_size=3, offset_range=4.0, size=(side, side)
+        )
+        return BlockConfig(attention, local_perception=True)
+
+    return DATConfig(
+        stages=(
+            (windows(32, 2), windows(32, 2, shift=2)),
+            (windows(64, 4), deformable(64, 4, 2, 8), windows(64, 4), deformable(64, 4, 2, 8)),
+            (deformable(112, 8, 4, 4),),
+        ),
+        patch_embedding="conv",
+        image_size=(64, 64),
+    )
+
+
 # dat_pp_base_384 is dat_pp_base fed at 384²: its tables are built for 224² and read in fractions of the map.
 PRESETS: dict[str, DATConfig] = {
     "dat_tiny": _preset_2022(96, 6, 3, 3, 0.2),
@@ -62,6 +87,7 @@ PRESETS: dict[str, DATConfig] = {
     "dat_pp_small": _preset_2023(96, 3, (1, 2, 3, 6), 0.4),
     "dat_pp_base": _preset_2023(128, 4, (2, 4, 8, 16), 0.7),
     "dat_pp_base_384": _preset_2023(128, 4, (2, 4, 8, 16), 0.6),
+    "dat_nano": _nano(),
 }
 
 

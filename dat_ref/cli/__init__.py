@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import agree, bench, check, claims, complexity, convert, explain
+from . import agree, bench, check, claims, complexity, convert, evaluate, explain, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dat-ref {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (explain, agree, check, complexity, claims, bench, convert):
+    for command in (explain, agree, check, complexity, claims, bench, convert, train, evaluate):
         command.add_parser(subparsers)
     return parser
 

@@ -1,0 +1,127 @@
+"""What a training run is: everything that decides its result, as data. `dat_ref.torch.train` carries it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ._checks import ConfigError
+
+AMP = ("none", "bfloat16", "float16")
+# What may differ between a run and the one that goes on from its checkpoint: it changes how, not what.
+FREE = ("workers", "compile", "grad_checkpointing", "save_every")
+
+
+def _of(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Batches are global: with several processes each takes its share, and the result is that of one.
+
+    >>> recipe = Recipe(model="dat_tiny", epochs=2)
+    >>> Recipe.from_json(recipe.to_json()) == recipe
+    True
+    """
+
+    model: str = _of("dat_nano", "name of the model, see dat_ref.torch.list_models()")
+    attention: str = _of("", "what takes the place of deformable attention, see dat_ref.peers.swap")
+    data: str = _of("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*")
+    task: str = _of("which", "of the scenes: which, which_all, where or count")
+    image_size: int = _of(64, "side of the images, pixels")
+    epochs: int = _of(20, "how often the data is gone through")
+    scenes_per_epoch: int = _of(16384, "of scenes; every epoch has new ones")
+    batch_size: int = _of(64, "images of a step, over all processes")
+    learning_rate: float = _of(1e-3, "at its highest")
+    min_learning_rate: float = _of(1e-5, "at the end of the cosine")
+    warmup_epochs: float = _of(1.0, "of a learning rate that rises linearly")
+    weight_decay: float = _of(0.05, "of matrices; never of biases, norms and bias tables")
+    clip: float = _of(5.0, "norm that the gradient is cut to; 0 for none")
+    label_smoothing: float = _of(0.0, "share of a target that is spread over all classes")
+    drop_path: float = _of(0.0, "stochastic depth at the last block")
+    ema: float = _of(0.0, "decay of the averaged weights that are evaluated and kept; 0 for none")
+    amp: str = _of("none", "precision of products: none, bfloat16 or float16")
+    compile: bool = _of(False, "run under torch.compile")
+    grad_checkpointing: bool = _of(False, "compute activations twice and keep few")
+    seed: int = _of(0, "of everything that chance decides")
+    workers: int = _of(0, "processes that prepare data")
+    save_every: int = _of(0, "steps between checkpoints, besides one an epoch; 0 for none")
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 32), ("epochs", 1), ("scenes_per_epoch", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        for name in ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("label_smoothing", "drop_path", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected 0 ≤ {name} < 1, got {getattr(self, name)}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ConfigError(
+                f"learning_rate: expected 0 ≤ min_learning_rate ≤ learning_rate, got {self.min_learning_rate} and "
+                f"{self.learning_rate}"
+            )
+        if self.amp not in AMP:
+            raise ConfigError(f"amp: expected one of {', '.join(AMP)}, got {self.amp!r}")
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: if a field is unknown.
+        """
+        return cls.from_mapping(json.loads(text))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build from fields by name; the others keep their defaults."""
+        unknown = sorted(set(values) - {each.name for each in fields(cls)})
+        if unknown:
+            raise ConfigError(f"recipe: unknown fields {', '.join(unknown)}")
+        return cls(**values)
+
+    def changes(self, other: Recipe) -> list[str]:
+        """Return what would make another run of it: "name: ours, theirs" for each field that differs."""
+        pairs = ((each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+        return [f"{name}: {ours!r}, {theirs!r}" for name, ours, theirs in pairs if ours != theirs and name not in FREE]
+
+
+LAPTOP = Recipe()
+# 300 epochs of ImageNet with AdamW, cosine, 20 of them warming up; the learning rate is that of a batch of 1024.
+RELEASED = Recipe(
+    model="dat_tiny",
+    data="imagenet",
+    image_size=224,
+    epochs=300,
+    batch_size=1024,
+    learning_rate=1e-3,
+    min_learning_rate=1e-5,
+    warmup_epochs=20,
+    label_smoothing=0.1,
+    drop_path=0.2,
+    amp="bfloat16",
+    workers=8,
+)
+PRESETS = {"laptop": LAPTOP, "released": RELEASED}
+
+
+def preset(name: str, **changes: Any) -> Recipe:
+    """Return a preset with some fields changed.
+
+    >>> preset("released", batch_size=256).epochs
+    300
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name], **changes)

@@ -1,0 +1,100 @@
+"""Checkpoints that are there whole or not at all, and are never executed.
+
+A file is a mark, the SHA-256 of what follows, and what follows: what `torch.save` writes. It is written beside its
+place, forced to disk and moved there; so whenever a run is stopped, the files with their proper names are whole. The
+last two are kept. One that was damaged all the same is refused by name, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._checks import CheckpointError
+
+MARK = b"dat_ref run 1\n"
+KEPT = 2
+_NAME = re.compile(r"step-(\d{8})\.ckpt")
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
+    """Write a checkpoint and remove those that are older than the last two.
+
+    Returns:
+        whether it could be written. If not (a full disk), what was there stays, and a warning says so.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    place = folder / f"step-{step:08d}.ckpt"
+    try:
+        write(place, MARK, hashlib.sha256(payload).digest(), payload)
+    except OSError as error:
+        warnings.warn(f"{place}: could not be written ({error.strerror}); the checkpoint before it stays", stacklevel=2)
+        return False
+    for old in saved(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return True
+
+
+def write(place: Path, *parts: bytes | memoryview) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: if there is no room; nothing is left behind, and what was at the place before stays.
+    """
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(place)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def saved(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the oldest first."""
+    return sorted(each for each in folder.glob("step-*.ckpt") if _NAME.fullmatch(each.name))
+
+
+def read(place: Path) -> dict[str, Any]:
+    """Return what `save` was given.
+
+    Raises:
+        CheckpointError: if the file is not whole.
+    """
+    content = place.read_bytes()
+    start = len(MARK) + 32
+    payload = memoryview(content)[start:]
+    if content[: len(MARK)] != MARK or hashlib.sha256(payload).digest() != content[len(MARK) : start]:
+        raise CheckpointError(f"{place}: damaged or cut short, its checksum does not fit")
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return state
+
+
+def latest(folder: Path) -> dict[str, Any] | None:
+    """Return the last checkpoint that is whole, or None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: if there are some, and none is whole.
+    """
+    files = saved(folder)
+    for place in reversed(files):
+        try:
+            return read(place)
+        except CheckpointError as error:  # noqa: PERF203 - there are two
+            warnings.warn(f"{error}; the one before it is used", stacklevel=3)
+    if files:
+        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is whole; start anew in another folder")
+    return None

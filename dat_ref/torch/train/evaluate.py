@@ -1,0 +1,75 @@
+"""How good a model is: every image is looked at once, by one process or several."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .team import Team
+
+
+class Scores(NamedTuple):
+    """What `evaluate` found."""
+
+    loss: float  # mean over images
+    accuracy: float  # share of images answered rightly; where several answers are right, all of them and no other
+    images: int
+
+
+def losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss of each image: cross-entropy, or where several classes can be right their mean binary one.
+
+    Args:
+        logits: (B, classes).
+        targets: int64 (B,), or float32 (B, classes) of zeros and ones.
+
+    Returns:
+        (B,), float32 or wider.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    smooth = targets * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, smooth.to(logits.dtype), reduction="none").mean(1)
+
+
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return which images are answered rightly, (B,) bool."""
+    return logits.argmax(1) == targets if targets.ndim == 1 else ((logits > 0) == (targets > 0.5)).all(1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Any, *, batch_size: int = 128, team: Team | None = None, workers: int = 0
+) -> Scores:
+    """Evaluate a model, in eval mode, and leave it in the mode that it was in.
+
+    Args:
+        model: images (B, 3, H, W) → logits (B, classes).
+        data: a data set, see `data`.
+        team: whose processes share the images; each image falls to one of them.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    if len(data) == 0:
+        raise ValueError("data: expected at least one image, got none")
+    team = team or Team(device=next(model.parameters()).device)
+    mine = range(team.rank, len(data), team.size)
+    batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=team.device)
+    for images, targets in DataLoader(data, batch_sampler=batches, num_workers=workers):
+        logits = model(images.to(team.device))
+        targets = targets.to(team.device)
+        sums[0] += losses(logits, targets).double().sum()
+        sums[1] += right(logits, targets).sum()
+        sums[2] += len(images)
+    model.train(was_training)
+    loss, correct, images = team.total(sums).tolist()
+    return Scores(loss / images, correct / images, int(images))

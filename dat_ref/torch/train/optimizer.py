@@ -1,0 +1,75 @@
+"""AdamW as the releases use it: what decays, how the learning rate goes, the average of the weights.
+
+η(t) = η · (t + 1) / w                                        for steps t < w
+η(t) = η_min + (η - η_min) · (1 + cos(π (t - w) / (T - w))) / 2      from then on, T steps in all
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...recipe import Recipe
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def learning_rate(step: int, steps: int, warmup: int, highest: float, lowest: float) -> float:
+    """Return the learning rate of a step.
+
+    >>> [round(learning_rate(step, 6, 2, 1.0, 0.0), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    share = (step - warmup) / max(steps - warmup, 1)
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * share)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Cut the parameters in two: matrices and kernels, which decay, and what the releases exempt.
+
+    Exempt are vectors (biases, norms, layer scales) and what ``model.no_weight_decay()`` names: the bias tables.
+    """
+    named: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, leaf in model.named_parameters():
+        if leaf.requires_grad:
+            (exempt if leaf.ndim <= 1 or name in named else decaying).append(leaf)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Return AdamW over a model's parameters."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS, eps=EPSILON)
+
+
+class Average:
+    """The exponential moving average of a model's weights: what is evaluated and kept instead of the last ones.
+
+        a ← a + (1 - d) (w - a),      d = min(decay, (1 + t) / (10 + t)) at step t,
+
+    so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {name: leaf.detach().clone() for name, leaf in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, leaf in model.named_parameters():
+            self.weights[name].lerp_(leaf.detach(), 1 - decay)
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over an average."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])

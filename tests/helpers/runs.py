@@ -1,0 +1,70 @@
+"""A tiny run: a few seconds at most, with everything that chance decides in it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dat_ref.config import BlockConfig, DATConfig, DeformableAttentionConfig
+from dat_ref.recipe import Recipe
+from dat_ref.torch import DAT
+from dat_ref.torch.train import Team, fit, gathered
+
+RECIPE = Recipe(image_size=32, epochs=3, batch_size=4, warmup_epochs=1, drop_path=0.4, ema=0.5, save_every=2)
+
+
+class Noise:
+    """Eleven images and what they are, drawn from (epoch, number)."""
+
+    classes, multi = ("a", "b", "c"), False
+
+    def __init__(self, length=11, dtype=torch.float32):
+        self.length, self.dtype, self.epoch, self.asked = length, dtype, 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, number):
+        if not 0 <= number < self.length:
+            raise IndexError
+        self.asked.append(number)
+        generator = np.random.default_rng([self.epoch, number])
+        return torch.from_numpy(generator.standard_normal((3, 32, 32))).to(self.dtype), torch.tensor(number % 3)
+
+
+def tiny_model(drop_path=0.0, dtype=torch.float32):
+    torch.manual_seed(3)
+    attention = DeformableAttentionConfig(8, 2, groups=2, stride=2, kernel_size=3, size=(8, 8))
+    blocks = (BlockConfig(attention), BlockConfig(attention))
+    return DAT(DATConfig((blocks,), num_classes=3, image_size=(32, 32), drop_path_rate=drop_path)).to(dtype)
+
+
+def run(folder, recipe=RECIPE, **options):
+    return fit(recipe, Noise(), Noise(7), folder, model=tiny_model(recipe.drop_path), quiet=True, **options)
+
+
+def two_processes(folder):
+    """Train in double precision, without depth that chance decides; what `torchrun` starts."""
+    recipe = Recipe(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=0.5)
+    with gathered() as team:
+        result = fit(
+            recipe,
+            Noise(11, torch.float64),
+            Noise(7, torch.float64),
+            folder,
+            model=tiny_model(dtype=torch.float64),
+            team=Team(team.rank, team.size),
+            quiet=True,
+        )
+        if team.leads:
+            weights = {name: leaf.detach() for name, leaf in result.model.named_parameters()}
+            torch.save({"weights": weights, "images": result.scores.images}, Path(folder) / "left.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    two_processes(sys.argv[1])
