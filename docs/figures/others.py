@@ -91,7 +91,7 @@ def part(name: str, *lines: str) -> str:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Return a row for each: how many checks hold, and which fail."""
-    lines = ["| what | version | precision | convention | hold | fail |", "|---|---|---|---|---:|---|"]
+    lines = ["| what | hold | fail | version | precision | convention |", "|---|---|---|---|---|---|"]
     for row, each in zip(ROWS, found, strict=True):
         failed = [name for name, status in each["statuses"].items() if status == "fail"]
         held = sum(status == "pass" for status in each["statuses"].values())
@@ -101,7 +101,7 @@ def table(found: list[dict[str, Any]]) -> str:
         convention = each["convention"]
         told = "—" if convention is None else f"none; nearest `{convention}`" if failed else f"`{convention}`"
         lines.append(
-            f"| {row.package}: {row.title} | {each['version']} | {row.dtype} | {told} | {held} of {ran} | {named} |"
+            f"| {row.package}: {row.title} | {held} of {ran} | {named} | {each['version']} | {row.dtype} | {told} |"
         )
     return "\n".join(lines)
 
