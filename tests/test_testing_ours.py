@@ -149,17 +149,22 @@ INTERPRETED = """
 from test_testing_ours import attention_by, holds
 from dat_ref import Convention
 
-holds(attention_by("triton"), "attention", convention=Convention.CELL_CENTER, dtype="float32", max_examples=1)
+holds(attention_by("triton"), "attention", convention=Convention["{}"], dtype="float32", max_examples=1)
 print("passed")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_in_its_interpreter():
+@pytest.mark.parametrize("convention", ["CELL_CENTER", pytest.param("CVPR2022", marks=pytest.mark.slow)])
+def test_triton_in_its_interpreter(convention):
     """The kernels for CUDA, run in Python on tiny settings; triton must know before it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", INTERPRETED.format(convention)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.stdout.endswith("passed\n"), run.stdout + run.stderr
 
