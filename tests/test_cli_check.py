@@ -206,6 +206,7 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
         ("port.", "expected package.module:object, got 'port.'"),
         ("elsewhere:sample", "found no module 'elsewhere'"),
         ("port.sampling:sample", "found no module 'port.sampling'"),
+        ("port.py:sample", "found no module 'port.py'; a file is named like a module: port\n"),
         ("port:absent", "port has no 'absent'"),
         ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
         ("port:sample", "which subject does the function 'sample' implement?"),

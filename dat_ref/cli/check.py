@@ -23,7 +23,8 @@ def add_parser(subparsers: Any) -> None:
         "check",
         help="check any implementation against the reference",
         description="Run the conformance checks on an implementation: a function of NumPy arrays, or a class, an "
-        "instance or a module that has the functions looked for. Exit code 0 if all checks hold, 1 if not.",
+        "instance or a module that has the functions looked for. Exit code 0 if no check fails, 1 if one does, 2 if "
+        "there is nothing to check.",
     )
     parser.add_argument("target", nargs="?", metavar="TARGET", help="package.module:object")
     parser.add_argument("--subject", action="append", default=[], metavar="NAME", help="repeatable; see --list")

@@ -33,7 +33,9 @@ def load(name: str) -> Any:
         raise  # it says what to install
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}") from error
+            plain = module_name.removesuffix(".py").replace("/", ".")
+            hint = "" if plain == module_name else f"; a file is named like a module: {plain}"
+            raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}{hint}") from error
         raise ValueError(f"TARGET: importing {module_name} raised {_told(error)}") from error
     for attribute in path.split(".") if path else ():
         if not hasattr(found, attribute):
