@@ -129,10 +129,11 @@ def test_presets_have_the_spec_s_names_and_the_released_ones(name):
         model = dt.create_model(name)
     shapes = {key: tuple(leaf.shape) for key, leaf in model.state_dict().items()}
     assert shapes == flatten(dat_shapes(dat_ref.config(name)))
-    key = f"datpp2023/{name.replace('dat_pp', 'dat')}" if "pp" in name else f"cvpr2022/{name}"
-    released = official_state_dicts()[key]["state"]
-    theirs = {each for each in released if not each.endswith(("relative_position_index", "attn_mask"))}
-    assert {place.name for place in backbone_names(model.config).values()} == theirs
+    if name != "dat_nano":  # which is ours
+        key = f"datpp2023/{name.replace('dat_pp', 'dat')}" if "pp" in name else f"cvpr2022/{name}"
+        released = official_state_dicts()[key]["state"]
+        theirs = {each for each in released if not each.endswith(("relative_position_index", "attn_mask"))}
+        assert {place.name for place in backbone_names(model.config).values()} == theirs
     cfg = model.default_cfg
     assert model.pretrained_cfg is cfg
     assert {cfg["classifier"] + ".weight", cfg["first_conv"] + ".weight"} <= shapes.keys()
