@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -11,7 +12,7 @@ from ._checks import ConfigError
 
 AMP = ("none", "bfloat16", "float16")
 # What may differ between a run and the one that goes on from its checkpoint: it changes how, not what.
-FREE = ("workers", "compile", "grad_checkpointing", "save_every")
+FREE = ("workers", "compile", "grad_checkpointing", "shard", "save_every")
 
 
 def _of(default: Any, text: str) -> Any:
@@ -48,11 +49,14 @@ class Recipe:
     amp: str = _of("none", "precision of products: none, bfloat16 or float16")
     compile: bool = _of(False, "run under torch.compile")
     grad_checkpointing: bool = _of(False, "compute activations twice and keep few")
+    shard: bool = _of(False, "cut the weights over the processes (FSDP2), for models too large for one device")
     seed: int = _of(0, "of everything that chance decides")
     workers: int = _of(0, "processes that prepare data")
     save_every: int = _of(0, "steps between checkpoints, besides one an epoch; 0 for none")
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_type(each.name, getattr(self, each.name), type(each.default))
         for name, least in (("image_size", 32), ("epochs", 1), ("scenes_per_epoch", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}")
@@ -69,6 +73,8 @@ class Recipe:
             )
         if self.amp not in AMP:
             raise ConfigError(f"amp: expected one of {', '.join(AMP)}, got {self.amp!r}")
+        if self.shard and self.amp == "float16":
+            raise ConfigError("amp: expected none or bfloat16 with shard, got 'float16'")
 
     def to_json(self) -> str:
         """Return the recipe as JSON."""
@@ -79,9 +85,15 @@ class Recipe:
         """Read what `to_json` wrote.
 
         Raises:
-            ConfigError: if a field is unknown.
+            ConfigError: if it is no JSON object, or a field is unknown or of another type.
         """
-        return cls.from_mapping(json.loads(text))
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"recipe: expected JSON, got what is none: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"recipe: expected a JSON object of fields, got a {type(values).__name__}")
+        return cls.from_mapping(values)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
@@ -95,6 +107,14 @@ class Recipe:
         """Return what would make another run of it: "name: ours, theirs" for each field that differs."""
         pairs = ((each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
         return [f"{name}: {ours!r}, {theirs!r}" for name, ours, theirs in pairs if ours != theirs and name not in FREE]
+
+
+def _check_type(name: str, value: Any, kind: type[Any]) -> None:
+    accepted: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(float(value)):
+        raise ConfigError(f"{name}: expected a finite number, got {value}")
 
 
 LAPTOP = Recipe()

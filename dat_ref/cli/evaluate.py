@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,35 @@ def run(options: argparse.Namespace) -> int:
     if not path.is_file():
         raise ConfigError(f"--recipe: expected the recipe of the run, and there is none at {path}")
     recipe = Recipe.from_json(path.read_text(encoding="utf-8"))
-    if options.data:
-        recipe = replace(recipe, data=options.data)
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size: expected 1 or more, got {options.batch_size}")
     import_torch()
     from ..torch.checkpoints import load_checkpoint
-    from ..torch.train import build_model, evaluate
+    from ..torch.train import ImageFolder, build_model, evaluate
 
-    _, held_out = data_sets(recipe)
+    if options.data:
+        held_out = ImageFolder(Path(options.data) / "val", recipe.image_size, classes=classes_of(options.weights))
+    else:
+        _, held_out = data_sets(recipe)
     model = build_model(recipe, len(held_out.classes))
     load_checkpoint(model, options.weights)  # type: ignore[arg-type]
     print(told(evaluate(model, held_out, batch_size=options.batch_size)))
     return 0
+
+
+def classes_of(weights: Path) -> list[str]:
+    """Return the names of the classes that weights were trained on, which their run wrote beside them.
+
+    Raises:
+        ConfigError: if the file does not tell.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "np") as file:
+            told = (file.metadata() or {}).get("classes")
+    except SafetensorError as error:
+        raise ConfigError(f"{weights}: cannot be read: {error}") from error
+    if told is None:
+        raise ConfigError(f"{weights}: does not name its classes, so they cannot be compared with those of --data")
+    return list(json.loads(told))

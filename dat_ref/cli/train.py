@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command."""
+    """Run the command; 1 if the loss is no number any more."""
     recipe = chosen_recipe(options)
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads: expected 1 or more, got {options.threads}")
     torch = import_torch()
     from ..torch.train import fit, gathered
 
@@ -60,9 +63,13 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     with gathered() as team:
         train, held_out = data_sets(recipe)
-        result = fit(
-            recipe, train, held_out, options.out, team=team, quiet=options.quiet, tensorboard=options.tensorboard
-        )
+        try:
+            result = fit(
+                recipe, train, held_out, options.out, team=team, quiet=options.quiet, tensorboard=options.tensorboard
+            )
+        except FloatingPointError as error:
+            print(f"dat-ref train: {error}", file=sys.stderr)
+            return 1
         if team.leads:
             print(told(result.scores))
             print(f"best weights: {options.out / 'best.safetensors'} ({100 * result.best:.1f} %)")

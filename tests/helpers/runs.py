@@ -12,6 +12,7 @@ from dat_ref.torch import DAT
 from dat_ref.torch.train import Team, fit, gathered
 
 RECIPE = Recipe(image_size=32, epochs=3, batch_size=4, warmup_epochs=1, drop_path=0.4, ema=0.5, save_every=2)
+TWICE = Recipe(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=0.5)
 
 
 class Noise:
@@ -49,10 +50,9 @@ def run(folder, recipe=RECIPE, **options):
 
 def two_processes(folder):
     """Train in double precision, without depth that chance decides; what `torchrun` starts."""
-    recipe = Recipe(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=0.5)
     with gathered() as team:
         result = fit(
-            recipe,
+            TWICE,
             Noise(11, torch.float64),
             Noise(7, torch.float64),
             folder,

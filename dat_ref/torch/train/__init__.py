@@ -5,6 +5,7 @@
 `optimizer`   AdamW as the releases use it, the learning rate, the average of the weights
 `checkpoint`  files that are there whole or not at all
 `team`        the processes of a run
+`shard`       weights cut over them
 `evaluate`    loss and accuracy, every image once
 `log`         a table of every step
 `loop`        the steps

@@ -54,22 +54,27 @@ def evaluate(
         team: whose processes share the images; each image falls to one of them.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or none in a batch.
     """
     if len(data) == 0:
         raise ValueError("data: expected at least one image, got none")
     team = team or Team(device=next(model.parameters()).device)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
     mine = range(team.rank, len(data), team.size)
-    batches = [list(mine[start : start + batch_size]) for start in range(0, len(mine), batch_size)]
+    starts = range(0, -(-len(data) // team.size), batch_size)  # as many as the first process has: it has most
+    batches = [list(mine[start : start + batch_size]) for start in starts]
+    # Where weights are cut over processes, all must take part: one without images left takes one that does not count.
+    asked = [batch or [0] for batch in batches]
     was_training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=team.device)
-    for images, targets in DataLoader(data, batch_sampler=batches, num_workers=workers):
+    for (images, targets), batch in zip(DataLoader(data, batch_sampler=asked, num_workers=workers), batches):
         logits = model(images.to(team.device))
         targets = targets.to(team.device)
-        sums[0] += losses(logits, targets).double().sum()
-        sums[1] += right(logits, targets).sum()
-        sums[2] += len(images)
+        sums[0] += losses(logits, targets).double()[: len(batch)].sum()
+        sums[1] += right(logits, targets)[: len(batch)].sum()
+        sums[2] += len(batch)
     model.train(was_training)
     loss, correct, images = team.total(sums).tolist()
     return Scores(loss / images, correct / images, int(images))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
+from ..._checks import ConfigError
 from .checkpoint import write
 
 FIELDS = ("step", "epoch", "loss", "learning_rate", "held_out_loss", "held_out_accuracy")
@@ -18,10 +20,15 @@ class Log:
     Args:
         path: of the file.
         step: rows from this step on are not kept.
-        tensorboard: whether to write events for TensorBoard beside it, if the package is there.
+        tensorboard: whether to write events for TensorBoard beside it.
+
+    Raises:
+        ConfigError: if the package that writes events is missing.
     """
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+        self._path = path
+        self._events = _events(path.parent, step) if tensorboard else None
         kept = [row for row in rows(path) if row["step"] < step]
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
@@ -30,12 +37,17 @@ class Log:
         write(path, text.getvalue().encode())
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, FIELDS, lineterminator="\n")
-        self._events = _events(path.parent) if tensorboard else None
 
     def add(self, **row: Any) -> None:
-        """Add a row; it is on disk when this returns, short of a power cut."""
+        """Add a row; it is on disk when this returns, short of a power cut and a full disk.
+
+        On a full disk a warning says so, and the row is written with the next one for which there is room.
+        """
         self._writer.writerow(row)
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            self._complain(error)
         if self._events is not None:
             for name in FIELDS[2:]:
                 if name in row:
@@ -43,9 +55,15 @@ class Log:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._complain(error)
         if self._events is not None:
             self._events.close()
+
+    def _complain(self, error: OSError) -> None:
+        warnings.warn(f"{self._path}: could not be written ({error.strerror}); the run goes on", stacklevel=3)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +78,9 @@ def rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _events(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+def _events(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard is needed to write its events: pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ whichever process an image falls to: each adds up its own and divides by the ima
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -26,8 +27,7 @@ from torch.utils.data import DataLoader
 from ..._checks import ConfigError
 from ...recipe import Recipe
 from .. import models
-from ..checkpoints import save_checkpoint
-from . import checkpoint
+from . import checkpoint, shard
 from .evaluate import Scores, evaluate, losses
 from .log import Log
 from .optimizer import Average, learning_rate, optimizer_for
@@ -38,9 +38,9 @@ from .team import Team
 class Result:
     """What a run left."""
 
-    model: nn.Module  # with the weights that were evaluated last
+    model: nn.Module  # with the weights that were evaluated last; cut over the processes if the recipe says so
     scores: Scores
-    best: float  # highest held-out accuracy
+    best: float  # held-out accuracy of the weights in best.safetensors
     steps: int
 
 
@@ -84,17 +84,18 @@ def fit(
         tensorboard: write events for TensorBoard too.
 
     Raises:
-        ConfigError: if `out` has a run of another recipe (the fields that differ are named), or there is nothing to
-            train on.
+        ConfigError: if `out` has a run of another recipe or on other data (what differs is named), there is nothing to
+            train on, or the processes do not see the same folder.
         CheckpointError: if none of the checkpoints there is whole.
     """
     if len(train) == 0 or len(held_out) == 0:
         raise ConfigError(f"data: expected images, got {len(train)} to train on and {len(held_out)} held out")
     team, folder = team or Team(), Path(out)
-    state = _begin(folder, recipe, team)
-    run = _Run(recipe, model or build_model(recipe, len(train.classes)), len(train), team)
+    state = _to_go_on_from(folder, recipe, train)
+    run = _Run(recipe, model or build_model(recipe, len(train.classes)), train, team)
     if state is not None:
         run.load(state)
+    _begin(folder, run)
     found = None
     with ExitStack() as stack:
         log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if team.leads else None
@@ -127,49 +128,79 @@ def _epoch(run: _Run, train: Any, held_out: Any) -> Iterator[tuple[dict[str, Any
         yield row, scores
 
 
-def _begin(folder: Path, recipe: Recipe, team: Team) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, if there is one; complain if it is of another recipe."""
+def _to_go_on_from(folder: Path, recipe: Recipe, train: Any) -> dict[str, Any] | None:
+    """Return the checkpoint to go on from, if there is one; complain if it is of another recipe or of other data."""
     state = checkpoint.latest(folder) if folder.is_dir() else None
     if state is not None:
         changes = Recipe.from_mapping(state["recipe"]).changes(recipe)
         if changes:
             raise ConfigError(f"{folder}: holds a run of another recipe (there, here): {'; '.join(changes)}")
-    if team.leads:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(folder / "recipe.json", recipe.to_json().encode())
-    team.wait()
+        data = _described(train)
+        there = state.get("data", data)
+        changes = [f"{name}: {there[name]}, {here}" for name, here in data.items() if there[name] != here]
+        if changes:
+            raise ConfigError(f"{folder}: holds a run on other data (there, here): {'; '.join(changes)}")
     return state
+
+
+def _described(train: Any) -> dict[str, Any]:
+    return {"images": len(train), "classes": list(train.classes)}
+
+
+def _begin(folder: Path, run: _Run) -> None:
+    """Make the folder, once everything else is found to be right."""
+    if run.team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(folder / "recipe.json", run.recipe.to_json().encode())
+    steps = torch.tensor([run.step, run.step**2], dtype=torch.float64, device=run.team.device)
+    total, squares = run.team.total(steps).tolist()
+    if squares * run.team.size != total**2:  # equal only if all are equal
+        raise ConfigError(f"{folder}: expected one folder for all processes, and they see different checkpoints in it")
 
 
 def _keep(run: _Run, folder: Path, scores: Scores | None) -> None:
     """Write a checkpoint, and the weights if they are the best so far."""
-    better = scores is not None and scores.accuracy > run.best
-    if better and scores is not None:
-        run.best = scores.accuracy
+    if scores is not None and scores.accuracy > run.best:
+        with run.averaged():
+            weights = shard.whole(run.model.state_dict())
+        written = run.team.leads and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
+        if run.team.total(torch.tensor(float(written), device=run.team.device)) > 0:
+            run.best = scores.accuracy
+    state = run.state()
     if run.team.leads:
-        if better:
-            with run.averaged():
-                try:
-                    save_checkpoint(run.model, folder / "best.safetensors")  # type: ignore[arg-type]
-                except OSError as error:
-                    warnings.warn(f"best weights: could not be written ({error}); the run goes on", stacklevel=2)
-        checkpoint.save(folder, run.step, run.state())
+        checkpoint.save(folder, run.step, state)
+
+
+def _write_weights(place: Path, weights: dict[str, Tensor], classes: list[str]) -> bool:
+    """Write weights with the names of their classes; return whether there was room."""
+    from safetensors.torch import save
+
+    plain = {name: leaf.detach().cpu().clone(memory_format=torch.contiguous_format) for name, leaf in weights.items()}
+    try:
+        checkpoint.write(place, save(plain, metadata={"format": "pt", "classes": json.dumps(classes)}))
+    except OSError as error:
+        warnings.warn(f"{place}: could not be written ({error.strerror}); the one before it stays", stacklevel=3)
+        return False
+    return True
 
 
 class _Run:
     """Where a run is: weights, optimizer, average, step."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, images: int, team: Team) -> None:
-        self.recipe, self.team, self.images = recipe, team, images
+    def __init__(self, recipe: Recipe, model: nn.Module, train: Any, team: Team) -> None:
+        self.recipe, self.team, self.images, self.data = recipe, team, len(train), _described(train)
         self.model = model.to(team.device).train()
-        self.steps_an_epoch = -(-images // recipe.batch_size)
+        team.spread(self.model)  # a model of the caller's own may have begun differently in each process
+        if recipe.shard and team.size > 1:
+            shard.cut(self.model, team)
+        self.steps_an_epoch = -(-self.images // recipe.batch_size)
         self.steps = recipe.epochs * self.steps_an_epoch
         self.optimizer = optimizer_for(self.model, recipe)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.amp == "float16")
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.step, self.best, self.rate = 0, -1.0, 0.0
         called: Any = self.model
-        if team.size > 1:
+        if team.size > 1 and not recipe.shard:
             devices = [team.device.index] if team.device.type == "cuda" else None
             called = nn.parallel.DistributedDataParallel(self.model, devices)
         self.called = torch.compile(called) if recipe.compile else called
@@ -232,9 +263,10 @@ class _Run:
             self.model.load_state_dict(self.average.weights, strict=False)
 
     def state(self) -> dict[str, Any]:
-        """Return all that is needed to go on."""
-        return {
+        """Return all that is needed to go on, in whole tensors. All processes must take part."""
+        state = {
             "recipe": asdict(self.recipe),
+            "data": self.data,
             "step": self.step,
             "best": self.best,
             "model": self.model.state_dict(),
@@ -242,11 +274,18 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        return shard.whole(state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: shard.cut_like(leaf, own[name]) for name, leaf in state["model"].items()})
+        leaves = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
+        moments = {
+            number: {name: shard.cut_like(value, leaves[number]) for name, value in moment.items()}
+            for number, moment in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load(state["average"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...recipe import Recipe
+from .shard import cut_like
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -72,4 +73,4 @@ class Average:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over an average."""
         for name, weight in self.weights.items():
-            weight.copy_(weights[name])
+            weight.copy_(cut_like(weights[name], weight))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Team:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def spread(self, model: nn.Module) -> None:
+        """Give all processes the weights of the first."""
+        if self.size > 1:
+            for leaf in (*model.parameters(), *model.buffers()):
+                dist.broadcast(leaf.detach(), 0)
 
     def wait(self) -> None:
         """Wait for the others."""

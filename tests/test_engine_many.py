@@ -1,0 +1,315 @@
+"""Weights cut over processes, models of one's own, data that changed, disks that are full, and the two commands."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from helpers.runs import RECIPE, Noise, run, tiny_model, two_processes  # noqa: E402
+from torch import nn  # noqa: E402
+
+from dat_ref import ConfigError  # noqa: E402
+from dat_ref.cli import main  # noqa: E402
+from dat_ref.recipe import Recipe  # noqa: E402
+from dat_ref.torch.train import Team, checkpoint, fit, loop  # noqa: E402
+from dat_ref.torch.train.log import rows  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------ cut weights
+
+CUT = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+from helpers import runs
+from dat_ref.torch.train import evaluate, fit, gathered
+from dat_ref.torch.train.shard import _is_cut
+import torch
+
+class Stop(Exception):
+    pass
+
+def stop(step, loss):
+    if step == 3:
+        raise Stop
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+recipe = runs.TWICE
+with gathered() as team:
+    data = runs.Noise(11, torch.float64), runs.Noise(7, torch.float64)
+    team = runs.Team(team.rank, team.size)
+    for cut, on_step in ((True, stop), (True, None)):
+        model = runs.tiny_model(dtype=torch.float64)
+        with torch.no_grad():
+            model.head.weight += team.rank  # the first process's weights are everyone's
+        try:
+            result = fit(replace(recipe, shard=cut), *data, folder, model=model, team=team, quiet=True, on_step=on_step)
+        except Stop:
+            pass
+    assert evaluate(result.model, runs.Noise(1, torch.float64), team=team).images == 1  # one process has none
+    leaves = list(result.model.parameters())
+    assert all(_is_cut(leaf) for leaf in leaves)
+    assert sum(leaf.to_local().numel() for leaf in leaves) < 0.8 * sum(leaf.numel() for leaf in leaves)
+"""
+
+
+def in_processes(number, code, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    file = arguments[0].parent / "run.py"
+    file.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [*command, str(file), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_run_with_cut_weights_that_was_stopped_is_that_of_one_process(tmp_path):
+    """Losses, scores, averages and the checkpoint, which is whole: one process goes on from it."""
+    folder, one = tmp_path / "cut", tmp_path / "one"
+    in_processes(2, CUT, folder)
+    one.mkdir()
+    two_processes(one)
+    for row, other in zip(rows(folder / "log.csv"), rows(one / "log.csv"), strict=True):
+        assert row == pytest.approx(other, rel=1e-12)
+    ours, theirs = checkpoint.latest(folder), checkpoint.latest(one)
+    assert_same_state(ours, theirs)
+    two_processes(folder)  # finished already: loads, and evaluates
+    ours["optimizer"]["state"][0]["exp_avg_sq"] *= 1.001
+    with pytest.raises(AssertionError):
+        assert_same_state(ours, theirs)
+
+
+def assert_same_state(ours, theirs):
+    for part in ("model", "average"):
+        torch.testing.assert_close(ours[part], dict(theirs[part]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=1e-9, atol=1e-12)
+
+
+def test_processes_that_see_different_checkpoints_are_told(tmp_path, monkeypatch):
+    """As on machines that do not share a disk: here the other process is at the start."""
+    with pytest.raises(RuntimeError, match="stop"):
+        run(tmp_path, on_step=_stop_at_three)
+    monkeypatch.setattr(Team, "total", lambda self, values: values)
+    monkeypatch.setattr(Team, "spread", lambda self, model: None)
+    monkeypatch.setattr(loop.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
+    with pytest.raises(ConfigError, match="one folder for all processes, and they see different checkpoints"):
+        run(tmp_path, team=Team(0, 2))
+
+
+def _stop_at_three(step, loss):
+    if step == 3:
+        raise RuntimeError("stop")
+
+
+# ------------------------------------------------------------------------------------------------ one's own, changed
+
+
+def test_a_model_of_ones_own_trains_and_keeps_its_best(tmp_path):
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    fit(replace(RECIPE, ema=0.0, epochs=1), Noise(), Noise(7), tmp_path, model=model, quiet=True)
+    kept = load_file(tmp_path / "best.safetensors")
+    assert kept.keys() == model.state_dict().keys()
+    assert all(torch.equal(kept[name], leaf) for name, leaf in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 12}, "images: 11, 12"),
+        ({"classes": ("a", "c", "b")}, r"classes: \['a', 'b', 'c'\], \['a', 'c', 'b'"),
+    ],
+)
+def test_a_run_is_not_gone_on_with_on_other_data(change, message, tmp_path):
+    run(tmp_path)
+    data = Noise()
+    vars(data).update(change)
+    with pytest.raises(ConfigError, match=f"other data .there, here.: {message}"):
+        fit(RECIPE, data, Noise(7), tmp_path, model=tiny_model(0.4), quiet=True)
+
+
+def test_nothing_is_written_for_a_recipe_that_cannot_be(tmp_path):
+    with pytest.raises(ConfigError, match="unknown model 'dat_nanoo'"):
+        fit(Recipe(model="dat_nanoo"), Noise(), Noise(7), tmp_path / "none", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ full disks
+
+
+def test_a_whole_run_on_a_disk_that_fills_up(tmp_path):
+    """For real: from step 3 on no file may grow beyond 300 bytes, the log's neither; from step 6 on they may again."""
+    expected = run(tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step, loss):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300 if 3 <= step < 6 else soft, hard))
+
+    try:
+        with pytest.warns(UserWarning, match="could not be written") as told:
+            result = run(tmp_path / "full", on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {Path(str(each.message).partition(":")[0]).name for each in told} >= {"log.csv", "step-00000006.ckpt"}
+    assert result.scores == expected.scores
+    assert (tmp_path / "full" / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
+    assert not list((tmp_path / "full").glob(".*"))
+
+
+def test_best_is_what_is_on_disk(tmp_path, monkeypatch):
+    """Weights for which there is no room are not said to be kept."""
+    monkeypatch.setattr(loop, "_write_weights", lambda *arguments: False)
+    assert run(tmp_path).best == -1.0
+
+
+# ------------------------------------------------------------------------------------------------ other ways to run
+
+
+@pytest.mark.parametrize("changes", [{"amp": "float16"}, {"grad_checkpointing": True}, {"compile": True}])
+def test_other_ways_to_run_are_the_same_run(changes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # minutes, were it real
+    recipe = replace(RECIPE, epochs=1, drop_path=0.0)
+    results = []
+    for name, each in (("plain", recipe), ("other", replace(recipe, **changes))):
+        model = tiny_model()
+        model.set_grad_checkpointing(each.grad_checkpointing)
+        results.append(fit(each, Noise(), Noise(7), tmp_path / name, model=model, quiet=True).scores.loss)
+    assert results[1] == pytest.approx(results[0], rel=0.05 if "amp" in changes else 1e-6)
+    assert len(compiled) == ("compile" in changes)
+
+
+def test_events_for_tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert (Path(folder), purge_step) == (tmp_path, 0)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    run(tmp_path, tensorboard=True)
+    assert written.pop() == "closed"
+    expected = [(name, row[name], row["step"]) for row in rows(tmp_path / "log.csv") for name in list(row)[2:]]
+    assert written == expected
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        run(tmp_path / "without", tensorboard=True)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+SMALL = ["--image-size", "32", "--epochs", "1", "--scenes-per-epoch", "16", "--batch-size", "8", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Return a folder of pictures of two classes, 64 pixels wide."""
+    image = pytest.importorskip("PIL.Image")
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, number in (("train", 4), ("val", 3)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                image.fromarray(pixels).save(root / part / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["train", "--out", str(folder), "--data", str(pictures), "--threads", "1", *SMALL]) == 0
+    return folder
+
+
+def test_evaluate_repeats_what_train_said(trained, capsys):
+    assert main(["evaluate", str(trained / "best.safetensors")]) == 0
+    last = rows(trained / "log.csv")[-1]
+    expected = f"held out, 6 images: {100 * last['held_out_accuracy']:.1f} % right, loss {last['held_out_loss']:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_evaluate_on_another_folder_needs_its_val_alone(trained, pictures, tmp_path, capsys):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "dog").symlink_to(pictures / "val" / "dog")
+    with pytest.warns(UserWarning, match="no picture of 1 class: cat"):
+        assert main(["evaluate", str(trained / "best.safetensors"), "--data", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("held out, 3 images: ")
+    (tmp_path / "val" / "emu").symlink_to(pictures / "val" / "dog")
+    assert main(["evaluate", str(trained / "best.safetensors"), "--data", str(tmp_path)]) == 2
+    assert "has 1 class: emu that training has not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs", "0"], "epochs: expected 1 or more, got 0"),
+        (["--preset", "fast"], "argument --preset: invalid choice: 'fast'"),
+        (["--model", "dat_nanoo"], "unknown model 'dat_nanoo'; did you mean dat_nano"),
+        (["--task", "why"], "task: expected one of which, which_all, where, count, got 'why'"),
+        (["--attention", "foo"], "attention: unknown kind 'foo'"),
+        (["--threads", "0"], "--threads: expected 1 or more, got 0"),
+        (["--recipe", "{folder}/none.json"], "none.json: No such file or directory"),
+        (["--recipe", "{folder}/typed.json"], "epochs: expected int, got '3'"),
+        (["--recipe", "{folder}/list.json"], "recipe: expected a JSON object of fields, got a list"),
+        (["--recipe", "{folder}/text.json"], "recipe: expected JSON, got what is none"),
+        (["--data", "{folder}/none"], "expected a folder with a folder for each class, and there is none"),
+        (["--amp", "float16", "--shard"], "amp: expected none or bfloat16 with shard"),
+    ],
+)
+def test_training_that_cannot_be_exits_with_2_and_leaves_nothing(options, message, tmp_path, capsys):
+    for name, text in (("typed", json.dumps({"epochs": "3"})), ("list", "[1]"), ("text", "epochs = 3")):
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    try:
+        code = main(["train", "--out", str(tmp_path / "out"), *(each.format(folder=tmp_path) for each in options)])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{folder}/none.safetensors"], "recipe.json"),
+        (["{trained}/best.safetensors", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["{trained}/log.csv"], "log.csv"),
+        (["{trained}/log.csv", "--data", "{folder}"], "log.csv: cannot be read"),
+    ],
+)
+def test_evaluation_that_cannot_be_exits_with_2(options, message, trained, tmp_path, capsys):
+    assert main(["evaluate", *(each.format(folder=tmp_path, trained=trained) for each in options)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_exits_with_1(pictures, tmp_path, capsys):
+    wild = ["--learning-rate", "1e30", "--clip", "0", "--warmup-epochs", "0", "--epochs", "3"]
+    assert main(["train", "--out", str(tmp_path), "--data", str(pictures), *SMALL, *wild]) == 1
+    assert "the loss is nan; lower the learning rate or clip" in capsys.readouterr().err
