@@ -44,6 +44,8 @@ class Recipe:
     weight_decay: float = _of(0.05, "of matrices; never of biases, norms and bias tables")
     clip: float = _of(5.0, "norm that the gradient is cut to; 0 for none")
     label_smoothing: float = _of(0.0, "share of a target that is spread over all classes")
+    mixup: float = _of(0.0, "α of blending two images, 0 for without; with both, a coin decides for each batch")
+    cutmix: float = _of(0.0, "α of pasting a part of one image into another, 0 for without")
     drop_path: float = _of(0.0, "stochastic depth at the last block")
     ema: float = _of(0.0, "decay of the averaged weights that are evaluated and kept; 0 for none")
     amp: str = _of("none", "precision of products: none, bfloat16 or float16")
@@ -60,7 +62,7 @@ class Recipe:
         for name, least in (("image_size", 32), ("epochs", 1), ("scenes_per_epoch", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}")
-        for name in ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs"):
+        for name in ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("label_smoothing", "drop_path", "ema"):
@@ -129,6 +131,8 @@ RELEASED = Recipe(
     min_learning_rate=1e-5,
     warmup_epochs=20,
     label_smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0,
     drop_path=0.2,
     amp="bfloat16",
     workers=8,

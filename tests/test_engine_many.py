@@ -22,6 +22,7 @@ from dat_ref.cli import main  # noqa: E402
 from dat_ref.recipe import Recipe  # noqa: E402
 from dat_ref.torch.train import Team, checkpoint, fit, loop  # noqa: E402
 from dat_ref.torch.train.log import rows  # noqa: E402
+from dat_ref.torch.train.mix import mix  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -219,6 +220,77 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         run(tmp_path / "without", tensorboard=True)
+
+
+# ------------------------------------------------------------------------------------------------ mixing
+
+
+def test_mixup_blends_an_image_and_its_target_in_the_same_share():
+    torch.manual_seed(0)
+    images, shares = torch.randn(4, 3, 8, 8), []
+    for _ in range(400):
+        mixed, share = mix(images, 0.8, 0.0)
+        torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 2, 1, 0]])
+        shares.append(share)
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
+    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)  # of Beta(α, α)
+
+
+def test_cutmix_pastes_a_box_and_keeps_the_share_of_the_rest():
+    torch.manual_seed(0)
+    own = torch.stack([torch.zeros(3, 16, 24), torch.ones(3, 16, 24)])
+    for _ in range(100):
+        mixed, share = mix(own, 0.0, 1.0)
+        assert mixed[0].mean() == pytest.approx(1 - share)
+        torch.testing.assert_close(mixed[1], 1 - mixed[0])
+        rows, columns = mixed[0, 0].any(1), mixed[0, 0].any(0)
+        assert mixed[0, 0].sum() == rows.sum() * columns.sum()  # one box
+    assert own[0].sum() == 0  # the images given stay as they are
+
+
+def test_a_coin_decides_between_the_two_and_without_both_nothing_is_drawn():
+    torch.manual_seed(0)
+    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    blended = [0 < float(mix(images, 1.0, 1.0)[0][0, 0, 0, 0]) < 1 for _ in range(200)]
+    assert np.mean(blended) == pytest.approx(0.5, abs=0.1)
+    state = torch.get_rng_state()
+    assert mix(images, 0.0, 0.0) == (images, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_of_a_mixed_step_is_that_of_mixed_targets(several, tmp_path, monkeypatch):
+    """By the definition, with targets that are shares; softmax and multi-hot."""
+    monkeypatch.setattr(loop, "mix", lambda images, mixup, cutmix: (images, 0.7))
+    data = Noise()
+    if several:
+        data = [(Noise()[n][0], torch.tensor([n % 2, 1, n % 3 == 0]).float()) for n in range(4)]
+        data = type("Several", (list,), {"classes": "abc", "multi": True, "set_epoch": lambda self, epoch: None})(data)
+    recipe = replace(RECIPE, epochs=1, drop_path=0.0, label_smoothing=0.1, batch_size=len(data))
+    losses = []
+    fit(recipe, data, data, tmp_path, model=tiny_model(), quiet=True, on_step=lambda step, loss: losses.append(loss))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(loop._mixed(0, 0))).tolist()
+    images, targets = (torch.stack(each) for each in zip(*(data[number] for number in order), strict=True))
+    logits = tiny_model()(images).double()
+    targets = targets.double() if several else nn.functional.one_hot(targets, 3).double()
+    targets = 0.7 * targets + 0.3 * targets.flip(0)
+    if several:
+        targets = 0.9 * targets + 0.1 / 2
+        expected = -(targets * logits.sigmoid().log() + (1 - targets) * (-logits).sigmoid().log()).mean()
+    else:
+        expected = -((0.9 * targets + 0.1 / 3) * logits.log_softmax(1)).sum(1).mean()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_run_that_mixes_is_gone_on_with_exactly(tmp_path):
+    recipe = replace(RECIPE, mixup=0.8, cutmix=1.0)
+    run(tmp_path / "whole", recipe)
+    with pytest.raises(RuntimeError, match="stop"):
+        run(tmp_path / "two", recipe, on_step=_stop_at_three)
+    run(tmp_path / "two", recipe)
+    run(tmp_path / "plain")
+    whole, two, plain = ((tmp_path / name / "log.csv").read_bytes() for name in ("whole", "two", "plain"))
+    assert whole == two != plain
 
 
 # ------------------------------------------------------------------------------------------------ commands

@@ -3,6 +3,7 @@
 ============  ====================================================================================
 `data`        scenes and image folders; what is wrong with a folder is named
 `optimizer`   AdamW as the releases use it, the learning rate, the average of the weights
+`mix`         mixup and CutMix
 `checkpoint`  files that are there whole or not at all
 `team`        the processes of a run
 `shard`       weights cut over them

@@ -30,6 +30,7 @@ from .. import models
 from . import checkpoint, shard
 from .evaluate import Scores, evaluate, losses
 from .log import Log
+from .mix import mix
 from .optimizer import Average, learning_rate, optimizer_for
 from .team import Team
 
@@ -226,9 +227,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         counts = whole > team.rank
+        images, share = mix(images, recipe.mixup, recipe.cutmix)
         with self._autocast():
             logits = self.called(images.to(team.device))
-        loss = losses(logits, targets.to(team.device), recipe.label_smoothing).sum() * (counts / whole)
+        targets = targets.to(team.device)
+        each = losses(logits, targets, recipe.label_smoothing)
+        if share < 1:
+            each = share * each + (1 - share) * losses(logits, targets.flip(0), recipe.label_smoothing)
+        loss = each.sum() * (counts / whole)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * team.size).backward()  # gradients are averaged over processes, and are to be summed
         self.scaler.unscale_(self.optimizer)
