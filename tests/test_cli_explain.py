@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from dat_ref import cli, data
+from dat_ref.cli import scene
 from dat_ref.cli.photo import fed_size, load_photo, prepare
 
+SCENE_FIGURES = ["points", "attention"]
 FIGURES = ["points", "key_importance", "attention", "offset_field"]
 
 
@@ -31,11 +33,11 @@ def picture(tmp_path):
 
 @pytest.mark.parametrize("model", ["dat_tiny", "dat_pp_tiny"])
 def test_figures_and_table_of_the_shipped_photograph(capsys, tmp_path, model):
-    """Without a photograph, the one that ships: four PNG files, a row a deformable block, the files named last."""
+    """Without a photograph, the one that ships: four PNG files, which are named, and a row a deformable block."""
     code, printed, _ = run(capsys, "--model", model, "--size", "96", "--out", tmp_path / "figures")
     assert code == 0
     paths = [tmp_path / "figures" / f"stage3_{name}.png" for name in FIGURES]
-    assert printed.strip().splitlines()[-4:] == [str(path) for path in paths]
+    assert [line for line in printed.splitlines() if "stage3_" in line] == [str(path) for path in paths]
     for path in paths:
         with Image.open(path) as figure:
             assert figure.format == "PNG"
@@ -58,6 +60,45 @@ def test_json_holds_the_same_facts(capsys, tmp_path):
     assert 0 <= third["share_at_bound"] <= 1
     assert third["share_outside"] == 0
     assert len(facts["figures"]) == 4
+
+
+def test_by_default_the_trained_network_looks_at_a_scene(capsys, tmp_path):
+    """It says what it sees; another scene is another one; no scene beside a photograph or a model that was named."""
+    code, printed, _ = run(capsys, "--size", "64", "--out", tmp_path / "a")
+    assert code == 0
+    assert printed.strip().splitlines()[-2:] == [str(tmp_path / "a" / f"scene_{name}.png") for name in SCENE_FIGURES]
+    assert "dat_nano, trained, on held-out scene 5: it sees cross " in printed
+    assert "there is a cross" in printed
+    code, printed, _ = run(capsys, "--json", "--scene", "1", "--size", "64", "--out", tmp_path / "b")
+    facts = json.loads(printed)["scene"]
+    assert (code, facts["scene"], facts["object"]) == (0, 1, "square")
+    assert sum(facts["answers"].values()) == pytest.approx(1)
+    assert max(facts["answers"], key=facts["answers"].get) == "square"
+    first, second = ((tmp_path / name / "scene_attention.png").read_bytes() for name in "ab")
+    assert first != second
+    for arguments in (["--model", "dat_pp_tiny"], [data.photograph_path("rocket")]):
+        _, printed, _ = run(capsys, *arguments, "--size", "64", "--out", tmp_path / "c")
+        assert "scene" not in printed
+    assert not (tmp_path / "c" / "scene_points.png").exists()
+
+
+def test_the_network_that_ships_is_as_good_as_its_card_says():
+    """On the first scenes held out; and small enough to ship."""
+    torch = pytest.importorskip("torch")
+    from dat_ref.scenes import Scenes
+    from dat_ref.torch import create_model
+    from dat_ref.torch.train import SceneImages, evaluate
+
+    card, number = scene.card(), 512
+    assert tuple(card["classes"]) == scene.KINDS
+    assert data.network_path().stat().st_size <= 2_000_000
+    model = create_model(scene.NAME, checkpoint=data.network_path(), num_classes=len(scene.KINDS)).eval()
+    some = SceneImages(Scenes("which", "held_out", scene.SIDE, length=number))
+    deviation = np.sqrt(card["accuracy"] * (1 - card["accuracy"]) / number)
+    assert abs(evaluate(model, some).accuracy - card["accuracy"]) < 4 * deviation
+    with torch.no_grad():  # a network that knows nothing is noticed
+        model.head.weight.zero_()
+    assert abs(evaluate(model, some).accuracy - card["accuracy"]) > 4 * deviation
 
 
 def test_the_same_seed_gives_the_same_figures(capsys, tmp_path):

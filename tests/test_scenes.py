@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from scipy import ndimage
 pytest.importorskip("PIL")
 
 from dat_ref import ConfigError
-from dat_ref.scenes import KINDS, SPLITS, TASKS, Placed, Scenes, backgrounds, scenes, shapes
+from dat_ref.scenes import KINDS, SPLITS, TASKS, Placed, Scenes, backgrounds, scenes, shapes, share_on_mask
 
 TASK = st.sampled_from(sorted(TASKS))
 SPLIT = st.sampled_from(SPLITS)
@@ -185,6 +186,54 @@ def test_depth_of_polygons_is_the_distance_to_the_outline(kind, x, y):
     outline = (corners + steps * (np.roll(corners, -1, 0) - corners)).reshape(-1, 2)
     nearest = np.hypot(*(outline - (x, y)).T).min()
     assert abs(shapes.depth(kind, np.array(x), np.array(y))) == pytest.approx(nearest, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+def share_by_loops(points, mask, reduction, weights):
+    total = found = 0.0
+    for (y, x), weight in zip(points.reshape(-1, 2), weights.ravel(), strict=True):
+        row, column = (math.floor((place + 0.5) * reduction) for place in (y, x))  # the pixel that holds the place
+        total += weight
+        if 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]:
+            found += weight
+    return found / total
+
+
+WRONG = {
+    "axes swapped": lambda points, mask, reduction, weights: share_on_mask(points[..., ::-1], mask, reduction, weights),
+    "half a pixel off": lambda points, mask, reduction, weights: share_on_mask(points - 0.5, mask, reduction, weights),
+    "outside counts as the border": lambda points, mask, reduction, weights: share_on_mask(
+        np.clip(points, 0, np.array(mask.shape) / reduction - 1), mask, reduction, weights
+    ),
+    "all alike": lambda points, mask, reduction, weights: share_on_mask(points, mask, reduction),
+    "outside left out": lambda points, mask, reduction, weights: share_on_mask(
+        points, mask, reduction, weights * (np.abs(points - 2).max(-1) < 3)
+    ),
+}
+
+
+def measured(measure, seed):
+    """Return what a measure finds, and what loops do, on points in and around a map of 5 × 7."""
+    generator = np.random.default_rng(seed)
+    mask = generator.uniform(size=(20, 28)) < 0.3
+    mask[:, :2] = mask[:1] = True
+    points = generator.uniform(-1.7, 7.7, size=(2, 3, 40, 2))
+    weights = generator.uniform(size=points.shape[:-1])
+    return measure(points, mask, 4, weights), share_by_loops(points, mask, 4, weights)
+
+
+@given(st.integers(0, 10_000))
+def test_shares_on_a_mask_by_loops(seed):
+    ours, expected = measured(share_on_mask, seed)
+    assert ours == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_shares_are_noticed(wrong):
+    theirs, expected = measured(WRONG[wrong], 3)
+    assert theirs != pytest.approx(expected, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -20,8 +20,9 @@ from ..config import DeformableAttentionConfig, OffsetBound
 from ..layer import LayerTrace
 from ..ops.grid import pixels_per_unit
 from ..ops.offsets import offset_limit
+from . import scene
 from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
-from .photo import add_photo_arguments, fed_size, load_photo, normalise, resize
+from .photo import DEFAULT_MODEL, add_photo_arguments, fed_size, load_photo, normalise, parse_seed, resize
 from .weights import chosen_weights
 
 PICTURE_SIDE = 896  # short side at which figures show the photograph
@@ -51,6 +52,13 @@ def add_parser(subparsers: Any) -> None:
         choices=("auto", "numpy", "torch"),
         default="auto",
         help="what computes; auto: torch where it is installed, the figures are the same (auto)",
+    )
+    parser.add_argument(
+        "--scene",
+        type=parse_seed,
+        default=5,
+        metavar="N",
+        help="held-out scene that the trained dat_nano looks at, where no PHOTO or other model is named (5)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -161,6 +169,11 @@ def run(options: argparse.Namespace) -> int:
     cells = [_cell_of(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
     figures = draw(explanation, _for_figures(photo), cells, options.stage, options.out)
 
+    # Beside the photograph that ships, which an untrained network looks at, the trained one and a scene of its own.
+    by_default = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
+    trained = scene.explain_scene(options.scene) if by_default else None
+    of_scene = scene.draw(trained, options.out) if trained else []
+
     name = "the photograph that ships" if options.photo is None else str(options.photo)
     if options.json:
         facts = {
@@ -174,6 +187,8 @@ def run(options: argparse.Namespace) -> int:
             "blocks": [asdict(report) for report in explanation.reports],
             "figures": [str(path) for path in figures],
         }
+        if trained:
+            facts["scene"] = {**scene.facts(trained), "figures": [str(path) for path in of_scene]}
         print(json.dumps(facts, indent=2))
         return 0
     sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
@@ -183,6 +198,9 @@ def run(options: argparse.Namespace) -> int:
     print("\noffsets in pixels of the block's map; at bound: share of offset components that the bound holds;")
     print("outside: share of sampling points that left the map\n")
     print("\n".join(str(path) for path in figures))
+    if trained:
+        print(f"\n{scene.text(trained)}\n")
+        print("\n".join(str(path) for path in of_scene))
     return 0
 
 

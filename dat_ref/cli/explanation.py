@@ -154,12 +154,13 @@ def block_report(step: Step, config: DeformableAttentionConfig, seconds: float) 
     )
 
 
-def explain(steps: Iterator[Step], config: DATConfig, stage: int) -> Explanation:
+def explain(steps: Iterator[Step], config: DATConfig, stage: int, block: int | None = None) -> Explanation:
     """Run a backbone to its end and keep what is shown of it.
 
     Args:
         steps: of `DAT.walk`.
         stage: number of the stage to draw, from one.
+        block: and of its block, a deformable one; the last of these if None.
     """
     reports: list[BlockReport] = []
     drawn: Step | None = None
@@ -171,9 +172,9 @@ def explain(steps: Iterator[Step], config: DATConfig, stage: int) -> Explanation
         deformable = isinstance(attention, DeformableAttentionConfig)
         if isinstance(attention, DeformableAttentionConfig):
             reports.append(block_report(step, attention, seconds))
-        if step.stage + 1 == stage and deformable:
+        if step.stage + 1 == stage and deformable and block in (None, step.block + 1):
             drawn = step
-        elif step.stage + 1 == stage:
+        elif step.stage + 1 == stage and not deformable:
             local = step
     assert drawn is not None, "check_request has seen to it"
     drawn_config, drawn_trace = _attention(config, drawn), drawn.trace.attention

@@ -11,6 +11,7 @@ from .._checks import Array, ConfigError
 from ..data import PIXEL_DEVIATION, PIXEL_MEAN, photograph_path
 from ..presets import PRESETS
 
+DEFAULT_MODEL = "dat_tiny"
 MULTIPLE = 32  # the last stage has one pixel for 32 × 32 of the image
 
 
@@ -108,7 +109,11 @@ def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every command that runs a model on a photograph takes."""
     parser.add_argument("photo", nargs="?", type=Path, metavar="PHOTO", help="image file (default: one that ships)")
     parser.add_argument(
-        "--model", default="dat_tiny", choices=PRESETS, metavar="NAME", help="preset, such as dat_tiny or dat_pp_tiny"
+        "--model",
+        default=DEFAULT_MODEL,
+        choices=PRESETS,
+        metavar="NAME",
+        help="preset, such as dat_tiny or dat_pp_tiny",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: seeded, untrained ones)")
     parser.add_argument(

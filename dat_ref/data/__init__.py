@@ -1,4 +1,4 @@
-"""Photographs that ship with the package, each in the public domain or under CC0.
+"""Photographs that ship with the package, each in the public domain or under CC0, and a small trained network.
 
 ``MANIFEST.json`` beside them records who took each one, where it came from and what was done to it.
 """
@@ -44,6 +44,17 @@ def photograph_path(name: str = "chelsea") -> Path:
     'coffee.jpg'
     """
     return _FOLDER / str(_row(name)["file"])
+
+
+def network_path(name: str = "dat_nano") -> Path:
+    """Return the path of the weights of a network that ships; how it was trained stands in a JSON file beside them.
+
+    >>> network_path().name
+    'dat_nano.safetensors'
+    """
+    if name != "dat_nano":
+        raise ValueError(f"name: expected 'dat_nano', got {name!r}")
+    return _FOLDER / f"{name}.safetensors"
 
 
 def provenance(name: str) -> dict[str, Any]:

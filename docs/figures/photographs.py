@@ -2,7 +2,8 @@
 
     python docs/figures/photographs.py
 
-All show seeded, untrained weights: where points and windows lie, not what a trained model looks at.
+Those of the cat show seeded, untrained weights: where points and windows lie, not what a trained model looks at. The
+scene is seen by the small network that ships, which is trained.
 """
 
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dat_ref import (
     viz,
 )
 from dat_ref.backbone import Step
+from dat_ref.cli import scene
 from dat_ref.cli.photo import load_photo, prepare
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -64,7 +66,8 @@ def keep(figure: Figure, name: str, width: int) -> None:
 
 
 def main() -> None:
-    """Draw all three."""
+    """Draw all four."""
+    keep(scene.figures(scene.explain_scene(5))["attention"], "trained", 1000)
     photo = load_photo(None)
     large = np.asarray(Image.fromarray((photo * 255).astype(np.uint8)).resize((1347, 896))) / 255
 

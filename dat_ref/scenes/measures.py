@@ -1,0 +1,33 @@
+"""Do the points go to the object? Shares of points, and of attention, whose place lies on an object's mask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._checks import Array
+
+
+def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Array | None = None) -> float:
+    """Return the share of points whose nearest pixel of the image lies on a mask.
+
+        place = (p + ½) · reduction - ½                  from pixels of a map to those of the image
+
+    A point outside the image lies on nothing, and counts.
+
+    Args:
+        points_px: (..., 2), (y, x), in pixels of a map; the middle of its pixel i is at i.
+        mask: bool (H, W), of the image.
+        reduction: image pixels for one of the map's.
+        weights: (...), 0 or more: how much each point counts, such as the attention that it gets; alike if None.
+
+    >>> mask = np.zeros((8, 8), bool)
+    >>> mask[4:, :4] = True
+    >>> share_on_mask(np.array([[1.0, 0.0], [0.0, 1.0]]), mask, reduction=4)
+    0.5
+    >>> share_on_mask(np.array([[1.0, 0.0], [0.0, 1.0]]), mask, reduction=4, weights=np.array([3.0, 1.0]))
+    0.75
+    """
+    nearest = np.rint((points_px + 0.5) * reduction - 0.5).astype(int)
+    inside = ((nearest >= 0) & (nearest < mask.shape)).all(-1)
+    y, x = np.moveaxis(np.clip(nearest, 0, np.array(mask.shape) - 1), -1, 0)
+    return float(np.average(mask[y, x] & inside, weights=weights))

@@ -1,0 +1,115 @@
+"""Takes over a run of dat_nano: its best weights, how good they are, and whether its points went to the objects.
+
+    dat-ref train --out run --threads 1 --workers 1 --amp bfloat16
+    python docs/figures/nano_card.py run
+
+writes dat_ref/data/dat_nano.safetensors and dat_nano.json.
+"""
+
+import json
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+from dat_ref import __version__
+from dat_ref.cli.scene import received
+from dat_ref.config import DeformableAttentionConfig
+from dat_ref.data import network_path
+from dat_ref.recipe import Recipe
+from dat_ref.scenes import Scenes, share_on_mask
+from dat_ref.torch import as_numpy, create_model
+from dat_ref.torch.train import SceneImages, evaluate
+
+SCENES = 512  # that points are looked for on
+
+
+def interval(values):
+    """Return mean, and the half-width of its 95 % interval by Student's t."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return {"mean": float(np.mean(values)), "half_width": float(half)}
+
+
+@torch.no_grad()
+def where_points_go(model, size):
+    """Return, for each deformable block, what share of points and of attention is on the object, over scenes; and how
+    much of the offsets is one shift for each group, the same at all places of all scenes."""
+    scenes = Scenes("which", "held_out", size)
+    found, offsets = {}, {}
+    for number in range(SCENES):
+        mask = scenes[number].masks[0]
+        _, trace = model(SceneImages(scenes)[number][0][None], return_trace=True)
+        for stage, blocks in enumerate(model.config.stages):
+            for block, config in enumerate(blocks):
+                if isinstance(config.attention, DeformableAttentionConfig):
+                    layer = as_numpy(trace.stages[stage].blocks[block].attention)
+                    row = found.setdefault(f"stage {stage + 1}, block {block + 1}", [])
+                    row.append(shares(layer, mask, model.config.reductions[stage]))
+                    moved = offsets.setdefault(f"stage {stage + 1}, block {block + 1}", [])
+                    moved.append(layer.points_px[0] - layer.reference_px[0])
+    return {
+        name: summary(np.array(rows)) | {"one_shift": one_shift(np.array(offsets[name]))}
+        for name, rows in found.items()
+    }
+
+
+def one_shift(offsets):
+    """Return |mean offset|² / mean |offset|², the mean over scenes and places: (scenes, G, Hk, Wk, 2) → a share."""
+    mean = offsets.mean((0, 2, 3))
+    return float((mean**2).sum(-1).mean() / (offsets**2).sum(-1).mean())
+
+
+def shares(layer, mask, reduction):
+    """Return shares on the object: of points, of the same points without offsets, of attention that points get."""
+    points = layer.points_px[0]  # (G, Hk, Wk, 2)
+    reference = np.broadcast_to(layer.reference_px[0], points.shape)
+    return (
+        share_on_mask(points, mask, reduction),
+        share_on_mask(reference, mask, reduction),
+        share_on_mask(points, mask, reduction, received(layer)),
+    )
+
+
+def summary(rows):
+    """Return intervals of the shares, and of the differences, scene by scene."""
+    points, reference, attention = rows.T
+    return {
+        "points": interval(points),
+        "without_offsets": interval(reference),
+        "points_minus_without": interval(points - reference),
+        "attention": interval(attention),
+        "attention_minus_points": interval(attention - points),
+    }
+
+
+def main(folder):
+    """Take over the run in a folder."""
+    recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    place = network_path(recipe.model)
+    shutil.copyfile(folder / "best.safetensors", place)
+    held_out = SceneImages(Scenes(recipe.task, "held_out", recipe.image_size))
+    model = create_model(recipe.model, checkpoint=place, num_classes=len(held_out.classes)).eval()
+    scores = evaluate(model, held_out)
+    card = {
+        "about": "Names the one object on a scene of dat_ref.scenes. A toy, for looking at: it knows nothing else.",
+        "command": "dat-ref train --out run --threads 1 --workers 1 --amp bfloat16",
+        "recipe": json.loads(recipe.to_json()),
+        "classes": list(held_out.classes),
+        "parameters": sum(leaf.numel() for leaf in model.parameters()),
+        "accuracy": scores.accuracy,
+        "loss": scores.loss,
+        "held_out_scenes": scores.images,
+        "versions": {"dat_ref": __version__, "torch": torch.__version__},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "points_measured_on": SCENES,
+        "on_the_object": where_points_go(model, recipe.image_size),
+    }
+    place.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
