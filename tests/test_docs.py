@@ -179,6 +179,16 @@ def test_every_public_name_is_on_the_api_page(module):
     assert {f"{module}.{name}" for name in public} - documented() == set()
 
 
+def test_the_build_fails_when_a_public_name_is_on_no_page():
+    names = load(DOCS / "extensions" / "api_names.py")
+    all_of_them = documented()
+    assert names.undocumented(ROOT, all_of_them) == []
+    assert names.undocumented(ROOT, all_of_them - {"dat_ref.DAT"}) == ["dat_ref.DAT"]
+    names._documented.update(all_of_them - {"dat_ref.DAT"})
+    with pytest.raises(names.Abort, match=r"no page has an entry for dat_ref\.DAT"):
+        names.on_post_build(config={"config_file_path": str(ROOT / "mkdocs.yml")})
+
+
 def test_every_file_of_the_reading_order_has_its_page():
     """The operations, the layer, the block, the backbone and the two local attentions that it uses."""
     operations = [path.stem for path in (ROOT / "dat_ref" / "ops").glob("*.py") if path.stem != "__init__"]

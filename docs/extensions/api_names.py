@@ -5,7 +5,8 @@
     -->
 
 becomes that Markdown and one entry for each public name; nothing at all where there is no such module. Names are
-read from the source: the site is built without importing torch.
+read from the source: the site is built without importing torch. The build fails if a public name of `COMPLETE` is on no
+page.
 """
 
 import ast
@@ -13,6 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import Abort
+
+COMPLETE = ("dat_ref", "dat_ref.torch", "dat_ref.torch.train", "dat_ref.viz", "dat_ref.scenes", "dat_ref.testing")
+ENTRY = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+_documented: set[str] = set()
 MARK = re.compile(r"<!-- public names of ([\w.]+)\n(.*?)-->", re.DOTALL)
 
 
@@ -33,4 +39,19 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
         names = public_names(root / mark[1].replace(".", "/"))
         return "\n\n".join([mark[2], *(f"::: {mark[1]}.{name}" for name in names)]) if names else ""
 
-    return MARK.sub(entries, markdown)
+    filled = MARK.sub(entries, markdown)
+    _documented.update(ENTRY.findall(filled))
+    return filled
+
+
+def on_post_build(*, config: Any, **_: Any) -> None:
+    """Fail if a public name is on no page."""
+    missing = undocumented(Path(config["config_file_path"]).parent, _documented)
+    if missing:
+        raise Abort(f"no page has an entry for {', '.join(missing)}: add a line `::: NAME` to docs/api.md")
+
+
+def undocumented(root: Path, documented: set[str]) -> list[str]:
+    """Return the public names of `COMPLETE` that are not documented."""
+    names = [f"{module}.{name}" for module in COMPLETE for name in public_names(root / module.replace(".", "/"))]
+    return [name for name in names if name not in documented]
