@@ -71,7 +71,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(where, number, tmp_path, wh
         [sys.executable, "-c", KILLED, where, str(number), str(tmp_path)], cwd=TESTS, capture_output=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(list(tmp_path.glob(".*"))) == (where != "step")  # the file that was being written
     assert is_that_run(tmp_path, run(tmp_path), whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 class Stop(Exception):

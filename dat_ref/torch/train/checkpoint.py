@@ -22,6 +22,7 @@ from ..._checks import CheckpointError
 MARK = b"dat_ref run 1\n"
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
+_BEGUN = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|recipe\.json|log\.csv)\.\d+")
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
@@ -61,6 +62,13 @@ def write(place: Path, *parts: bytes | memoryview) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    for each in folder.iterdir():
+        if _BEGUN.fullmatch(each.name):
+            each.unlink(missing_ok=True)
 
 
 def saved(folder: Path) -> list[Path]:

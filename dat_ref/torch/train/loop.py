@@ -152,6 +152,7 @@ def _begin(folder: Path, run: _Run) -> None:
     """Make the folder, once everything else is found to be right."""
     if run.team.leads:
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(folder)
         checkpoint.write(folder / "recipe.json", run.recipe.to_json().encode())
     steps = torch.tensor([run.step, run.step**2], dtype=torch.float64, device=run.team.device)
     total, squares = run.team.total(steps).tolist()
