@@ -22,7 +22,7 @@ TRAIL = [
 CORE_PACKAGES = {"numpy", "scipy"}
 # Where an optional package may be imported when the module itself is.
 PARTS = {
-    "torch": ("torch", "bench", "complexity.torch_counter"),
+    "torch": ("torch", "bench", "complexity.torch_counter", "experiments.knock_out"),
     "triton": ("torch",),
     "matplotlib": ("viz",),
     "PIL": ("viz", "data"),

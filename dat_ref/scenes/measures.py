@@ -7,10 +7,20 @@ import numpy as np
 from .._checks import Array
 
 
+def on_image(points_px: Array, reduction: float) -> Array:
+    """Return where points of a map are on the image, both in pixels, and the middle of pixel i is at i.
+
+        place = (p + ½) · reduction - ½
+
+    >>> on_image(np.array([[0.0, 1.0]]), reduction=4)
+    array([[1.5, 5.5]])
+    """
+    place: Array = (points_px + 0.5) * reduction - 0.5
+    return place
+
+
 def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Array | None = None) -> float:
     """Return the share of points whose nearest pixel of the image lies on a mask.
-
-        place = (p + ½) · reduction - ½                  from pixels of a map to those of the image
 
     A point outside the image lies on nothing, and counts.
 
@@ -27,7 +37,7 @@ def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Arra
     >>> share_on_mask(np.array([[1.0, 0.0], [0.0, 1.0]]), mask, reduction=4, weights=np.array([3.0, 1.0]))
     0.75
     """
-    nearest = np.rint((points_px + 0.5) * reduction - 0.5).astype(int)
+    nearest = np.rint(on_image(points_px, reduction)).astype(int)
     inside = ((nearest >= 0) & (nearest < mask.shape)).all(-1)
     y, x = np.moveaxis(np.clip(nearest, 0, np.array(mask.shape) - 1), -1, 0)
     return float(np.average(mask[y, x] & inside, weights=weights))

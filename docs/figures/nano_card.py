@@ -14,24 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 
 from dat_ref import __version__
 from dat_ref.cli.scene import received
 from dat_ref.config import DeformableAttentionConfig
 from dat_ref.data import network_path
+from dat_ref.experiments.measures import interval
 from dat_ref.recipe import Recipe
 from dat_ref.scenes import Scenes, share_on_mask
 from dat_ref.torch import as_numpy, create_model
 from dat_ref.torch.train import SceneImages, evaluate
 
 SCENES = 512  # that points are looked for on
-
-
-def interval(values):
-    """Return mean, and the half-width of its 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return {"mean": float(np.mean(values)), "half_width": float(half)}
 
 
 @torch.no_grad()

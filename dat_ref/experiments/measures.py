@@ -1,0 +1,50 @@
+"""How far points are from an object, and how sure a mean is."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+from .._checks import Array
+from ..scenes.measures import on_image
+
+
+def distance_to_mask(points_px: Array, mask: Array, reduction: float) -> Array:
+    """Return how far each point is from the nearest pixel of a mask, in pixels of the image.
+
+    Args:
+        points_px: (..., 2), (y, x), in pixels of a map; the middle of its pixel i is at i.
+        mask: bool (H, W), of the image, with a pixel at least.
+        reduction: image pixels for one of the map's.
+
+    Returns:
+        (...), 0 or more.
+
+    Raises:
+        ValueError: if the mask is empty.
+
+    >>> mask = np.zeros((8, 8), bool)
+    >>> mask[6, 1] = True
+    >>> distance_to_mask(np.array([[1.125, 0.0]]), mask, reduction=4)
+    array([0.5])
+    """
+    if not mask.any():
+        raise ValueError("mask: expected a pixel at least, got none")
+    places = on_image(points_px, reduction)
+    apart: Array = np.linalg.norm(places[..., None, :] - np.argwhere(mask), axis=-1)
+    return apart.min(-1)
+
+
+def interval(values: Array) -> dict[str, float]:
+    """Return the mean, and the half-width of its 95 % interval by Student's t.
+
+        half-width = t(0.975; n - 1) · s / √n
+
+    Args:
+        values: (n,), n ≥ 2, independent of each other.
+
+    >>> interval(np.array([1.0, 3.0]))
+    {'mean': 2.0, 'half_width': 12.706204736174694}
+    """
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return {"mean": float(np.mean(values)), "half_width": float(half)}

@@ -1,0 +1,140 @@
+"""The page of the site, written from what was measured.
+
+python -m dat_ref.experiments.page docs/experiments/knock_out.json > docs/experiments/index.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+INTRODUCTION = """\
+<!-- Written by dat_ref/experiments/page.py from the JSON beside it; edit there and run it again. -->
+# Does the trained network use its offsets?
+
+[`dat_nano`]({training}), the small network that ships, was trained once, with one seed, to name the one
+object on a scene. Here its offsets are taken away or exchanged, with its weights as they are, and its points are
+compared with the object's mask. The numbers are those of `{file}`, measured on {machine}, with
+torch {torch}, on {date}:
+
+    {command}
+"""
+
+CHANGES = """\
+## Other offsets, the same weights
+
+Offsets are replaced in one layer or in all: by none, by one shift (the mean of each group over places and scenes,
+before the bound), or by those that the layer predicts for another scene. As trained it names {trained} of {scenes}
+held-out scenes rightly. What changes, in points of accuracy, with the 95 % interval of the difference scene by scene:
+"""
+
+GROUPS = """\
+## Where the points of each group are
+
+On {looked_at} of these scenes: the share of a group's points on the object, the share of its reference points, how much
+farther from the object the points are than the reference points (mean distance to its nearest pixel, in pixels of the
+image; less than 0 is nearer), and the share of the group's attention, all queries together, that points on the object
+get. Points outside of the image count as well.
+"""
+
+LIMITS = """\
+## What was not measured
+
+- **Whether offsets make a better network.** That needs the same network trained without them, with several seeds. It
+  was not done: that a network trained with offsets needs them does not say what one without would have learned.
+- Other seeds, tasks and networks. Intervals are over scenes, for one set of weights; another run may differ by more.
+- Points over training, attention against Swin, peers in the place of the deformable layers, and ablations.
+"""
+
+
+def signed(found: Mapping[str, float], scale: float = 1.0) -> str:
+    """Return a difference with its interval."""
+    return f"{scale * found['mean']:+.1f} ± {scale * found['half_width']:.1f}"
+
+
+def share(found: Mapping[str, float]) -> str:
+    """Return a share with its interval, in percent."""
+    return f"{found['mean']:.1%} ± {found['half_width']:.1%}"
+
+
+def outside(found: Mapping[str, float]) -> int:
+    """Return on which side of 0 the whole interval lies: -1, 1, or 0 if it holds 0."""
+    mean, half = found["mean"], found["half_width"]
+    return 0 if abs(mean) <= half else (1 if mean > 0 else -1)
+
+
+def uses(found: Mapping[str, Any]) -> str:
+    """Return the verdict on whether offsets are used, and whether it matters that they follow the scene."""
+    rows = found["accuracy"]["with_offsets"]["all"]
+    without, shift, other = (rows[what]["change"] for what in ("none", "one shift", "another scene's"))
+    if outside(without) >= 0:
+        return {
+            0: "**That the network uses its offsets was not shown**: without any it is about as often right.",
+            1: "**The offsets harm the network**: without any it is more often right.",
+        }[outside(without)]
+    back = 1 - shift["mean"] / without["mean"]
+    used = "**The network depends on its offsets**: without any it is less often right. "
+    used += f"One shift for each group, the same for all scenes and places, brings back {back:.0%} of what is lost. "
+    follows = {
+        -1: "That offsets follow the scene matters: with another scene's it loses",
+        0: "That offsets follow the scene was not shown to matter: with another scene's it changes by",
+        1: "Offsets that follow the scene harm it: with another scene's it gains",
+    }[outside(other)]
+    size = signed(other, 100) if outside(other) == 0 else signed(other, 100)[1:]
+    return f"{used}{follows} {size} points of accuracy."
+
+
+def gathers(found: Mapping[str, Any]) -> str:
+    """Return the verdict on whether points went to the objects."""
+    sides = [outside(group["points_minus_at_rest"]) for groups in found["groups"].values() for group in groups]
+    counts = {side: sides.count(side) for side in (1, -1, 0)}
+    told = (
+        f"Of {len(sides)} groups {counts[1]} have more of their points on the object than at rest, {counts[-1]} fewer, "
+        f"and for {counts[0]} the interval holds 0."
+    )
+    if counts[1] == len(sides):
+        return f"**The points gather on the object in every group.** {told}"
+    return f"**That points gather on objects, as the article shows, is not reproduced by this network.** {told}"
+
+
+def changes_table(found: Mapping[str, Any]) -> str:
+    """Return what other offsets change."""
+    rows = found["accuracy"]["with_offsets"]
+    columns = list(rows["all"])
+    lines = ["| layer | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for where, row in rows.items():
+        lines.append(f"| {where} | " + " | ".join(signed(row[what]["change"], 100) for what in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def groups_table(found: Mapping[str, Any]) -> str:
+    """Return where the points of each group are."""
+    lines = ["| layer | group | points | at rest | farther by | attention |", "|---|---:|---:|---:|---:|---:|"]
+    for layer, groups in found["groups"].items():
+        for number, group in enumerate(groups, 1):
+            shares = [share(group[name]) for name in ("points", "at_rest")]
+            cells = (layer, str(number), *shares, signed(group["distance_minus_at_rest"]), share(group["attention"]))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the page."""
+    introduction = INTRODUCTION.format(
+        training="../training.md#the-network-that-ships",
+        file="docs/experiments/knock_out.json",
+        torch=found["versions"]["torch"],
+        **{name: found[name] for name in ("machine", "date", "command")},
+    )
+    trained = share(found["accuracy"]["as_trained"])
+    changes = CHANGES.format(trained=trained, scenes=found["scenes"])
+    groups = GROUPS.format(looked_at=found["looked_at"])
+    parts = (introduction, uses(found) + "\n", gathers(found) + "\n", changes, changes_table(found))
+    return "\n".join((*parts, groups, groups_table(found), LIMITS))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
