@@ -56,6 +56,7 @@ def test_items_are_the_scenes(task):
         np.testing.assert_array_equal(image, normalised(scenes[number].image))
         np.testing.assert_array_equal(target, scenes[number].label)
         assert target.dtype == (torch.float32 if data.multi else torch.int64)
+    assert sum(1 for _ in data) == 5  # a loop ends, though scenes do not
 
 
 def test_fresh_scenes_in_every_epoch():

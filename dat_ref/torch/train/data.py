@@ -64,6 +64,8 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.scenes)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= number < len(self):  # so that a loop over all of them ends
+            raise IndexError(f"number: expected 0 ≤ number < {len(self)}, got {number}")
         scene = self.scenes.scene(number + self.fresh * self.epoch * len(self.scenes))
         return normalised(scene.image), torch.as_tensor(scene.label)
 
