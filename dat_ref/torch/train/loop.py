@@ -163,9 +163,9 @@ def _begin(folder: Path, run: _Run) -> None:
 def _keep(run: _Run, folder: Path, scores: Scores | None) -> None:
     """Write a checkpoint, and the weights if they are the best so far."""
     if scores is not None and scores.accuracy > run.best:
-        with run.averaged():
+        with run.averaged():  # written in here: a state names the model's own tensors, which change back afterwards
             weights = shard.whole(run.model.state_dict())
-        written = run.team.leads and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
+            written = run.team.leads and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
         if run.team.total(torch.tensor(float(written), device=run.team.device)) > 0:
             run.best = scores.accuracy
     state = run.state()
