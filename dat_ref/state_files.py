@@ -220,7 +220,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
     objects = [name for name, array in arrays.items() if array.dtype.hasobject]
     if objects:
         raise CheckpointError(f"state: expected arrays of numbers, got objects in {', '.join(objects)}")
-    with _replacing(file) as partial:
+    with replacing(file) as partial:
         if file.suffix == ".npz":
             with partial.open("wb") as opened:
                 np.savez(opened, **dict[str, Any](arrays))
@@ -231,7 +231,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
 
 
 @contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Iterator[Path]:
     """Yield a name beside `file` to write to; at the end it takes the place of `file`, or goes if writing failed."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:

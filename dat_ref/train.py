@@ -127,15 +127,15 @@ class AdamW:
         return unflatten(moved), AdamWState(steps, mean, square)
 
 
-def scheduled_rate(step: int, steps: int, peak: float, warm_up: int) -> float:
-    """Return the learning rate of step 0 … steps-1: a straight rise to `peak`, then half a cosine down to zero.
+def scheduled_rate(step: int, steps: int, peak: float, warm_up: int, lowest: float = 0.0) -> float:
+    """Return the learning rate of step 0 … steps-1: a straight rise to `peak`, then half a cosine down to `lowest`.
 
     >>> [round(scheduled_rate(step, 6, 1.0, 2), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
     """
     if step < warm_up:
         return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / (steps - warm_up))))
+    return lowest + (peak - lowest) * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / (steps - warm_up))))
 
 
 # ------------------------------------------------------------------------------------------------ the loop

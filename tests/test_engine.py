@@ -24,6 +24,7 @@ from dat_ref.torch import create_model  # noqa: E402
 from dat_ref.torch.train import checkpoint, evaluate, fit, loop, optimizer  # noqa: E402
 from dat_ref.torch.train.evaluate import losses, right  # noqa: E402
 from dat_ref.torch.train.log import rows  # noqa: E402
+from dat_ref.train import scheduled_rate  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -267,7 +268,7 @@ def test_what_decays_is_what_the_releases_let_decay():
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [optimizer.learning_rate(step, 100, 10, 2.0, 0.5) for step in range(100)]
+    rates = [scheduled_rate(step, 100, 2.0, 10, 0.5) for step in range(100)]
     np.testing.assert_allclose(rates[:10], 2 * np.arange(1, 11) / 10)
     np.testing.assert_allclose(rates[10:], [0.5 + 0.75 * (1 + math.cos(math.pi * t / 90)) for t in range(90)])
     assert rates[55] == pytest.approx(1.25)

@@ -11,11 +11,10 @@ import numpy as np
 
 from .. import DAT
 from .. import config as preset
-from .._checks import Array
 from ..checkpoints import load_params
 from ..data import network_path
-from ..layer import LayerTrace
-from ..scenes import KINDS, Scene, Scenes, share_on_mask
+from ..scenes import KINDS, Scene, Scenes
+from ..scenes.measures import shares_of_layer
 from .explanation import Explanation, explain
 from .photo import normalise, resize
 
@@ -56,30 +55,15 @@ def explain_scene(number: int) -> SceneExplanation:
     params, _ = load_params(network_path(NAME), config)
     model = DAT(config, params)
     image = normalise(scene.image / 255)
-    logits = model(image)[0]
+    steps = list(model.walk(image))
+    logits = model.classify(model.pool(steps[-1].output))[0]
     weights = np.exp(logits - logits.max())
     answers = dict(zip(KINDS, (weights / weights.sum()).tolist()))
-    explanation = explain(model.walk(image), config, STAGE, BLOCK)
+    explanation = explain(iter(steps), config, STAGE, BLOCK)
     trace, reduction = explanation.trace, SIDE / explanation.trace.x.shape[-1]
-    points, mask = trace.points_px[0], scene.masks[0]  # (G, Hk, Wk, 2)
-    reference = np.broadcast_to(trace.reference_px[0], points.shape)
     return SceneExplanation(
-        number,
-        scene,
-        answers,
-        on_object=share_on_mask(points, mask, reduction),
-        at_rest=share_on_mask(reference, mask, reduction),
-        attended=share_on_mask(points, mask, reduction, received(trace)),
-        explanation=explanation,
+        number, scene, answers, *shares_of_layer(trace, scene.masks[0], reduction), explanation=explanation
     )
-
-
-def received(trace: LayerTrace) -> Array:
-    """Return how much attention each point gets, the mean over queries and a group's heads: (G, Hk, Wk)."""
-    of_heads = trace.attention[0].mean(1)  # (heads, Ns)
-    groups, rows, columns = trace.points_px.shape[1:4]
-    mean: Array = of_heads.reshape(groups, -1, rows, columns).mean(1)
-    return mean
 
 
 def draw(found: SceneExplanation, folder: Path) -> list[Path]:

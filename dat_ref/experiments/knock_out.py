@@ -23,10 +23,11 @@ from torch import Tensor
 
 from .. import __version__, config
 from .._checks import Array
-from ..cli.scene import NAME, SIDE, received
+from ..cli.scene import NAME, SIDE
 from ..data import network_path
 from ..layer import LayerTrace
 from ..scenes import KINDS, Scenes, share_on_mask
+from ..scenes.measures import received
 from ..torch import DeformableAttention, as_numpy, create_model
 from ..torch.train import SceneImages
 from .measures import distance_to_mask, interval

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._checks import Array
+from ..layer import LayerTrace
 
 
 def on_image(points_px: Array, reduction: float) -> Array:
@@ -41,3 +42,27 @@ def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Arra
     inside = ((nearest >= 0) & (nearest < mask.shape)).all(-1)
     y, x = np.moveaxis(np.clip(nearest, 0, np.array(mask.shape) - 1), -1, 0)
     return float(np.average(mask[y, x] & inside, weights=weights))
+
+
+def received(trace: LayerTrace) -> Array:
+    """Return how much attention each point of an image gets, the mean over queries and a group's heads: (G, Hk, Wk)."""
+    of_heads = trace.attention[0].mean(1)  # (heads, Ns)
+    groups, rows, columns = trace.points_px.shape[1:4]
+    mean: Array = of_heads.reshape(groups, -1, rows, columns).mean(1)
+    return mean
+
+
+def shares_of_layer(trace: LayerTrace, mask: Array, reduction: float) -> tuple[float, float, float]:
+    """Return shares on a mask: of a layer's points, of the same points without offsets, of the attention they get.
+
+    Args:
+        trace: of one image.
+        mask, reduction: see `share_on_mask`.
+    """
+    points = trace.points_px[0]  # (G, Hk, Wk, 2)
+    reference = np.broadcast_to(trace.reference_px[0], points.shape)
+    return (
+        share_on_mask(points, mask, reduction),
+        share_on_mask(reference, mask, reduction),
+        share_on_mask(points, mask, reduction, received(trace)),
+    )

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from dat_ref import __version__
-from dat_ref.cli.scene import received
 from dat_ref.config import DeformableAttentionConfig
 from dat_ref.data import network_path
 from dat_ref.experiments.measures import interval
 from dat_ref.recipe import Recipe
-from dat_ref.scenes import Scenes, share_on_mask
+from dat_ref.scenes import Scenes
+from dat_ref.scenes.measures import shares_of_layer
 from dat_ref.torch import as_numpy, create_model
 from dat_ref.torch.train import SceneImages, evaluate
 
@@ -42,7 +42,7 @@ def where_points_go(model, size):
                 if isinstance(config.attention, DeformableAttentionConfig):
                     layer = as_numpy(trace.stages[stage].blocks[block].attention)
                     row = found.setdefault(f"stage {stage + 1}, block {block + 1}", [])
-                    row.append(shares(layer, mask, model.config.reductions[stage]))
+                    row.append(shares_of_layer(layer, mask, model.config.reductions[stage]))
                     moved = offsets.setdefault(f"stage {stage + 1}, block {block + 1}", [])
                     moved.append(layer.points_px[0] - layer.reference_px[0])
     return {
@@ -55,17 +55,6 @@ def one_shift(offsets):
     """Return |mean offset|² / mean |offset|², the mean over scenes and places: (scenes, G, Hk, Wk, 2) → a share."""
     mean = offsets.mean((0, 2, 3))
     return float((mean**2).sum(-1).mean() / (offsets**2).sum(-1).mean())
-
-
-def shares(layer, mask, reduction):
-    """Return shares on the object: of points, of the same points without offsets, of attention that points get."""
-    points = layer.points_px[0]  # (G, Hk, Wk, 2)
-    reference = np.broadcast_to(layer.reference_px[0], points.shape)
-    return (
-        share_on_mask(points, mask, reduction),
-        share_on_mask(reference, mask, reduction),
-        share_on_mask(points, mask, reduction, received(layer)),
-    )
 
 
 def summary(rows):

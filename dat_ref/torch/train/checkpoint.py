@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ..._checks import CheckpointError
+from ...state_files import replacing
 
 MARK = b"dat_ref run 1\n"
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
-_BEGUN = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|recipe\.json|log\.csv)\.\d+")
+_BEGUN = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|recipe\.json|log\.csv)\.\d+\.partial")
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
@@ -51,17 +52,11 @@ def write(place: Path, *parts: bytes | memoryview) -> None:
     Raises:
         OSError: if there is no room; nothing is left behind, and what was at the place before stays.
     """
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(place)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(place) as beside, beside.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sweep(folder: Path) -> None:

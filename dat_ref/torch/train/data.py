@@ -31,9 +31,17 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops to train on
 
 def normalised(image: Array) -> Tensor:
     """Turn pixels (H, W, 3) uint8 into what networks take: (3, H, W) float32 with ImageNet's mean and deviation."""
-    values = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float().div_(255)
+    return _standardised(_in_unit_range(image))
+
+
+def _in_unit_range(image: Array) -> Tensor:
+    """(H, W, 3) uint8 → (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float().div_(255)
+
+
+def _standardised(values: Tensor) -> Tensor:
     mean, deviation = (torch.tensor(each)[:, None, None] for each in (PIXEL_MEAN, PIXEL_DEVIATION))
-    return values.sub_(mean).div_(deviation).contiguous()
+    return ((values - mean) / deviation).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ scenes
@@ -130,12 +138,11 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         if self._alter is None:
             return normalised(_middle(picture, self.size)), torch.tensor(label)
         generator = np.random.default_rng([self.seed, self.epoch, number])
-        image = torch.from_numpy(_crop(picture, self.size, generator)).permute(2, 0, 1).float().div_(255)
+        image = _in_unit_range(_crop(picture, self.size, generator))
         with torch.random.fork_rng(devices=[]):  # kornia draws from torch's own generator
             torch.manual_seed(int(generator.integers(1 << 62)))
             image = self._alter(image[None])[0].clamp(0, 1)
-        mean, deviation = (torch.tensor(each)[:, None, None] for each in (PIXEL_MEAN, PIXEL_DEVIATION))
-        return ((image - mean) / deviation).contiguous(), torch.tensor(label)
+        return _standardised(image), torch.tensor(label)
 
 
 def train_and_val(root: Path | str, size: int, seed: int) -> tuple[ImageFolder, ImageFolder]:

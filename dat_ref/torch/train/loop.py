@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader
 
 from ..._checks import ConfigError
 from ...recipe import Recipe
+from ...train import scheduled_rate
 from .. import models
 from . import checkpoint, shard
 from .evaluate import Scores, evaluate, losses
 from .log import Log
 from .mix import mix
-from .optimizer import Average, learning_rate, optimizer_for
+from .optimizer import Average, optimizer_for
 from .team import Team
 
 
@@ -137,8 +138,9 @@ def _to_go_on_from(folder: Path, recipe: Recipe, train: Any) -> dict[str, Any] |
         if changes:
             raise ConfigError(f"{folder}: holds a run of another recipe (there, here): {'; '.join(changes)}")
         data = _described(train)
-        there = state.get("data", data)
-        changes = [f"{name}: {there[name]}, {here}" for name, here in data.items() if there[name] != here]
+        changes = [
+            f"{name}: {state['data'][name]}, {here}" for name, here in data.items() if state["data"][name] != here
+        ]
         if changes:
             raise ConfigError(f"{folder}: holds a run on other data (there, here): {'; '.join(changes)}")
     return state
@@ -224,7 +226,7 @@ class _Run:
         recipe, team = self.recipe, self.team
         torch.manual_seed(_mixed(recipe.seed, self.step, team.rank))
         warmup = round(recipe.warmup_epochs * self.steps_an_epoch)
-        self.rate = learning_rate(self.step, self.steps, warmup, recipe.learning_rate, recipe.min_learning_rate)
+        self.rate = scheduled_rate(self.step, self.steps, recipe.learning_rate, warmup, recipe.min_learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         counts = whole > team.rank
@@ -260,9 +262,18 @@ class _Run:
         with self.averaged():
             return evaluate(self.model, held_out, team=self.team, workers=self.recipe.workers)
 
-    def averaged(self) -> _Swapped:
-        """While it lasts, the model has the averaged weights."""
-        return _Swapped(self.model, self.average)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it lasts, the model has the averaged weights, if there are any."""
+        if self.average is None:
+            yield
+            return
+        own = {name: leaf.detach().clone() for name, leaf in self.model.named_parameters()}
+        self.take_average()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own, strict=False)
 
     def take_average(self) -> None:
         """Give the model the averaged weights for good."""
@@ -297,22 +308,6 @@ class _Run:
         if self.average is not None:
             self.average.load(state["average"])
         self.step, self.best = state["step"], state["best"]
-
-
-class _Swapped:
-    """A context in which a model has other weights."""
-
-    def __init__(self, model: nn.Module, average: Average | None) -> None:
-        self.model, self.average = model, average
-
-    def __enter__(self) -> None:
-        if self.average is not None:
-            self.own = {name: leaf.detach().clone() for name, leaf in self.model.named_parameters()}
-            self.model.load_state_dict(self.average.weights, strict=False)
-
-    def __exit__(self, *error: object) -> None:
-        if self.average is not None:
-            self.model.load_state_dict(self.own, strict=False)
 
 
 def _mixed(*numbers: int) -> int:

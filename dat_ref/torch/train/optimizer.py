@@ -1,12 +1,7 @@
-"""AdamW as the releases use it: what decays, how the learning rate goes, the average of the weights.
-
-η(t) = η · (t + 1) / w                                        for steps t < w
-η(t) = η_min + (η - η_min) · (1 + cos(π (t - w) / (T - w))) / 2      from then on, T steps in all
-"""
+"""AdamW as the releases use it: what decays, and the average of the weights."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,18 +11,6 @@ from ...recipe import Recipe
 from .shard import cut_like
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-
-
-def learning_rate(step: int, steps: int, warmup: int, highest: float, lowest: float) -> float:
-    """Return the learning rate of a step.
-
-    >>> [round(learning_rate(step, 6, 2, 1.0, 0.0), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
-    """
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    share = (step - warmup) / max(steps - warmup, 1)
-    return lowest + (highest - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
