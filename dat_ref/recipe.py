@@ -35,7 +35,7 @@ class Recipe:
     data: str = _of("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*")
     task: str = _of("which", "of the scenes: which, which_all, where or count")
     image_size: int = _of(64, "side of the images, pixels")
-    epochs: int = _of(20, "how often the data is gone through")
+    epochs: int = _of(40, "how often the data is gone through")
     scenes_per_epoch: int = _of(16384, "of scenes; every epoch has new ones")
     batch_size: int = _of(64, "images of a step, over all processes")
     learning_rate: float = _of(1e-3, "at its highest")

@@ -484,3 +484,5 @@ assert growth_of["blockwise"] < 2.2
 # - One parameter tree for both worlds: train in torch, look in NumPy.
 # - Say what a bias table means on a larger map: fractions, or pixels.
 # - Whatever is changed in *how* it is computed, check *what* against the spec. It is there for that.
+#
+# Next: [what it learned](../09_what_it_learned/).

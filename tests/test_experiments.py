@@ -1,7 +1,6 @@
 """Experiments: measures against loops and cases by hand, wrong ones rejected; offsets that are really exchanged."""
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +9,12 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from dat_ref.experiments import measures, page
+from dat_ref.experiments import NAMES, measured, measures
+from dat_ref.experiments.pages import ablations, overview, pages, peers, points, words
+from dat_ref.experiments.pages import knock_out as page
 from dat_ref.scenes import share_on_mask
 
 DOCS = Path(__file__).parents[1] / "docs"
-NUMBERS = DOCS / "experiments" / "knock_out.json"
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -75,8 +75,7 @@ def test_interval_by_hand():
 
 
 def row_of(trace, mask):
-    knock_out = pytest.importorskip("dat_ref.experiments.knock_out", exc_type=ImportError)
-    return np.array(knock_out.group_rows(trace, mask, 1.0))
+    return np.array(measures.group_rows(trace, mask, 1.0))
 
 
 def two_groups():
@@ -151,21 +150,29 @@ def test_offsets_are_exchanged_and_given_back(model):
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def test_the_page_is_what_was_measured():
-    """`python -m dat_ref.experiments.page docs/experiments/knock_out.json` prints it anew."""
-    found = json.loads(NUMBERS.read_text(encoding="utf-8"))
-    written = (DOCS / "experiments" / "index.md").read_text(encoding="utf-8")
-    assert written == page.page(found)
+@pytest.fixture(scope="module")
+def found():
+    return {name: measured(name) for name in NAMES}
+
+
+def test_the_pages_are_what_was_measured(found):
+    """`python -m dat_ref.experiments.pages docs/experiments` writes them anew."""
+    folder = DOCS / "experiments"
+    written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    assert written == pages(found)
     other = copy.deepcopy(found)
-    other["accuracy"]["with_offsets"]["all"]["none"]["change"]["mean"] += 0.01
-    assert written != page.page(other)
+    other["knock_out"]["accuracy"]["with_offsets"]["all"]["none"]["change"]["mean"] += 0.01
+    other["study"]["runs"]["window"]["0"]["accuracy"] += 0.01
+    other["looks"]["attention"]["window"]["0"]["stage 1, block 1"]["from_object"]["foreground"] += 0.01
+    changed = pages(other)
+    assert {name for name in written if written[name] != changed[name]} >= {"offsets.md", "peers.md", "points.md"}
 
 
 def test_the_measured_network_is_the_one_that_ships():
     """New weights need new numbers: accuracy as trained is that of the network's card, to a few scenes' rounding."""
     from dat_ref.cli.scene import card
 
-    found = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    found = measured("knock_out")
     assert found["scenes"] == card()["held_out_scenes"]
     assert found["accuracy"]["as_trained"]["mean"] == pytest.approx(card()["accuracy"], abs=2 / found["scenes"])
 
@@ -187,3 +194,113 @@ def test_verdicts_follow_from_the_intervals():
     nearer, same = ({"points_minus_at_rest": {"mean": mean, "half_width": 0.1}} for mean in (0.2, 0.0))
     assert "in every group" in page.gathers({"groups": {"a": [nearer, nearer]}})
     assert "not reproduced" in page.gathers({"groups": {"a": [nearer], "b": [same]}})
+
+
+# ------------------------------------------------------------------------------------------------ verdicts over seeds
+
+
+def study_of(**accuracies):
+    runs = {
+        name: {str(seed): {"accuracy": value} for seed, value in enumerate(values)}
+        for name, values in accuracies.items()
+    }
+    about = {name: {"part": "peers" if name in ("worse", "better", "same") else "base", "about": ""} for name in runs}
+    return {"runs": runs, "about": about}
+
+
+STUDY = {
+    "deformable": [0.60, 0.62, 0.64],
+    "no offsets": [0.61, 0.62, 0.63],
+    "worse": [0.50, 0.52, 0.54],
+    "better": [0.70, 0.72, 0.74],
+    "same": [0.55, 0.70, 0.61],
+}
+
+
+def test_difference_is_taken_seed_by_seed():
+    found = words.difference(study_of(**STUDY), "worse", "deformable")
+    assert found == pytest.approx({"mean": -0.1, "half_width": 0}, abs=1e-12)
+    unpaired = words.over_seeds(STUDY["worse"])["half_width"]
+    assert unpaired > 0.04
+    more = study_of(**{**STUDY, "deformable": [0.60, 0.62, 0.64, 0.1]})  # a seed that only one of them has
+    assert words.difference(more, "worse", "deformable") == pytest.approx(found, abs=1e-12)
+
+
+def test_peers_are_sorted_by_their_intervals():
+    study = study_of(**STUDY)
+    assert peers.names(study) == list(STUDY)
+    assert peers.sides(study) == {-1: ["`worse`"], 0: ["`same`"], 1: ["`better`"]}
+    told = peers.verdict(study)
+    assert "`better` is more accurate" in told
+    assert "`worse` is less accurate" in told
+    assert "`same` is not told apart" in told
+
+
+def test_offsets_verdict_follows_from_the_interval():
+    assert "was not shown" in overview.offsets_verdict(study_of(**STUDY))
+    assert "is more accurate than" in overview.offsets_verdict(study_of(**{**STUDY, "no offsets": [0.50, 0.52, 0.54]}))
+    assert "is less accurate than" in overview.offsets_verdict(study_of(**{**STUDY, "no offsets": [0.70, 0.72, 0.74]}))
+
+
+def test_ablations_say_what_is_told_apart():
+    study = study_of(**STUDY)
+    study["about"]["worse"]["part"] = "bias"
+    study["about"]["same"]["part"] = "groups"
+    assert ablations.told_apart(study, "bias") == "**`worse` is worse.**"
+    assert ablations.told_apart(study, "groups") == "**No difference outside the interval.**"
+
+
+def layer_of(points_on, at_rest):
+    return [
+        dict.fromkeys(("attention", "distance", "distance_at_rest", "one_shift", "moved"), 0.0)
+        | {"points": points_on, "at_rest": at_rest}
+    ]
+
+
+def looks_of(first, second):
+    """Three seeds' points on the object in two layers; at rest a tenth are."""
+    runs = {
+        str(seed): {"stage 1, block 1": layer_of(one, 0.1), "stage 2, block 1": layer_of(two, 0.1)}
+        for seed, (one, two) in enumerate(zip(first, second))
+    }
+    return {"looks": {"points": {"deformable": runs}}}
+
+
+def test_contraction_and_density_follow_from_the_intervals():
+    more, fewer, mixed = [0.20, 0.21, 0.22], [0.05, 0.06, 0.05], [0.05, 0.10, 0.16]
+    assert "onto the object in every layer:**" in points.contract_verdict(looks_of(more, more))
+    told = points.contract_verdict(looks_of(more, fewer))
+    assert "is not reproduced" in told
+    assert "more of them lie on it than at rest in stage 1, block 1; fewer in stage 2, block 1" in told
+    assert "no difference outside the interval in stage 2, block 1" in points.contract_verdict(looks_of(more, mixed))
+    assert "Denser in the deeper stage:** 0.53" in points.deeper(looks_of(fewer, more))
+    assert "Thinner" in points.deeper(looks_of(more, fewer))
+    assert "No difference" in points.deeper(looks_of(more, [0.19, 0.21, 0.23]))
+
+
+def test_separate_groups_follow_from_the_intervals():
+    def told(*together):
+        groups = {
+            str(seed): {"a": {"nearest": {"together": value, "by_chance": 0.5}}} for seed, value in enumerate(together)
+        }
+        return points.several_verdict({"looks": {"several": {"groups": groups}}})
+
+    assert "more often than by chance in a" in told(0.60, 0.61, 0.62)
+    assert "Not reproduced" in told(0.45, 0.5, 0.56)
+    assert "in a it is less often" in told(0.40, 0.41, 0.42)
+
+
+def test_attention_from_afar_follows_from_the_intervals():
+    def found(ours, still, windows):
+        runs = {"deformable": ours, "no offsets": still, "shifted_window": windows}
+        attention = {
+            name: {str(seed): {"a": {"from_elsewhere": {"foreground": value}}} for seed, value in enumerate(values)}
+            for name, values in runs.items()
+        }
+        return {"looks": {"points": {"deformable": {"0": {"a": []}}}, "attention": attention}}
+
+    low, high = [0.1, 0.11, 0.12], [0.6, 0.61, 0.62]
+    told = points.attention_verdict(found(high, low, low))
+    assert "more in a (61.0% ± 2.5% against 11.0% ± 2.5%, 11.0% ± 2.5% without offsets)" in told
+    assert "less in a" in points.attention_verdict(found(low, low, high))
+    assert "no difference outside the interval in a" in points.attention_verdict(found(low, high, low))

@@ -22,9 +22,12 @@ TRAIL = [
 CORE_PACKAGES = {"numpy", "scipy"}
 # Where an optional package may be imported when the module itself is.
 PARTS = {
-    "torch": ("torch", "bench", "complexity.torch_counter", "experiments.knock_out"),
+    "torch": (
+        "torch", "bench", "complexity.torch_counter",
+        "experiments.knock_out", "experiments.study", "experiments.looks", "experiments.costs",
+    ),
     "triton": ("torch",),
-    "matplotlib": ("viz",),
+    "matplotlib": ("viz", "experiments.figures"),
     "PIL": ("viz", "data"),
     "hypothesis": ("testing",),
 }

@@ -247,11 +247,23 @@ def test_wrong_shares_are_noticed(wrong):
         ({"size": 15}, "size: expected 16 pixels or more, got 15"),
         ({"length": -1}, "no negative numbers, got -1"),
         ({"seed": -1}, "no negative numbers"),
+        ({"radius": (0.2, 0.1)}, "radius: expected 0 < least ≤ largest ≤ 0.4 for task 'which', got"),
+        ({"radius": (0.0, 0.1)}, "radius: expected 0 < least"),
+        ({"radius": (0.1, 0.41)}, "largest ≤ 0.4"),
+        ({"task": "count", "radius": (0.1, 0.18)}, "largest ≤ 0.17 for task 'count'"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ConfigError, match=message):
         Scenes(**arguments)
+
+
+@given(st.sampled_from(["which", "where"]), st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.integers(0, 1000))
+def test_objects_are_as_large_as_was_asked_for(task, one, other, number):
+    least, largest = sorted((one, other))
+    (placed,) = Scenes(task, size=40, radius=(least, largest)).scene(number).objects
+    assert least * 40 <= placed.radius <= largest * 40
+    assert all(placed.radius <= place <= 39 - placed.radius for place in placed.center)
 
 
 def test_there_is_an_end_to_a_loop_and_none_to_scenes():

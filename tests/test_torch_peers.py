@@ -29,6 +29,10 @@ from dat_ref.params import flatten  # noqa: E402
 from dat_ref.peers import (  # noqa: E402
     ATTENTIONS,
     SWAPS,
+    DeformableConvConfig,
+    MultiScaleDeformableConfig,
+    PerQueryAttentionConfig,
+    SwapInAttentionConfig,
     reach,
     swap_attention,
 )
@@ -63,6 +67,30 @@ def test_one_row_one_column_and_no_image(config):
                 assert_module_shape(config, size)
             continue
         assert_peer(config, size, batch)
+
+
+SAMPLING = {name: config for name, config in CONFIGS.items() if hasattr(attention_module(config), "sampler")}
+
+
+def test_every_peer_that_samples_has_a_choice_of_samplers():
+    assert {type(config) for config in SAMPLING.values()} == {
+        DeformableConvConfig,
+        MultiScaleDeformableConfig,
+        PerQueryAttentionConfig,
+        SwapInAttentionConfig,
+    }
+    model = dt.DAT(swap_attention(tiny("cvpr2022"), "ms_deform"))
+    model.set_backend(sampler="grid_sample")
+    chosen = [module.sampler for module in model.modules() if hasattr(module, "sampler")]
+    assert chosen
+    assert set(chosen) == {"grid_sample"}
+
+
+@pytest.mark.parametrize("config", SAMPLING.values(), ids=SAMPLING)
+@settings(max_examples=5)
+@given(size=map_sizes(smallest=2), batch=st.sampled_from([0, 2]), seed=seeds)
+def test_the_other_sampler_is_the_spec_too(config, size, batch, seed):
+    assert_peer(config, size, batch, seed, sampler="grid_sample")
 
 
 def assert_module_shape(config, size):

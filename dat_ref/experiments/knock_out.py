@@ -1,6 +1,6 @@
 """Does the network that ships use its offsets? They are taken away, and others given, on scenes that it has not seen.
 
-    python -m dat_ref.experiments.knock_out docs/experiments/knock_out.json     # two minutes or so
+    python -m dat_ref.experiments.knock_out     # two minutes or so
 
 The network was trained with offsets. That it needs them tells that it uses them; not that one trained without would be
 worse.
@@ -8,13 +8,10 @@ worse.
 
 from __future__ import annotations
 
-import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +22,11 @@ from .. import __version__, config
 from .._checks import Array
 from ..cli.scene import NAME, SIDE
 from ..data import network_path
-from ..layer import LayerTrace
-from ..scenes import KINDS, Scenes, share_on_mask
-from ..scenes.measures import received
+from ..scenes import KINDS, Scenes
 from ..torch import DeformableAttention, as_numpy, create_model
 from ..torch.train import SceneImages
-from .measures import distance_to_mask, interval
+from . import keep
+from .measures import group_rows, interval
 
 Change = Callable[[Tensor, Tensor], Tensor]  # raw offsets (B, G, 2, Hk, Wk), their mean (G, 2, 1, 1) → others
 CHANGES: dict[str, Change] = {
@@ -133,22 +129,6 @@ def by_group(model: torch.nn.Module, images: Tensor, masks: Array) -> dict[str, 
     }
 
 
-def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[float, ...]]:
-    """Return for each group: shares on the object of points, of reference points, of attention; distances of both."""
-    points = trace.points_px[0]
-    reference = np.broadcast_to(trace.reference_px[0], points.shape)
-    return [
-        (
-            share_on_mask(moved, mask, reduction),
-            share_on_mask(rest, mask, reduction),
-            share_on_mask(moved, mask, reduction, weights),
-            float(distance_to_mask(moved, mask, reduction).mean()),
-            float(distance_to_mask(rest, mask, reduction).mean()),
-        )
-        for moved, rest, weights in zip(points, reference, received(trace))
-    ]
-
-
 def measure(scenes: int = SCENES, looked_at: int = 512) -> dict[str, Any]:
     """Return all that is measured, on the first held-out scenes."""
     torch.set_num_threads(1)
@@ -158,7 +138,7 @@ def measure(scenes: int = SCENES, looked_at: int = 512) -> dict[str, Any]:
     images = torch.stack([data[number][0] for number in range(scenes)])
     masks = np.array([scene.masks[0] for scene in made[:looked_at]])
     return {
-        "command": "python -m dat_ref.experiments.knock_out docs/experiments/knock_out.json",
+        "command": "python -m dat_ref.experiments.knock_out",
         "model": NAME,
         "task": held_out.task,
         "scenes": scenes,
@@ -173,4 +153,4 @@ def measure(scenes: int = SCENES, looked_at: int = 512) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    keep("knock_out", measure())

@@ -6,7 +6,8 @@ import numpy as np
 from scipy import stats
 
 from .._checks import Array
-from ..scenes.measures import on_image
+from ..layer import LayerTrace
+from ..scenes.measures import on_image, received, share_on_mask
 
 
 def distance_to_mask(points_px: Array, mask: Array, reduction: float) -> Array:
@@ -33,6 +34,22 @@ def distance_to_mask(points_px: Array, mask: Array, reduction: float) -> Array:
     places = on_image(points_px, reduction)
     apart: Array = np.linalg.norm(places[..., None, :] - np.argwhere(mask), axis=-1)
     return apart.min(-1)
+
+
+def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[float, ...]]:
+    """Return for each group: shares on the object of points, of reference points, of attention; distances of both."""
+    points = trace.points_px[0]
+    reference = np.broadcast_to(trace.reference_px[0], points.shape)
+    return [
+        (
+            share_on_mask(moved, mask, reduction),
+            share_on_mask(rest, mask, reduction),
+            share_on_mask(moved, mask, reduction, weights),
+            float(distance_to_mask(moved, mask, reduction).mean()),
+            float(distance_to_mask(rest, mask, reduction).mean()),
+        )
+        for moved, rest, weights in zip(points, reference, received(trace))
+    ]
 
 
 def interval(values: Array) -> dict[str, float]:

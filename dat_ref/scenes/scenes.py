@@ -27,6 +27,7 @@ TASKS = {
 LENGTHS = {"train": 16384, "held_out": 2048}
 GRID = 4  # cells along each side, of "where"
 MOST = 4  # objects on a scene
+SEVERAL = ("which_all", "count")  # the tasks whose scenes can have more than one
 RADIUS = (0.09, 0.17)  # of an object, in sides of the image
 CONTRAST = 0.25  # of an object's colour to what it covers, at least, in mean absolute difference
 
@@ -58,9 +59,11 @@ class Scenes:
         size: side of the images in pixels, 16 or more.
         seed: other scenes with another one.
         length: how many there are; 16384 to train on, 2048 held out, if None.
+        radius: of the objects, in sides of the image: the least and the largest. Where several objects must find room
+            no larger than `RADIUS` has it.
 
     Raises:
-        ConfigError: for an unknown task or split, or a size or length that cannot be.
+        ConfigError: for an unknown task or split, or a size, length or radius that cannot be.
 
     >>> scenes = Scenes("which", "held_out", size=64)
     >>> scene = scenes[7]
@@ -69,7 +72,13 @@ class Scenes:
     """
 
     def __init__(
-        self, task: str = "which", split: str = "train", size: int = 96, seed: int = 0, length: int | None = None
+        self,
+        task: str = "which",
+        split: str = "train",
+        size: int = 96,
+        seed: int = 0,
+        length: int | None = None,
+        radius: tuple[float, float] = RADIUS,
     ) -> None:
         if task not in TASKS:
             raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
@@ -81,6 +90,10 @@ class Scenes:
         self.length = LENGTHS[split] if length is None else length
         if self.length < 0 or seed < 0:
             raise ConfigError(f"length, seed: expected no negative numbers, got {self.length} and {seed}")
+        most = RADIUS[1] if task in SEVERAL else 0.4
+        if not 0 < radius[0] <= radius[1] <= most:
+            raise ConfigError(f"radius: expected 0 < least ≤ largest ≤ {most} for task {task!r}, got {radius}")
+        self.radius = radius
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -122,7 +135,7 @@ class Scenes:
         kinds = generator.permutation(KINDS)[:number]
         placed: list[Placed] = []
         while len(placed) < number:
-            radius = generator.uniform(*RADIUS) * self.size
+            radius = generator.uniform(*self.radius) * self.size
             y, x = generator.uniform(radius, self.size - 1 - radius, size=2)
             if all(np.hypot(y - each.center[0], x - each.center[1]) > 1.1 * (radius + each.radius) for each in placed):
                 turn = generator.uniform(-np.pi, np.pi)

@@ -24,9 +24,24 @@ from .functional._sizes import surely_zero
 from .functional.sampling import Sampler
 from .initialization import Init
 from .layer import DeformableAttention
-from .peers import NeighborhoodAttention
+from .peers import (
+    DeformableConv,
+    MultiScaleDeformableAttention,
+    NeighborhoodAttention,
+    PerQueryAttention,
+    SwapInAttention,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+SAMPLING = (
+    DeformableAttention,
+    DeformableConv,
+    MultiScaleDeformableAttention,
+    PerQueryAttention,
+    SwapInAttention,
+)  # the attentions with a sampler to choose
 
 
 class Embed(nn.Module):
@@ -306,7 +321,7 @@ class DAT(SpecModule):
         for module in self.modules():
             if isinstance(module, (DeformableAttention, NeighborhoodAttention)):
                 module.backend = backend
-            if isinstance(module, DeformableAttention):
+            if isinstance(module, SAMPLING):
                 module.sampler = sampler or module.sampler
 
     def no_weight_decay(self) -> set[str]:

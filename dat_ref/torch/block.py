@@ -15,7 +15,14 @@ from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig
 from .functional.sampling import Sampler
 from .initialization import Init
 from .layer import DeformableAttention
-from .peers import PEER_MODULES, NeighborhoodAttention, PerQueryAttention
+from .peers import (
+    PEER_MODULES,
+    DeformableConv,
+    MultiScaleDeformableAttention,
+    NeighborhoodAttention,
+    PerQueryAttention,
+    SwapInAttention,
+)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -98,7 +105,10 @@ ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
 _OPTIONS: dict[Any, tuple[str, ...]] = {
     DeformableAttention: ("backend", "sampler", "init"),
     NeighborhoodAttention: ("backend",),
-    PerQueryAttention: ("init",),
+    DeformableConv: ("sampler",),
+    MultiScaleDeformableAttention: ("sampler",),
+    PerQueryAttention: ("sampler", "init"),
+    SwapInAttention: ("sampler",),
 }
 
 
@@ -126,7 +136,8 @@ class Block(nn.Module):
         config: what the block is.
         drop_path: rate of stochastic depth, on both residual branches.
         dropout: rate inside the MLP.
-        backend, sampler, init: of a deformable attention, see `DeformableAttention`; `backend` of a neighborhood's too.
+        backend, sampler, init: of a deformable attention, see `DeformableAttention`; `backend` of a neighborhood's too,
+            `sampler` of every peer that samples.
     """
 
     def __init__(

@@ -218,12 +218,7 @@ class DeformableAttention(SpecModule):
             return self._pool(tokens, key_size)
         flat = points_px.flatten(2, 3)  # (B, G, Hk·Wk, 2)
         grouped = tokens.reshape(batch, height, width, config.groups, config.group_dim)
-        if self.sampler == "gather":
-            sampled = functional.sample_tokens(grouped, flat)  # (B, G, Hk·Wk, C/G)
-        else:
-            maps = grouped.permute(0, 3, 4, 1, 2).flatten(0, 1)
-            sampled = functional.bilinear_sample(maps, flat.flatten(0, 1), sampler=self.sampler)
-            sampled = sampled.unflatten(0, (batch, config.groups)).transpose(2, 3)
+        sampled = functional.sample_tokens(grouped, flat, sampler=self.sampler)  # (B, G, Hk·Wk, C/G)
         return sampled.transpose(1, 2).reshape(batch, rows * columns, channels)
 
     def _pool(self, tokens: Tensor, key_size: Size) -> Tensor:

@@ -39,10 +39,10 @@ CONFIGS = {
 }
 
 
-def built(config, seed=0, dtype=torch.float64):
+def built(config, seed=0, dtype=torch.float64, **options):
     """Return a module with random parameters, and those as a tree."""
     params = random_params(ATTENTIONS[type(config)].shapes(config), np.random.default_rng(seed))
-    module = attention_module(config).to(dtype)
+    module = attention_module(config, **options).to(dtype)
     module.load_numpy(params)
     return module, params
 
@@ -60,10 +60,10 @@ def assert_trace(ours, theirs):
             assert actual == expected, field.name
 
 
-def assert_peer(config, size, batch=2, seed=0):
+def assert_peer(config, size, batch=2, seed=0, **options):
     """Check output, trace and all gradients of a module against the spec's, in float64."""
     spec = ATTENTIONS[type(config)]
-    module, params = built(config, seed)
+    module, params = built(config, seed, **options)
     x, cotangent = numbers(seed + 1, batch, config.dim, *size), numbers(seed + 2, batch, config.dim, *size)
     y, trace = spec.forward(x, params, config)
     grad_x, grad_params = spec.vjp(cotangent, trace, params, config)

@@ -13,7 +13,7 @@ from ...peers.deform_conv import Pair, Sliding
 from .._checks import check_tensor
 from ._precision import wide_dtype
 from .grid import Size
-from .sampling import sample_tokens
+from .sampling import Sampler, sample_tokens
 
 
 def _pair(value: Pair) -> Size:
@@ -56,6 +56,8 @@ def deform_conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     mask: Tensor | None = None,
+    *,
+    sampler: Sampler = "gather",
 ) -> Tensor:
     """Convolve with moved (and weighed) taps; torchvision's argument order and offset layout.
 
@@ -67,6 +69,7 @@ def deform_conv2d(
         bias: (O,) or None.
         stride, padding, dilation: one number, or (y, x).
         mask: m, (B, G_o·k_y·k_x, H', W'), version 2; None for version 1.
+        sampler: see `bilinear_sample`.
 
     Returns:
         (B, O, H', W'). With zero offsets and without a mask this is a convolution.
@@ -82,7 +85,8 @@ def deform_conv2d(
     batch, offset_groups, taps, height, width, _ = points.shape
     channels, pixels = x.shape[1], height * width
     tokens = x.permute(0, 2, 3, 1).unflatten(3, (offset_groups, channels // offset_groups))
-    sampled = sample_tokens(tokens, points.flatten(2, 4)).unflatten(2, (taps, pixels))  # (B, G_o, K, H'·W', C/G_o)
+    sampled = sample_tokens(tokens, points.flatten(2, 4), sampler=sampler)
+    sampled = sampled.unflatten(2, (taps, pixels))  # (B, G_o, K, H'·W', C/G_o)
     if mask is not None:
         sampled = sampled * mask.reshape(batch, offset_groups, taps, pixels, 1)
     columns = sampled.permute(0, 3, 2, 1, 4).reshape(batch, pixels, taps, channels).to(x.dtype)

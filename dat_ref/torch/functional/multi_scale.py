@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_tensor
 from ._precision import wide_dtype
 from .grid import Size
-from .sampling import sample_tokens
+from .sampling import Sampler, sample_tokens
 
 
 def level_sizes(spatial_shapes: Sequence[Size] | Tensor) -> list[Size]:
@@ -32,12 +32,15 @@ def location_pixels(locations: Tensor, spatial_shapes: Sequence[Size]) -> Tensor
     return torch.stack(levels, dim=3)
 
 
-def sample_levels(value: Tensor, points_px: Tensor, spatial_shapes: Sequence[Size]) -> Tensor:
+def sample_levels(
+    value: Tensor, points_px: Tensor, spatial_shapes: Sequence[Size], *, sampler: Sampler = "gather"
+) -> Tensor:
     """Sample every head of every level at the points of every query.
 
     Args:
         value: (B, S, heads, d), the levels' pixels one after the other.
         points_px: (B, Q, heads, L, P, 2), (y, x), in pixels of the level.
+        sampler: see `bilinear_sample`.
 
     Returns:
         (B, Q, heads, L, P, d), in the dtype of `value`.
@@ -47,7 +50,7 @@ def sample_levels(value: Tensor, points_px: Tensor, spatial_shapes: Sequence[Siz
     sampled = []
     for tokens, size, places in zip(value.split(counts, dim=1), spatial_shapes, points_px.unbind(3), strict=True):
         flat = places.transpose(1, 2).flatten(2, 3)  # (B, heads, Q·P, 2)
-        read = sample_tokens(tokens.unflatten(1, size), flat).to(value.dtype)  # (B, heads, Q·P, d)
+        read = sample_tokens(tokens.unflatten(1, size), flat, sampler=sampler).to(value.dtype)  # (B, heads, Q·P, d)
         sampled.append(read.unflatten(2, (queries, points)).transpose(1, 2))
     return torch.stack(sampled, dim=3)
 
@@ -62,6 +65,8 @@ def multi_scale_deformable_attention(
     value_spatial_shapes: Sequence[Size] | Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    *,
+    sampler: Sampler = "gather",
 ) -> Tensor:
     """Sum sampled values over levels and points.
 
@@ -70,6 +75,7 @@ def multi_scale_deformable_attention(
         value_spatial_shapes: (L, 2), the (H_l, W_l); pairs of integers where a graph is being captured.
         sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1]; outside there are zeros.
         attention_weights: (B, Q, heads, L, P).
+        sampler: see `bilinear_sample`.
 
     Returns:
         (B, Q, heads·d).
@@ -80,7 +86,7 @@ def multi_scale_deformable_attention(
     shapes = level_sizes(value_spatial_shapes)
     if not torch.compiler.is_compiling():
         _check(value, shapes, sampling_locations, attention_weights)
-    sampled = sample_levels(value, location_pixels(sampling_locations, shapes), shapes)
+    sampled = sample_levels(value, location_pixels(sampling_locations, shapes), shapes, sampler=sampler)
     return weighted_sum(sampled, attention_weights)
 
 

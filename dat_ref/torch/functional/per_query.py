@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attention import attend, split_heads
 from .grid import Size
-from .sampling import sample_tokens
+from .sampling import Sampler, sample_tokens
 
 
 def lattice(size: Size, kernel: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -31,6 +31,8 @@ def attend_at_points(
     params: Mapping[str, Mapping[str, Tensor]],
     heads: int,
     bias: Tensor | None = None,
+    *,
+    sampler: Sampler = "gather",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attend from every query to keys sampled at points of its own.
 
@@ -40,6 +42,7 @@ def attend_at_points(
         points_px: (B, G, M, N, 2), (y, x), in pixels; group g moves channels [g·C/G, (g+1)·C/G) of x.
         params: ``key`` and ``value``, each weight (C, C) and bias (C,).
         bias: (B or 1, heads, M, N), or None.
+        sampler: see `bilinear_sample`.
 
     Returns:
         (B, C, M), before any output projection; and the intermediates ``projected`` (B, G, 2C, H, W), ``q`` (B, heads,
@@ -54,7 +57,8 @@ def attend_at_points(
     sampled = shift
     for group in range(groups):
         of_group = slice(group, group + 1)
-        read = sample_tokens(projected[:, :, :, of_group], points_px[:, of_group].flatten(2, 3))  # (B, 1, M·N, 2C)
+        places = points_px[:, of_group].flatten(2, 3)
+        read = sample_tokens(projected[:, :, :, of_group], places, sampler=sampler)  # (B, 1, M·N, 2C)
         sampled = sampled + read[:, 0]
     sampled = sampled.to(query.dtype).reshape(batch, queries, count, 2 * heads, depth).permute(0, 3, 1, 2, 4)
     k, v = sampled.chunk(2, dim=1)

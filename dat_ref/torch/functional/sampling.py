@@ -38,11 +38,7 @@ def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather"
     >>> bilinear_sample(ramp, torch.tensor([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
     [[[2.5, 2.5, 0.0]]]
     """
-    if sampler == "grid_sample":
-        return _grid_sample(x, points_px)
-    if sampler != "gather":
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    sampled = sample_tokens(x.permute(0, 2, 3, 1)[:, :, :, None], points_px[:, None])  # (N, 1, P, C)
+    sampled = sample_tokens(x.permute(0, 2, 3, 1)[:, :, :, None], points_px[:, None], sampler=sampler)  # (N, 1, P, C)
     return sampled[:, 0].transpose(1, 2)
 
 
@@ -55,16 +51,22 @@ def _grid_sample(x: Tensor, points_px: Tensor) -> Tensor:
     return sampled[:, :, 0]
 
 
-def sample_tokens(x: Tensor, points_px: Tensor) -> Tensor:
+def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") -> Tensor:
     """Sample every group of channels at points of its own, channels last.
 
     Args:
         x: (B, H, W, G, C/G).
         points_px: (B, G, P, 2), in pixels.
+        sampler: ``"gather"`` or ``"grid_sample"``.
 
     Returns:
         (B, G, P, C/G), float32 or wider.
     """
+    if sampler == "grid_sample":
+        maps = x.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B·G, C/G, H, W)
+        return _grid_sample(maps, points_px.flatten(0, 1)).unflatten(0, points_px.shape[:2]).transpose(2, 3)
+    if sampler != "gather":
+        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     batch, height, width, groups, channels = x.shape
     dtype = wide_dtype(x, points_px)
     y, across = points_px.to(dtype).unbind(-1)

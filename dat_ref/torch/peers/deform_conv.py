@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...peers.deform_conv import DeformableConvConfig, DeformableConvTrace, Sliding
 from .. import functional
+from ..functional.sampling import Sampler
 from .base import PeerAttention, wide_conv2d
 
 
@@ -17,6 +18,10 @@ class DeformableConv(PeerAttention):
 
     (B, C, H, W) → (B, C, H, W), any H and W. It starts without offsets, and with every modulation at 1/2.
 
+    Args:
+        config: what the layer is.
+        sampler: how features are sampled, see `functional.bilinear_sample`.
+
     >>> layer = DeformableConv(DeformableConvConfig(dim=12, offset_groups=2))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
     torch.Size([2, 12, 5, 7])
@@ -24,11 +29,11 @@ class DeformableConv(PeerAttention):
 
     config: DeformableConvConfig
 
-    def __init__(self, config: DeformableConvConfig) -> None:
+    def __init__(self, config: DeformableConvConfig, *, sampler: Sampler = "gather") -> None:
         super().__init__()
         dim, kernel, half = config.dim, config.kernel_size, config.kernel_size // 2
         points = config.offset_groups * config.taps
-        self.config = config
+        self.config, self.sampler = config, sampler
         self.convolution = nn.Conv2d(dim, dim, kernel, padding=half, groups=config.groups)
         self.offset = nn.Conv2d(dim, 2 * points, kernel, padding=half)
         self.modulation = nn.Conv2d(dim, points, kernel, padding=half) if config.modulated else None
@@ -40,8 +45,8 @@ class DeformableConv(PeerAttention):
         kernel = self.config.kernel_size
         offset = wide_conv2d(x, self.offset)
         mask = None if self.modulation is None else torch.sigmoid(self.modulation(x))
-        convolution = self.convolution
-        y = functional.deform_conv2d(x, offset, convolution.weight, convolution.bias, padding=kernel // 2, mask=mask)
+        weight, bias = self.convolution.weight, self.convolution.bias
+        y = functional.deform_conv2d(x, offset, weight, bias, padding=kernel // 2, mask=mask, sampler=self.sampler)
         if not traced:
             return y, None
         sliding = Sliding((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1))

@@ -20,6 +20,7 @@ from .._checks import check_tensor
 from ..functional._precision import wide_dtype
 from ..functional.grid import Size
 from ..functional.multi_scale import level_sizes, location_pixels, sample_levels, weighted_sum
+from ..functional.sampling import Sampler
 from .base import PeerAttention, map_of, tokens_of, wide_linear
 
 
@@ -37,6 +38,10 @@ class MultiScaleDeformableAttention(PeerAttention):
     C, H, W), every pixel is a query with its own center for a reference. It starts as released: with a ring of points
     and equal weights, whatever the query.
 
+    Args:
+        config: what the layer is.
+        sampler: how values are sampled, see `functional.bilinear_sample`.
+
     >>> layer = MultiScaleDeformableAttention(MultiScaleDeformableConfig(dim=12, heads=3))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
     torch.Size([2, 12, 5, 7])
@@ -44,10 +49,10 @@ class MultiScaleDeformableAttention(PeerAttention):
 
     config: MultiScaleDeformableConfig
 
-    def __init__(self, config: MultiScaleDeformableConfig) -> None:
+    def __init__(self, config: MultiScaleDeformableConfig, *, sampler: Sampler = "gather") -> None:
         super().__init__()
         dim = config.dim
-        self.config = config
+        self.config, self.sampler = config, sampler
         self.offset = nn.Linear(dim, 2 * config.samples)
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
@@ -98,13 +103,13 @@ class MultiScaleDeformableAttention(PeerAttention):
         locations = self._locations(offsets, reference_points, shapes)
         points_px = location_pixels(locations, shapes)
         projected = self.value(value).unflatten(2, heads)
-        sampled = sample_levels(projected, points_px, shapes)
+        sampled = sample_levels(projected, points_px, shapes, sampler=self.sampler)
         keys = sampled_keys = projected_query = None
         if config.scoring == "query":
             logits = self.weights(query).unflatten(2, per_point)
         else:
             projected_query, keys = self.query(query).unflatten(2, heads), self.key(value).unflatten(2, heads)
-            sampled_keys = sample_levels(keys, points_px, shapes)
+            sampled_keys = sample_levels(keys, points_px, shapes, sampler=self.sampler)
             logits = torch.einsum("bqhd,bqhlpd->bqhlp", projected_query, sampled_keys) * config.scale
         attention = logits.flatten(3).softmax(dim=-1).unflatten(3, per_point[1:])
         merged = weighted_sum(sampled, attention)

@@ -10,6 +10,7 @@ from ...ops.offsets import OffsetNetworkTrace
 from ...peers.per_query import PerQueryAttentionConfig, PerQueryTrace, PointsTrace
 from .. import functional
 from ..functional.per_query import attend_at_points, lattice
+from ..functional.sampling import Sampler
 from ..initialization import Init, init_offsets
 from .base import PeerAttention, map_of, tokens_of
 
@@ -45,6 +46,7 @@ class PerQueryAttention(PeerAttention):
 
     Args:
         config: what the layer is.
+        sampler: how features are sampled, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every key on the lattice around its query.
 
     >>> import torch
@@ -55,9 +57,11 @@ class PerQueryAttention(PeerAttention):
 
     config: PerQueryAttentionConfig
 
-    def __init__(self, config: PerQueryAttentionConfig, *, init: Init = "released") -> None:
+    def __init__(
+        self, config: PerQueryAttentionConfig, *, sampler: Sampler = "gather", init: Init = "released"
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.sampler = config, sampler
         self.query = nn.Linear(config.dim, config.dim)
         self.key = nn.Linear(config.dim, config.dim)
         self.value = nn.Linear(config.dim, config.dim)
@@ -75,7 +79,7 @@ class PerQueryAttention(PeerAttention):
             "key": {"weight": self.key.weight, "bias": self.key.bias},
             "value": {"weight": self.value.weight, "bias": self.value.bias},
         }
-        merged, parts = attend_at_points(query.flatten(2), x, points_px, params, config.heads)
+        merged, parts = attend_at_points(query.flatten(2), x, points_px, params, config.heads, sampler=self.sampler)
         y = map_of(self.output(merged.transpose(1, 2)), size)
         if not traced:
             return y, None

@@ -12,6 +12,7 @@ from ...peers.swap_in import SwapInAttentionConfig, SwapInTrace, swap_in_names
 from .. import functional
 from ..functional.grid import Size
 from ..functional.multi_scale import sample_levels, weighted_sum
+from ..functional.sampling import Sampler
 from .base import PeerAttention, map_of, tokens_of, wide_linear
 from .ms_deform_attn import start_in_a_ring
 
@@ -21,6 +22,10 @@ class SwapInAttention(PeerAttention):
 
     (B, C, H, W) → (B, C, H, W); under ``DATPP2023`` any map of more than one row and column. It starts as released.
 
+    Args:
+        config: what the layer is.
+        sampler: how values are sampled, see `functional.bilinear_sample`.
+
     >>> import torch
     >>> layer = SwapInAttention(SwapInAttentionConfig(dim=12, heads=3))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
@@ -29,10 +34,10 @@ class SwapInAttention(PeerAttention):
 
     config: SwapInAttentionConfig
 
-    def __init__(self, config: SwapInAttentionConfig) -> None:
+    def __init__(self, config: SwapInAttentionConfig, *, sampler: Sampler = "gather") -> None:
         super().__init__()
         dim, samples = config.dim, config.heads * config.points
-        self.config = config
+        self.config, self.sampler = config, sampler
         self.offset = nn.Linear(dim, 2 * samples)
         self.weights = nn.Linear(dim, samples)
         self.value = nn.Linear(dim, dim)
@@ -51,7 +56,7 @@ class SwapInAttention(PeerAttention):
         points_px = functional.to_pixels(points, size, config.convention)
         attention = self.weights(tokens).unflatten(2, per_point).softmax(dim=-1)
         value = self.value(tokens).unflatten(2, (config.heads, config.dim // config.heads))
-        sampled = sample_levels(value, points_px, [size])
+        sampled = sample_levels(value, points_px, [size], sampler=self.sampler)
         merged = weighted_sum(sampled, attention)
         y = map_of(self.output(merged), size)
         if not traced:

@@ -1,18 +1,14 @@
-"""The page of the site, written from what was measured.
-
-python -m dat_ref.experiments.page docs/experiments/knock_out.json > docs/experiments/index.md
-"""
+"""The page "Does it use its offsets?"."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from .words import outside, share, signed
+
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/page.py from the JSON beside it; edit there and run it again. -->
+<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # Does the trained network use its offsets?
 
 [`dat_nano`]({training}), the small network that ships, was trained once, with one seed, to name the one
@@ -34,36 +30,19 @@ held-out scenes rightly. What changes, in points of accuracy, with the 95 % inte
 GROUPS = """\
 ## Where the points of each group are
 
-On {looked_at} of these scenes: the share of a group's points on the object, the share of its reference points, how much
-farther from the object the points are than the reference points (mean distance to its nearest pixel, in pixels of the
-image; less than 0 is nearer), and the share of the group's attention, all queries together, that points on the object
-get. Points outside of the image count as well.
+On {looked_at} of these scenes: the share of a group's points on the object, the share of its reference points, how
+much farther from the object the points are than the reference points (mean distance to its nearest pixel, in pixels
+of the image; less than 0 is nearer), and the share of the group's attention, all queries together, that points on
+the object get. Points outside of the image count as well.
 """
 
 LIMITS = """\
 ## What was not measured
 
-- **Whether offsets make a better network.** That needs the same network trained without them, with several seeds. It
-  was not done: that a network trained with offsets needs them does not say what one without would have learned.
-- Other seeds, tasks and networks. Intervals are over scenes, for one set of weights; another run may differ by more.
-- Points over training, attention against Swin, peers in the place of the deformable layers, and ablations.
+Whether this network is better for its offsets: its twin trained without them might have learned to do without.
+[The small network](ablations.md#offsets) was trained both ways, with several seeds. Intervals here are over scenes, for
+one set of weights; another run may differ by more.
 """
-
-
-def signed(found: Mapping[str, float], scale: float = 1.0) -> str:
-    """Return a difference with its interval."""
-    return f"{scale * found['mean']:+.1f} ± {scale * found['half_width']:.1f}"
-
-
-def share(found: Mapping[str, float]) -> str:
-    """Return a share with its interval, in percent."""
-    return f"{found['mean']:.1%} ± {found['half_width']:.1%}"
-
-
-def outside(found: Mapping[str, float]) -> int:
-    """Return on which side of 0 the whole interval lies: -1, 1, or 0 if it holds 0."""
-    mean, half = found["mean"], found["half_width"]
-    return 0 if abs(mean) <= half else (1 if mean > 0 else -1)
 
 
 def uses(found: Mapping[str, Any]) -> str:
@@ -125,16 +104,12 @@ def page(found: Mapping[str, Any]) -> str:
     """Return the page."""
     introduction = INTRODUCTION.format(
         training="../training.md#the-network-that-ships",
-        file="docs/experiments/knock_out.json",
+        file="dat_ref/experiments/measured/knock_out.json",
         torch=found["versions"]["torch"],
         **{name: found[name] for name in ("machine", "date", "command")},
     )
     trained = share(found["accuracy"]["as_trained"])
     changes = CHANGES.format(trained=trained, scenes=found["scenes"])
     groups = GROUPS.format(looked_at=found["looked_at"])
-    parts = (introduction, uses(found) + "\n", gathers(found) + "\n", changes, changes_table(found))
-    return "\n".join((*parts, groups, groups_table(found), LIMITS))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    verdicts = (uses(found) + "\n", gathers(found) + "\n")
+    return "\n".join((introduction, *verdicts, changes, changes_table(found), groups, groups_table(found), LIMITS))

@@ -1,0 +1,224 @@
+"""Where the networks of `study` look: their points, and their attention, against the masks of the objects.
+
+    python -m dat_ref.experiments.looks runs     # ten minutes or so
+
+All numbers are means over held-out scenes, one for each run; how sure they are is told by the spread over seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .._checks import Array
+from ..layer import LayerTrace
+from ..peers.neighborhood import NeighborhoodTrace
+from ..peers.window import WindowTrace
+from ..scenes.measures import on_image, received, share_on_mask
+from ..torch import DAT, as_numpy
+from ..torch.train.data import normalised
+from ..viz import Attended, deformable_attended, neighborhood_attended, window_attended
+from . import keep
+from .measures import distance_to_mask, group_rows
+from .small import BASE, STILL
+from .study import LOOKED_AT, SEEDS, SEVERAL, Plan, held_out
+
+SCENES = 256
+COLUMNS = ("points", "at_rest", "attention", "distance", "distance_at_rest")
+WITH_POINTS = (BASE, "zero start", "s = 1", "s = 4", "clamp", "1 group", "a group a head", STILL)
+ATTENDED: dict[type, Callable[..., Attended]] = {
+    LayerTrace: deformable_attended,
+    WindowTrace: window_attended,
+    NeighborhoodTrace: neighborhood_attended,
+}
+COMPARED = (BASE, STILL, "window", "shifted_window", "neighborhood")
+
+
+@torch.no_grad()
+def traces(model: DAT, images: Tensor) -> Iterator[tuple[str, int, Any]]:
+    """Yield each block's place, its reduction and the trace of its attention, of all images together."""
+    _, trace = model(images, return_trace=True)
+    for stage, (blocks, reduction) in enumerate(zip(trace.stages, model.config.reductions), 1):
+        for number, block in enumerate(blocks.blocks, 1):
+            yield f"stage {stage}, block {number}", reduction, as_numpy(block.attention)
+
+
+def item(trace: LayerTrace, number: int) -> Any:
+    """Return what the measures of one image ask of a trace."""
+    rest = trace.reference_px
+    return SimpleNamespace(
+        points_px=trace.points_px[number : number + 1],
+        reference_px=rest[number : number + 1] if len(rest) > 1 else rest,
+        attention=trace.attention[number : number + 1],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ points
+
+
+def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
+    """Return for each layer and group the means of `COLUMNS`, and what share of its offsets is one shift.
+
+        one shift = |mean offset|² / mean |offset|²,        over scenes and places
+
+    Args:
+        model: whose attention is deformable.
+        images: (B, 3, H, W).
+        masks: bool (B, H, W): what counts as the object.
+    """
+    found = {}
+    for layer, reduction, trace in traces(model, images):
+        rows = [group_rows(item(trace, number), mask, reduction) for number, mask in enumerate(masks)]
+        means = np.array(rows).mean(0)  # (G, 5)
+        moved = trace.points_px - trace.reference_px  # (B, G, Hk, Wk, 2)
+        squares = (moved**2).sum(-1).mean((0, 2, 3))
+        shift = (moved.mean((0, 2, 3)) ** 2).sum(-1) / np.where(squares > 0, squares, 1)
+        found[layer] = [
+            dict(zip(COLUMNS, map(float, row)), one_shift=float(one), moved=float(np.sqrt(square)) * reduction)
+            for row, one, square in zip(means, shift, squares)
+        ]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ several objects
+
+
+def who_serves(trace: Any, masks: Array, reduction: int) -> dict[str, list[int]]:
+    """Return which group each object of an image falls to: the one whose point is nearest, the one that attends most.
+
+    Args:
+        trace: of one image, see `item`.
+        masks: bool (objects, H, W).
+    """
+    points, attention = trace.points_px[0], received(trace)
+    nearest = [[distance_to_mask(group, mask, reduction).min() for group in points] for mask in masks]
+    attends = [
+        [share_on_mask(group, mask, reduction, weights) for group, weights in zip(points, attention)] for mask in masks
+    ]
+    return {"nearest": [int(np.argmin(row)) for row in nearest], "attends": [int(np.argmax(row)) for row in attends]}
+
+
+def separate(served: list[list[int]]) -> dict[str, float]:
+    """Return how often two objects of one scene fall to different groups, and how often two of different scenes do.
+
+    The second is what chance gives: 1 - Σ_g p_g², p_g the share of all objects that falls to group g.
+
+    Args:
+        served: for each scene the group of each of its objects.
+
+    >>> separate([[0, 1], [1, 0]])
+    {'together': 1.0, 'by_chance': 0.5}
+    """
+    pairs = [one != other for scene in served for one, other in combinations(scene, 2)]
+    _, counts = np.unique(np.concatenate([np.array(scene, int) for scene in served]), return_counts=True)
+    return {"together": float(np.mean(pairs)), "by_chance": float(1 - ((counts / counts.sum()) ** 2).sum())}
+
+
+def groups_for_objects(model: DAT, images: Tensor, masks: list[Array]) -> dict[str, Any]:
+    """Return for each layer what `separate` says of its groups, on scenes with two objects or more."""
+    found = {}
+    chosen = [number for number, each in enumerate(masks) if len(each) > 1]
+    for layer, reduction, trace in traces(model, images):
+        served = [who_serves(item(trace, number), masks[number], reduction) for number in chosen]
+        found[layer] = {how: separate([each[how] for each in served]) for how in ("nearest", "attends")}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention_from(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
+    """Return for each layer where the queries on an object and the others attend.
+
+        distance = mean_q Σ_k A_qk |k - q|,  in pixels of the image;   foreground = mean_q Σ_k A_qk [k on the object]
+        even     = the same share, if a query attended to all that it sees alike
+
+    Args:
+        model: deformable, window or neighborhood attention in all its blocks.
+        images: (B, 3, H, W).
+        masks: bool (B, H, W).
+    """
+    found = {}
+    for layer, reduction, trace in traces(model, images):
+        attended = ATTENDED[type(trace)]
+        rows, columns = (side // reduction for side in model.config.image_size)
+        cells = np.moveaxis(np.mgrid[:rows, :columns], 0, -1).reshape(-1, 2)
+        values: dict[bool, list[tuple[float, ...]]] = {True: [], False: []}
+        for number, mask in enumerate(masks):
+            y, x = np.rint(on_image(cells, reduction)).astype(int).T
+            for query, on in zip(cells, mask[y, x]):
+                weights, keys = attended(trace, tuple(query), number)
+                far = float(weights @ np.linalg.norm(keys - query, axis=-1)) * reduction
+                values[bool(on)].append(
+                    (far, share_on_mask(keys, mask, reduction, weights), share_on_mask(keys, mask, reduction))
+                )
+        names = ("distance", "foreground", "even")
+        found[layer] = {
+            "from_object": dict(zip(names, map(float, np.mean(values[True], axis=0)))),
+            "from_elsewhere": dict(zip(names, map(float, np.mean(values[False], axis=0)))),
+        }
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ all runs
+
+
+def looked_at(task: str, count: int = SCENES) -> tuple[Tensor, list[Array]]:
+    """Return the first held-out scenes' images (B, 3, H, W), and for each the masks of its objects."""
+    scenes = held_out(task)
+    made = [scenes[number] for number in range(count)]
+    return torch.stack([normalised(scene.image) for scene in made]), [scene.masks for scene in made]
+
+
+def weights_of(plan: Plan, runs: Path, step: int | None = None) -> DAT:
+    """Return a run's network after a step, with its first weights after step 0; at the end if None."""
+    model = plan.network()
+    if step != 0:
+        name = "weights" if step is None else f"after-{step:05}"
+        model.load_state_dict(load_file(plan.folder(runs) / f"{name}.safetensors"))
+    return model.eval()
+
+
+def measure(runs: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
+    """Return all that is measured, by what was measured, network and seed."""
+    torch.set_num_threads(1)
+    images, masks = looked_at("which")
+    one = np.array([each[0] for each in masks])
+    found: dict[str, Any] = {"points": {}, "learning": {}, "attention": {}, "several": {}}
+
+    def of_seeds(name: str, look: Callable[[Plan], Mapping[str, Any]]) -> dict[str, Any]:
+        print(name, flush=True)
+        return {str(seed): look(Plan(name, seed)) for seed in seeds}
+
+    for name in WITH_POINTS:
+        found["points"][name] = of_seeds(name, lambda plan: where_points_are(weights_of(plan, runs), images, one))
+    steps = (0, *(step for step in LOOKED_AT if step <= 2000))
+    found["learning"][BASE] = of_seeds(
+        BASE,
+        lambda plan: {str(step): where_points_are(weights_of(plan, runs, step), images, one) for step in steps},
+    )
+    for name in COMPARED:
+        found["attention"][name] = of_seeds(
+            name, lambda plan: attention_from(weights_of(plan, runs), images[:128], one[:128])
+        )
+    images, masks = looked_at("which_all")
+    name = BASE + SEVERAL
+    union = np.array([each.any(0) for each in masks])
+    found["several"] = {
+        "points": of_seeds(name, lambda plan: where_points_are(weights_of(plan, runs), images, union)),
+        "groups": of_seeds(name, lambda plan: groups_for_objects(weights_of(plan, runs), images, masks)),
+    }
+    return {"command": "python -m dat_ref.experiments.looks runs", "scenes": SCENES} | found
+
+
+if __name__ == "__main__":
+    keep("looks", measure(Path(sys.argv[1])))

@@ -1,0 +1,30 @@
+"""The pages of the site, written from what was measured: no number in them is typed.
+
+    python -m dat_ref.experiments.pages docs/experiments
+
+=============  =====================================================
+`words`        numbers in words: what the pages share
+`knock_out`    does the network that ships use its offsets?
+`points`       do the points move to the objects?
+`peers`        another attention in their place
+`ablations`    what is changed in the offsets, groups, bias, grid
+`overview`     how it was measured, and all verdicts
+=============  =====================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ablations, knock_out, overview, peers, points
+
+
+def pages(found: dict[str, Any]) -> dict[str, str]:
+    """Return each page by the name of its file."""
+    return {
+        "index.md": overview.page(found),
+        "points.md": points.page(found),
+        "offsets.md": knock_out.page(found["knock_out"]),
+        "peers.md": peers.page(found),
+        "ablations.md": ablations.page(found),
+    }

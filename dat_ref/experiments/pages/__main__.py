@@ -1,0 +1,10 @@
+"""``python -m dat_ref.experiments.pages docs/experiments``"""
+
+import sys
+from pathlib import Path
+
+from .. import NAMES, measured
+from . import pages
+
+for name, text in pages({name: measured(name) for name in NAMES}).items():
+    (Path(sys.argv[1]) / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,95 @@
+"""The page "Another attention in its place"."""
+
+from __future__ import annotations
+
+from ..small import BASE, STILL
+from .words import Found, accuracy, difference, listed, outside, share, signed, table
+
+INTRODUCTION = """\
+<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
+# Another attention in its place
+
+The deformable layers of [the small network](index.md#the-small-network) are replaced, all three of them, by each
+attention that it is compared with, [matched](../peers/in-its-place.md) in keys of a query: 36 in the first stage
+and 9 in the second, or as near to that as a peer comes (`multi_head` sees the whole map, 144 and 36). Everything
+else is the same: stem, MLPs, recipe, scenes, seeds.
+"""
+
+COSTS = """\
+![Accuracy of each network, a dot for each seed](../images/experiments/peers.svg){{ width="860" }}
+
+Accuracy on {held_out} held-out scenes, mean of {seeds} seeds with its 95 % interval (Student's t); the difference
+to deformable attention is taken seed by seed. Multiply-adds are those of one image, forward, bilinear reads
+included. Memory is the most that a training step takes beside what was there before; time is its median,
+{batch_size} images, {machine}.
+"""
+
+READING = """\
+Three things to keep in mind. The recipe was chosen with deformable attention in mind and tuned for none of them.
+Matching keys leaves parameters and multiply-adds apart: `deform_conv` has a full convolution over its taps and
+three times the parameters, `pyramid` a strided convolution for its keys. And three seeds leave wide intervals: what
+is within them is undecided, not equal. `per_query` and `ms_deform_dot` take so long to train that they have one seed.
+
+```bash
+python -m dat_ref.experiments.study runs --jobs 2 --only deformable window   # train some of them
+python -m dat_ref.experiments.costs                                          # what they cost
+```
+"""
+
+
+def names(study: Found) -> list[str]:
+    """Return the networks of the table: deformable, at rest, then the peers."""
+    return [BASE, STILL, *(name for name, each in study["about"].items() if each["part"] == "peers")]
+
+
+def several_seeds(study: Found, name: str) -> bool:
+    """Return whether a network has more than one seed."""
+    return len(study["runs"][name]) > 1
+
+
+def sides(study: Found) -> dict[int, list[str]]:
+    """Return which peers are worse (-1), better (1), or neither outside the interval (0)."""
+    found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    for name in filter(lambda name: several_seeds(study, name), names(study)[2:]):
+        found[outside(difference(study, name, BASE))].append(f"`{name}`")
+    return found
+
+
+def verdict(study: Found) -> str:
+    """Return what the table says, in a sentence or two."""
+    found = sides(study)
+    told = [
+        f"{listed(found[side])} {'is' if len(found[side]) == 1 else 'are'} {what}"
+        for side, what in ((1, "more accurate"), (-1, "less accurate"), (0, "not told apart from it"))
+        if found[side]
+    ]
+    return f"**Against deformable attention, on these scenes: {'; '.join(told)}.**"
+
+
+def row(found: Found, name: str) -> list[str]:
+    """Return a network's row."""
+    study, cost = found["study"], found["costs"]["networks"][name]
+    base = found["costs"]["networks"][BASE]["seconds"]
+    return [
+        f"`{name}`",
+        share(accuracy(study, name)),
+        "" if name == BASE else signed(difference(study, name, BASE), 100),
+        f"{cost['parameters'] / 1e3:.0f} k",
+        f"{cost['macs'] / 1e6:.2f} M",
+        "" if cost["bytes"] is None else f"{cost['bytes'] / 1e6:.0f} MB",
+        f"{1e3 * cost['seconds']:.0f} ms ({cost['seconds'] / base:.2f}×)",
+    ]
+
+
+def page(found: Found) -> str:
+    """Return the page."""
+    study, costs = found["study"], found["costs"]
+    head = ["attention", "accuracy", "against deformable", "parameters", "multiply-adds", "memory", "step"]
+    told = COSTS.format(
+        held_out=study["held_out"],
+        seeds=len(study["runs"][BASE]),
+        batch_size=costs["batch_size"],
+        machine=costs["machine"],
+    )
+    rows = table(head, (row(found, name) for name in names(study)))
+    return "\n".join((INTRODUCTION, verdict(study) + "\n", told, rows, READING))

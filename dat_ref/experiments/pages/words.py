@@ -1,0 +1,67 @@
+"""Numbers in words: what the pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..measures import interval
+
+Found = Mapping[str, Any]
+
+
+ONE_SEED = "(one seed)"
+
+
+def signed(found: Mapping[str, float], scale: float = 1.0) -> str:
+    """Return a difference with its interval."""
+    if np.isinf(found["half_width"]):
+        return f"{scale * found['mean']:+.1f} {ONE_SEED}"
+    return f"{scale * found['mean']:+.1f} ± {scale * found['half_width']:.1f}"
+
+
+def share(found: Mapping[str, float]) -> str:
+    """Return a share with its interval, in percent."""
+    if np.isinf(found["half_width"]):
+        return f"{found['mean']:.1%} {ONE_SEED}"
+    return f"{found['mean']:.1%} ± {found['half_width']:.1%}"
+
+
+def outside(found: Mapping[str, float]) -> int:
+    """Return on which side of 0 the whole interval lies: -1, 1, or 0 if it holds 0."""
+    mean, half = found["mean"], found["half_width"]
+    return 0 if abs(mean) <= half else (1 if mean > 0 else -1)
+
+
+def over_seeds(values: Iterable[float]) -> dict[str, float]:
+    """Return the mean over runs with its interval, which has no end for a single one."""
+    runs = np.array(list(values))
+    return interval(runs) if len(runs) > 1 else {"mean": float(runs[0]), "half_width": np.inf}
+
+
+def accuracy(study: Found, name: str) -> dict[str, float]:
+    """Return a network's accuracy over its seeds."""
+    return over_seeds(run["accuracy"] for run in study["runs"][name].values())
+
+
+def difference(study: Found, name: str, base: str) -> dict[str, float]:
+    """Return how much more accurate a network is than another, seed by seed."""
+    ours, theirs = study["runs"][name], study["runs"][base]
+    return over_seeds(ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in ours if seed in theirs)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table whose first `left` columns are words and the others numbers."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]
+    return "\n".join((*lines, *(f"| {' | '.join(row)} |" for row in rows))) + "\n"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,233 @@
+"""Trains the small network and everything that is changed in it, three seeds each, with one recipe.
+
+    python -m dat_ref.experiments.study runs --jobs 2       # an hour or two on two cores; a stopped one goes on
+    python -m dat_ref.experiments.study runs --collect
+
+Each run leaves ``result.json``, ``weights.safetensors`` and, of the networks that are looked at while they learn, their
+weights after some steps, in ``runs/NAME/SEED``. What they say is measured by `looks` and told by `page`.
+
+All runs see the same scenes, each seed in an order of its own: a seed decides first weights and order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import __version__
+from ..recipe import Recipe
+from ..scenes import Scenes
+from ..state_files import replacing
+from ..torch import DAT
+from ..torch.functional.sampling import Sampler
+from ..torch.train import SceneImages, fit
+from ..torch.train.data import normalised
+from . import keep
+from .small import BASE, SIDE, variants
+
+SEEDS = (0, 1, 2)
+SLOW = ("bias: log_cpb", "per_query", "ms_deform_dot")  # take so long that they have one seed
+LARGE, SMALL = (0.15, 0.25), (0.13, 0.17)  # radius of one object; of up to four, which must find room
+RECIPE = Recipe(
+    model="dat_ref.experiments.small",
+    image_size=SIDE,
+    epochs=5,
+    scenes_per_epoch=12800,
+    batch_size=32,
+    learning_rate=2e-3,
+    warmup_epochs=0.5,
+)
+LOOKED_AT = (100, 200, 400, 800, 1200, 1600, 2000, 2800, 4000)  # steps after which weights are kept
+SEVERAL = " (several)"  # of the name of a run on scenes with up to four objects
+LEARNING = (BASE, BASE + SEVERAL)  # of what weights are kept while it learns
+
+
+class StoredScenes(SceneImages):
+    """Scenes that were drawn once, for many runs: the same items as of `SceneImages`, read from files.
+
+    Args:
+        scenes: which ones.
+        folder: where the files are; they are made if they are not there.
+        epochs: for how many epochs there are scenes of their own.
+    """
+
+    def __init__(self, scenes: Scenes, folder: Path, epochs: int = 1) -> None:
+        super().__init__(scenes, fresh=epochs > 1)
+        count = epochs * len(scenes)
+        name = f"{scenes.task}-{scenes.split}-{scenes.size}-{scenes.seed}-{count}-{scenes.radius}"
+        images, labels = folder / f"{name}.images.npy", folder / f"{name}.labels.npy"
+        if not labels.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _draw(scenes, count, images, labels)
+        self.images, self.labels = np.load(images, mmap_mode="r"), np.load(labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= number < len(self):  # so that a loop over all of them ends
+            raise IndexError(f"number: expected 0 ≤ number < {len(self)}, got {number}")
+        where = number + self.fresh * self.epoch * len(self)
+        return normalised(self.images[where]), torch.as_tensor(self.labels[where])
+
+
+def _draw(scenes: Scenes, count: int, images: Path, labels: Path) -> None:
+    """Draw scenes into files; the labels come last, and say that all is there."""
+    kept = open_memmap(images, mode="w+", dtype=np.uint8, shape=(count, scenes.size, scenes.size, 3))
+    answers = []
+    for number in range(count):
+        scene = scenes.scene(number)
+        kept[number] = scene.image
+        answers.append(scene.label)
+    kept.flush()
+    with replacing(labels) as place, open(place, "wb") as file:
+        np.save(file, np.array(answers))
+
+
+def data_sets(recipe: Recipe, folder: Path) -> tuple[StoredScenes, StoredScenes]:
+    """Return what is trained on and what is held out."""
+    radius = LARGE if recipe.task == "which" else SMALL
+    train = Scenes(recipe.task, "train", SIDE, length=recipe.scenes_per_epoch, radius=radius)
+    return StoredScenes(train, folder, recipe.epochs), StoredScenes(held_out(recipe.task), folder)
+
+
+def held_out(task: str) -> Scenes:
+    """Return the scenes that are held out."""
+    return Scenes(task, "held_out", SIDE, radius=LARGE if task == "which" else SMALL)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run."""
+
+    name: str
+    seed: int
+
+    @property
+    def variant(self) -> str:
+        """The network's name."""
+        return self.name.removesuffix(SEVERAL)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done; twice as long where there are several objects, which takes longer to learn."""
+        several = {"task": "which_all", "epochs": 2 * RECIPE.epochs} if self.name.endswith(SEVERAL) else {}
+        return Recipe.from_mapping(asdict(RECIPE) | {"seed": self.seed} | several)
+
+    def folder(self, runs: Path) -> Path:
+        """Where the run is."""
+        return runs / self.name.replace(" ", "_").replace(":", "") / str(self.seed)
+
+    def network(self) -> DAT:
+        """Return the network with its first weights."""
+        torch.manual_seed(self.seed)
+        variant = variants()[self.variant]
+        # Peers read so many samples that torch's own operator is two to three times as fast; the result is the same.
+        sampler: Sampler = "grid_sample" if variant.part == "peers" else "gather"
+        return DAT(variant.config, init=variant.init, sampler=sampler)
+
+
+def plans() -> list[Plan]:
+    """Return all runs, in the order in which they are made: one seed of everything before the next."""
+    names = (*variants(), BASE + SEVERAL)
+    every = [Plan(name, seed) for seed in SEEDS for name in names]
+    return [plan for plan in every if plan.seed == SEEDS[0] or plan.name not in SLOW]
+
+
+def train(plan: Plan, runs: Path) -> None:
+    """Make a run, or go on with it."""
+    torch.set_num_threads(1)
+    folder, began = plan.folder(runs), time.perf_counter()
+    if (folder / "result.json").exists():
+        return
+    recipe, model = plan.recipe, plan.network()
+    train_set, held_out_set = data_sets(recipe, runs / "scenes")
+    keep = _keeper(model, folder) if plan.name in LEARNING else None
+    result = fit(recipe, train_set, held_out_set, folder, model=model, on_step=keep, quiet=True)
+    _write_weights(model, folder / "weights.safetensors")
+    found = {
+        "name": plan.name,
+        "seed": plan.seed,
+        "accuracy": result.scores.accuracy,
+        "loss": result.scores.loss,
+        "parameters": sum(leaf.numel() for leaf in model.parameters()),
+        "seconds": time.perf_counter() - began,
+    }
+    with replacing(folder / "result.json") as place:
+        place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{plan.name}, seed {plan.seed}: {found['accuracy']:.1%} after {found['seconds']:.0f} s", flush=True)
+
+
+def collected(runs: Path) -> dict[str, Any]:
+    """Return what all runs found, by network and seed.
+
+    Raises:
+        FileNotFoundError: if a run is not made yet.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for plan in plans():
+        result = json.loads((plan.folder(runs) / "result.json").read_text(encoding="utf-8"))
+        found.setdefault(plan.name, {})[str(plan.seed)] = {
+            "accuracy": result["accuracy"],
+            "loss": result["loss"],
+        }
+    return {
+        "command": "python -m dat_ref.experiments.study runs --jobs 2",
+        "recipe": asdict(RECIPE),
+        "radius": LARGE,
+        "held_out": len(held_out("which")),
+        "versions": {"dat_ref": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "about": {name: {"part": each.part, "about": each.about} for name, each in variants().items()},
+        "runs": found,
+    }
+
+
+def _keeper(model: nn.Module, folder: Path) -> Callable[[int, float], None]:
+    """Return what keeps weights after the steps that are looked at."""
+
+    def keep(step: int, loss: float) -> None:
+        if step + 1 in LOOKED_AT:
+            _write_weights(model, folder / f"after-{step + 1:05}.safetensors")
+
+    return keep
+
+
+def _write_weights(model: nn.Module, place: Path) -> None:
+    place.write_bytes(save({name: leaf.contiguous() for name, leaf in model.state_dict().items()}))
+
+
+def main(arguments: Any = None) -> None:
+    """Make all runs that are not made yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m dat_ref.experiments.study")
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each (all cores)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these networks")
+    parser.add_argument("--collect", action="store_true", help="make none; write down what they found")
+    options = parser.parse_args(arguments)
+    if options.collect:
+        keep("study", collected(options.runs))
+        return
+    chosen = [plan for plan in plans() if not options.only or plan.name in options.only]
+    for plan in chosen:
+        data_sets(plan.recipe, options.runs / "scenes")  # before several processes want to draw them
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for made in [pool.submit(train, plan, options.runs) for plan in chosen]:
+            made.result()
+
+
+if __name__ == "__main__":
+    main()
