@@ -276,13 +276,15 @@ WRONG = {
         "swap_in",
         torch_swap_in,
         "sample_levels",
-        lambda right: lambda value, points, shapes: right(value, points.clamp(0, min(shapes[0]) - 1), shapes),
+        lambda right: lambda value, points, shapes, **options: right(
+            value, points.clamp(0, min(shapes[0]) - 1), shapes, **options
+        ),
     ),
     "groups in the wrong order": (
         "per_query",
         torch_per_query,
         "attend_at_points",
-        lambda right: lambda query, x, points, *rest: right(query, x, points.flip(1), *rest),
+        lambda right: lambda query, x, points, *rest, **options: right(query, x, points.flip(1), *rest, **options),
     ),
     "offsets of convolution in half pixels": (
         "deform_conv_v1",
