@@ -238,7 +238,8 @@ def _forward(
         for begin_x in range(tl.min(first_x), tl.max(first_x) + seen_x, COLUMNS):
             key_y, key_x = begin_y + n // COLUMNS, begin_x + n % COLUMNS
             key = _pixel(key_y, key_x, rest_y, rest_x, map_width, dilation)
-            in_map = (key_y < length_y) & (key_x < length_x)
+            # A map smaller than the dilation has sub-maps without a pixel: there keys would begin before it.
+            in_map = (key_y >= 0) & (key_x >= 0) & (key_y < length_y) & (key_x < length_x)
             k_tile = load_rows(k, key, k_n, in_map, DEPTH, BLOCK_D)
             v_tile = load_rows(v, key, v_n, in_map, DEPTH, BLOCK_D)
             seen = _is_seen(key_y[None, :], first_y[:, None], seen_y)
@@ -289,7 +290,8 @@ def _grad_queries(
         for begin_x in range(tl.min(first_x), tl.max(first_x) + seen_x, COLUMNS):
             key_y, key_x = begin_y + n // COLUMNS, begin_x + n % COLUMNS
             key = _pixel(key_y, key_x, rest_y, rest_x, map_width, dilation)
-            in_map = (key_y < length_y) & (key_x < length_x)
+            # A map smaller than the dilation has sub-maps without a pixel: there keys would begin before it.
+            in_map = (key_y >= 0) & (key_x >= 0) & (key_y < length_y) & (key_x < length_x)
             k_tile = load_rows(k, key, k_n, in_map, DEPTH, BLOCK_D)
             v_tile = load_rows(v, key, v_n, in_map, DEPTH, BLOCK_D)
             seen = _is_seen(key_y[None, :], first_y[:, None], seen_y)
