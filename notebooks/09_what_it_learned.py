@@ -33,7 +33,7 @@ from dat_ref.experiments import figures, measured
 from dat_ref.experiments.measures import interval
 from dat_ref.experiments.pages import peers
 from dat_ref.experiments.pages.points import density, found_from_afar, gained, layers, of_layer, separation
-from dat_ref.experiments.pages.words import accuracy, difference, outside
+from dat_ref.experiments.pages.words import accuracy, difference, of_part, outside
 from dat_ref.experiments.small import BASE, STILL
 from dat_ref.scenes import KINDS, Scenes
 from dat_ref.scenes.measures import received
@@ -198,7 +198,7 @@ assert all(outside(separation(groups, layer, "nearest")) <= 0 for layer in group
 # it is as accurate, as far as three seeds tell. A range that lets points go two key cells ($s = 4$) harms it.
 
 # %%
-offsets = [BASE, *(name for name, each in study["about"].items() if each["part"] == "offsets")]
+offsets = [BASE, *of_part(study, "offsets")]
 figures.draw_accuracies(study, offsets)
 
 # %%

@@ -24,7 +24,7 @@ CORE_PACKAGES = {"numpy", "scipy"}
 PARTS = {
     "torch": (
         "torch", "bench", "complexity.torch_counter",
-        "experiments.knock_out", "experiments.study", "experiments.looks", "experiments.costs",
+        "experiments.knock_out", "experiments.study", "experiments.looks", "experiments.costs", "experiments.traces",
     ),
     "triton": ("torch",),
     "matplotlib": ("viz", "experiments.figures"),

@@ -2,6 +2,7 @@
 
 =============  ==================================================================================
 `measures`     how far points are from an object, and how sure a mean is
+`traces`       what each layer of a network did
 `knock_out`    does the network that ships use its offsets? They are taken away, and others given
 `small`        a small network, and what is changed in it
 `study`        trains it and everything that is changed, several seeds each

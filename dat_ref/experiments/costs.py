@@ -60,8 +60,6 @@ def measure() -> dict[str, Any]:
     for name, variant in networks.items():
         cost = backbone_cost(1, (SIDE, SIDE), variant.config)
         rows[name] = {
-            "part": variant.part,
-            "about": variant.about,
             "parameters": cost.total.parameters,
             "macs": cost.total.macs,
             "bytes": extra_bytes("cpu", 1, small_and_whole, name),

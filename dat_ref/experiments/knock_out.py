@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__, config
+from .. import __version__
 from .._checks import Array
 from ..cli.scene import NAME, SIDE
 from ..data import network_path
+from ..layer import LayerTrace
 from ..scenes import KINDS, Scenes
-from ..torch import DeformableAttention, as_numpy, create_model
-from ..torch.train import SceneImages
+from ..torch import DAT, DeformableAttention, create_model
+from ..torch.train.data import normalised
 from . import keep
-from .measures import group_rows, interval
+from .measures import COLUMNS, group_rows, interval
+from .traces import traces
 
 Change = Callable[[Tensor, Tensor], Tensor]  # raw offsets (B, G, 2, Hk, Wk), their mean (G, 2, 1, 1) → others
 CHANGES: dict[str, Change] = {
@@ -105,20 +107,16 @@ def accuracies(model: torch.nn.Module, images: Tensor, labels: Array) -> dict[st
     return {"as_trained": interval(trained.astype(float)), "with_offsets": rows}
 
 
-@torch.no_grad()
-def by_group(model: torch.nn.Module, images: Tensor, masks: Array) -> dict[str, Any]:
+def by_group(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
     """Return for each layer and group where its points are, moved and at rest, and how much attention objects get."""
-    found: dict[str, list[list[tuple[float, ...]]]] = {name: [] for name in deformable(model)}
+    found: dict[str, list[list[tuple[float, ...]]]] = {}
     for image, mask in zip(images, masks):
-        _, trace = model(image[None], return_trace=True)
-        for name, rows in found.items():
-            stage, block = (int(part.split()[1]) - 1 for part in name.split(", "))
-            reduction = config(NAME).reductions[stage]
-            rows.append(group_rows(as_numpy(trace.stages[stage].blocks[block].attention), mask, reduction))
-    names = ("points", "at_rest", "attention", "distance", "distance_at_rest")
+        for layer, reduction, trace in traces(model, image[None]):
+            if isinstance(trace, LayerTrace):
+                found.setdefault(layer, []).append(group_rows(trace, mask, reduction))
     return {
         layer: [
-            {name: interval(column) for name, column in zip(names, group.T)}
+            {name: interval(column) for name, column in zip(COLUMNS, group.T)}
             | {
                 "points_minus_at_rest": interval(group[:, 0] - group[:, 1]),
                 "distance_minus_at_rest": interval(group[:, 3] - group[:, 4]),
@@ -134,8 +132,8 @@ def measure(scenes: int = SCENES, looked_at: int = 512) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = create_model(NAME, checkpoint=network_path(NAME), num_classes=len(KINDS)).eval()
     held_out = Scenes("which", "held_out", SIDE, length=scenes)
-    data, made = SceneImages(held_out), list(held_out)
-    images = torch.stack([data[number][0] for number in range(scenes)])
+    made = list(held_out)
+    images = torch.stack([normalised(scene.image) for scene in made])
     masks = np.array([scene.masks[0] for scene in made[:looked_at]])
     return {
         "command": "python -m dat_ref.experiments.knock_out",

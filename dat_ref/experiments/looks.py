@@ -8,7 +8,7 @@ All numbers are means over held-out scenes, one for each run; how sure they are 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .._checks import Array
@@ -24,16 +23,17 @@ from ..layer import LayerTrace
 from ..peers.neighborhood import NeighborhoodTrace
 from ..peers.window import WindowTrace
 from ..scenes.measures import on_image, received, share_on_mask
-from ..torch import DAT, as_numpy
+from ..torch import DAT
+from ..torch.checkpoints import load_checkpoint
 from ..torch.train.data import normalised
 from ..viz import Attended, deformable_attended, neighborhood_attended, window_attended
 from . import keep
-from .measures import distance_to_mask, group_rows
+from .measures import COLUMNS, distance_to_mask, group_rows, one_shift
 from .small import BASE, STILL
-from .study import LOOKED_AT, SEEDS, SEVERAL, Plan, held_out
+from .study import LOOKED_AT, SEEDS, SEVERAL, Plan, scenes_of
+from .traces import traces
 
 SCENES = 256
-COLUMNS = ("points", "at_rest", "attention", "distance", "distance_at_rest")
 WITH_POINTS = (BASE, "zero start", "s = 1", "s = 4", "clamp", "1 group", "a group a head", STILL)
 ATTENDED: dict[type, Callable[..., Attended]] = {
     LayerTrace: deformable_attended,
@@ -41,15 +41,6 @@ ATTENDED: dict[type, Callable[..., Attended]] = {
     NeighborhoodTrace: neighborhood_attended,
 }
 COMPARED = (BASE, STILL, "window", "shifted_window", "neighborhood")
-
-
-@torch.no_grad()
-def traces(model: DAT, images: Tensor) -> Iterator[tuple[str, int, Any]]:
-    """Yield each block's place, its reduction and the trace of its attention, of all images together."""
-    _, trace = model(images, return_trace=True)
-    for stage, (blocks, reduction) in enumerate(zip(trace.stages, model.config.reductions), 1):
-        for number, block in enumerate(blocks.blocks, 1):
-            yield f"stage {stage}, block {number}", reduction, as_numpy(block.attention)
 
 
 def item(trace: LayerTrace, number: int) -> Any:
@@ -66,9 +57,7 @@ def item(trace: LayerTrace, number: int) -> Any:
 
 
 def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
-    """Return for each layer and group the means of `COLUMNS`, and what share of its offsets is one shift.
-
-        one shift = |mean offset|² / mean |offset|²,        over scenes and places
+    """Return for each layer and group the means of `COLUMNS`, how far its points move, and how much is `one_shift`.
 
     Args:
         model: whose attention is deformable.
@@ -80,11 +69,13 @@ def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]
         rows = [group_rows(item(trace, number), mask, reduction) for number, mask in enumerate(masks)]
         means = np.array(rows).mean(0)  # (G, 5)
         moved = trace.points_px - trace.reference_px  # (B, G, Hk, Wk, 2)
-        squares = (moved**2).sum(-1).mean((0, 2, 3))
-        shift = (moved.mean((0, 2, 3)) ** 2).sum(-1) / np.where(squares > 0, squares, 1)
         found[layer] = [
-            dict(zip(COLUMNS, map(float, row)), one_shift=float(one), moved=float(np.sqrt(square)) * reduction)
-            for row, one, square in zip(means, shift, squares)
+            dict(
+                zip(COLUMNS, map(float, row)),
+                one_shift=one_shift(moved[:, group : group + 1]),
+                moved=float(np.sqrt((moved[:, group] ** 2).sum(-1).mean())) * reduction,
+            )
+            for group, row in enumerate(means)
         ]
     return found
 
@@ -174,7 +165,7 @@ def attention_from(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
 
 def looked_at(task: str, count: int = SCENES) -> tuple[Tensor, list[Array]]:
     """Return the first held-out scenes' images (B, 3, H, W), and for each the masks of its objects."""
-    scenes = held_out(task)
+    scenes = scenes_of(task, "held_out")
     made = [scenes[number] for number in range(count)]
     return torch.stack([normalised(scene.image) for scene in made]), [scene.masks for scene in made]
 
@@ -184,7 +175,7 @@ def weights_of(plan: Plan, runs: Path, step: int | None = None) -> DAT:
     model = plan.network()
     if step != 0:
         name = "weights" if step is None else f"after-{step:05}"
-        model.load_state_dict(load_file(plan.folder(runs) / f"{name}.safetensors"))
+        load_checkpoint(model, plan.folder(runs) / f"{name}.safetensors")
     return model.eval()
 
 

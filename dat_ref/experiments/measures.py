@@ -36,8 +36,16 @@ def distance_to_mask(points_px: Array, mask: Array, reduction: float) -> Array:
     return apart.min(-1)
 
 
+COLUMNS = ("points", "at_rest", "attention", "distance", "distance_at_rest")
+
+
 def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[float, ...]]:
-    """Return for each group: shares on the object of points, of reference points, of attention; distances of both."""
+    """Return `COLUMNS` for each group: shares on the object, then mean distances to it.
+
+    Args:
+        trace: of one image.
+        mask, reduction: see `share_on_mask`.
+    """
     points = trace.points_px[0]
     reference = np.broadcast_to(trace.reference_px[0], points.shape)
     return [
@@ -50,6 +58,21 @@ def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[f
         )
         for moved, rest, weights in zip(points, reference, received(trace))
     ]
+
+
+def one_shift(offsets: Array) -> float:
+    """Return what share of offsets is one shift of each group, the same at all places of all scenes.
+
+        |mean offset|² / mean |offset|²,        the means over scenes and places, then over groups
+
+    Args:
+        offsets: (scenes, G, Hk, Wk, 2).
+
+    >>> one_shift(np.array([1.0, 0.0, 3.0, 0.0]).reshape(1, 1, 1, 2, 2))
+    0.8
+    """
+    squares = (offsets**2).sum(-1).mean()
+    return float((offsets.mean((0, 2, 3)) ** 2).sum(-1).mean() / squares) if squares > 0 else 0.0
 
 
 def interval(values: Array) -> dict[str, float]:

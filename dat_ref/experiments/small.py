@@ -48,23 +48,15 @@ class Variant:
     init: Init = "released"
 
 
-def with_layers(base: DATConfig, change: Callable[[DeformableAttentionConfig], DeformableAttentionConfig]) -> DATConfig:
-    """Return a network with each of its deformable layers changed."""
-
-    def changed(block: BlockConfig) -> BlockConfig:
-        layer = block.attention
-        return replace(block, attention=change(layer)) if isinstance(layer, DeformableAttentionConfig) else block
-
-    return replace(base, stages=tuple(tuple(map(changed, blocks)) for blocks in base.stages))
-
-
-def with_options(base: DATConfig, **options: Any) -> DATConfig:
-    """Return a network whose deformable layers have other options."""
-    return with_layers(base, lambda layer: replace(layer, **options))
+def with_layers(change: Callable[[Any], DeformableAttentionConfig]) -> DATConfig:
+    """Return the small network with each of its layers changed."""
+    base = small()
+    stages = (tuple(replace(block, attention=change(block.attention)) for block in blocks) for blocks in base.stages)
+    return replace(base, stages=tuple(stages))
 
 
 def _with(**options: Any) -> DATConfig:
-    return with_options(small(), **options)
+    return with_layers(lambda layer: replace(layer, **options))
 
 
 def at_rest(convention: Convention = Convention.CELL_CENTER) -> str:
@@ -91,7 +83,7 @@ def variants() -> dict[str, Variant]:
     clamped = _with(offset_bound=OffsetBound.CLAMP)
     found["clamp"] = Variant("offsets", "points move anywhere on the map, cut off at its border (DAT++)", clamped)
     found["1 group"] = Variant("groups", "all heads share their points", _with(groups=1))
-    each = with_layers(base, lambda layer: replace(layer, groups=layer.heads))
+    each = with_layers(lambda layer: replace(layer, groups=layer.heads))
     found["a group a head"] = Variant("groups", "every head has points of its own", each)
     for bias, about in (
         (BiasKind.NONE, "no position bias"),

@@ -1,10 +1,10 @@
-"""Trains the small network and everything that is changed in it, three seeds each, with one recipe.
+"""Trains the small network and everything that is changed in it, several seeds each, with one recipe.
 
-    python -m dat_ref.experiments.study runs --jobs 2       # an hour or two on two cores; a stopped one goes on
+    python -m dat_ref.experiments.study runs --jobs 2       # two hours on two cores; a stopped one goes on
     python -m dat_ref.experiments.study runs --collect
 
 Each run leaves ``result.json``, ``weights.safetensors`` and, of the networks that are looked at while they learn, their
-weights after some steps, in ``runs/NAME/SEED``. What they say is measured by `looks` and told by `page`.
+weights after some steps, in ``runs/NAME/SEED``. What they say is measured by `looks` and told by `pages`.
 
 All runs see the same scenes, each seed in an order of its own: a seed decides first weights and order.
 """
@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..recipe import Recipe
 from ..scenes import Scenes
 from ..state_files import replacing
 from ..torch import DAT
+from ..torch.checkpoints import save_checkpoint
 from ..torch.functional.sampling import Sampler
 from ..torch.train import SceneImages, fit
 from ..torch.train.data import normalised
@@ -76,11 +76,8 @@ class StoredScenes(SceneImages):
             _draw(scenes, count, images, labels)
         self.images, self.labels = np.load(images, mmap_mode="r"), np.load(labels)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= number < len(self):  # so that a loop over all of them ends
-            raise IndexError(f"number: expected 0 ≤ number < {len(self)}, got {number}")
-        where = number + self.fresh * self.epoch * len(self)
-        return normalised(self.images[where]), torch.as_tensor(self.labels[where])
+    def _item(self, number: int) -> tuple[Tensor, Tensor]:
+        return normalised(self.images[number]), torch.as_tensor(self.labels[number])
 
 
 def _draw(scenes: Scenes, count: int, images: Path, labels: Path) -> None:
@@ -98,14 +95,13 @@ def _draw(scenes: Scenes, count: int, images: Path, labels: Path) -> None:
 
 def data_sets(recipe: Recipe, folder: Path) -> tuple[StoredScenes, StoredScenes]:
     """Return what is trained on and what is held out."""
-    radius = LARGE if recipe.task == "which" else SMALL
-    train = Scenes(recipe.task, "train", SIDE, length=recipe.scenes_per_epoch, radius=radius)
-    return StoredScenes(train, folder, recipe.epochs), StoredScenes(held_out(recipe.task), folder)
+    train = scenes_of(recipe.task, "train", recipe.scenes_per_epoch)
+    return StoredScenes(train, folder, recipe.epochs), StoredScenes(scenes_of(recipe.task, "held_out"), folder)
 
 
-def held_out(task: str) -> Scenes:
-    """Return the scenes that are held out."""
-    return Scenes(task, "held_out", SIDE, radius=LARGE if task == "which" else SMALL)
+def scenes_of(task: str, split: str, length: int | None = None) -> Scenes:
+    """Return the scenes of the study."""
+    return Scenes(task, split, SIDE, length=length, radius=LARGE if task == "which" else SMALL)
 
 
 @dataclass(frozen=True)
@@ -156,18 +152,12 @@ def train(plan: Plan, runs: Path) -> None:
     train_set, held_out_set = data_sets(recipe, runs / "scenes")
     keep = _keeper(model, folder) if plan.name in LEARNING else None
     result = fit(recipe, train_set, held_out_set, folder, model=model, on_step=keep, quiet=True)
-    _write_weights(model, folder / "weights.safetensors")
-    found = {
-        "name": plan.name,
-        "seed": plan.seed,
-        "accuracy": result.scores.accuracy,
-        "loss": result.scores.loss,
-        "parameters": sum(leaf.numel() for leaf in model.parameters()),
-        "seconds": time.perf_counter() - began,
-    }
+    save_checkpoint(model, folder / "weights.safetensors")
+    found = asdict(plan) | {"accuracy": result.scores.accuracy, "loss": result.scores.loss}
     with replacing(folder / "result.json") as place:
         place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{plan.name}, seed {plan.seed}: {found['accuracy']:.1%} after {found['seconds']:.0f} s", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"{plan.name}, seed {plan.seed}: {found['accuracy']:.1%} after {seconds:.0f} s", flush=True)
 
 
 def collected(runs: Path) -> dict[str, Any]:
@@ -179,15 +169,12 @@ def collected(runs: Path) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for plan in plans():
         result = json.loads((plan.folder(runs) / "result.json").read_text(encoding="utf-8"))
-        found.setdefault(plan.name, {})[str(plan.seed)] = {
-            "accuracy": result["accuracy"],
-            "loss": result["loss"],
-        }
+        found.setdefault(plan.name, {})[str(plan.seed)] = {name: result[name] for name in ("accuracy", "loss")}
     return {
         "command": "python -m dat_ref.experiments.study runs --jobs 2",
         "recipe": asdict(RECIPE),
         "radius": LARGE,
-        "held_out": len(held_out("which")),
+        "held_out": len(scenes_of("which", "held_out")),
         "versions": {"dat_ref": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "date": datetime.now(timezone.utc).date().isoformat(),
         "about": {name: {"part": each.part, "about": each.about} for name, each in variants().items()},
@@ -195,18 +182,14 @@ def collected(runs: Path) -> dict[str, Any]:
     }
 
 
-def _keeper(model: nn.Module, folder: Path) -> Callable[[int, float], None]:
+def _keeper(model: DAT, folder: Path) -> Callable[[int, float], None]:
     """Return what keeps weights after the steps that are looked at."""
 
     def keep(step: int, loss: float) -> None:
         if step + 1 in LOOKED_AT:
-            _write_weights(model, folder / f"after-{step + 1:05}.safetensors")
+            save_checkpoint(model, folder / f"after-{step + 1:05}.safetensors")
 
     return keep
-
-
-def _write_weights(model: nn.Module, place: Path) -> None:
-    place.write_bytes(save({name: leaf.contiguous() for name, leaf in model.state_dict().items()}))
 
 
 def main(arguments: Any = None) -> None:

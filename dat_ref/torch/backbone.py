@@ -18,30 +18,13 @@ from .._checks import ConfigError
 from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
 from ..config import DATConfig
 from ._checks import check_map
-from .block import Block, ChannelNorm
+from .block import Block, ChannelNorm, attentions_with
 from .bridge import SpecModule, dtype_of
 from .functional._sizes import surely_zero
 from .functional.sampling import Sampler
 from .initialization import Init
-from .layer import DeformableAttention
-from .peers import (
-    DeformableConv,
-    MultiScaleDeformableAttention,
-    NeighborhoodAttention,
-    PerQueryAttention,
-    SwapInAttention,
-)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-SAMPLING = (
-    DeformableAttention,
-    DeformableConv,
-    MultiScaleDeformableAttention,
-    PerQueryAttention,
-    SwapInAttention,
-)  # the attentions with a sampler to choose
 
 
 class Embed(nn.Module):
@@ -319,9 +302,9 @@ class DAT(SpecModule):
     def set_backend(self, backend: str = "auto", sampler: Sampler | None = None) -> None:
         """Choose how all deformable and neighborhood attentions are computed, see `dat_ref.torch.backends()`."""
         for module in self.modules():
-            if isinstance(module, (DeformableAttention, NeighborhoodAttention)):
+            if isinstance(module, attentions_with("backend")):
                 module.backend = backend
-            if isinstance(module, SAMPLING):
+            if isinstance(module, attentions_with("sampler")):
                 module.sampler = sampler or module.sampler
 
     def no_weight_decay(self) -> set[str]:

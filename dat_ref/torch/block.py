@@ -102,6 +102,7 @@ ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
 }
 
 
+# What else a module takes than its configuration.
 _OPTIONS: dict[Any, tuple[str, ...]] = {
     DeformableAttention: ("backend", "sampler", "init"),
     NeighborhoodAttention: ("backend",),
@@ -110,6 +111,11 @@ _OPTIONS: dict[Any, tuple[str, ...]] = {
     PerQueryAttention: ("sampler", "init"),
     SwapInAttention: ("sampler",),
 }
+
+
+def attentions_with(option: str) -> tuple[Any, ...]:
+    """Return the attentions that take an option, such as ``"sampler"``."""
+    return tuple(module for module, options in _OPTIONS.items() if option in options)
 
 
 def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:

@@ -16,45 +16,35 @@ import numpy as np
 import torch
 
 from dat_ref import __version__
-from dat_ref.config import DeformableAttentionConfig
 from dat_ref.data import network_path
-from dat_ref.experiments.measures import interval
+from dat_ref.experiments.measures import interval, one_shift
+from dat_ref.experiments.traces import traces
+from dat_ref.layer import LayerTrace
 from dat_ref.recipe import Recipe
 from dat_ref.scenes import Scenes
 from dat_ref.scenes.measures import shares_of_layer
-from dat_ref.torch import as_numpy, create_model
+from dat_ref.torch import create_model
 from dat_ref.torch.train import SceneImages, evaluate
+from dat_ref.torch.train.data import normalised
 
 SCENES = 512  # that points are looked for on
 
 
-@torch.no_grad()
 def where_points_go(model, size):
     """Return, for each deformable block, what share of points and of attention is on the object, over scenes; and how
     much of the offsets is one shift for each group, the same at all places of all scenes."""
     scenes = Scenes("which", "held_out", size)
     found, offsets = {}, {}
     for number in range(SCENES):
-        mask = scenes[number].masks[0]
-        _, trace = model(SceneImages(scenes)[number][0][None], return_trace=True)
-        for stage, blocks in enumerate(model.config.stages):
-            for block, config in enumerate(blocks):
-                if isinstance(config.attention, DeformableAttentionConfig):
-                    layer = as_numpy(trace.stages[stage].blocks[block].attention)
-                    row = found.setdefault(f"stage {stage + 1}, block {block + 1}", [])
-                    row.append(shares_of_layer(layer, mask, model.config.reductions[stage]))
-                    moved = offsets.setdefault(f"stage {stage + 1}, block {block + 1}", [])
-                    moved.append(layer.points_px[0] - layer.reference_px[0])
+        scene = scenes[number]
+        for block, reduction, trace in traces(model, normalised(scene.image)[None]):
+            if isinstance(trace, LayerTrace):
+                found.setdefault(block, []).append(shares_of_layer(trace, scene.masks[0], reduction))
+                offsets.setdefault(block, []).append(trace.points_px[0] - trace.reference_px[0])
     return {
         name: summary(np.array(rows)) | {"one_shift": one_shift(np.array(offsets[name]))}
         for name, rows in found.items()
     }
-
-
-def one_shift(offsets):
-    """Return |mean offset|² / mean |offset|², the mean over scenes and places: (scenes, G, Hk, Wk, 2) → a share."""
-    mean = offsets.mean((0, 2, 3))
-    return float((mean**2).sum(-1).mean() / (offsets**2).sum(-1).mean())
 
 
 def summary(rows):

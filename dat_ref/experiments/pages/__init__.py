@@ -1,4 +1,4 @@
-"""The pages of the site, written from what was measured: no number in them is typed.
+"""The pages of the site, written from what was measured: no number that was measured is typed.
 
     python -m dat_ref.experiments.pages docs/experiments
 
@@ -18,13 +18,18 @@ from typing import Any
 
 from . import ablations, knock_out, overview, peers, points
 
+HEADER = (
+    "<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->\n"
+)
+
 
 def pages(found: dict[str, Any]) -> dict[str, str]:
     """Return each page by the name of its file."""
-    return {
+    written = {
         "index.md": overview.page(found),
         "points.md": points.page(found),
         "offsets.md": knock_out.page(found["knock_out"]),
         "peers.md": peers.page(found),
         "ablations.md": ablations.page(found),
     }
+    return {name: HEADER + text for name, text in written.items()}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from ..small import BASE
-from .words import Found, accuracy, difference, outside, share, signed, table
+from .words import Found, accuracy, difference, of_part, outside, share, signed, table
 
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # One thing changed
 
 [The small network](index.md#the-small-network), with one of its options changed in all three deformable layers.
@@ -30,7 +29,7 @@ PARTS = {
 
 def told_apart(study: Found, part: str) -> str:
     """Return which changes of a part matter, as far as the seeds tell."""
-    names = [name for name, each in study["about"].items() if each["part"] == part]
+    names = of_part(study, part)
     words = {1: "better", -1: "worse"}
     apart = {name: outside(difference(study, name, BASE)) for name in names}
     found = [f"`{name}` is {words[side]}" for name, side in apart.items() if side]
@@ -43,7 +42,7 @@ def told_apart(study: Found, part: str) -> str:
 def section(study: Found, part: str) -> str:
     """Return a part of the page."""
     title, about = PARTS[part]
-    names = [BASE, *(name for name, each in study["about"].items() if each["part"] == part)]
+    names = [BASE, *of_part(study, part)]
     rows = (
         [
             f"`{name}`",

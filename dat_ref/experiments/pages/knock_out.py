@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .words import outside, share, signed
+from .words import outside, share, signed, table
 
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # Does the trained network use its offsets?
 
 [`dat_nano`]({training}), the small network that ships, was trained once, with one seed, to name the one
@@ -83,21 +82,19 @@ def changes_table(found: Mapping[str, Any]) -> str:
     """Return what other offsets change."""
     rows = found["accuracy"]["with_offsets"]
     columns = list(rows["all"])
-    lines = ["| layer | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for where, row in rows.items():
-        lines.append(f"| {where} | " + " | ".join(signed(row[what]["change"], 100) for what in columns) + " |")
-    return "\n".join(lines) + "\n"
+    cells = ([where, *(signed(row[what]["change"], 100) for what in columns)] for where, row in rows.items())
+    return table(["layer", *columns], cells)
 
 
 def groups_table(found: Mapping[str, Any]) -> str:
     """Return where the points of each group are."""
-    lines = ["| layer | group | points | at rest | farther by | attention |", "|---|---:|---:|---:|---:|---:|"]
-    for layer, groups in found["groups"].items():
-        for number, group in enumerate(groups, 1):
-            shares = [share(group[name]) for name in ("points", "at_rest")]
-            cells = (layer, str(number), *shares, signed(group["distance_minus_at_rest"]), share(group["attention"]))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+
+    def row(layer: str, number: int, group: Mapping[str, Any]) -> list[str]:
+        shares = [share(group[name]) for name in ("points", "at_rest")]
+        return [layer, str(number), *shares, signed(group["distance_minus_at_rest"]), share(group["attention"])]
+
+    rows = (row(layer, *each) for layer, groups in found["groups"].items() for each in enumerate(groups, 1))
+    return table(["layer", "group", "points", "at rest", "farther by", "attention"], rows)
 
 
 def page(found: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ from . import knock_out, peers, points
 from .words import Found, accuracy, difference, outside, share, signed
 
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # What it learned
 
 What the article says of DAT's behaviour it shows on trained networks and photographs. Here small networks are

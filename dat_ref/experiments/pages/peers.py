@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from ..small import BASE, STILL
-from .words import Found, accuracy, difference, listed, outside, share, signed, table
+from .words import Found, accuracy, difference, listed, of_part, outside, share, signed, table
 
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # Another attention in its place
 
 The deformable layers of [the small network](index.md#the-small-network) are replaced, all three of them, by each
@@ -39,18 +38,15 @@ python -m dat_ref.experiments.costs                                          # w
 
 def names(study: Found) -> list[str]:
     """Return the networks of the table: deformable, at rest, then the peers."""
-    return [BASE, STILL, *(name for name, each in study["about"].items() if each["part"] == "peers")]
-
-
-def several_seeds(study: Found, name: str) -> bool:
-    """Return whether a network has more than one seed."""
-    return len(study["runs"][name]) > 1
+    return [BASE, STILL, *of_part(study, "peers")]
 
 
 def sides(study: Found) -> dict[int, list[str]]:
     """Return which peers are worse (-1), better (1), or neither outside the interval (0)."""
     found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-    for name in filter(lambda name: several_seeds(study, name), names(study)[2:]):
+    for name in of_part(study, "peers"):
+        if len(study["runs"][name]) == 1:  # nothing can be told of it
+            continue
         found[outside(difference(study, name, BASE))].append(f"`{name}`")
     return found
 

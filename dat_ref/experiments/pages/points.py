@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..small import BASE, STILL
-from .words import Found, listed, outside, over_seeds, share, signed, table
+from .words import Found, in_layers, listed, outside, over_seeds, share, signed, table
 
 INTRODUCTION = """\
-<!-- Written by dat_ref/experiments/pages from dat_ref/experiments/measured; edit there and run it again. -->
 # Do the points move to the objects?
 
 The article shows three things in pictures: points contract onto the targets, they are denser on them in deeper
@@ -95,26 +94,13 @@ def gained(runs: Found, layer: str) -> dict[str, float]:
 
 def contract_verdict(found: Found) -> str:
     """Return whether the points contract onto the object."""
-    runs = found["looks"]["points"][BASE]
-    by_side: dict[int, list[str]] = {1: [], 0: [], -1: []}
-    for layer in layers(found):
-        by_side[outside(gained(runs, layer))].append(layer)
-    told = [
-        f"{what} in {listed(by_side[side])}"
-        for side, what in (
-            (1, "more of them lie on it than at rest"),
-            (-1, "fewer"),
-            (0, "no difference outside the interval"),
-        )
-        if by_side[side]
-    ]
-    reproduced = len(by_side[1]) == len(layers(found))
+    sides = {layer: outside(gained(found["looks"]["points"][BASE], layer)) for layer in layers(found)}
     start = (
         "Points contract onto the object in every layer"
-        if reproduced
+        if all(side > 0 for side in sides.values())
         else "That points contract onto the object in every layer is not reproduced"
     )
-    return f"**{start}:** {'; '.join(told)}."
+    return f"**{start}:** {in_layers(sides, 'more of them lie on it than at rest', 'fewer')}."
 
 
 def contract_table(runs: Found) -> str:
@@ -237,18 +223,14 @@ def found_from_afar(found: Found, layer: str, name: str) -> list[float]:
 
 def attention_verdict(found: Found) -> str:
     """Return whether queries beside the object find it more than with shifted windows, and whether offsets do it."""
-    told: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    sides = {}
     for layer in layers(found):
         ours, still, windows = (found_from_afar(found, layer, name) for name in (BASE, STILL, "shifted_window"))
         sizes = " against ".join(share(over_seeds(each)) for each in (ours, windows))
-        at_rest = f", {share(over_seeds(still))} without offsets"
-        told[outside(over_seeds(np.subtract(ours, windows)))].append(f"{layer} ({sizes}{at_rest})")
-    parts = [
-        f"{what} in {listed(told[side])}"
-        for side, what in ((1, "more"), (-1, "less"), (0, "no difference outside the interval"))
-        if told[side]
-    ]
-    return f"**Attention of queries beside the object that lies on it, against shifted windows:** {'; '.join(parts)}."
+        at_rest = f"{share(over_seeds(still))} without offsets"
+        sides[f"{layer} ({sizes}, {at_rest})"] = outside(over_seeds(np.subtract(ours, windows)))
+    told = in_layers(sides, "more", "less")
+    return f"**Attention of queries beside the object that lies on it, against shifted windows:** {told}."
 
 
 def page(found: Found) -> str:

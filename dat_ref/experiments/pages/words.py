@@ -52,6 +52,25 @@ def difference(study: Found, name: str, base: str) -> dict[str, float]:
     return over_seeds(ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in ours if seed in theirs)
 
 
+def of_part(study: Found, part: str) -> list[str]:
+    """Return the names of the networks that belong to a part of the pages."""
+    return [name for name, each in study["about"].items() if each["part"] == part]
+
+
+def in_layers(sides: Mapping[str, int], more: str, fewer: str) -> str:
+    """Return which layers lie on which side of 0, see `outside`.
+
+    >>> in_layers({"a": 1, "b": 0, "c": 1}, "more", "fewer")
+    'more in a and c; no difference outside the interval in b'
+    """
+    told = []
+    for side, what in ((1, more), (-1, fewer), (0, "no difference outside the interval")):
+        layers = [layer for layer, found in sides.items() if found == side]
+        if layers:
+            told.append(f"{what} in {listed(layers)}")
+    return "; ".join(told)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Return a table whose first `left` columns are words and the others numbers."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]

@@ -74,7 +74,11 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         if not 0 <= number < len(self):  # so that a loop over all of them ends
             raise IndexError(f"number: expected 0 ≤ number < {len(self)}, got {number}")
-        scene = self.scenes.scene(number + self.fresh * self.epoch * len(self.scenes))
+        return self._item(number + self.fresh * self.epoch * len(self.scenes))
+
+    def _item(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the scene of a number that counts through all epochs."""
+        scene = self.scenes.scene(number)
         return normalised(scene.image), torch.as_tensor(scene.label)
 
 

@@ -136,8 +136,9 @@ class _Launch:
         own, others = (tiles.keys, tiles.queries) if kernel_name == "grad_keys" else (tiles.queries, tiles.keys)
         edge = {64: 8, 16: 4}[own]
         rows = max(others // 16, 16 // edge)  # so that the products in `_add_diagonals` sum over 16 pairs or more
-        tiles_y, tiles_x = (triton.cdiv(triton.cdiv(length, dilation), edge) for length in size)
-        self.tiles = dilation**2 * tiles_y * tiles_x
+        # A map smaller than the dilation has a sub-map for each of its pixels, and none without one.
+        tiles_y, tiles_x = (min(dilation, length) * triton.cdiv(triton.cdiv(length, dilation), edge) for length in size)
+        self.tiles = tiles_y * tiles_x
         self.grid = (batch * heads * self.tiles,)
         self.table = table.float().contiguous()
         self.arguments: dict[str, Any] = {
@@ -167,8 +168,9 @@ def _rectangle(program, map_height, map_width, dilation, heads, OWN: tl.constexp
     down = tl.cdiv(tl.cdiv(map_height, dilation), OWN)
     x, program = program % across * OWN, program // across
     y, program = program % down * OWN, program // down
-    rest_x, program = program % dilation, program // dilation
-    rest_y, program = program % dilation, program // dilation
+    maps_x, maps_y = tl.minimum(dilation, map_width), tl.minimum(dilation, map_height)  # none without a pixel
+    rest_x, program = program % maps_x, program // maps_x
+    rest_y, program = program % maps_y, program // maps_y
     return (program // heads).to(tl.int64), (program % heads).to(tl.int64), rest_y, rest_x, y, x
 
 
@@ -238,8 +240,7 @@ def _forward(
         for begin_x in range(tl.min(first_x), tl.max(first_x) + seen_x, COLUMNS):
             key_y, key_x = begin_y + n // COLUMNS, begin_x + n % COLUMNS
             key = _pixel(key_y, key_x, rest_y, rest_x, map_width, dilation)
-            # A map smaller than the dilation has sub-maps without a pixel: there keys would begin before it.
-            in_map = (key_y >= 0) & (key_x >= 0) & (key_y < length_y) & (key_x < length_x)
+            in_map = (key_y < length_y) & (key_x < length_x)
             k_tile = load_rows(k, key, k_n, in_map, DEPTH, BLOCK_D)
             v_tile = load_rows(v, key, v_n, in_map, DEPTH, BLOCK_D)
             seen = _is_seen(key_y[None, :], first_y[:, None], seen_y)
@@ -290,8 +291,7 @@ def _grad_queries(
         for begin_x in range(tl.min(first_x), tl.max(first_x) + seen_x, COLUMNS):
             key_y, key_x = begin_y + n // COLUMNS, begin_x + n % COLUMNS
             key = _pixel(key_y, key_x, rest_y, rest_x, map_width, dilation)
-            # A map smaller than the dilation has sub-maps without a pixel: there keys would begin before it.
-            in_map = (key_y >= 0) & (key_x >= 0) & (key_y < length_y) & (key_x < length_x)
+            in_map = (key_y < length_y) & (key_x < length_x)
             k_tile = load_rows(k, key, k_n, in_map, DEPTH, BLOCK_D)
             v_tile = load_rows(v, key, v_n, in_map, DEPTH, BLOCK_D)
             seen = _is_seen(key_y[None, :], first_y[:, None], seen_y)
