@@ -131,8 +131,7 @@ assert shares["points on the object"]["mean"] < 2 * shares["points at rest"]["me
 # Attention finds the object sooner and more: in the first layer most of it lies there, with every seed.
 
 # %%
-figure = figures.draw_learning(looks["learning"][BASE])
-figure  # noqa: B018
+figures.draw_learning(looks["learning"][BASE])
 
 # %%
 points = looks["points"][BASE]

@@ -10,9 +10,8 @@ import numpy as np
 from ..measures import interval
 
 Found = Mapping[str, Any]
-
-
 ONE_SEED = "(one seed)"
+MANY = 4  # columns that fit beside the contents of a page at full size
 
 
 def signed(found: Mapping[str, float], scale: float = 1.0) -> str:
@@ -72,9 +71,10 @@ def in_layers(sides: Mapping[str, int], more: str, fewer: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return a table whose first `left` columns are words and the others numbers."""
+    """Return a table whose first `left` columns are words and the others numbers; one of many columns is set small."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]
-    return "\n".join((*lines, *(f"| {' | '.join(row)} |" for row in rows))) + "\n"
+    made = "\n".join((*lines, *(f"| {' | '.join(row)} |" for row in rows))) + "\n"
+    return f'<div class="dense" markdown>\n\n{made}\n</div>\n' if len(head) > MANY else made
 
 
 def listed(names: Sequence[str]) -> str:
