@@ -20,8 +20,9 @@ from dat_ref.ops.attention import deformable_attention, deformable_attention_vjp
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.torch.functional.bias import table_lookup
 from dat_ref.torch.kernels import cpu
-from dat_ref.torch.kernels.cpu import bias, deformable, launch, plan, tiles, vectors
+from dat_ref.torch.kernels.cpu import bias, deformable, launch, neighborhood, plan, tiles, vectors
 from dat_ref.torch.kernels.cpu.bias import GENERAL, NEAR_UNIT, UNIT, Step, Table, Tile
+from dat_ref.torch.kernels.cpu.rows import Rows, read_rows, write_rows
 from dat_ref.torch.kernels.cpu.tiles import LANES, ROW
 from dat_ref.torch.kernels.cpu.vectors import NARROW, PAIR, WIDE, filled, load, store
 
@@ -136,6 +137,63 @@ def test_copies_and_transposes_of_any_length():
         np.testing.assert_array_equal(copied[:rows, :length], expected)
         np.testing.assert_array_equal(turned[:length, :rows], expected.T)
         assert np.isnan(copied[rows:]).all()
+
+
+# ------------------------------------------------------------------------------------------------ bfloat16
+
+
+@njit
+def _widen(numbers, bits, target, count):
+    read_rows(target, 0, WIDE, Rows(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, count // WIDE, WIDE - 3, 2.0)
+
+
+@njit
+def _narrow(numbers, bits, source, count):
+    write_rows(Rows(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, source, 0, WIDE, count // WIDE, WIDE - 3, 0.5)
+
+
+def all_bfloat16():
+    """Return every number that there is."""
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bfloat16_is_read_as_what_it_is(dtype):
+    given = all_bfloat16()
+    read = np.full(len(given), 7, dtype)
+    _widen(np.empty(0, dtype), given.view(torch.int16).numpy().view(np.uint16), read, len(given))
+    columns = np.arange(len(given)) % WIDE < WIDE - 3
+    with np.errstate(all="ignore"):  # the largest ones, doubled; NaN
+        np.testing.assert_array_equal(read[columns], dtype(2) * given.float().numpy().astype(dtype)[columns])
+    assert (read[~columns] == 7).all()  # behind the end of a row
+
+
+def between_bfloat16():
+    """Return numbers beside and between all there are: a tie goes to the even one, or to infinity."""
+    each = all_bfloat16().view(torch.int16).int() << 16
+    return torch.cat([each | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
+
+
+def narrowed(given, dtype):
+    """Return what is written of twice some numbers, and whether it is that at a column of a row."""
+    source = (2 * given.double()).to(dtype).numpy()
+    bits = np.full(len(source), 7, np.uint16)
+    _narrow(np.empty(0, source.dtype), bits, source, len(source))
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), np.arange(len(source)) % WIDE < WIDE - 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bfloat16_is_rounded_as_torch_rounds_it(dtype):
+    given = between_bfloat16()
+    if dtype == torch.float32:
+        given = given[(given.abs() < 1e38) | ~given.isfinite()]  # twice the others is infinite
+    given = torch.cat((given, given[: -len(given) % WIDE]))
+    written, columns = narrowed(given, dtype)
+    expected = given.to(torch.bfloat16)
+    torch.testing.assert_close(written[columns], expected[columns], rtol=0, atol=0, equal_nan=True)
+    assert (written.view(torch.int16)[~columns] == 7).all()
+    cut_off = (given.view(torch.int32) & ~0xFFFF).view(torch.float32)  # what rounds towards 0 is noticed
+    assert (written.float() != cut_off)[columns & given.isfinite().numpy()].any()
 
 
 # ------------------------------------------------------------------------------------------------ the bias
@@ -404,6 +462,46 @@ def test_half_precision_is_computed_in_single():
     assert narrow[1].dtype == torch.float32
     assert [each.dtype for each in narrow[2:]] == [torch.bfloat16] * 3 + [torch.float32, torch.bfloat16]
     torch.testing.assert_close(narrow[0].float(), wide[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", [*CASES, {"size": (40, 23), "samples": 30, "heads": 1}])
+def test_bfloat16_is_computed_as_if_it_had_been_converted(case, threads):
+    """Results but for their last digit; from tensors of any strides, also those summed over parts by two threads."""
+    threads(2)
+    data, how, _ = example(**case, dtype=torch.bfloat16)
+    data |= {name: data[name].float() for name in ("base", "table")}
+    data["q"] = data["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    data["v"] = data["v"].transpose(2, 3).contiguous().transpose(2, 3)
+    inputs = [data[name] for name in ("q", "k", "v", "base", "table")]
+    out, lse = cpu.deformable_forward(*inputs, **how)
+    grads = cpu.deformable_backward(data["grad"], *inputs, out, lse, **how)
+    wide = [each.float() for each in inputs]
+    expected, expected_lse = cpu.deformable_forward(*wide, **how)
+    expected_grads = cpu.deformable_backward(data["grad"].float(), *wide, out.float(), lse, **how)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+        digit = 2**-8 if ours.dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(ours.float(), theirs, rtol=digit, atol=1e-6 * float(theirs.abs().max() + 1))
+    assert [grad.stride() for grad in grads[:2]] == [torch.empty_like(each).stride() for each in inputs[:2]]
+    data["k"][0, 0, 0] = float("nan")
+    assert results(data, how)[0][0, 0].isnan().all()
+
+
+@pytest.mark.parametrize(("size", "kernel", "dilation", "depth"), [((9, 7), 5, 1, 3), ((11, 13), 3, 2, NARROW + 1)])
+def test_neighborhoods_in_bfloat16_are_computed_as_if_they_had_been_converted(size, kernel, dilation, depth):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 3, size[0] * size[1], depth, generator=rng).to(torch.bfloat16)
+    table = torch.randn(3, 2 * kernel - 1, 2 * kernel - 1, generator=rng)
+    how = {"size": size, "kernel": kernel, "dilation": dilation, "scale": depth**-0.5}
+    out, lse = neighborhood.neighborhood_forward(q, k, v, table, **how)
+    grads = neighborhood.neighborhood_backward(grad, q, k, v, table, out, lse, **how)
+    wide = (q.float(), k.float(), v.float(), table)
+    expected = neighborhood.neighborhood_forward(*wide, **how)[0]
+    expected_grads = neighborhood.neighborhood_backward(grad.float(), *wide, out.float(), lse, **how)
+    assert [each.dtype for each in (out, *grads)] == [torch.bfloat16] * 4 + [torch.float32]
+    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+        digit = 2**-8 if ours.dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(ours.float(), theirs, rtol=digit, atol=1e-6 * float(theirs.abs().max() + 1))
 
 
 def test_no_images_no_work():

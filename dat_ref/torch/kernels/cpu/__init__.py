@@ -3,6 +3,7 @@
 ==============  =====================================================================================
 `vectors`       numbers side by side, as values
 `tiles`         products of small matrices, on vectors
+`rows`          tensors in memory, in full numbers or in bfloat16
 `bias`          the bias of a key for many queries, and its gradients
 `plan`          how a call is cut into tiles
 `deformable`    the attention, forward and backward
@@ -73,10 +74,11 @@ def deformable_forward(
 
     Returns:
         z (B, heads, H·W, d) in the dtype of v, in memory as q is; and the logarithm of the sum of the exponentials of
-        each query's logits, (B, heads, H·W). Half precision is computed in float32.
+        each query's logits, (B, heads, H·W). Half precision is computed in float32; the kernels read and write
+        bfloat16 themselves.
     """
     dtype = _computed_in(q, k, v)
-    out = _empty_like(q, dtype)
+    out = _empty_like(q, _kept_in(v.dtype, dtype))
     lse = torch.empty(q.shape[:3], dtype=dtype)
     if not q.numel():
         return out.to(v.dtype), lse
@@ -118,7 +120,7 @@ def deformable_backward(
         dtype, True, *q.shape, k.shape[2], base.shape[1], *table.shape[1:], *query_size, *step, scale, threads
     )
     batch, heads, groups, samples = q.shape[0], q.shape[1], base.shape[1], k.shape[2]
-    grads = [_empty_like(x, dtype) for x in (q, k, v)]
+    grads = [_empty_like(x, _kept_in(x.dtype, dtype)) for x in (q, k, v)]
     grads_kv = grads[1:] if parts == 1 else [torch.empty(batch * parts, *x.shape[1:], dtype=dtype) for x in (k, v)]
     grad_base = torch.empty((groups, heads // groups, batch, parts, samples, 2), dtype=dtype)
     grad_table = torch.empty((heads, batch * parts, *table.shape[1:]), dtype=dtype)
@@ -128,7 +130,7 @@ def deformable_backward(
     launch.run(deformable.backward, deformable.FIELDS, dtype, planned, tensors, threads)
     if parts > 1:
         for grad, of_parts in zip(grads[1:], grads_kv):
-            torch.sum(of_parts.unflatten(0, (batch, parts)), 1, out=grad)
+            grad.copy_(of_parts.unflatten(0, (batch, parts)).sum(1))
     grads.append(grad_base.sum(dim=(1, 3)).transpose(0, 1))  # over the heads of a group, and parts
     grads.append(grad_table.sum(dim=1) if batch * parts > 1 else grad_table[:, 0])  # over images and parts
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v, base, table)))  # type: ignore[return-value]
@@ -180,11 +182,17 @@ def _step(y: float, x: float, height: int, width: int) -> tuple[int, float, floa
 
 
 def _ready(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
-    """Return the tensors in this dtype, with contiguous rows or altogether contiguous."""
+    """Return the tensors as kernels read them: in this dtype, or in bfloat16 and computed in float32; whole rows."""
     for name, tensor in tensors.items():
-        x = tensor if tensor.dtype == dtype else tensor.to(dtype)
+        kept = dtype if name in _WHOLE else _kept_in(tensor.dtype, dtype)
+        x = tensor if tensor.dtype == kept else tensor.to(kept)
         tensors[name] = x.contiguous() if name in _WHOLE or x.stride(-1) != 1 else x
     return tensors
+
+
+def _kept_in(given: torch.dtype, computed_in: torch.dtype) -> torch.dtype:
+    """Return what an operand has in memory: bfloat16 stays where float32 is computed in, as its upper half."""
+    return given if given == torch.bfloat16 and computed_in == torch.float32 else computed_in
 
 
 def _computed_in(*tensors: Tensor) -> torch.dtype:

@@ -22,6 +22,7 @@ from numba import carray
 from .bias import Step, Table, Tile, add_bias_gradients, fill_table, write_bias
 from .launch import Fields
 from .plan import KEYS, Cut
+from .rows import Rows, read_rows, rows_of, write_rows
 from .tiles import ROW, add_outer, add_product, copy_rows, transpose
 from .vectors import NARROW, PAIR, WIDE, compiled, exp2, filled, lane_sum, load, log2, maximum, numbers_at, store
 from .vectors import take_ticket as take
@@ -44,32 +45,18 @@ FIELDS = Fields(
 # ------------------------------------------------------------------------------------------------ rows and tiles
 
 
-class Rows(NamedTuple):
-    """A tensor (image, head, row, channel) in memory: its numbers, and the strides of all axes but the last."""
-
-    numbers: Any
-    image: int
-    head: int
-    row: int
-
-
-@compiled
-def _rows(call: Any, operand: Any) -> Rows:
-    return Rows(numbers_at(operand[0], call.number), operand[1], operand[2], operand[3])
-
-
 @compiled
 def _read(target: Any, call: Any, source: Rows, image: int, head: int, row: int, rows: int, factor: float) -> None:
     """Copy rows of channels to scratch memory."""
     at = image * source.image + head * source.head + row * source.row
-    copy_rows(target, 0, call.channel_row, source.numbers, at, source.row, rows, call.depth, factor)
+    read_rows(target, 0, call.channel_row, source, at, source.row, rows, call.depth, factor)
 
 
 @compiled
 def _write(target: Rows, image: int, head: int, row: int, rows: int, call: Any, source: Any, factor: float) -> None:
     """Copy rows of channels from scratch memory."""
     at = image * target.image + head * target.head + row * target.row
-    copy_rows(target.numbers, at, target.row, source, 0, call.channel_row, rows, call.depth, factor)
+    write_rows(target, at, target.row, source, 0, call.channel_row, rows, call.depth, factor)
 
 
 @compiled
@@ -149,12 +136,12 @@ def forward(pointer: Any) -> None:
 @compiled
 def _forward_tile(call: Any, memory: Forward, image: int, head: int, number: int) -> None:
     tile, first, lanes = _tile(call, number)
-    _read(memory.query_rows, call, _rows(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
+    _read(memory.query_rows, call, rows_of(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
     transpose(memory.queries, ROW, memory.query_rows, call.channel_row, lanes, call.depth)
     memory.peaks[:] = LOWEST
     memory.totals[:] = 0
     memory.sums[: call.depth * ROW] = 0
-    k, v, base, step = _rows(call, call.k), _rows(call, call.v), numbers_at(call.base, call.number), _step(call)
+    k, v, base, step = rows_of(call, call.k), rows_of(call, call.v), numbers_at(call.base, call.number), _step(call)
     points = (image * call.groups + head * call.groups // call.heads) * call.samples
     for key in range(0, call.samples, KEYS):
         count = min(KEYS, call.samples - key)
@@ -170,7 +157,7 @@ def _forward_tile(call: Any, memory: Forward, image: int, head: int, number: int
                 _attend(call, memory, count, lane, filled(call.number, NARROW))
                 lane += NARROW
     _finish(call, memory, lanes)
-    _write(_rows(call, call.out), image, head, first, lanes, call, memory.query_rows, 1.0)
+    _write(rows_of(call, call.out), image, head, first, lanes, call, memory.query_rows, 1.0)
     query = (image * call.heads + head) * call.height * call.width + first
     copy_rows(numbers_at(call.lse, call.number), query, 0, memory.peaks, 0, 0, 1, lanes, 1.0)
 
@@ -269,8 +256,8 @@ def _backward_part(call: Any, memory: Backward, image: int, head: int, part: int
         _backward_tile(call, memory, grad_points, image, head, number)
     # Queries and table came with a factor of log₂ e, and the keys' and the points' gradients have it from them.
     into = image * call.parts + part
-    _write(_rows(call, call.grad_k), into, head, 0, call.samples, call, memory.grad_keys, 1 / LOG2_E)
-    _write(_rows(call, call.grad_v), into, head, 0, call.samples, call, memory.grad_values, 1.0)
+    _write(rows_of(call, call.grad_k), into, head, 0, call.samples, call, memory.grad_keys, 1 / LOG2_E)
+    _write(rows_of(call, call.grad_v), into, head, 0, call.samples, call, memory.grad_values, 1.0)
     for n in range(2 * call.samples):
         grad_points[n] *= 1 / LOG2_E
     grads, cells = memory.grad_table, numbers_at(call.grad_table, call.number)
@@ -284,7 +271,7 @@ def _backward_part(call: Any, memory: Backward, image: int, head: int, part: int
 def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, head: int, number: int) -> None:
     tile, first, lanes = _tile(call, number)
     _read_tile(call, memory, image, head, first, lanes)
-    k, v, base, step = _rows(call, call.k), _rows(call, call.v), numbers_at(call.base, call.number), _step(call)
+    k, v, base, step = rows_of(call, call.k), rows_of(call, call.v), numbers_at(call.base, call.number), _step(call)
     points = (image * call.groups + head * call.groups // call.heads) * call.samples
     for key in range(0, call.samples, KEYS):
         count = min(KEYS, call.samples - key)
@@ -305,36 +292,35 @@ def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, he
             tile, step,
         )  # fmt: skip
     transpose(memory.query_rows, call.channel_row, memory.grad_queries, ROW, call.depth, lanes)
-    _write(_rows(call, call.grad_q), image, head, first, lanes, call, memory.query_rows, call.scale)
+    _write(rows_of(call, call.grad_q), image, head, first, lanes, call, memory.query_rows, call.scale)
 
 
 @compiled
 def _read_tile(call: Any, memory: Backward, image: int, head: int, first: int, lanes: int) -> None:
     """Fill everything that a tile of queries has, and start its gradient."""
     row, depth = call.channel_row, call.depth
-    _read(memory.query_rows, call, _rows(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
+    _read(memory.query_rows, call, rows_of(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
     transpose(memory.queries, ROW, memory.query_rows, row, lanes, depth)
-    _read(memory.grad_out_rows, call, _rows(call, call.grad_out), image, head, first, lanes, 1.0)
+    _read(memory.grad_out_rows, call, rows_of(call, call.grad_out), image, head, first, lanes, 1.0)
     transpose(memory.grad_out, ROW, memory.grad_out_rows, row, lanes, depth)
-    memory.grad_queries[: depth * ROW] = 0
     query = (image * call.heads + head) * call.height * call.width + first
     copy_rows(memory.lse, 0, 0, numbers_at(call.lse, call.number), query, 0, 1, lanes, LOG2_E)
-    out = _rows(call, call.out)
-    at = image * out.image + head * out.head + first * out.row
+    _read(memory.grad_queries, call, rows_of(call, call.out), image, head, first, lanes, 1.0)  # where there is room
     for lane in range(lanes):
-        memory.deltas[lane] = _dot(memory.grad_out_rows, lane * row, out.numbers, at + lane * out.row, depth)
+        memory.deltas[lane] = _dot(memory.grad_out_rows, memory.grad_queries, lane * row, depth)
+    memory.grad_queries[: depth * ROW] = 0
 
 
 @compiled
-def _dot(a: Any, at: int, b: Any, start: int, length: int) -> float:
+def _dot(a: Any, b: Any, at: int, length: int) -> float:
     zero = filled(a[0], NARROW) * 0
     total = zero
     whole = length - length % NARROW
     for j in range(0, whole, NARROW):
-        total += load(a, at + j, zero) * load(b, start + j, zero)
+        total += load(a, at + j, zero) * load(b, at + j, zero)
     result = lane_sum(total)
     for j in range(whole, length):
-        result += a[at + j] * b[start + j]
+        result += a[at + j] * b[at + j]
     return result
 
 

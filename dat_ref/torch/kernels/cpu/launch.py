@@ -35,14 +35,15 @@ class Fields(NamedTuple):
     module: str  # of the kernels
     integers: tuple[str, ...]
     floats: tuple[str, ...]
-    operands: tuple[str, ...]  # tensors of four axes, the last one contiguous: address and three strides
+    operands: tuple[str, ...]  # tensors of four axes, the last one contiguous, see `rows.Rows`
     addresses: tuple[str, ...]  # of contiguous tensors
 
     def record(self, dtype: torch.dtype) -> np.dtype:
         """Return the layout of the record, computing in this dtype."""
         fields: list[Any] = [(name, np.int64) for name in ("ticket", "slot", "shares", "room", *self.integers)]
         fields += [("places", np.int64, (16,)), *((name, np.float64) for name in self.floats)]
-        fields += [(name, np.int64, (4,)) for name in self.operands]
+        # Address, three strides, whether it holds bfloat16.
+        fields += [(name, np.int64, (5,)) for name in self.operands]
         fields += [(name, np.int64) for name in (*self.addresses, "scratch")]
         fields += [("number", np.float64 if dtype == torch.float64 else np.float32)]
         # Numba keeps code under the types of its arguments and the age of the file of one function, not of those that
@@ -94,7 +95,7 @@ def run(
     scratch = empty(threads * planned.room, dtype=dtype)
     addresses: list[int] = []
     for name in fields.operands:
-        addresses += _operand(tensors[name]) if name in tensors else (0, 0, 0, 0)
+        addresses += _operand(tensors[name]) if name in tensors else (0, 0, 0, 0, 0)
     addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in fields.addresses]
     record = bytearray(planned.told)
     struct.pack_into(f"{len(addresses) + 1}q", record, planned.offset, *addresses, scratch.data_ptr())
@@ -102,7 +103,7 @@ def run(
 
 
 def _operand(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride()[:3])
+    return (x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------ compiled code

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from . import _computed_in, _empty_like, _ready, launch, neighbors
+from . import _computed_in, _empty_like, _kept_in, _ready, launch, neighbors
 from .neighbors import CHANNELS
 from .patches import SPARE, Shape
 from .quads import LANES, QUAD
@@ -58,7 +58,7 @@ def neighborhood_forward(
         all queries that see it, and of their next neighbors.
     """
     dtype, threads = _computed_in(q, k, v), torch.get_num_threads()
-    out = _empty_like(q, dtype)
+    out = _empty_like(q, _kept_in(v.dtype, dtype))
     lse = torch.empty(q.shape[:3], dtype=dtype)
     if q.numel():
         planned = _plan(dtype, False, 0, *q.shape[:2], q.shape[3], *size, kernel, dilation, scale)
@@ -94,7 +94,7 @@ def neighborhood_backward(
     dtype, threads = _computed_in(q, k, v), torch.get_num_threads()
     sizes = (*q.shape[:2], q.shape[3], *size, kernel, dilation)
     shape = make_shape(*sizes)
-    grads = [_empty_like(x, dtype) for x in (q, k, v)]
+    grads = [_empty_like(q, _kept_in(q.dtype, dtype)), *(_empty_like(x, dtype) for x in (k, v))]
     for grad in grads[1:]:
         grad.zero_()
     grad_table = torch.empty(table.shape, dtype=dtype)

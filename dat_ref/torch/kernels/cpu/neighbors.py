@@ -37,7 +37,6 @@ from .patches import (
     make_tile,
     pack,
     query_number,
-    rows_of,
     rows_seen,
     shape_of,
     unpack,
@@ -53,6 +52,7 @@ from .quads import (
     quads_of,
     spread_quad,
 )
+from .rows import rows_of
 from .vectors import (
     compiled,
     exp2,

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .quads import LANES, QUAD, inlined, interleave
+from .rows import Rows, read_rows, write_rows
 from .tiles import copy_rows
-from .vectors import compiled, filled, load, numbers_at, store
+from .vectors import compiled, filled, load, store
 
 LOG2_E = math.log2(math.e)
 SPARE = QUAD - 1  # pixels behind each packed row, for a block that begins at its last key
@@ -208,27 +209,13 @@ def column_windows(map_: Map, column: int, shape: Shape) -> Any:
 # ------------------------------------------------------------------------------------------------ packed memory
 
 
-class Rows(NamedTuple):
-    """A tensor (image, head, pixel, channel) in memory, as its numbers and the strides of all axes but the last."""
-
-    numbers: Any
-    image: int
-    head: int
-    row: int
-
-
-@compiled
-def rows_of(call: Any, operand: Any) -> Rows:
-    return Rows(numbers_at(operand[0], call.number), operand[1], operand[2], operand[3])
-
-
 @compiled
 def pack(target: Any, source: Rows, map_: Map, first: int, stop: int, shape: Shape) -> None:
     """Copy some rows of a sub-map, pixels one behind the other."""
     for row in range(first, stop):
         to = (row - first) * shape.line
         at, step = _row_of(source, map_, row, shape)
-        copy_rows(target, to, shape.pixel, source.numbers, at, step, map_.width, shape.depth, 1.0)
+        read_rows(target, to, shape.pixel, source, at, step, map_.width, shape.depth, 1.0)
         target[to + map_.width * shape.pixel : to + (map_.width + SPARE) * shape.pixel] = 0
 
 
@@ -238,7 +225,7 @@ def unpack(target: Rows, source: Any, map_: Map, first: int, stop: int, shape: S
     for row in range(first, stop):
         to, step = _row_of(target, map_, row, shape)
         at = (row - first) * shape.line
-        copy_rows(target.numbers, to, step, source, at, shape.pixel, map_.width, shape.depth, factor)
+        write_rows(target, to, step, source, at, shape.pixel, map_.width, shape.depth, factor)
 
 
 @compiled

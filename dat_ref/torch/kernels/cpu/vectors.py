@@ -223,6 +223,47 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def load_bfloat16(typing: Any, array: Any, index: Any, like: Any) -> Any:
+    """Return array[index : index + lanes], bfloat16 numbers as their 16 bits, with the lanes and the type of `like`."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        narrow, wide, single = (ir.VectorType(kind, like.lanes) for kind in (ir.IntType(16), _BITS, ir.FloatType()))
+        address = _address(context, builder, array, args[0], args[1], narrow)
+        bits = builder.zext(builder.load(address, align=2), wide)  # they are the upper half of a float32
+        value = builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * like.lanes)), single)
+        return value if like.dtype == types.float32 else builder.fpext(value, args[2].type)
+
+    return like(array, types.int64, like), lower
+
+
+@intrinsic
+def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Set array[index : index + lanes] to the nearest bfloat16 numbers, the even one of two, as their 16 bits."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = vector.lanes
+        narrow, wide, single = (ir.VectorType(kind, lanes) for kind in (ir.IntType(16), _BITS, ir.FloatType()))
+
+        def constant(bits: int) -> Any:
+            return ir.Constant(wide, [bits] * lanes)
+
+        value = args[2] if vector.dtype == types.float32 else builder.fptrunc(args[2], single)
+        bits = builder.bitcast(value, wide)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+        # A NaN could be rounded to infinity.
+        kept = builder.select(builder.fcmp_unordered("uno", value, value), constant(0x7FC00000), rounded)
+        address = _address(context, builder, array, args[0], args[1], narrow)
+        builder.store(builder.trunc(builder.lshr(kept, constant(16)), narrow), address, align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), lower
+
+
+_BITS = ir.IntType(32)
+
+
+@intrinsic
 def spread(typing: Any, array: Any, index: Any, like: Any) -> Any:
     """Return array[index] in all lanes."""
     vector = Vector(array.dtype, like.lanes)
