@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 pytest.importorskip("PIL")
 
@@ -147,6 +148,54 @@ def test_offsets_are_exchanged_and_given_back(model):
     torch.testing.assert_close(traced(model, images).points_px, before.points_px, rtol=0, atol=0)
 
 
+# ------------------------------------------------------------------------------------------------ the twin
+
+
+def test_the_twin_differs_in_its_offsets_alone():
+    from dat_ref.experiments import twin
+    from dat_ref.presets import config
+    from dat_ref.recipe import Recipe
+    from dat_ref.torch.train.loop import build_model
+
+    recipe = Recipe.from_mapping(twin.card()["recipe"])
+    ours, other = build_model(recipe, 8), twin.twin(recipe, 8)
+    assert ours.config == config("dat_nano", num_classes=8)
+    first, still = ours.state_dict(), other.state_dict()
+    assert first.keys() - still.keys() == {name for name in first if "offset_network" in name}
+    assert all(first[name].equal(leaf) for name, leaf in still.items())
+    pairs = list(zip(layers_of(ours.config), layers_of(other.config)))
+    changed = [{option for option in vars(a) if getattr(a, option) != getattr(b, option)} for a, b in pairs]
+    assert changed == [set(), set(), set(), {"offset_bound"}, set(), {"offset_bound"}, {"offset_bound"}]
+
+
+def layers_of(config):
+    return [block.attention for blocks in config.stages for block in blocks]
+
+
+def test_networks_are_compared_scene_by_scene():
+    from dat_ref.experiments.twin import compare
+
+    right, twin_right = np.array([1, 1, 1, 1, 0], bool), np.array([1, 0, 0, 1, 1], bool)
+    found = compare(right, twin_right)
+    assert (found["only_right"], found["only_twin_right"]) == (2, 1)
+    assert (found["accuracy"]["mean"], found["twin"]["mean"]) == (0.8, pytest.approx(0.6))
+    assert found["difference"] == measures.interval(np.array([0.0, 1, 1, 0, -1]))
+    others = compare(right, np.array([1, 1, 1, 0, 0], bool))  # as many right, of other scenes: another width
+    assert others["difference"]["mean"] == pytest.approx(found["difference"]["mean"])
+    assert others["difference"]["half_width"] < 0.8 * found["difference"]["half_width"]
+
+
+def test_the_twin_is_that_of_the_network_that_ships():
+    from dat_ref.cli.scene import card
+
+    found = measured("twin")
+    assert found["recipe"] == card()["recipe"]
+    assert (found["held_out"], found["parameters"]["model"]) == (card()["held_out_scenes"], card()["parameters"])
+    assert found["accuracy"]["mean"] == pytest.approx(card()["accuracy"], abs=2 / found["held_out"])
+    pairs = found["only_right"] - found["only_twin_right"]
+    assert found["difference"]["mean"] == pytest.approx(pairs / found["held_out"], abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ the page
 
 
@@ -191,6 +240,10 @@ def test_verdicts_follow_from_the_intervals():
     assert "was not shown to matter: with another scene's it changes by +0.5 ± 1.0" in all_it_takes
     assert "brings back 20% of" in follows
     assert "loses 20.0 ± 1.0 points" in follows
+    twins = [{"model": "m", "difference": {"mean": mean, "half_width": 0.01}} for mean in (0.02, 0.005, -0.02)]
+    assert ["more" in page.better(found) for found in twins] == [True, True, False]
+    assert ["not shown" in page.better(found) for found in twins] == [False, True, False]
+    assert "+2.0 ± 1.0 points" in page.better(twins[0])
     nearer, same = ({"points_minus_at_rest": {"mean": mean, "half_width": 0.1}} for mean in (0.2, 0.0))
     assert "in every group" in page.gathers({"groups": {"a": [nearer, nearer]}})
     assert "not reproduced" in page.gathers({"groups": {"a": [nearer], "b": [same]}})
@@ -217,13 +270,28 @@ STUDY = {
 }
 
 
-def test_difference_is_taken_seed_by_seed():
+def test_difference_by_hand():
+    """Variances 4e-4 and 4e-4, three seeds each: e² = 8e-4/3, ν = 4, t(0.975; 4) = 2.776445."""
     found = words.difference(study_of(**STUDY), "worse", "deformable")
-    assert found == pytest.approx({"mean": -0.1, "half_width": 0}, abs=1e-12)
-    unpaired = words.over_seeds(STUDY["worse"])["half_width"]
-    assert unpaired > 0.04
-    more = study_of(**{**STUDY, "deformable": [0.60, 0.62, 0.64, 0.1]})  # a seed that only one of them has
-    assert words.difference(more, "worse", "deformable") == pytest.approx(found, abs=1e-12)
+    assert found == pytest.approx({"mean": -0.1, "half_width": 2.776445 * (8e-4 / 3) ** 0.5}, rel=1e-6)
+    # Twice as many seeds of one: e² = 3.2e-4/6 + 4e-4/3, ν = e⁴ / ((3.2e-4/6)²/5 + (4e-4/3)²/2) = 3.6842, t = 2.8748
+    more = study_of(**{**STUDY, "deformable": 2 * STUDY["deformable"]})
+    found = words.difference(more, "worse", "deformable")
+    assert found == pytest.approx({"mean": -0.1, "half_width": 2.8748 * (3.2e-4 / 6 + 4e-4 / 3) ** 0.5}, rel=1e-3)
+
+
+def test_an_interval_of_a_difference_holds_it_as_often_as_it_says():
+    """Of 2000 draws, of unequal numbers and spreads; an interval of one spread for both would hold it less often."""
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(1, 3, (2000, 3)), generator.normal(0, 0.5, (2000, 8))
+    found = [measures.apart(*pair) for pair in zip(ours, theirs)]
+    assert np.mean([abs(each["mean"] - 1) <= each["half_width"] for each in found]) == pytest.approx(0.95, abs=0.015)
+    pooled = [scipy.stats.ttest_ind(*pair).confidence_interval() for pair in zip(ours, theirs)]
+    assert np.mean([each.low <= 1 <= each.high for each in pooled]) < 0.85
+
+
+def test_runs_that_are_all_alike_have_an_interval_of_nothing():
+    assert measures.apart(np.ones(3), np.zeros(2)) == {"mean": 1.0, "half_width": 0.0}
 
 
 def test_peers_are_sorted_by_their_intervals():
@@ -250,10 +318,10 @@ def test_ablations_say_what_is_told_apart():
     assert ablations.told_apart(study, "groups") == "**No difference outside the interval.**"
 
 
-def layer_of(points_on, at_rest):
+def layer_of(points_on, at_rest, by_chance=None):
     return [
         dict.fromkeys(("attention", "distance", "distance_at_rest", "one_shift", "moved"), 0.0)
-        | {"points": points_on, "at_rest": at_rest}
+        | {"points": points_on, "at_rest": at_rest, "by_chance": at_rest if by_chance is None else by_chance}
     ]
 
 
@@ -268,11 +336,19 @@ def looks_of(first, second):
 
 def test_contraction_and_density_follow_from_the_intervals():
     more, fewer, mixed = [0.20, 0.21, 0.22], [0.05, 0.06, 0.05], [0.05, 0.10, 0.16]
-    assert "onto the object in every layer:**" in points.contract_verdict(looks_of(more, more))
+    assert "and than by chance, in every layer.**" in points.contract_verdict(looks_of(more, more))
     told = points.contract_verdict(looks_of(more, fewer))
     assert "is not reproduced" in told
-    assert "more of them lie on it than at rest in stage 1, block 1; fewer in stage 2, block 1" in told
+    assert "than at rest, and than by chance, in stage 1, block 1; fewer in stage 2, block 1" in told
     assert "no difference outside the interval in stage 2, block 1" in points.contract_verdict(looks_of(more, mixed))
+    shifted = looks_of(more, more)  # to where objects are, whatever the scene
+    for run in shifted["looks"]["points"]["deformable"].values():
+        run["stage 2, block 1"][0] |= {"by_chance": 0.21, "distance": 3.0}
+    told = points.contract_verdict(shifted)
+    assert "is not reproduced" in told
+    assert "no difference outside the interval in stage 2, block 1" in told
+    assert "points are farther from it than at rest in stage 2, block 1" in told
+    assert "On average" not in points.contract_verdict(looks_of(more, more))
     assert "Denser in the deeper stage:** 0.53" in points.deeper(looks_of(fewer, more))
     assert "Thinner" in points.deeper(looks_of(more, fewer))
     assert "No difference" in points.deeper(looks_of(more, [0.19, 0.21, 0.23]))
@@ -283,7 +359,7 @@ def test_separate_groups_follow_from_the_intervals():
         groups = {
             str(seed): {"a": {"nearest": {"together": value, "by_chance": 0.5}}} for seed, value in enumerate(together)
         }
-        return points.several_verdict({"looks": {"several": {"groups": groups}}})
+        return points.several_verdict({"looks": {"several_groups": {"deformable (several)": groups}}})
 
     assert "more often than by chance in a" in told(0.60, 0.61, 0.62)
     assert "Not reproduced" in told(0.45, 0.5, 0.56)

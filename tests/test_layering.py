@@ -25,6 +25,7 @@ PARTS = {
     "torch": (
         "torch", "bench", "complexity.torch_counter",
         "experiments.knock_out", "experiments.study", "experiments.looks", "experiments.costs", "experiments.traces",
+        "experiments.twin",
     ),
     "triton": ("torch",),
     "matplotlib": ("viz", "experiments.figures"),

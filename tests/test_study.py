@@ -11,10 +11,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 pytest.importorskip("safetensors")
 
+from dat_ref._checks import ConfigError  # noqa: E402
 from dat_ref.config import DeformableAttentionConfig, OffsetBound  # noqa: E402
-from dat_ref.experiments import looks, small, study  # noqa: E402
+from dat_ref.experiments import looks, measured, small, study  # noqa: E402
 from dat_ref.scenes import Scenes  # noqa: E402
-from dat_ref.scenes.measures import on_image  # noqa: E402
+from dat_ref.scenes.measures import on_image, share_on_mask  # noqa: E402
 from dat_ref.torch import DAT, as_numpy  # noqa: E402
 from dat_ref.torch.train import SceneImages  # noqa: E402
 
@@ -135,13 +136,39 @@ def test_a_run_leaves_what_is_looked_at_and_is_made_once(tiny, tmp_path, capsys)
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_not_made_is_not_collected(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        study.collected(tmp_path)
+def test_what_was_neither_made_nor_measured_before_is_not_collected(tmp_path):
+    with pytest.raises(ConfigError, match="expected the run 'deformable' with seed 0, or one on record"):
+        study.collected(tmp_path, {})
+
+
+def test_runs_in_the_folder_stand_before_those_on_record(tmp_path):
+    record, plan = measured("study"), study.Plan(small.STILL, 1)
+    plan.folder(tmp_path).mkdir(parents=True)
+    (plan.folder(tmp_path) / "result.json").write_text('{"accuracy": 0.25, "loss": 2.0}')
+    found = study.collected(tmp_path, record)["runs"]
+    assert found[small.STILL].pop("1") == {"accuracy": 0.25, "loss": 2.0}
+    assert record["runs"][small.STILL].pop("1") != {"accuracy": 0.25, "loss": 2.0}
+    assert found == record["runs"]
+
+
+def test_a_record_of_another_recipe_is_refused(tmp_path):
+    record = measured("study")
+    record["recipe"]["epochs"] += 1
+    with pytest.raises(ConfigError, match="record: expected runs of the recipe"):
+        study.collected(tmp_path, record)
+
+
+def test_what_is_on_record_stands_for_weights_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(looks, "looked_at", lambda task: (None, np.zeros((1, 1, 2, 2), bool)))
+    record = measured("looks")
+    assert looks.measure(tmp_path, record) == record
+    del record["attention"][small.STILL]["2"]
+    with pytest.raises(ConfigError, match="expected the run 'no offsets' with seed 2"):
+        looks.measure(tmp_path, record)
 
 
 def test_scenes_with_several_objects_take_twice_as_long():
-    several, one = study.Plan(small.BASE + study.SEVERAL, 2), study.Plan(small.BASE, 2)
+    several, one = study.Plan(small.BASE + small.SEVERAL, 2), study.Plan(small.BASE, 2)
     assert several.variant == one.variant
     assert (several.recipe.task, several.recipe.epochs, several.recipe.seed) == ("which_all", 2 * one.recipe.epochs, 2)
     folders = {plan.folder(study.Path("runs")) for plan in study.plans()}
@@ -167,6 +194,21 @@ def test_points_are_those_of_one_image_after_the_other(seen):
         for number, group in enumerate(groups):
             for column in looks.COLUMNS:
                 assert group[column] == pytest.approx(np.mean([each[layer][number][column] for each in alone])), column
+
+
+def test_by_chance_is_the_share_on_all_other_objects(seen):
+    """Image by image, object by object; with a scene's own object among them it would be another number."""
+    images, masks = seen
+    model = study.Plan(small.BASE, 0).network().eval()
+    found = looks.where_points_are(model, images, masks)
+    for layer, reduction, trace in looks.traces(model, images):
+        for group in range(2):
+            shares = np.array(
+                [[share_on_mask(points[group], mask, reduction) for mask in masks] for points in trace.points_px]
+            )
+            expected = shares[~np.eye(3, dtype=bool)].mean()
+            assert found[layer][group]["by_chance"] == pytest.approx(expected)
+            assert expected != pytest.approx(shares.mean())
 
 
 def test_points_at_rest_are_where_the_grid_is(seen):

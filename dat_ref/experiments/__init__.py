@@ -4,6 +4,7 @@
 `measures`     how far points are from an object, and how sure a mean is
 `traces`       what each layer of a network did
 `knock_out`    does the network that ships use its offsets? They are taken away, and others given
+`twin`         is it better than a twin trained without?
 `small`        a small network, and what is changed in it
 `study`        trains it and everything that is changed, several seeds each
 `looks`        where those networks look: points and attention against the objects' masks
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MEASURED = Path(__file__).parent / "measured"
-NAMES = ("study", "looks", "costs", "knock_out")
+NAMES = ("study", "looks", "costs", "knock_out", "twin")
 
 
 def measured(name: str) -> dict[str, Any]:

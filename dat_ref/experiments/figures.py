@@ -38,10 +38,9 @@ def draw_accuracies(study: Mapping[str, Any], names: Sequence[str]) -> Figure:
     for row, name in enumerate(names):
         found = accuracy(study, name)
         color = BLUE if name == BASE else INK
-        if np.isfinite(found["half_width"]):
-            ends = np.clip([found["mean"] - found["half_width"], found["mean"] + found["half_width"]], 0, 1)
-            axes.plot(ends, [row, row], color=color, lw=5, alpha=0.16, solid_capstyle="butt")
-            axes.plot(found["mean"], row, "|", color=color, ms=11, mew=1.8)
+        ends = np.clip([found["mean"] - found["half_width"], found["mean"] + found["half_width"]], 0, 1)
+        axes.plot(ends, [row, row], color=color, lw=5, alpha=0.16, solid_capstyle="butt")
+        axes.plot(found["mean"], row, "|", color=color, ms=11, mew=1.8)
         seeds = [run["accuracy"] for run in study["runs"][name].values()]
         axes.plot(seeds, [row] * len(seeds), "o", color=color, ms=3.4, mec="white", mew=0.4)
     axes.axvline(accuracy(study, BASE)["mean"], color=BLUE, lw=0.8, dashes=(4, 3))

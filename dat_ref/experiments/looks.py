@@ -2,7 +2,8 @@
 
     python -m dat_ref.experiments.looks runs     # ten minutes or so
 
-All numbers are means over held-out scenes, one for each run; how sure they are is told by the spread over seeds.
+All numbers are means over held-out scenes, one for each run; how sure they are is told by the spread over seeds. Runs
+whose weights are not in the folder keep what was measured of them before.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from ..torch import DAT
 from ..torch.checkpoints import load_checkpoint
 from ..torch.train.data import normalised
 from ..viz import Attended, deformable_attended, neighborhood_attended, window_attended
-from . import keep
+from . import keep, measured
 from .measures import COLUMNS, distance_to_mask, group_rows, one_shift
-from .small import BASE, STILL
-from .study import LOOKED_AT, SEEDS, SEVERAL, Plan, scenes_of
+from .small import BASE, SEVERAL, STILL
+from .study import LOOKED_AT, Plan, on_record, plans, scenes_of
 from .traces import traces
 
 SCENES = 256
@@ -41,6 +42,7 @@ ATTENDED: dict[type, Callable[..., Attended]] = {
     NeighborhoodTrace: neighborhood_attended,
 }
 COMPARED = (BASE, STILL, "window", "shifted_window", "neighborhood")
+SERVED = BASE + SEVERAL
 
 
 def item(trace: LayerTrace, number: int) -> Any:
@@ -59,12 +61,16 @@ def item(trace: LayerTrace, number: int) -> Any:
 def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]:
     """Return for each layer and group the means of `COLUMNS`, how far its points move, and how much is `one_shift`.
 
+    Points that move to where objects are more often, whatever the scene, come to lie on more of them. So there is also
+    the share of a scene's points that lie on another scene's object, ``by_chance``.
+
     Args:
         model: whose attention is deformable.
         images: (B, 3, H, W).
         masks: bool (B, H, W): what counts as the object.
     """
     found = {}
+    others = (masks.sum(0) - masks) / max(len(masks) - 1, 1)  # (B, H, W): how often a pixel is another scene's object
     for layer, reduction, trace in traces(model, images):
         rows = [group_rows(item(trace, number), mask, reduction) for number, mask in enumerate(masks)]
         means = np.array(rows).mean(0)  # (G, 5)
@@ -72,6 +78,14 @@ def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]
         found[layer] = [
             dict(
                 zip(COLUMNS, map(float, row)),
+                by_chance=float(
+                    np.mean(
+                        [
+                            share_on_mask(points[group], other, reduction)
+                            for points, other in zip(trace.points_px, others)
+                        ]
+                    )
+                ),
                 one_shift=one_shift(moved[:, group : group + 1]),
                 moved=float(np.sqrt((moved[:, group] ** 2).sum(-1).mean())) * reduction,
             )
@@ -179,37 +193,42 @@ def weights_of(plan: Plan, runs: Path, step: int | None = None) -> DAT:
     return model.eval()
 
 
-def measure(runs: Path, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
-    """Return all that is measured, by what was measured, network and seed."""
+def measure(runs: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that is measured, by what was measured, network and seed.
+
+    Args:
+        runs: the folder of the runs.
+        record: what this returned before. It stands for the runs that are not in the folder.
+
+    Raises:
+        ConfigError: if a run is neither there nor on record.
+    """
     torch.set_num_threads(1)
     images, masks = looked_at("which")
     one = np.array([each[0] for each in masks])
-    found: dict[str, Any] = {"points": {}, "learning": {}, "attention": {}, "several": {}}
-
-    def of_seeds(name: str, look: Callable[[Plan], Mapping[str, Any]]) -> dict[str, Any]:
-        print(name, flush=True)
-        return {str(seed): look(Plan(name, seed)) for seed in seeds}
-
-    for name in WITH_POINTS:
-        found["points"][name] = of_seeds(name, lambda plan: where_points_are(weights_of(plan, runs), images, one))
+    several, of_several = looked_at("which_all")
+    union = np.array([each.any(0) for each in of_several])
     steps = (0, *(step for step in LOOKED_AT if step <= 2000))
-    found["learning"][BASE] = of_seeds(
-        BASE,
-        lambda plan: {str(step): where_points_are(weights_of(plan, runs, step), images, one) for step in steps},
-    )
-    for name in COMPARED:
-        found["attention"][name] = of_seeds(
-            name, lambda plan: attention_from(weights_of(plan, runs), images[:128], one[:128])
-        )
-    images, masks = looked_at("which_all")
-    name = BASE + SEVERAL
-    union = np.array([each.any(0) for each in masks])
-    found["several"] = {
-        "points": of_seeds(name, lambda plan: where_points_are(weights_of(plan, runs), images, union)),
-        "groups": of_seeds(name, lambda plan: groups_for_objects(weights_of(plan, runs), images, masks)),
+    looks: dict[str, tuple[tuple[str, ...], Callable[[Plan], Mapping[str, Any]]]] = {
+        "points": (WITH_POINTS, lambda plan: where_points_are(weights_of(plan, runs), images, one)),
+        "learning": (
+            (BASE,),
+            lambda plan: {str(step): where_points_are(weights_of(plan, runs, step), images, one) for step in steps},
+        ),
+        "attention": (COMPARED, lambda plan: attention_from(weights_of(plan, runs), images[:128], one[:128])),
+        "several_points": ((SERVED,), lambda plan: where_points_are(weights_of(plan, runs), several, union)),
+        "several_groups": ((SERVED,), lambda plan: groups_for_objects(weights_of(plan, runs), several, of_several)),
     }
-    return {"command": "python -m dat_ref.experiments.looks runs", "scenes": SCENES} | found
+    found: dict[str, Any] = {"command": "python -m dat_ref.experiments.looks runs", "scenes": SCENES}
+    for what, (names, look) in looks.items():
+        print(what, flush=True)
+        found[what] = {name: {} for name in names}
+        for plan in plans():
+            if plan.name in names:
+                there = (plan.folder(runs) / "weights.safetensors").exists()
+                found[what][plan.name][str(plan.seed)] = look(plan) if there else on_record(record, what, plan)
+    return found
 
 
 if __name__ == "__main__":
-    keep("looks", measure(Path(sys.argv[1])))
+    keep("looks", measure(Path(sys.argv[1]), measured("looks")))

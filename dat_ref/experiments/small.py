@@ -21,6 +21,7 @@ from ..scenes import KINDS
 
 SIDE = 48  # of the images, pixels
 BASE, STILL = "deformable", "no offsets"
+SEVERAL = " (several)"  # of the name of a run on scenes with up to four objects
 
 
 def small() -> DATConfig:

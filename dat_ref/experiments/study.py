@@ -1,6 +1,6 @@
 """Trains the small network and everything that is changed in it, several seeds each, with one recipe.
 
-    python -m dat_ref.experiments.study runs --jobs 2       # two hours on two cores; a stopped one goes on
+    python -m dat_ref.experiments.study runs --jobs 2       # three hours on two cores; a stopped one goes on
     python -m dat_ref.experiments.study runs --collect
 
 Each run leaves ``result.json``, ``weights.safetensors`` and, of the networks that are looked at while they learn, their
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -29,6 +29,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from .. import __version__
+from .._checks import ConfigError
 from ..recipe import Recipe
 from ..scenes import Scenes
 from ..state_files import replacing
@@ -37,11 +38,11 @@ from ..torch.checkpoints import save_checkpoint
 from ..torch.functional.sampling import Sampler
 from ..torch.train import SceneImages, fit
 from ..torch.train.data import normalised
-from . import keep
-from .small import BASE, SIDE, variants
+from . import keep, measured
+from .small import BASE, SEVERAL, SIDE, STILL, variants
 
-SEEDS = (0, 1, 2)
-SLOW = ("bias: log_cpb", "per_query", "ms_deform_dot")  # take so long that they have one seed
+SEEDS = 3  # of each network, but for those that follow
+MORE_SEEDS = {BASE: 8, STILL: 8}  # the two that tell whether offsets help
 LARGE, SMALL = (0.15, 0.25), (0.13, 0.17)  # radius of one object; of up to four, which must find room
 RECIPE = Recipe(
     model="dat_ref.experiments.small",
@@ -53,7 +54,6 @@ RECIPE = Recipe(
     warmup_epochs=0.5,
 )
 LOOKED_AT = (100, 200, 400, 800, 1200, 1600, 2000, 2800, 4000)  # steps after which weights are kept
-SEVERAL = " (several)"  # of the name of a run on scenes with up to four objects
 LEARNING = (BASE, BASE + SEVERAL)  # of what weights are kept while it learns
 
 
@@ -137,9 +137,8 @@ class Plan:
 
 def plans() -> list[Plan]:
     """Return all runs, in the order in which they are made: one seed of everything before the next."""
-    names = (*variants(), BASE + SEVERAL)
-    every = [Plan(name, seed) for seed in SEEDS for name in names]
-    return [plan for plan in every if plan.seed == SEEDS[0] or plan.name not in SLOW]
+    seeds = {name: MORE_SEEDS.get(name, SEEDS) for name in (*variants(), BASE + SEVERAL)}
+    return [Plan(name, seed) for seed in range(max(seeds.values())) for name in seeds if seed < seeds[name]]
 
 
 def train(plan: Plan, runs: Path) -> None:
@@ -160,15 +159,22 @@ def train(plan: Plan, runs: Path) -> None:
     print(f"{plan.name}, seed {plan.seed}: {found['accuracy']:.1%} after {seconds:.0f} s", flush=True)
 
 
-def collected(runs: Path) -> dict[str, Any]:
+def collected(runs: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what all runs found, by network and seed.
 
+    Args:
+        runs: the folder of the runs.
+        record: what this returned before. It stands for the runs that are not in the folder.
+
     Raises:
-        FileNotFoundError: if a run is not made yet.
+        ConfigError: if a run is neither there nor on record, or the record is of another recipe.
     """
+    if record and record["recipe"] != asdict(RECIPE):
+        raise ConfigError(f"record: expected runs of the recipe {RECIPE}, got {record['recipe']}")
     found: dict[str, dict[str, Any]] = {}
     for plan in plans():
-        result = json.loads((plan.folder(runs) / "result.json").read_text(encoding="utf-8"))
+        place = plan.folder(runs) / "result.json"
+        result = json.loads(place.read_text(encoding="utf-8")) if place.exists() else on_record(record, "runs", plan)
         found.setdefault(plan.name, {})[str(plan.seed)] = {name: result[name] for name in ("accuracy", "loss")}
     return {
         "command": "python -m dat_ref.experiments.study runs --jobs 2",
@@ -180,6 +186,18 @@ def collected(runs: Path) -> dict[str, Any]:
         "about": {name: {"part": each.part, "about": each.about} for name, each in variants().items()},
         "runs": found,
     }
+
+
+def on_record(record: Mapping[str, Any], what: str, plan: Plan) -> Any:
+    """Return what was measured before of a run that is not in the folder of runs.
+
+    Raises:
+        ConfigError: if nothing was.
+    """
+    try:
+        return record[what][plan.name][str(plan.seed)]
+    except KeyError:
+        raise ConfigError(f"runs: expected the run {plan.name!r} with seed {plan.seed}, or one on record") from None
 
 
 def _keeper(model: DAT, folder: Path) -> Callable[[int, float], None]:
@@ -198,10 +216,10 @@ def main(arguments: Any = None) -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each (all cores)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these networks")
-    parser.add_argument("--collect", action="store_true", help="make none; write down what they found")
+    parser.add_argument("--collect", action="store_true", help="make none; write down what those that are there found")
     options = parser.parse_args(arguments)
     if options.collect:
-        keep("study", collected(options.runs))
+        keep("study", collected(options.runs, measured("study")))
         return
     chosen = [plan for plan in plans() if not options.only or plan.name in options.only]
     for plan in chosen:

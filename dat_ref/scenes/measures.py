@@ -27,7 +27,7 @@ def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Arra
 
     Args:
         points_px: (..., 2), (y, x), in pixels of a map; the middle of its pixel i is at i.
-        mask: bool (H, W), of the image.
+        mask: (H, W), of the image: bool, or how much of each pixel counts as on it, in [0, 1].
         reduction: image pixels for one of the map's.
         weights: (...), 0 or more: how much each point counts, such as the attention that it gets; alike if None.
 
@@ -41,7 +41,7 @@ def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Arra
     nearest = np.rint(on_image(points_px, reduction)).astype(int)
     inside = ((nearest >= 0) & (nearest < mask.shape)).all(-1)
     y, x = np.moveaxis(np.clip(nearest, 0, np.array(mask.shape) - 1), -1, 0)
-    return float(np.average(mask[y, x] & inside, weights=weights))
+    return float(np.average(mask[y, x] * inside, weights=weights))
 
 
 def received(trace: LayerTrace) -> Array:

@@ -4,7 +4,7 @@
 
 =============  =====================================================
 `words`        numbers in words: what the pages share
-`knock_out`    does the network that ships use its offsets?
+`knock_out`    does the network that ships need its offsets?
 `points`       do the points move to the objects?
 `peers`        another attention in their place
 `ablations`    what is changed in the offsets, groups, bias, grid
@@ -28,7 +28,7 @@ def pages(found: dict[str, Any]) -> dict[str, str]:
     written = {
         "index.md": overview.page(found),
         "points.md": points.page(found),
-        "offsets.md": knock_out.page(found["knock_out"]),
+        "offsets.md": knock_out.page(found["knock_out"], found["twin"]),
         "peers.md": peers.page(found),
         "ablations.md": ablations.page(found),
     }

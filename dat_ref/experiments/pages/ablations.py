@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from ..small import BASE
-from .words import Found, accuracy, difference, of_part, outside, share, signed, table
+from .words import Found, accuracy, difference, of_part, outside, seeds_told, share, signed, table
 
 INTRODUCTION = """\
 # One thing changed
 
 [The small network](index.md#the-small-network), with one of its options changed in all three deformable layers.
-Accuracy on {held_out} held-out scenes, mean over seeds with its 95 % interval (Student's t), and the difference to
-the network as it is, seed by seed. Of so many comparisons one is expected to lie outside of its interval by chance.
+Accuracy on {held_out} held-out scenes, mean over seeds with its 95 % interval (Student's t), {seeds}; and the
+difference to the network as it is, with its own (Welch's t). Of so many comparisons one is expected to lie outside of
+its interval by chance.
 
 ![Accuracy of each network, a dot for each seed](../images/experiments/ablations.svg){{ width="860" }}
 """
@@ -59,5 +60,7 @@ def section(study: Found, part: str) -> str:
 def page(found: Found) -> str:
     """Return the page."""
     study = found["study"]
-    introduction = INTRODUCTION.format(held_out=study["held_out"])
+    names = [BASE, *(name for part in PARTS for name in of_part(study, part))]
+    seeds = seeds_told({name: study["runs"][name] for name in names})
+    introduction = INTRODUCTION.format(held_out=study["held_out"], seeds=seeds)
     return "\n".join((introduction, *(section(study, part) for part in PARTS)))

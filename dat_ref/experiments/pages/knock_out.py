@@ -18,6 +18,22 @@ torch {torch}, on {date}:
     {command}
 """
 
+TWIN = """\
+## Its twin without offsets
+
+That a network needs what it learned with tells nothing of how good one is that learned without. So `{model}` has a
+twin: its points stay at rest, and all else is the same: recipe, first weights, scenes and their order. Trained from
+nothing, on {held_out} held-out scenes:
+
+{table}
+{verdict} {only}
+
+Intervals are over scenes, for one network of each kind. What another seed would change is not in them;
+[the small network](ablations.md#offsets) was trained both ways with several seeds.
+
+    {command}
+"""
+
 CHANGES = """\
 ## Other offsets, the same weights
 
@@ -38,10 +54,27 @@ the object get. Points outside of the image count as well.
 LIMITS = """\
 ## What was not measured
 
-Whether this network is better for its offsets: its twin trained without them might have learned to do without.
-[The small network](ablations.md#offsets) was trained both ways, with several seeds. Intervals here are over scenes, for
-one set of weights; another run may differ by more.
+Other seeds: intervals here are over scenes, for one set of weights, and another run may differ by more. Another range:
+the points of this network may go two key cells, s = 4 ([what that does to the small network](ablations.md#offsets)).
 """
+
+
+def better(found: Mapping[str, Any]) -> str:
+    """Return the verdict on whether the network is better than its twin trained without offsets."""
+    change = found["difference"]
+    told = {
+        1: f"`{found['model']}` is more accurate than its twin without offsets",
+        0: f"That `{found['model']}` is more accurate than its twin without offsets was not shown",
+        -1: f"`{found['model']}` is less accurate than its twin without offsets",
+    }[outside(change)]
+    return f"**{told}:** a difference of {signed(change, 100)} points, scene by scene, one network of each kind."
+
+
+def twin_table(found: Mapping[str, Any]) -> str:
+    """Return both networks."""
+    names = ((f"`{found['model']}`", "model", "accuracy"), ("its twin without offsets", "twin", "twin"))
+    rows = ([name, f"{found['parameters'][which]:,}", share(found[key])] for name, which, key in names)
+    return table(["network", "parameters", "accuracy"], rows)
 
 
 def uses(found: Mapping[str, Any]) -> str:
@@ -97,8 +130,12 @@ def groups_table(found: Mapping[str, Any]) -> str:
     return table(["layer", "group", "points", "at rest", "farther by", "attention"], rows)
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """Return the page."""
+def page(found: Mapping[str, Any], twin: Mapping[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        found, twin: what the experiments of these names found.
+    """
     introduction = INTRODUCTION.format(
         training="../training.md#the-network-that-ships",
         file="dat_ref/experiments/measured/knock_out.json",
@@ -109,4 +146,11 @@ def page(found: Mapping[str, Any]) -> str:
     changes = CHANGES.format(trained=trained, scenes=found["scenes"])
     groups = GROUPS.format(looked_at=found["looked_at"])
     verdicts = (uses(found) + "\n", gathers(found) + "\n")
-    return "\n".join((introduction, *verdicts, changes, changes_table(found), groups, groups_table(found), LIMITS))
+    other = TWIN.format(
+        table=twin_table(twin),
+        verdict=better(twin),
+        only=f"{twin['only_right']} scenes it alone names rightly, {twin['only_twin_right']} its twin alone.",
+        **{name: twin[name] for name in ("model", "held_out", "command")},
+    )
+    parts = (introduction, *verdicts, changes, changes_table(found), other, groups, groups_table(found), LIMITS)
+    return "\n".join(parts)

@@ -36,6 +36,8 @@ It learns as far as {trained} of {held_out} held-out scenes, so there is room ab
 python -m dat_ref.experiments.study runs --collect
 python -m dat_ref.experiments.looks runs
 python -m dat_ref.experiments.costs
+python -m dat_ref.experiments.knock_out
+python -m dat_ref.experiments.twin runs/twin
 python -m dat_ref.experiments.figures docs/images/experiments
 python -m dat_ref.experiments.pages docs/experiments
 ```
@@ -44,7 +46,7 @@ Measured with torch {torch}, on {date}. These pages are written by the last line
 
 ## What was not measured
 
-Whether `dat_nano` is better than its twin trained without offsets. Networks of the article's size, photographs with
+`dat_nano` and its twin with other seeds. Networks of the article's size, photographs with
 annotations, ImageNet. Recipes tuned for each network. Matching in multiply-adds instead of keys
 (`create_model(..., attention="window", match="macs")` builds such networks). Runs on a GPU.
 """
@@ -80,6 +82,7 @@ def page(found: Found) -> str:
         ),
         ("Attention against windows", "points.md#attention-against-windows", points.attention_verdict(found)),
         ("Does the network that ships use its offsets?", "offsets.md", knock_out.uses(found["knock_out"])),
+        ("Would it be as good without?", "offsets.md#its-twin-without-offsets", knock_out.better(found["twin"])),
         ("Another attention in its place", "peers.md", peers.verdict(study)),
     )
     network = NETWORK.format(

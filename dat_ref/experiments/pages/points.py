@@ -7,26 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from ..small import BASE, STILL
-from .words import Found, in_layers, listed, outside, over_seeds, share, signed, table
+from ..._checks import Array
+from ..measures import apart
+from ..small import BASE, SEVERAL, STILL
+from .words import Found, in_layers, listed, outside, over_seeds, seeds_told, share, signed, table
 
 INTRODUCTION = """\
 # Do the points move to the objects?
 
 The article shows three things in pictures: points contract onto the targets, they are denser on them in deeper
 stages, and where there are several targets, separate groups of points go to them. Here each is a measurement, on
-[the small network](index.md#the-small-network) with three seeds: the mask of every object is known. Intervals are
-over seeds (95 %, Student's t with two degrees of freedom, so wide); each run's number is a mean over {scenes}
-held-out scenes.
+[the small network](index.md#the-small-network): the mask of every object is known. Intervals are over seeds (95 %,
+Student's t; of two networks' difference, Welch's), {seeds}; each run's number is a mean over {scenes} held-out scenes.
 """
 
 CONTRACT = """\
 ## Do they contract onto the object?
 
-The share of a layer's points on the object, moved and at rest; how much farther from the object the moved ones are
-(mean distance to its nearest pixel, in pixels of the image; below 0 is nearer); what share of the layer's attention
-the points on the object get; how far points move; and what share of that is one shift of each group, the same for
-all scenes and places.
+The share of a layer's points on the object; the share of the same points on another scene's object, by chance, which
+tells a shift to where objects are more often from one to where this one is; the share at rest; how much farther from
+the object the moved ones are (mean distance to its nearest pixel, in pixels of the image; below 0 is nearer); what
+share of the layer's attention the points on the object get; how far points move; and what share of that is one shift
+of each group, the same for all scenes and places.
 """
 
 GROUPS = """\
@@ -57,7 +59,7 @@ DEEPER = """\
 Points on the object for one at rest, by stage. More than 1 is denser than the grid.
 """
 
-SEVERAL = """\
+OBJECTS = """\
 ## Do separate groups go to separate objects?
 
 The small network, trained twice as long on scenes with one to four objects to name all of them. On scenes with two
@@ -86,35 +88,42 @@ def of_layer(runs: Found, layer: str, measure: str) -> list[float]:
     return [float(np.mean([group[measure] for group in run[layer]])) for run in runs.values()]
 
 
-def gained(runs: Found, layer: str) -> dict[str, float]:
-    """Return points on the object minus those at rest, over seeds."""
-    moved, rest = of_layer(runs, layer, "points"), of_layer(runs, layer, "at_rest")
-    return over_seeds(np.subtract(moved, rest))
+def gained(runs: Found, layer: str, than: str = "at_rest") -> dict[str, float]:
+    """Return points on the object minus those at rest, or minus those by chance, over seeds."""
+    return over_seeds(np.subtract(of_layer(runs, layer, "points"), of_layer(runs, layer, than)))
+
+
+def farther(runs: Found, layer: str) -> dict[str, float]:
+    """Return how much farther from the object points are than at rest, over seeds."""
+    return over_seeds(np.subtract(of_layer(runs, layer, "distance"), of_layer(runs, layer, "distance_at_rest")))
 
 
 def contract_verdict(found: Found) -> str:
     """Return whether the points contract onto the object."""
-    sides = {layer: outside(gained(found["looks"]["points"][BASE], layer)) for layer in layers(found)}
-    start = (
-        "Points contract onto the object in every layer"
-        if all(side > 0 for side in sides.values())
-        else "That points contract onto the object in every layer is not reproduced"
-    )
-    return f"**{start}:** {in_layers(sides, 'more of them lie on it than at rest', 'fewer')}."
+    runs = found["looks"]["points"][BASE]
+    both = {layer: [outside(gained(runs, layer, than)) for than in ("at_rest", "by_chance")] for layer in layers(found)}
+    sides = {layer: each[0] if each[0] == each[1] else 0 for layer, each in both.items()}
+    if all(side > 0 for side in sides.values()):
+        told = "**More points lie on the object than at rest, and than by chance, in every layer.**"
+    else:
+        where = in_layers(sides, "more of them lie on it than at rest, and than by chance,", "fewer")
+        told = f"**That points contract onto the object in every layer is not reproduced:** {where}."
+    away = [layer for layer in layers(found) if outside(farther(runs, layer)) > 0]
+    on_average = f" On average, though, points are farther from it than at rest in {listed(away)}." if away else ""
+    return told + on_average
 
 
 def contract_table(runs: Found) -> str:
     """Return where the points of each layer are."""
 
     def row(layer: str) -> list[str]:
-        shares = [share(over_seeds(of_layer(runs, layer, name))) for name in ("points", "at_rest")]
-        away = np.subtract(of_layer(runs, layer, "distance"), of_layer(runs, layer, "distance_at_rest"))
+        shares = [share(over_seeds(of_layer(runs, layer, name))) for name in ("points", "by_chance", "at_rest")]
         attention = share(over_seeds(of_layer(runs, layer, "attention")))
         moved = f"{np.mean(of_layer(runs, layer, 'moved')):.1f} px"
         shift = f"{np.mean(of_layer(runs, layer, 'one_shift')):.0%}"
-        return [layer, *shares, signed(over_seeds(away)), attention, moved, shift]
+        return [layer, *shares, signed(farther(runs, layer)), attention, moved, shift]
 
-    head = ["layer", "points", "at rest", "farther by", "attention", "moved by", "one shift"]
+    head = ["layer", "points", "by chance", "at rest", "farther by", "attention", "moved by", "one shift"]
     return table(head, map(row, next(iter(runs.values()))))
 
 
@@ -170,7 +179,7 @@ def separation(groups: Found, layer: str, how: str) -> dict[str, float]:
 
 def several_verdict(found: Found) -> str:
     """Return whether separate groups go to separate objects."""
-    groups = found["looks"]["several"]["groups"]
+    groups = found["looks"]["several_groups"][BASE + SEVERAL]
     apart = {layer: outside(separation(groups, layer, "nearest")) for layer in next(iter(groups.values()))}
     more = [layer for layer, side in apart.items() if side > 0]
     fewer = [layer for layer, side in apart.items() if side < 0]
@@ -183,7 +192,7 @@ def several_verdict(found: Found) -> str:
 
 def several_table(found: Found) -> str:
     """Return how often pairs of objects fall to separate groups."""
-    groups = found["looks"]["several"]["groups"]
+    groups = found["looks"]["several_groups"][BASE + SEVERAL]
 
     def row(layer: str) -> list[str]:
         cells = []
@@ -216,9 +225,10 @@ def attention_table(found: Found) -> str:
     return table(head, rows(), left=2)
 
 
-def found_from_afar(found: Found, layer: str, name: str) -> list[float]:
+def found_from_afar(found: Found, layer: str, name: str) -> Array:
     """Return for each run the share of attention from beside the object that lies on it."""
-    return [run[layer]["from_elsewhere"]["foreground"] for run in found["looks"]["attention"][name].values()]
+    runs = found["looks"]["attention"][name].values()
+    return np.array([run[layer]["from_elsewhere"]["foreground"] for run in runs])
 
 
 def attention_verdict(found: Found) -> str:
@@ -228,7 +238,7 @@ def attention_verdict(found: Found) -> str:
         ours, still, windows = (found_from_afar(found, layer, name) for name in (BASE, STILL, "shifted_window"))
         sizes = " against ".join(share(over_seeds(each)) for each in (ours, windows))
         at_rest = f"{share(over_seeds(still))} without offsets"
-        sides[f"{layer} ({sizes}, {at_rest})"] = outside(over_seeds(np.subtract(ours, windows)))
+        sides[f"{layer} ({sizes}, {at_rest})"] = outside(apart(ours, windows))
     told = in_layers(sides, "more", "less")
     return f"**Attention of queries beside the object that lies on it, against shifted windows:** {told}."
 
@@ -236,9 +246,9 @@ def attention_verdict(found: Found) -> str:
 def page(found: Found) -> str:
     """Return the page."""
     runs = found["looks"]["points"][BASE]
-    several = found["looks"]["several"]["points"]
+    several = found["looks"]["several_points"][BASE + SEVERAL]
     parts = (
-        INTRODUCTION.format(scenes=found["looks"]["scenes"]),
+        INTRODUCTION.format(scenes=found["looks"]["scenes"], seeds=seeds_told(found["looks"]["points"])),
         CONTRACT,
         contract_verdict(found) + "\n",
         contract_table(runs),
@@ -249,7 +259,7 @@ def page(found: Found) -> str:
         LEARNING,
         DEEPER,
         deeper(found) + "\n",
-        SEVERAL,
+        OBJECTS,
         several_verdict(found) + "\n",
         several_table(found),
         "Where the points of these networks are, all objects of a scene together:\n",

@@ -7,24 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ..measures import interval
+from ..measures import apart, interval
 
 Found = Mapping[str, Any]
-ONE_SEED = "(one seed)"
 MANY = 4  # columns that fit beside the contents of a page at full size
 
 
 def signed(found: Mapping[str, float], scale: float = 1.0) -> str:
     """Return a difference with its interval."""
-    if np.isinf(found["half_width"]):
-        return f"{scale * found['mean']:+.1f} {ONE_SEED}"
     return f"{scale * found['mean']:+.1f} ± {scale * found['half_width']:.1f}"
 
 
 def share(found: Mapping[str, float]) -> str:
     """Return a share with its interval, in percent."""
-    if np.isinf(found["half_width"]):
-        return f"{found['mean']:.1%} {ONE_SEED}"
     return f"{found['mean']:.1%} ± {found['half_width']:.1%}"
 
 
@@ -35,9 +30,8 @@ def outside(found: Mapping[str, float]) -> int:
 
 
 def over_seeds(values: Iterable[float]) -> dict[str, float]:
-    """Return the mean over runs with its interval, which has no end for a single one."""
-    runs = np.array(list(values))
-    return interval(runs) if len(runs) > 1 else {"mean": float(runs[0]), "half_width": np.inf}
+    """Return the mean over runs with its interval."""
+    return interval(np.array(list(values)))
 
 
 def accuracy(study: Found, name: str) -> dict[str, float]:
@@ -46,9 +40,24 @@ def accuracy(study: Found, name: str) -> dict[str, float]:
 
 
 def difference(study: Found, name: str, base: str) -> dict[str, float]:
-    """Return how much more accurate a network is than another, seed by seed."""
-    ours, theirs = study["runs"][name], study["runs"][base]
-    return over_seeds(ours[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in ours if seed in theirs)
+    """Return how much more accurate a network is than another."""
+    ours, theirs = ([run["accuracy"] for run in study["runs"][each].values()] for each in (name, base))
+    return apart(np.array(ours), np.array(theirs))
+
+
+def seeds_told(runs: Mapping[str, Found]) -> str:
+    """Return how many seeds networks have, the usual number first.
+
+    >>> seeds_told({"a": {"0": 1, "1": 2}, "b": {"0": 1}, "c": {"0": 1}})
+    '1 of each network, 2 of `a`'
+    """
+    counts = {name: len(of_seeds) for name, of_seeds in runs.items()}
+    usual = max(counts.values(), key=list(counts.values()).count)
+    named = {
+        count: listed([f"`{name}`" for name, each in counts.items() if each == count])
+        for count in sorted({*counts.values()} - {usual})
+    }
+    return ", ".join([f"{usual} of each network", *(f"{count} of {names}" for count, names in named.items())])
 
 
 def of_part(study: Found, part: str) -> list[str]:
