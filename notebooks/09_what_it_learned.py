@@ -174,8 +174,8 @@ assert outside(change) == 0
 # point is nearest. If groups divided the objects among themselves, two objects of one scene would fall to different
 # groups more often than two objects of different scenes do.
 #
-# **Claim** (`dat_ref.experiments.looks.separate`). They do not, in any layer: the two groups of a layer serve objects
-# as chance would have it.
+# **Claim** (`dat_ref.experiments.looks.separate`). They do not: in no layer do two objects of a scene fall to different
+# groups more often than chance would have it.
 
 # %%
 groups = looks["several_groups"][BASE + SEVERAL]

@@ -109,8 +109,10 @@ def contract_verdict(found: Found) -> str:
         where = in_layers(sides, "more of them lie on it than at rest, and than by chance,", "fewer")
         told = f"**That points contract onto the object in every layer is not reproduced:** {where}."
     away = [layer for layer in layers(found) if outside(farther(runs, layer)) > 0]
-    on_average = f" On average, though, points are farther from it than at rest in {listed(away)}." if away else ""
-    return told + on_average
+    if not away:
+        return told
+    where = "every layer" if away == layers(found) else listed(away)
+    return f"{told} On average, though, points are farther from it than at rest in {where}."
 
 
 def contract_table(runs: Found) -> str:
