@@ -1,6 +1,6 @@
 """Where the networks of `study` look: their points, and their attention, against the masks of the objects.
 
-    python -m dat_ref.experiments.looks runs     # ten minutes or so
+    python -m dat_ref.experiments.looks runs     # two minutes or so
 
 All numbers are means over held-out scenes, one for each run; how sure they are is told by the spread over seeds. Runs
 whose weights are not in the folder keep what was measured of them before.
@@ -74,18 +74,16 @@ def where_points_are(model: DAT, images: Tensor, masks: Array) -> dict[str, Any]
     for layer, reduction, trace in traces(model, images):
         rows = [group_rows(item(trace, number), mask, reduction) for number, mask in enumerate(masks)]
         means = np.array(rows).mean(0)  # (G, 5)
+        shares = [
+            [share_on_mask(group, other, reduction) for group in points]
+            for points, other in zip(trace.points_px, others)
+        ]
+        chance = np.mean(shares, axis=0)  # (G,)
         moved = trace.points_px - trace.reference_px  # (B, G, Hk, Wk, 2)
         found[layer] = [
             dict(
                 zip(COLUMNS, map(float, row)),
-                by_chance=float(
-                    np.mean(
-                        [
-                            share_on_mask(points[group], other, reduction)
-                            for points, other in zip(trace.points_px, others)
-                        ]
-                    )
-                ),
+                by_chance=float(chance[group]),
                 one_shift=one_shift(moved[:, group : group + 1]),
                 moved=float(np.sqrt((moved[:, group] ** 2).sum(-1).mean())) * reduction,
             )

@@ -8,7 +8,6 @@ weights count (the most accurate one's). One network of each kind: what another 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -20,12 +19,12 @@ import torch
 
 from .. import __version__
 from .._checks import Array
-from ..cli.scene import NAME
+from ..cli.scene import NAME, card
+from ..cli.train import data_sets
 from ..config import DATConfig, DeformableAttentionConfig, OffsetBound
 from ..data import network_path
 from ..presets import config as preset
 from ..recipe import Recipe
-from ..scenes import Scenes
 from ..torch import DAT, create_model
 from ..torch.checkpoints import load_checkpoint
 from ..torch.train import SceneImages, fit
@@ -46,12 +45,6 @@ def without_offsets(config: DATConfig) -> DATConfig:
     return replace(config, stages=tuple(tuple(map(still, blocks)) for blocks in config.stages))
 
 
-def card() -> dict[str, Any]:
-    """Return what is said of the network that ships: its recipe among it."""
-    said: dict[str, Any] = json.loads(network_path(NAME).with_suffix(".json").read_text(encoding="utf-8"))
-    return said
-
-
 def twin(recipe: Recipe, classes: int) -> DAT:
     """Return the twin with the first weights that the other network had, but for those of the offsets."""
     model = DAT(without_offsets(preset(recipe.model, num_classes=classes)))
@@ -60,13 +53,9 @@ def twin(recipe: Recipe, classes: int) -> DAT:
     return model
 
 
-def train(run: Path) -> DAT:
+def train(recipe: Recipe, scenes: SceneImages, held_out: SceneImages, run: Path) -> DAT:
     """Train the twin, or go on with it; return it with its best weights."""
-    recipe = Recipe.from_mapping(card()["recipe"])
-    size, count = recipe.image_size, recipe.scenes_per_epoch
-    scenes = SceneImages(Scenes(recipe.task, "train", size, recipe.seed, count), fresh=True)
-    held_out = SceneImages(Scenes(recipe.task, "held_out", size))
-    model = twin(recipe, len(scenes.classes))
+    model = twin(recipe, len(held_out.classes))
     fit(recipe, scenes, held_out, run, model=model)
     load_checkpoint(model, run / "best.safetensors")
     return model.eval()
@@ -90,15 +79,16 @@ def compare(right: Array, twin_right: Array) -> dict[str, Any]:
 def measure(run: Path) -> dict[str, Any]:
     """Train the twin, and return all that is measured, on all held-out scenes."""
     torch.set_num_threads(1)
-    other = train(run)
-    held_out = SceneImages(Scenes("which", "held_out", card()["recipe"]["image_size"]))
+    recipe = Recipe.from_mapping(card()["recipe"])
+    scenes, held_out = data_sets(recipe)
+    other = train(recipe, scenes, held_out, run)
     images, labels = zip(*(held_out[number] for number in range(len(held_out))))
     ours = create_model(NAME, checkpoint=network_path(NAME), num_classes=len(held_out.classes)).eval()
     right, twin_right = (answers(model, torch.stack(images)) == np.array(labels) for model in (ours, other))
     return {
         "command": "python -m dat_ref.experiments.twin runs/twin",
         "model": NAME,
-        "recipe": asdict(Recipe.from_mapping(card()["recipe"])),
+        "recipe": asdict(recipe),
         "held_out": len(held_out),
         "parameters": {
             name: sum(leaf.numel() for leaf in model.parameters()) for name, model in (("model", ours), ("twin", other))

@@ -120,7 +120,9 @@ def deformable_backward(
         dtype, True, *q.shape, k.shape[2], base.shape[1], *table.shape[1:], *query_size, *step, scale, threads
     )
     batch, heads, groups, samples = q.shape[0], q.shape[1], base.shape[1], k.shape[2]
-    grads = [_empty_like(x, _kept_in(x.dtype, dtype)) for x in (q, k, v)]
+    grads = [_empty_like(q, _kept_in(q.dtype, dtype))]
+    # Where they are summed over parts, in full precision.
+    grads += [_empty_like(x, dtype if parts > 1 else _kept_in(x.dtype, dtype)) for x in (k, v)]
     grads_kv = grads[1:] if parts == 1 else [torch.empty(batch * parts, *x.shape[1:], dtype=dtype) for x in (k, v)]
     grad_base = torch.empty((groups, heads // groups, batch, parts, samples, 2), dtype=dtype)
     grad_table = torch.empty((heads, batch * parts, *table.shape[1:]), dtype=dtype)
@@ -130,7 +132,7 @@ def deformable_backward(
     launch.run(deformable.backward, deformable.FIELDS, dtype, planned, tensors, threads)
     if parts > 1:
         for grad, of_parts in zip(grads[1:], grads_kv):
-            grad.copy_(of_parts.unflatten(0, (batch, parts)).sum(1))
+            torch.sum(of_parts.unflatten(0, (batch, parts)), 1, out=grad)
     grads.append(grad_base.sum(dim=(1, 3)).transpose(0, 1))  # over the heads of a group, and parts
     grads.append(grad_table.sum(dim=1) if batch * parts > 1 else grad_table[:, 0])  # over images and parts
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v, base, table)))  # type: ignore[return-value]

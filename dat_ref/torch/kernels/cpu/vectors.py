@@ -222,12 +222,17 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     return types.void(array, types.int64, vector), lower
 
 
+def _halves_of_single(lanes: int) -> Any:
+    """Return the types of vectors of bfloat16 numbers as bits, of float32 numbers as bits, and of float32 numbers."""
+    return (ir.VectorType(kind, lanes) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
+
+
 @intrinsic
 def load_bfloat16(typing: Any, array: Any, index: Any, like: Any) -> Any:
     """Return array[index : index + lanes], bfloat16 numbers as their 16 bits, with the lanes and the type of `like`."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        narrow, wide, single = (ir.VectorType(kind, like.lanes) for kind in (ir.IntType(16), _BITS, ir.FloatType()))
+        narrow, wide, single = _halves_of_single(like.lanes)
         address = _address(context, builder, array, args[0], args[1], narrow)
         bits = builder.zext(builder.load(address, align=2), wide)  # they are the upper half of a float32
         value = builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * like.lanes)), single)
@@ -242,7 +247,7 @@ def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes = vector.lanes
-        narrow, wide, single = (ir.VectorType(kind, lanes) for kind in (ir.IntType(16), _BITS, ir.FloatType()))
+        narrow, wide, single = _halves_of_single(lanes)
 
         def constant(bits: int) -> Any:
             return ir.Constant(wide, [bits] * lanes)
@@ -258,9 +263,6 @@ def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector), lower
-
-
-_BITS = ir.IntType(32)
 
 
 @intrinsic
