@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from helpers.processes import torchrun  # noqa: E402
 from helpers.runs import RECIPE, Noise, run, tiny_model, two_processes  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -216,12 +217,7 @@ def test_another_recipe_is_refused_and_what_differs_named(tmp_path):
 
 
 def in_two_processes(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [*command, "-m", "helpers.runs", str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("-m", "helpers.runs", folder)
     return torch.load(folder / "left.pt"), rows(folder / "log.csv")
 
 

@@ -1,13 +1,10 @@
 """Two processes that share a batch take the step that one process takes with all of it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
 from helpers.backbones import RELEASES, tiny  # noqa: E402
+from helpers.processes import torchrun  # noqa: E402
 
 import dat_ref.torch as dt  # noqa: E402
 
@@ -16,15 +13,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 # What `torchrun` runs. It reads a job {config, state, images, labels} and writes what rank 0 ends with.
-TRAIN = '''
+TRAIN = """
 import sys
 
 import torch
-from torch import distributed
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import dat_ref.torch as dt
+from dat_ref.torch.train import gathered
 
 
 def train(model, images, labels):
@@ -35,25 +32,23 @@ def train(model, images, labels):
         optimizer.step()
 
 
-def main():
-    distributed.init_process_group("gloo")
-    rank, world = distributed.get_rank(), distributed.get_world_size()
+def main(team):
     jobs, done = torch.load(sys.argv[1], weights_only=False), []
     for job in jobs:
-        torch.manual_seed(rank)  # every rank starts elsewhere; DDP spreads the state of rank 0
+        torch.manual_seed(team.rank)  # every process starts elsewhere; DDP spreads the state of the first
         model = dt.DAT(job["config"]).double()
-        if rank == 0:
+        if team.leads:
             model.load_state_dict(job["state"])
-        train(DistributedDataParallel(model), job["images"][rank::world], job["labels"][rank::world])
+        train(DistributedDataParallel(model), job["images"][team.rank::team.size], job["labels"][team.rank::team.size])
         done.append(model.state_dict())
-    if rank == 0:
-        torch.save({"world": world, "states": done}, sys.argv[2])
-    distributed.destroy_process_group()
+    if team.leads:
+        torch.save({"world": team.size, "states": done}, sys.argv[2])
 
 
 if __name__ == "__main__":
-    main()
-'''
+    with gathered() as team:
+        main(team)
+"""
 
 
 def job(release, seed):
@@ -74,17 +69,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     script.write_text(TRAIN)
     jobs = [job(release, seed) for seed, release in enumerate(RELEASES)]
     torch.save(jobs, jobs_file)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(script), str(jobs_file), str(done_file)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    torchrun(script, jobs_file, done_file)
     done = torch.load(done_file, weights_only=True)
     assert done["world"] == 2
 

@@ -1,0 +1,19 @@
+"""Several processes, as `torchrun` starts them, on the CPU wherever the tests run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def torchrun(*what, number=2):
+    """Run a script, or ``"-m"`` and a module, with its arguments in each of `number` processes; fail if one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    # Two processes cannot share one GPU, and what they compute is compared to the last digits.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *map(str, what)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
