@@ -23,8 +23,6 @@ from dat_ref.torch.train import Team, checkpoint, fit, loop  # noqa: E402
 from dat_ref.torch.train.log import rows  # noqa: E402
 from dat_ref.torch.train.mix import mix  # noqa: E402
 
-TESTS = Path(__file__).parent
-
 # ------------------------------------------------------------------------------------------------ cut weights
 
 CUT = """

@@ -1,4 +1,4 @@
-"""Several processes, as `torchrun` starts them, on the CPU wherever the tests run."""
+"""Two processes, as `torchrun` starts them, on the CPU wherever the tests run."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 
-def torchrun(*what, number=2):
-    """Run a script, or ``"-m"`` and a module, with its arguments in each of `number` processes; fail if one fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+def torchrun(*what):
+    """Run a script, or ``"-m"`` and a module, with its arguments in each of two processes; fail if one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # Two processes cannot share one GPU, and what they compute is compared to the last digits.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
