@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -12,10 +13,18 @@ from ._checks import ConfigError, check_divides
 from .conventions import Convention
 
 
+class _TanhPixels:
+    """`OffsetBound.TANH_PIXELS`, the deprecated name of ``TANH_CELLS``."""
+
+    def __get__(self, instance: OffsetBound | None, owner: type[OffsetBound]) -> OffsetBound:
+        warnings.warn("OffsetBound.TANH_PIXELS is deprecated, use TANH_CELLS", DeprecationWarning, stacklevel=2)
+        return owner.TANH_CELLS
+
+
 class OffsetBound(Enum):
     """How the offset network's raw output Δ moves a reference point p (all in normalised coordinates).
 
-    - ``TANH_PIXELS``: p + (s/2) · pitch · tanh(Δ): the point stays inside a region s key cells wide (the
+    - ``TANH_CELLS``: p + (s/2) · pitch · tanh(Δ): the point stays inside a region s key cells wide (the
       article's s·tanh).
     - ``TANH_COORDINATES``: tanh(p + Δ): the point stays inside the map (the 2022 code with a negative range).
     - ``CLAMP``: clamp(p + Δ, -1, 1): likewise, with zero gradient outside (the 2023 code with a negative range).
@@ -23,11 +32,19 @@ class OffsetBound(Enum):
     - ``NONE``: no offset network; the points are the reference points.
     """
 
-    TANH_PIXELS = "tanh_pixels"
+    TANH_CELLS = "tanh_cells"
     TANH_COORDINATES = "tanh_coordinates"
     CLAMP = "clamp"
     RAW = "raw"
     NONE = "none"
+    TANH_PIXELS = _TanhPixels()  # a descriptor, which `Enum` does not make a member
+
+    @classmethod
+    def _missing_(cls, value: object) -> OffsetBound | None:
+        if value == "tanh_pixels":
+            warnings.warn("the value 'tanh_pixels' is deprecated, use 'tanh_cells'", DeprecationWarning, stacklevel=4)
+            return cls.TANH_CELLS
+        return None
 
 
 class BiasKind(Enum):
@@ -66,7 +83,7 @@ class DeformableAttentionConfig:
         stride: r, map pixels per key cell.
         kernel_size: k of the offset network's depthwise convolution.
         offset_bound: how raw offsets become points, see `OffsetBound`.
-        offset_range: s of ``TANH_PIXELS``: the width, in key cells, of the region that a point can reach.
+        offset_range: s of ``TANH_CELLS``: the width, in key cells, of the region that a point can reach.
         bias: kind of position bias, see `BiasKind`.
         size: (H, W) of the map that a sized bias (``TABLE``, ``FIXED``) is built for.
         convention: coordinate convention.
@@ -83,7 +100,7 @@ class DeformableAttentionConfig:
     groups: int = 1
     stride: int = 1
     kernel_size: int = 5
-    offset_bound: OffsetBound = OffsetBound.TANH_PIXELS
+    offset_bound: OffsetBound = OffsetBound.TANH_CELLS
     offset_range: float = 2.0
     bias: BiasKind = BiasKind.TABLE
     size: tuple[int, int] | None = None
@@ -174,10 +191,10 @@ def _released_bound(factor: float, no_offset: bool, latest: bool) -> OffsetBound
     if no_offset:
         return OffsetBound.NONE
     if latest:
-        return OffsetBound.TANH_PIXELS if factor >= 0 else OffsetBound.CLAMP
+        return OffsetBound.TANH_CELLS if factor >= 0 else OffsetBound.CLAMP
     if factor == 0:
         return OffsetBound.RAW
-    return OffsetBound.TANH_PIXELS if factor > 0 else OffsetBound.TANH_COORDINATES
+    return OffsetBound.TANH_CELLS if factor > 0 else OffsetBound.TANH_COORDINATES
 
 
 def _released_bias(mapping: Mapping[str, Any], no_offset: bool, latest: bool) -> BiasKind:

@@ -276,7 +276,7 @@ def digits_config() -> DATConfig:
         groups=1,
         stride=2,
         kernel_size=5,
-        offset_bound=OffsetBound.TANH_PIXELS,
+        offset_bound=OffsetBound.TANH_CELLS,
         offset_range=2.0,
         size=(8, 8),
         convention=Convention.CELL_CENTER,

@@ -78,7 +78,7 @@ def bounded_px(raw, bound, s=2.0):
 #
 # | bound | point | used by |
 # |---|---|---|
-# | `TANH_PIXELS` | $\tilde p = p + \tfrac s2 \cdot \text{pitch} \cdot \tanh \Delta$ | the article; DAT with $s = 2$ |
+# | `TANH_CELLS` | $\tilde p = p + \tfrac s2 \cdot \text{pitch} \cdot \tanh \Delta$ | the article; DAT with $s = 2$ |
 # | `CLAMP` | $\tilde p = \min(1, \max(-1,\ p + \Delta))$ | DAT++ |
 # | `TANH_COORDINATES` | $\tilde p = \tanh(p + \Delta)$ | 2022 code, an option |
 # | `RAW` | $\tilde p = p + \Delta$ | 2022 code, an option |
@@ -92,7 +92,7 @@ KEYS = (2, 3)
 angle = np.linspace(0, 2 * np.pi, 241)
 circles = np.stack([np.sin(angle), np.cos(angle)], axis=-1)  # (241, 2), (Δy, Δx)
 fans = {}
-BOUNDS = (OffsetBound.TANH_PIXELS, OffsetBound.CLAMP, OffsetBound.TANH_COORDINATES, OffsetBound.RAW)
+BOUNDS = (OffsetBound.TANH_CELLS, OffsetBound.CLAMP, OffsetBound.TANH_COORDINATES, OffsetBound.RAW)
 figure, panels = plt.subplots(2, 2, figsize=(8.2, 6.0))
 for axes, bound in zip(panels.ravel(), BOUNDS):
     raw = np.stack([strength * circles for strength in (0.0, *STRENGTHS)]).reshape(-1, 1, 1, 1, 2)
@@ -108,7 +108,7 @@ plt.show()
 # %%
 reference_px = to_pixels(reference_points(KEYS, CONVENTION), SIZE, CONVENTION).reshape(6, 2)
 pitch = np.array([HEIGHT / 2, WIDTH / 3])
-assert (np.abs(fans[OffsetBound.TANH_PIXELS] - reference_px) < pitch).all()  # s = 2: one cell each way
+assert (np.abs(fans[OffsetBound.TANH_CELLS] - reference_px) < pitch).all()  # s = 2: one cell each way
 for bound in (OffsetBound.CLAMP, OffsetBound.TANH_COORDINATES):
     assert ((fans[bound] >= -0.5) & (fans[bound] <= np.array(SIZE) - 0.5)).all()
 assert (fans[OffsetBound.RAW] < -0.5).any()
@@ -148,7 +148,7 @@ def is_folded(mesh):
 figure, panels = plt.subplots(2, 2, figsize=(8.2, 5.7))
 folded = {}
 for axes, s in zip(panels.ravel(), (0.5, 1.0, 2.0, 4.0)):
-    net = bounded_px(raw, OffsetBound.TANH_PIXELS, s)[0, 0]
+    net = bounded_px(raw, OffsetBound.TANH_CELLS, s)[0, 0]
     folded[s] = is_folded(meshes(net))
     on_photo(axes, f"s = {s:g}: {folded[s].sum()} of {folded[s].size} folded")
     lines = [*net, *net.swapaxes(0, 1)]
@@ -160,7 +160,7 @@ plt.show()
 # %%
 hardest = 50 * rng.choice([-1.0, 1.0], size=(400, 1, *GRID, 2))  # tanh Δ = ±1
 for s in (0.5, 1.0):
-    net = bounded_px(hardest, OffsetBound.TANH_PIXELS, s)[:, 0]
+    net = bounded_px(hardest, OffsetBound.TANH_CELLS, s)[:, 0]
     above, below = net[:, :-1, :, 0].max(axis=2), net[:, 1:, :, 0].min(axis=2)  # of two rows of points
     left, right = net[:, :, :-1, 1].max(axis=1), net[:, :, 1:, 1].min(axis=1)  # of two columns
     assert (above <= below + 1e-9).all()

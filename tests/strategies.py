@@ -103,7 +103,7 @@ def layer_cases(
     stride = draw(st.sampled_from([stride for stride in strides if stride <= min(size)] or [1]))
     kernel = draw(st.sampled_from([3, 5, 1, 2, stride]))
     keys = key_grid_size(size, kernel, stride, convention)
-    if convention is Convention.DATPP2023 and 1 in keys and bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW):
+    if convention is Convention.DATPP2023 and 1 in keys and bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
         bound = OffsetBound.CLAMP
     pools = bound is OffsetBound.NONE and tuple(stride * count for count in keys) == size
     built = list(size)

@@ -169,10 +169,10 @@ def test_offsets_in_every_convention_and_bound(browser, picture):
             opened.page.locator(f'input[value="{convention.name}"]').check(force=True)
             state = opened.state()
             assert state["convention"] == convention.name
-            assert state["bound"] == ("CLAMP" if convention is Convention.DATPP2023 else "TANH_PIXELS")
+            assert state["bound"] == ("CLAMP" if convention is Convention.DATPP2023 else "TANH_CELLS")
             check_offsets(state, picture)
         assert any(0 in slope for slope in state["slopes"])  # held by the clamp
-        opened.page.locator('input[value="TANH_PIXELS"]').check(force=True)
+        opened.page.locator('input[value="TANH_CELLS"]').check(force=True)
         opened.page.locator("input[type=range]").focus()
         opened.press("ArrowRight", "ArrowRight", "ArrowRight")
         assert opened.state()["s"] == 3.5

@@ -114,7 +114,7 @@ def bound_cases(rng):
     # The way back: the raw offset of a point that can be reached, and the largest for one that cannot.
     wanted = rng.uniform(-2, 2)
     _, points = bound_offsets(
-        np.full_like(raw, wanted), reference, OffsetBound.TANH_PIXELS, offset_range=s, convention=convention
+        np.full_like(raw, wanted), reference, OffsetBound.TANH_CELLS, offset_range=s, convention=convention
     )
     for axis in range(2):
         there = (points[(0, 0, *key, axis)], reference[(*key, axis)], limit[axis], 3)

@@ -133,7 +133,7 @@ TINY_MAPS = [(1, 5), (5, 1), (1, 1), (2, 1), (1, 2)]
 @pytest.mark.parametrize("bound", list(OffsetBound), ids=lambda bound: bound.name)
 def test_maps_of_height_or_width_one(size, convention, bound):
     """Every bias on maps one pixel high or wide: shapes as always, every number finite, gradients too."""
-    if convention is PP and bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW):
+    if convention is PP and bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
         return  # refused, see test_offsets
     for bias in BiasKind:
         config = example_config(convention, offset_bound=bound, bias=bias, size=size)
@@ -258,7 +258,7 @@ def test_parameters_come_back_from_their_flat_names():
 def test_default_convention_is_cell_center():
     """New work starts with cell centers, a bounded offset and a table."""
     config = DeformableAttentionConfig(dim=4, heads=2, size=(3, 5))
-    assert (config.convention, config.offset_bound, config.bias) == (CC, OffsetBound.TANH_PIXELS, BiasKind.TABLE)
+    assert (config.convention, config.offset_bound, config.bias) == (CC, OffsetBound.TANH_CELLS, BiasKind.TABLE)
     layer = DeformableAttention(config, init_params(config, 0))
     assert layer(numbers(0, 1, 4, 9, 4, dtype=np.float32)).shape == (1, 4, 9, 4)
     assert replace(config, size=(9, 4)).size == (9, 4)

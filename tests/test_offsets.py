@@ -18,7 +18,7 @@ from dat_ref.ops.grid import reference_points
 from dat_ref.ops.offsets import bound_offsets, bound_offsets_vjp, offset_limit, share_at_bound
 from dat_ref.params import flatten, map_tree
 
-MOVING = [OffsetBound.TANH_PIXELS, OffsetBound.TANH_COORDINATES, OffsetBound.CLAMP, OffsetBound.RAW]
+MOVING = [OffsetBound.TANH_CELLS, OffsetBound.TANH_COORDINATES, OffsetBound.CLAMP, OffsetBound.RAW]
 
 
 def bounding(convention, offset_range=3.0):
@@ -38,9 +38,9 @@ def test_bounds_equal_scalar_formulas(convention, keys, bound, seed):
         assert_agree(points[b, g, i, j, axis], expected, 1e-13)
 
 
-@given(layer_cases(bounds=[OffsetBound.TANH_PIXELS], biases=[BiasKind.NONE]), st.sampled_from([1.0, 1e3]))
+@given(layer_cases(bounds=[OffsetBound.TANH_CELLS], biases=[BiasKind.NONE]), st.sampled_from([1.0, 1e3]))
 def test_tanh_keeps_points_within_half_the_range(case, gain):
-    """TANH_PIXELS: no point leaves the s × s key cells around its reference, counted in pixels of the map."""
+    """TANH_CELLS: no point leaves the s × s key cells around its reference, counted in pixels of the map."""
     params = case.params()
     params["offset_network"]["pointwise"]["weight"] *= gain
     _, trace = deformable_layer(case.x(), params, case.config)
@@ -75,7 +75,7 @@ def test_raw_offsets_are_added_as_they_are(case):
 def test_huge_offsets_reach_the_limit_and_not_beyond(convention, keys, seed):
     """tanh saturates at exactly (s/2) · pitch."""
     raw = 1e6 * numbers(seed, 2, 1, *keys, 2)
-    offsets, _ = bound_offsets(raw, reference_points(keys, convention), OffsetBound.TANH_PIXELS, **bounding(convention))
+    offsets, _ = bound_offsets(raw, reference_points(keys, convention), OffsetBound.TANH_CELLS, **bounding(convention))
     limit = offset_limit(3.0, keys, convention)
     assert_agree(np.abs(offsets), np.broadcast_to(limit, offsets.shape), 1e-15)
     spacing = reference_points(keys, convention)
@@ -92,7 +92,7 @@ def test_zero_activations_give_zero_offsets(case):
     _, trace = deformable_layer(case.x(), params, case.config)
     assert not trace.raw_offsets.any()
     assert not trace.offsets.any()
-    if case.config.offset_bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW):
+    if case.config.offset_bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
         np.testing.assert_array_equal(trace.points, trace.reference)
 
 
@@ -156,7 +156,7 @@ def test_a_single_key_of_the_2023_release_never_moves(bound):
     np.testing.assert_array_equal(moved, y)
 
 
-@pytest.mark.parametrize("bound", [OffsetBound.TANH_PIXELS, OffsetBound.RAW])
+@pytest.mark.parametrize("bound", [OffsetBound.TANH_CELLS, OffsetBound.RAW])
 def test_a_single_key_of_the_2023_release_needs_a_bound_on_coordinates(bound):
     """A bound on the offset alone is refused by name, with the way out, instead of the release's division by zero."""
     layer = example_config(Convention.DATPP2023, stride=7, kernel_size=7, offset_bound=bound, size=(7, 7))

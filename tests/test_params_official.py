@@ -139,11 +139,11 @@ def test_released_arguments_read_both_ways(name):
 @pytest.mark.parametrize(
     ("release", "factor", "no_off", "expected"),
     [
-        ("cvpr2022", 2, False, OffsetBound.TANH_PIXELS),
+        ("cvpr2022", 2, False, OffsetBound.TANH_CELLS),
         ("cvpr2022", 0, False, OffsetBound.RAW),
         ("cvpr2022", -1, False, OffsetBound.TANH_COORDINATES),
-        ("datpp2023", 2, False, OffsetBound.TANH_PIXELS),
-        ("datpp2023", 0, False, OffsetBound.TANH_PIXELS),
+        ("datpp2023", 2, False, OffsetBound.TANH_CELLS),
+        ("datpp2023", 0, False, OffsetBound.TANH_CELLS),
         ("datpp2023", -1, False, OffsetBound.CLAMP),
         ("cvpr2022", 2, True, OffsetBound.NONE),
         ("datpp2023", -1, True, OffsetBound.NONE),

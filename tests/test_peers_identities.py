@@ -94,7 +94,7 @@ def as_deformable(config, params, size, convention, start="offset network"):
         config.heads,
         config.heads,
         kernel_size=3,
-        offset_bound=OffsetBound.NONE if still else OffsetBound.TANH_PIXELS,
+        offset_bound=OffsetBound.NONE if still else OffsetBound.TANH_CELLS,
         bias=BiasKind.NONE if config.size is None else BiasKind.TABLE,
         size=size,
         convention=convention,

@@ -64,7 +64,7 @@ def test_per_query_points_that_differ_are_not_deformable_attention():
     assert np.abs(moved - right).max() > 0.01
 
 
-@given(layer_cases(biases=[BiasKind.NONE], bounds=[OffsetBound.RAW, OffsetBound.TANH_PIXELS]))
+@given(layer_cases(biases=[BiasKind.NONE], bounds=[OffsetBound.RAW, OffsetBound.TANH_CELLS]))
 def test_gradients_of_queries_points_add_up_to_the_shared_points(case):
     """Numerically: moving a shared point moves every query's copy of it."""
     config, params, x = case.config, case.params(), case.x()

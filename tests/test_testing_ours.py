@@ -70,7 +70,7 @@ def bounded_offsets(raw, offset_range, convention):
     options = {"offset_range": offset_range, "convention": convention}
     if convention.reference.gap and 1 in raw.shape[1:3]:
         raise NotImplementedError("a single key")
-    return functional.bound_offsets(raw[:, None], reference, OffsetBound.TANH_PIXELS, **options)[0][:, 0]
+    return functional.bound_offsets(raw[:, None], reference, OffsetBound.TANH_CELLS, **options)[0][:, 0]
 
 
 def reference_pixels(key_size, size, convention):

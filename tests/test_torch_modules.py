@@ -309,7 +309,7 @@ def test_block_is_the_spec_s(attention, mlp, perception, scale):
 
 
 def small_layer(convention=Convention.DATPP2023, **options):
-    bound = OffsetBound.CLAMP if convention is Convention.DATPP2023 else OffsetBound.TANH_PIXELS
+    bound = OffsetBound.CLAMP if convention is Convention.DATPP2023 else OffsetBound.TANH_CELLS
     config = DeformableAttentionConfig(
         dim=24, heads=6, groups=3, stride=2, offset_bound=bound, size=(14, 20), convention=convention
     )

@@ -69,7 +69,7 @@ def measure_range() -> Figures:
     as_wide = []
     for convention in Convention:
         per_unit = float(pixels_per_unit((SIDE, SIDE), convention)[0])
-        _, points = _extremes(convention, OffsetBound.TANH_PIXELS)
+        _, points = _extremes(convention, OffsetBound.TANH_CELLS)
         width = float((points[1] - points[0]).max()) * per_unit
         spacing = convention.reference.pitch(SIDE) * per_unit
         found[convention.name] = Figure(width, f"{convention.name}: width for s = 2", "pixels", digits=4)
@@ -95,7 +95,7 @@ def judge_range(figures: Figures) -> Verdict:
     """Holds if s counts spacings of the key grid; read as normalised coordinates, the region exceeds the map."""
     if figures["as_wide"].value != _names(list(Convention)):
         return REFUTED
-    if float(figures["literal"].value) <= RANGE and OffsetBound.TANH_PIXELS.name in str(figures["latest"].value):
+    if float(figures["literal"].value) <= RANGE and OffsetBound.TANH_CELLS.name in str(figures["latest"].value):
         return HOLDS
     return holds_if("s counts spacings of the key grid, and there is a tanh (DAT++ as released has none)")
 
@@ -117,13 +117,13 @@ def measure_table() -> Figures:
     found: dict[str, Figure] = {}
     bounds = {
         "fixed": (OffsetBound.NONE, "no offsets"),
-        "tanh": (OffsetBound.TANH_PIXELS, "s·tanh with s = 2"),
+        "tanh": (OffsetBound.TANH_CELLS, "s·tanh with s = 2"),
         "clamp": (OffsetBound.CLAMP, "clamped to [-1, 1]"),
     }
     for key, (bound, words) in bounds.items():
         covered = [convention for convention in Convention if _covered(convention, bound)]
         found[key] = Figure(_names(covered), f"covered: {words}")
-    _, points = _extremes(Convention.PAPER, OffsetBound.TANH_PIXELS)
+    _, points = _extremes(Convention.PAPER, OffsetBound.TANH_CELLS)
     positions = table_positions(
         points.reshape(2, 1, -1, 2), (2 * SIDE - 1, 2 * SIDE - 1), (SIDE, SIDE), Convention.PAPER
     )

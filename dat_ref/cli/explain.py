@@ -136,7 +136,7 @@ def _cell_of(query: tuple[float, float], photo: Cell, map_size: Cell) -> Cell:
 
 def _bound_px(config: DeformableAttentionConfig, trace: LayerTrace) -> tuple[float, float] | None:
     """Return the largest offset component in pixels, for bounds on the offset itself."""
-    if config.offset_bound is not OffsetBound.TANH_PIXELS:
+    if config.offset_bound is not OffsetBound.TANH_CELLS:
         return None
     limit = offset_limit(config.offset_range, trace.points.shape[2:4], config.convention)
     y, x = limit * pixels_per_unit(trace.x.shape[2:], config.convention)

@@ -120,7 +120,7 @@ def _points_memory(tape: Tape, batch: int, size: Size, keys: int, config: Deform
         tape.step("offset network", samples, samples)  # layer norm
         tape.step("offset network", samples, samples)  # GELU
     # The offsets are numbers of their own, or those that the network put out.
-    own = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_PIXELS)
+    own = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_CELLS)
     tape.step("offset network", coordinates * (4 if own else 3))  # network's output, offsets, points, points in pixels
     tape.step("offset network", 2 * 2 * keys)  # the reference, normalised and in pixels
 

@@ -86,7 +86,7 @@ def offset_network_macs(
 
 
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> Array:
-    """Return the largest offset of ``TANH_PIXELS`` on each axis, normalised: (s/2) · pitch of the key grid, (2,).
+    """Return the largest offset of ``TANH_CELLS`` on each axis, normalised: (s/2) · pitch of the key grid, (2,).
 
     In pixels that is s/2 key cells: an s × s region around each reference point.
     """
@@ -102,22 +102,22 @@ def bound_offsets(
         raw: Δ (B, G, Hk, Wk, 2), the network's output.
         reference: p (Hk, Wk, 2), normalised.
         bound: see `OffsetBound`.
-        offset_range: s, the width in key cells of the region that ``TANH_PIXELS`` leaves to a point.
+        offset_range: s, the width in key cells of the region that ``TANH_CELLS`` leaves to a point.
 
     Returns:
         (offsets, points), both (B, G, Hk, Wk, 2), normalised. `offsets` is what is added to the reference:
-        bounded already for ``TANH_PIXELS``, raw where the bound acts on the sum.
+        bounded already for ``TANH_CELLS``, raw where the bound acts on the sum.
 
     Raises:
         ConfigError: if a reference is infinite (a single key under ``DATPP2023``) and the bound cannot bring it back.
     """
     reference = reference.astype(raw.dtype)
-    if bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW) and not np.isfinite(reference).all():
+    if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW) and not np.isfinite(reference).all():
         raise ConfigError(
             f"offset_bound: {convention.name} puts a single key at infinity (the release divides by zero), and only a "
             f"bound on coordinates brings it back, got {bound.name}; use a smaller stride or another convention"
         )
-    if bound is OffsetBound.TANH_PIXELS:
+    if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention).astype(raw.dtype)
         offsets = limit * np.tanh(raw)
         return offsets, reference + offsets
@@ -145,7 +145,7 @@ def bound_offsets_vjp(
     it holds on the border do not learn to leave it.
     """
     reference = reference.astype(raw.dtype)
-    if bound is OffsetBound.TANH_PIXELS:
+    if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention).astype(raw.dtype)
         return cotangent * limit * (1 - np.square(np.tanh(raw)))
     if bound is OffsetBound.TANH_COORDINATES:
@@ -162,7 +162,7 @@ def share_at_bound(
 ) -> float:
     """Return the share of offset components that the bound holds: beyond 99 % of a tanh's limit, or clamped."""
     reference = reference.astype(offsets.dtype)
-    if bound is OffsetBound.TANH_PIXELS:
+    if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention)
         held = np.abs(offsets) >= 0.99 * limit if offset_range else np.zeros(offsets.shape, dtype=bool)
     elif bound is OffsetBound.TANH_COORDINATES:

@@ -222,7 +222,7 @@ def strips(title: str, cells: int, points_of: Callable[[Convention], Rows], note
 def sampled_px(length: int, keys: int, convention: Convention) -> list[float]:
     """Pixel that each key of an axis samples with zero offset, under the convention's own bound."""
     reference = reference_points((keys, keys), convention)
-    bound = RELEASED_BOUND.get(convention, OffsetBound.TANH_PIXELS)
+    bound = RELEASED_BOUND.get(convention, OffsetBound.TANH_CELLS)
     raw = np.zeros((1, 1, keys, keys, 2))
     points = bound_offsets(raw, reference, bound, offset_range=2, convention=convention)[1]
     return _plain(to_pixels(points, (length, length), convention)[0, 0, :, 0, 0])

@@ -48,7 +48,7 @@ def bounded(model: DATConfig) -> DATConfig:
             return block
         geometry = {
             "convention": Convention.CELL_CENTER,
-            "offset_bound": OffsetBound.TANH_PIXELS,
+            "offset_bound": OffsetBound.TANH_CELLS,
             "offset_range": 2.0,
         }
         return replace(block, attention=replace(block.attention, **geometry))

@@ -71,7 +71,7 @@ def place(query: Tensor, params: Tree, config: DeformableAttentionConfig, keys: 
     windows = F.conv2d(windows, kernel["weight"], kernel["bias"], config.stride, groups=config.group_dim)
     raw = pointwise(F.gelu(channel_norm(windows, **network["norm"])), network["pointwise"]["weight"])
     raw = raw.reshape(batch, groups, 2, *keys).permute(0, 1, 3, 4, 2)
-    if config.offset_bound is OffsetBound.TANH_PIXELS:
+    if config.offset_bound is OffsetBound.TANH_CELLS:
         limit = [geometry.offset_range(name, count, config.offset_range) for count in keys]
         return reference + torch.tanh(raw) * torch.tensor(limit, dtype=raw.dtype)
     moved = reference + raw

@@ -8,7 +8,7 @@ g runs over groups of channels; heads of one group share its points; keys and va
 
 config: a dict with these keys (others are not read)
     heads, groups (1), stride (1), kernel_size (5), convention ("cell_center"), average_pool (False),
-    offset_bound ("tanh_pixels" | "tanh_coordinates" | "clamp" | "raw" | "none"), offset_range (2.0),
+    offset_bound ("tanh_cells" | "tanh_coordinates" | "clamp" | "raw" | "none"), offset_range (2.0),
     bias ("table" | "fixed" | "log_cpb" | "depthwise" | "none"), bias_resolution ("fractions" | "pixels")
 params: {"query" | "key" | "value" | "output": {"weight" (C, C), "bias" (C,)},
          "offset_network": {"depthwise": {"weight" (C/G, 1, k, k), "bias"}, "norm": {"weight", "bias"},
@@ -30,7 +30,7 @@ from .sampling import bilinear_channels
 
 DEFAULTS: Tree = {
     "groups": 1, "stride": 1, "kernel_size": 5, "convention": "cell_center", "average_pool": False,
-    "offset_bound": "tanh_pixels", "offset_range": 2.0, "bias": "table", "bias_resolution": "fractions",
+    "offset_bound": "tanh_cells", "offset_range": 2.0, "bias": "table", "bias_resolution": "fractions",
 }
 
 
@@ -106,7 +106,7 @@ def bound(ref: float, raw: float, n_keys: int, config: Tree) -> float:
         return min(max(ref + raw, -1.0), 1.0)
     if math.isinf(ref):
         raise ValueError("a single key's 2023 reference is infinite; only a clamp or tanh makes it finite")
-    if kind == "tanh_pixels":
+    if kind == "tanh_cells":
         return ref + math.tanh(raw) * offset_range(convention, n_keys, config["offset_range"])
     if kind in ("raw", "none"):
         return ref + raw

@@ -65,8 +65,8 @@ def offset_bound(release: str, factor: float, no_off: bool) -> str:
     if no_off:
         return "none"
     if release == "cvpr2022":
-        return "tanh_pixels" if factor > 0 else "raw" if factor == 0 else "tanh_coordinates"
-    return "tanh_pixels" if factor >= 0 else "clamp"
+        return "tanh_cells" if factor > 0 else "raw" if factor == 0 else "tanh_coordinates"
+    return "tanh_cells" if factor >= 0 else "clamp"
 
 
 def bias_kind(arguments: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "groups": 1,
     "stride": 1,
     "kernel_size": 3,
-    "offset_bound": "tanh_pixels",
+    "offset_bound": "tanh_cells",
     "offset_range": 2.0,
 }
 
@@ -59,7 +59,7 @@ WEIGHTS = "\n".join(
 OPTIONS = "\n".join(
     [
         "dict of heads, groups, stride, kernel_size, offset_range,",
-        "offset_bound ('tanh_pixels', 'clamp' or 'tanh_coordinates')",
+        "offset_bound ('tanh_cells', 'clamp' or 'tanh_coordinates')",
     ]
 )
 

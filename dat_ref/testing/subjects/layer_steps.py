@@ -136,7 +136,7 @@ def bounded_by(change: Any) -> Function:
             raw: Array, reference: Array, kind: OffsetBound, *, offset_range: float, convention: Convention
         ) -> tuple[Array, Array]:
             options = {"offset_range": offset_range, "convention": convention}
-            if kind is not OffsetBound.TANH_PIXELS:
+            if kind is not OffsetBound.TANH_CELLS:
                 return right(raw, reference, kind, **options)
             pitch = np.array([convention.reference.pitch(count) for count in raw.shape[2:4]], dtype=raw.dtype)
             offsets = change(raw, raw.dtype.type(offset_range / 2) * pitch)

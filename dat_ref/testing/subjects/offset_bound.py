@@ -35,7 +35,7 @@ def bounded_offsets_vjp(cotangent: Array, raw: Array, offset_range: float, conve
 
 def _bounding(raw: Array) -> tuple[Array, OffsetBound]:
     """A reference that does not matter (offsets are asked for, not points), and the bound."""
-    return np.zeros((*raw.shape[1:3], 2)), OffsetBound.TANH_PIXELS
+    return np.zeros((*raw.shape[1:3], 2)), OffsetBound.TANH_CELLS
 
 
 # ------------------------------------------------------------------------------------------------ cases

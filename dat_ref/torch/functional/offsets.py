@@ -69,7 +69,7 @@ def offset_network(
 
 
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> tuple[float, float]:
-    """Return the largest offset of ``TANH_PIXELS`` on each axis, normalised: (s/2) · pitch of the key grid."""
+    """Return the largest offset of ``TANH_CELLS`` on each axis, normalised: (s/2) · pitch of the key grid."""
     gap = convention.value.reference.gap
     return offset_range / max(key_size[0] - gap, 1), offset_range / max(key_size[1] - gap, 1)
 
@@ -83,7 +83,7 @@ def bound_offsets(
         raw: Δ (B, G, Hk, Wk, 2), the network's output.
         reference: p (Hk, Wk, 2), normalised.
         bound: see `OffsetBound`.
-        offset_range: s, the width in key cells of the region that ``TANH_PIXELS`` leaves to a point.
+        offset_range: s, the width in key cells of the region that ``TANH_CELLS`` leaves to a point.
 
     Returns:
         (offsets, points), both (B, G, Hk, Wk, 2), normalised.
@@ -93,9 +93,9 @@ def bound_offsets(
     """
     reference = reference.to(raw.dtype)
     key_size = (reference.shape[0], reference.shape[1])
-    if bound in (OffsetBound.TANH_PIXELS, OffsetBound.RAW):
+    if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
         _check_finite(key_size, bound, convention)
-    if bound is OffsetBound.TANH_PIXELS:
+    if bound is OffsetBound.TANH_CELLS:
         limit_y, limit_x = offset_limit(offset_range, key_size, convention)
         y, x = torch.tanh(raw).unbind(-1)
         offsets = torch.stack((limit_y * y, limit_x * x), dim=-1)

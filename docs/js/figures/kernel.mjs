@@ -66,14 +66,14 @@ export function places([rows, columns]) {
 
 // ------------------------------------------------------------------------------------------------ offsets
 
-/** The largest normalised offset under TANH_PIXELS: s/2 key cells. */
+/** The largest normalised offset under TANH_CELLS: s/2 key cells. */
 export function offsetLimit(range, keys, convention) {
   return (range / 2) * pitch(convention.reference, keys);
 }
 
 /** p̃ from p and the raw offset Δ on one axis, all normalised; `limit` is that of `offsetLimit`. */
 export function boundPoint(raw, reference, bound, limit) {
-  if (bound === "TANH_PIXELS") return reference + limit * Math.tanh(raw);
+  if (bound === "TANH_CELLS") return reference + limit * Math.tanh(raw);
   if (bound === "TANH_COORDINATES") return Math.tanh(reference + raw);
   if (bound === "CLAMP") return clip(reference + raw, -1, 1);
   if (bound === "RAW") return reference + raw;
@@ -82,13 +82,13 @@ export function boundPoint(raw, reference, bound, limit) {
 
 /** ∂p̃/∂Δ on one axis. */
 export function boundSlope(raw, reference, bound, limit) {
-  if (bound === "TANH_PIXELS") return limit * (1 - Math.tanh(raw) ** 2);
+  if (bound === "TANH_CELLS") return limit * (1 - Math.tanh(raw) ** 2);
   if (bound === "TANH_COORDINATES") return 1 - Math.tanh(reference + raw) ** 2;
   if (bound === "CLAMP") return Math.abs(reference + raw) <= 1 ? 1 : 0;
   return bound === "RAW" ? 1 : 0;
 }
 
-/** The raw offset, at most `largest`, that brings a point under TANH_PIXELS as near to `point` as s lets it. */
+/** The raw offset, at most `largest`, that brings a point under TANH_CELLS as near to `point` as s lets it. */
 export function rawTowards(point, reference, limit, largest) {
   const share = clip((point - reference) / limit, -1, 1);
   return clip(Math.atanh(share), -largest, largest);

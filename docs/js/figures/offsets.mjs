@@ -26,7 +26,7 @@ const MARGIN = 36; // around the photograph, for points that leave it
 const LARGEST = 3; // of a raw offset that a drag can ask for: tanh 3 is 0.995
 const CHANNELS = [0, 1, 2].map((channel) => PHOTO.pixels.filter((_, n) => n % 3 === channel));
 const NAMES = { CELL_CENTER: "cell center", PAPER: "paper", CVPR2022: "code 2022", DATPP2023: "code 2023" };
-const RELEASED = { CELL_CENTER: "TANH_PIXELS", PAPER: "TANH_PIXELS", CVPR2022: "TANH_PIXELS", DATPP2023: "CLAMP" };
+const RELEASED = { CELL_CENTER: "TANH_CELLS", PAPER: "TANH_CELLS", CVPR2022: "TANH_CELLS", DATPP2023: "CLAMP" };
 
 /** What an offset network might put out, [y, x] for each key, as functions of where the key lies in the grid. */
 const EYES = [
@@ -96,7 +96,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
     bound: choice({
       label: "bound",
       options: [
-        ["TANH_PIXELS", "tanh, s/2 cells"],
+        ["TANH_CELLS", "tanh, s/2 cells"],
         ["CLAMP", "clamp to the map"],
       ],
       value: state.bound,
@@ -262,7 +262,7 @@ function drawOffsets(lines, { references, points, limit }, { bound, chosen }) {
     return svg("circle", { class: "live-start", cx, cy, r: 2.2 });
   });
   const reach = svg("rect", { class: "live-leash" });
-  if (bound === "TANH_PIXELS") {
+  if (bound === "TANH_CELLS") {
     const [y, x] = spotOf(references[chosen].map((place, axis) => place - limit[axis]));
     set(reach, { x, y, width: 2 * limit[1] * UNIT, height: 2 * limit[0] * UNIT });
   } else set(reach, { x: MARGIN, y: MARGIN, width: SIZE[1] * UNIT, height: SIZE[0] * UNIT });

@@ -1,0 +1,27 @@
+"""Deprecated names: kept for one version, with a warning that names the new one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def deprecated_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that resolves its old names.
+
+    Args:
+        module: the module's own ``__name__``.
+        names: old name → new name in the same module, or ``"package.module:name"`` where the object has moved.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        owner, _, new = names[name].rpartition(":")
+        owner = owner or module
+        warnings.warn(f"{module}.{name} is deprecated, use {owner}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(owner), new)
+
+    return __getattr__
