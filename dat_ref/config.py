@@ -404,62 +404,62 @@ def _released_stage(
     """Return the blocks of stage `index`, whose map has `size` at the built image size."""
     latest = release == "datpp2023"
 
-    def of_stage(name: str, default: Any) -> Any:
+    def stage_option(name: str, default: Any) -> Any:
         return mapping[name][index] if name in mapping else default
 
     dim, heads = mapping["dims"][index], mapping["heads"][index]
     rates = (mapping.get("attn_drop_rate", 0.0), mapping.get("drop_rate", 0.0))
-    drops = dict(zip(("attention_dropout", "projection_dropout"), rates))
+    dropouts = dict(zip(("attention_dropout", "projection_dropout"), rates))
     window = mapping["window_sizes"][index]
 
     def attention(letter: str) -> AttentionConfig:
         if letter == "L":
-            return WindowAttentionConfig(dim, heads, window, **drops)
+            return WindowAttentionConfig(dim, heads, window, **dropouts)
         if letter == "S":
-            return WindowAttentionConfig(dim, heads, window, shift=math.ceil(window / 2), **drops)
+            return WindowAttentionConfig(dim, heads, window, shift=math.ceil(window / 2), **dropouts)
         if letter == "N":
-            return NeighborhoodAttentionConfig(dim, heads, mapping["nat_ksizes"][index], small_map="pad", **drops)
+            return NeighborhoodAttentionConfig(dim, heads, mapping["nat_ksizes"][index], small_map="pad", **dropouts)
         if letter == "D":
             layer = {
                 "q_size": size,
                 "n_heads": heads,
                 "n_head_channels": dim // heads,
                 "n_groups": mapping["groups"][index],
-                "attn_drop": drops["attention_dropout"],
-                "proj_drop": drops["projection_dropout"],
+                "attn_drop": dropouts["attention_dropout"],
+                "proj_drop": dropouts["projection_dropout"],
                 "stride": mapping["strides"][index],
                 "offset_range_factor": mapping["offset_range_factor"][index],
                 "use_pe": mapping["use_pes"][index],
                 "dwc_pe": mapping["dwc_pes"][index],
-                "no_off": of_stage("no_offs", False),
-                "fixed_pe": of_stage("fixed_pes", False),
+                "no_off": stage_option("no_offs", False),
+                "fixed_pe": stage_option("fixed_pes", False),
                 "stage_idx": index,
-                "ksize": of_stage("ksizes", (9, 7, 5, 3)[index % 4]),
-                "log_cpb": of_stage("log_cpb", False),
+                "ksize": stage_option("ksizes", (9, 7, 5, 3)[index % 4]),
+                "log_cpb": stage_option("log_cpb", False),
             }
             return DeformableAttentionConfig.from_official(layer, release=release)
         raise ConfigError(f"stage_spec: expected the letters L, S, N or D, got {letter!r} in stage {index + 1}")
 
     mlp: MLPKind = "linear"
-    if of_stage("use_dwc_mlps", False):
+    if stage_option("use_dwc_mlps", False):
         mlp = "depthwise_residual" if latest else "depthwise"
-    layer_scale = of_stage("layer_scale_values", -1.0)
+    layer_scale = stage_option("layer_scale_values", -1.0)
     return tuple(
         BlockConfig(
             attention=attention(letter),
             mlp=mlp,
             mlp_ratio=mapping.get("expansion", 4),
-            local_perception=of_stage("use_lpus", False),
+            local_perception=stage_option("use_lpus", False),
             layer_scale=layer_scale if layer_scale > 0 else None,
         )
         for letter in mapping["stage_spec"][index]
     )
 
 
-def _require(what: str, mapping: Mapping[str, Any], names: Sequence[str]) -> None:
+def _require(class_name: str, mapping: Mapping[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in mapping]
     if missing:
-        raise ConfigError(f"mapping: expected the released arguments of {what}, missing {', '.join(missing)}")
+        raise ConfigError(f"mapping: expected the released arguments of {class_name}, missing {', '.join(missing)}")
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

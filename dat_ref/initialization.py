@@ -44,41 +44,41 @@ def init_params(
     """
     rng = np.random.default_rng(seed)
     if not isinstance(config, DATConfig):
-        params = _first_values(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
-        _start(params, config, rng)
+        params = _init_tree(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
+        _init_special(params, config, rng)
         return params
-    params = _first_values(rng, dat_shapes(config), (), offsets, dtype)
+    params = _init_tree(rng, dat_shapes(config), (), offsets, dtype)
     for blocks, stage in zip(config.stages, params["stages"], strict=True):
         for block, block_params in zip(blocks, stage["blocks"], strict=True):
-            _start(block_params["attention"], block.attention, rng)
+            _init_special(block_params["attention"], block.attention, rng)
             for name in ("layer_scale1", "layer_scale2"):
                 if name in block_params:
                     block_params[name]["weight"][:] = block.layer_scale
     return params
 
 
-def _start(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
+def _init_special(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
     """Set what an attention starts from by a rule of its own, in place."""
-    start = ATTENTIONS[type(config)].start
-    if start is not None:
-        start(params, config, rng)
+    init = ATTENTIONS[type(config)].start
+    if init is not None:
+        init(params, config, rng)
 
 
-def _first_values(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:
+def _init_tree(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:
     if isinstance(tree, list):
-        return [_first_values(rng, branch, path, offsets, dtype) for branch in tree]
+        return [_init_tree(rng, branch, path, offsets, dtype) for branch in tree]
     fan_in = int(np.prod(tree["weight"][1:])) if "weight" in tree else 0
     return {
         name: (
-            _first_values(rng, leaf, (*path, name), offsets, dtype)
+            _init_tree(rng, leaf, (*path, name), offsets, dtype)
             if isinstance(leaf, (Mapping, list))
-            else _first_leaf(rng, leaf, name, path, fan_in, offsets).astype(dtype)
+            else _init_leaf(rng, leaf, name, path, fan_in, offsets).astype(dtype)
         )
         for name, leaf in tree.items()
     }
 
 
-def _first_leaf(
+def _init_leaf(
     rng: np.random.Generator, shape: tuple[int, ...], name: str, path: tuple[str, ...], fan_in: int, offsets: Init
 ) -> Array:
     module = path[-1] if path else ""

@@ -97,7 +97,7 @@ def test_tiles_of_any_size_make_the_same(core, budget):
     """Parts of rows, single keys, heads and groups, runs of images."""
     inputs, geometry = core
     with pytest.MonkeyPatch.context() as patch:
-        for tiles in (blockwise.FORWARD_TILE, blockwise.BACKWARD_TILE, torch_attention._LOGITS_AT_ONCE):
+        for tiles in (blockwise.FORWARD_MAX_LOGITS, blockwise.BACKWARD_MAX_LOGITS, torch_attention._MAX_LOGITS):
             patch.setitem(tiles, "cpu", budget)
         for backend in ("blockwise", "matmul"):
             assert_core(inputs, geometry, backend)
@@ -250,11 +250,11 @@ def wrong_kernels():
     """Return sets of kernels with a mistake each; the gradients are those of the wrong output unless named."""
 
     def of_table(change):
-        def forward(q, k, v, base, table, **geometry):
-            return blockwise.deformable_forward(q, k, v, base, change(table), **geometry)
+        def forward(q, k, v, origin, table, **geometry):
+            return blockwise.deformable_forward(q, k, v, origin, change(table), **geometry)
 
-        def backward(grad_out, q, k, v, base, table, out, lse, **geometry):
-            grads = blockwise.deformable_backward(grad_out, q, k, v, base, change(table), out, lse, **geometry)
+        def backward(grad_out, q, k, v, origin, table, out, lse, **geometry):
+            grads = blockwise.deformable_backward(grad_out, q, k, v, origin, change(table), out, lse, **geometry)
             return (*grads[:4], change(grads[4]))
 
         return SimpleNamespace(deformable_forward=forward, deformable_backward=backward)
@@ -267,8 +267,8 @@ def wrong_kernels():
 
         return SimpleNamespace(deformable_forward=blockwise.deformable_forward, deformable_backward=backward)
 
-    def unfinished(q, k, v, base, table, **geometry):
-        out, lse = blockwise.deformable_forward(q, k, v, base, table, **geometry)
+    def unfinished(q, k, v, origin, table, **geometry):
+        out, lse = blockwise.deformable_forward(q, k, v, origin, table, **geometry)
         left = torch.empty_like(out)
         left[:, :, :-1] = out[:, :, :-1]
         return left, lse
@@ -288,7 +288,7 @@ def wrong_kernels():
 @pytest.mark.parametrize("name", wrong_kernels())
 def test_wrong_kernels_are_rejected(name, monkeypatch):
     register_kernels("wrong", lambda: wrong_kernels()[name])
-    wrong = replace(registry._BACKENDS["blockwise"], name="wrong", run=torch_attention.attention_by("wrong"))
+    wrong = replace(registry._BACKENDS["blockwise"], name="wrong", run=torch_attention.kernel_backend("wrong"))
     monkeypatch.setitem(registry._BACKENDS, "wrong", wrong)
     inputs, geometry = one_core()
     assert_core(inputs, geometry, "blockwise")
@@ -329,13 +329,13 @@ def peak_bytes(backend, size, monkeypatch):
         return torch_peak_bytes(run)
     # Inside an operation of ours nothing is counted: so the kernels themselves.
     functions = blockwise if backend == "blockwise" else kernels.load(backend)
-    base, step = functional.table_lookup(points.detach(), tuple(table.shape[1:]), **geometry)
+    origin, step = functional.table_index(points.detach(), tuple(table.shape[1:]), **geometry)
     where = {"query_size": size, "step": step, "scale": 0.5}
 
     def run_kernels():
         with torch.no_grad():
-            out, lse = functions.deformable_forward(q, k, v, base, table, **where)
-            functions.deformable_backward(out, q, k, v, base, table, out, lse, **where, deterministic=False)
+            out, lse = functions.deformable_forward(q, k, v, origin, table, **where)
+            functions.deformable_backward(out, q, k, v, origin, table, out, lse, **where, deterministic=False)
 
     return torch_peak_bytes(run_kernels)
 
@@ -343,7 +343,7 @@ def peak_bytes(backend, size, monkeypatch):
 @pytest.mark.parametrize("backend", ["eager", *FUSED])
 def test_memory_grows_with_the_queries_and_not_with_their_square(backend, monkeypatch):
     """Four times the queries and keys take four times the bytes, not sixteen times."""
-    for tiles in (blockwise.FORWARD_TILE, blockwise.BACKWARD_TILE):
+    for tiles in (blockwise.FORWARD_MAX_LOGITS, blockwise.BACKWARD_MAX_LOGITS):
         monkeypatch.setitem(tiles, "cpu", 1 << 14)
     small, large = (peak_bytes(backend, size, monkeypatch) for size in ((20, 26), (40, 52)))
     growth = large / small

@@ -27,7 +27,7 @@ SIZE = (4, 5)
 def backends_as_they_were(monkeypatch):
     """Let each test register backends of its own, and hear each message anew."""
     before = dict(registry._BACKENDS)
-    monkeypatch.setattr(registry, "_TOLD", set())
+    monkeypatch.setattr(registry, "_WARNED", set())
     yield
     registry._BACKENDS.clear()
     registry._BACKENDS.update(before)
@@ -54,8 +54,8 @@ def attend(*args, backend="auto", convention=Convention.CVPR2022, **options):
 
 def arguments(kernels_name, dtype=torch.float64):
     q, k, v, points, table = leaves(dtype)
-    base, step = functional.table_lookup(points, (7, 9), SIZE, Convention.CVPR2022)
-    return q, k, v, base.detach().requires_grad_(), table, SIZE, *step, 0.5, kernels_name, False
+    origin, step = functional.table_index(points, (7, 9), SIZE, Convention.CVPR2022)
+    return q, k, v, origin.detach().requires_grad_(), table, SIZE, *step, 0.5, kernels_name, False
 
 
 @pytest.mark.filterwarnings("default")
@@ -84,7 +84,7 @@ def test_autocast_leaves_geometry_alone(backend, monkeypatch):
 
     class Spy:
         def deformable_forward(self, *tensors, **geometry):
-            seen.update(zip(("q", "k", "v", "base", "table"), (each.dtype for each in tensors), strict=True))
+            seen.update(zip(("q", "k", "v", "origin", "table"), (each.dtype for each in tensors), strict=True))
             return functions.deformable_forward(*tensors, **geometry)
 
         deformable_backward = staticmethod(functions.deformable_backward)
@@ -95,7 +95,7 @@ def test_autocast_leaves_geometry_alone(backend, monkeypatch):
         output = attend(*args, backend=backend)
     assert output.dtype is torch.bfloat16
     narrow = dict.fromkeys(("q", "k", "v"), torch.bfloat16)
-    assert seen == narrow | dict.fromkeys(("base", "table"), torch.float32)
+    assert seen == narrow | dict.fromkeys(("origin", "table"), torch.float32)
     output.float().sum().backward()
     assert {each.grad.dtype for each in args} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -133,7 +133,7 @@ def run_plain(case):
 @each_fused
 def test_pieces_of_work_do_not_show(backend, monkeypatch):
     """A few logits at a time, or bands of a few rows, or one thread: the same numbers."""
-    monkeypatch.setattr(neighborhood_tiles, "_LOGITS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(neighborhood_tiles, "_MAX_LOGITS", {"cpu": 1})
     check(backend, Case((19, 13), 5, batch=3))
     case = Case((40, 6), 7, heads=1, depth=4)
     threads, results = torch.get_num_threads(), []
@@ -208,7 +208,7 @@ def test_gradients_are_those_of_differences(backend):
 
 @each_fused
 def test_second_derivatives_come_from_plain_operations(backend):
-    functional.registry._TOLD.clear()
+    functional.registry._WARNED.clear()
 
     def second(name):
         qkv, table = (tensor(array) for array in Case().arrays()[:2])
@@ -391,7 +391,7 @@ def test_auto_takes_the_kernels_where_they_can_serve():
 @each_fused
 def test_a_backend_that_cannot_serve_says_why_and_another_one_does(backend):
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
-    functional.registry._TOLD.clear()
+    functional.registry._WARNED.clear()
     with pytest.warns(BackendWarning, match=f"backend='{backend}' cannot serve: it has no dropout.*'matmul' does"):
         y, _ = functional.neighborhood_attention(qkv, table, scale=1.0, dropout=0.5, backend=backend)
     assert y.isfinite().all()
@@ -445,13 +445,13 @@ def test_products_are_vector_instructions():
         pytest.skip("reads x86 assembler")
     import numba
 
-    from dat_ref.torch.kernels.cpu.neighbors import _dots
-    from dat_ref.torch.kernels.cpu.quads import LANES
-    from dat_ref.torch.kernels.cpu.vectors import filled, store
+    from dat_ref.torch.kernels.cpu.lane_shuffles import LANES
+    from dat_ref.torch.kernels.cpu.neighborhood_kernels import _dots
+    from dat_ref.torch.kernels.cpu.vectors import broadcast, store
 
     @numba.njit(fastmath={"contract"})
     def probe(numbers, pixel):
-        zero = filled(numbers[0] - numbers[0], LANES)
+        zero = broadcast(numbers[0] - numbers[0], LANES)
         store(numbers, 0, _dots(numbers, numbers, LANES, pixel, zero))
 
     array = np.ones(64 * LANES, np.float32)
@@ -468,12 +468,12 @@ def test_code_on_disk_is_told_apart():
     import subprocess
     import sys
 
-    from dat_ref.torch.kernels.cpu import deformable, launch, neighbors
+    from dat_ref.torch.kernels.cpu import deformable, launch, neighborhood_kernels
 
     program = """
 import torch
-from dat_ref.torch.kernels.cpu import deformable, launch, neighbors
-for module in (neighbors, deformable):
+from dat_ref.torch.kernels.cpu import deformable, launch, neighborhood_kernels
+for module in (neighborhood_kernels, deformable):
     for dtype in (torch.float64, torch.float32):
         print(launch.record_type(module.FIELDS, dtype)._code)
 """
@@ -481,7 +481,7 @@ for module in (neighbors, deformable):
     records = [
         launch.record_type(module.FIELDS, dtype)
         for dtype in (torch.float32, torch.float64)
-        for module in (deformable, neighbors)
+        for module in (deformable, neighborhood_kernels)
     ]
     assert {record._code for record in records} == {int(line) for line in printed.split()}
     assert len({str(record.mangling_args) for record in records}) == 4
@@ -526,7 +526,7 @@ def test_checker_rejects_a_window_that_does_not_slide(monkeypatch):
     """At the border keys would be lost instead."""
     right = neighborhood_tiles.first_key
     check("blockwise", Case())
-    monkeypatch.setattr(neighborhood_tiles, "first_key", lambda query, length, seen: right(query + 1, length, seen))
+    monkeypatch.setattr(neighborhood_tiles, "first_key", lambda query, length, keys: right(query + 1, length, keys))
     assert rejects(lambda: check("blockwise", Case()))
 
 

@@ -16,16 +16,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from helpers.processes import torchrun  # noqa: E402
-from helpers.runs import RECIPE, Noise, run, tiny_model, two_processes  # noqa: E402
+from helpers.runs import CONFIG, Noise, run, tiny_model, two_processes  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dat_ref import CheckpointError, ConfigError  # noqa: E402
-from dat_ref.recipe import PRESETS, Recipe, preset  # noqa: E402
 from dat_ref.torch import create_model  # noqa: E402
 from dat_ref.torch.train import checkpoint, evaluate, fit, loop, optimizer  # noqa: E402
-from dat_ref.torch.train.evaluate import losses, right  # noqa: E402
-from dat_ref.torch.train.log import rows  # noqa: E402
+from dat_ref.torch.train.evaluate import correct_predictions, per_sample_loss  # noqa: E402
+from dat_ref.torch.train.log import read_rows  # noqa: E402
 from dat_ref.train import scheduled_rate  # noqa: E402
+from dat_ref.train_config import PRESETS, TrainConfig, preset  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -91,15 +91,15 @@ def stopped_after(folder, last):
         run(folder, on_step=stop)
 
 
-@pytest.mark.parametrize("forgotten", ["chance", "optimizer", "average", "epoch"])
+@pytest.mark.parametrize("forgotten", ["chance", "optimizer", "ema", "epoch"])
 def test_what_is_forgotten_on_the_way_is_noticed(forgotten, tmp_path, whole, monkeypatch):
     stopped_after(tmp_path, 5)
     if forgotten == "chance":  # goes on with whatever numbers torch has
-        monkeypatch.setattr(loop, "_mixed", lambda *numbers: 5)
+        monkeypatch.setattr(loop, "_derive_seed", lambda *numbers: 5)
     elif forgotten == "epoch":
         monkeypatch.setattr(Noise, "set_epoch", lambda self, epoch: None)
     else:
-        name = {"optimizer": torch.optim.AdamW, "average": optimizer.Average}[forgotten]
+        name = {"optimizer": torch.optim.AdamW, "ema": optimizer.ModelEma}[forgotten]
         monkeypatch.setattr(name, "load_state_dict" if forgotten == "optimizer" else "load", lambda self, state: None)
     assert not is_that_run(tmp_path, run(tmp_path), whole)
 
@@ -108,7 +108,7 @@ def test_a_line_of_the_log_that_was_cut_short_is_written_again(tmp_path, whole):
     stopped_after(tmp_path, 4)
     path = tmp_path / "log.csv"
     path.write_text(path.read_text(encoding="utf-8") + "5,1,0.12", encoding="utf-8")
-    assert [row["step"] for row in rows(path)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3, 4]
     assert is_that_run(tmp_path, run(tmp_path), whole)
 
 
@@ -138,7 +138,7 @@ def damaged(place, how):
 @pytest.mark.parametrize("how", ["cut", "empty", "flipped", "other"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(how, tmp_path, whole):
     stopped_after(tmp_path, 5)
-    before, last = checkpoint.saved(tmp_path)
+    before, last = checkpoint.list_checkpoints(tmp_path)
     damaged(last, how)
     with pytest.warns(UserWarning, match=rf"{last.name}: damaged or cut short.*the one before it is used"):
         result = run(tmp_path)
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(how, tmp_pat
 
 def test_nothing_is_begun_anew_over_damaged_checkpoints(tmp_path):
     stopped_after(tmp_path, 5)
-    for place in checkpoint.saved(tmp_path):
+    for place in checkpoint.list_checkpoints(tmp_path):
         damaged(place, "cut")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match=r"none of its 2 .* is whole"):
         run(tmp_path)
@@ -162,15 +162,18 @@ class Evil:
 def test_a_checkpoint_is_never_executed(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": Evil()})
     with pytest.raises(Exception, match="Weights only load failed"):
-        checkpoint.latest(tmp_path)
+        checkpoint.load_latest(tmp_path)
 
 
 def test_the_last_two_are_kept(tmp_path):
     for step in (2, 5, 30, 100):
         assert checkpoint.save(tmp_path, step, {"step": step})
-    assert [place.name for place in checkpoint.saved(tmp_path)] == ["step-00000030.ckpt", "step-00000100.ckpt"]
-    assert checkpoint.latest(tmp_path) == {"step": 100}
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert [place.name for place in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-00000030.ckpt",
+        "step-00000100.ckpt",
+    ]
+    assert checkpoint.load_latest(tmp_path) == {"step": 100}
+    assert checkpoint.load_latest(tmp_path / "none") is None
 
 
 def test_a_disk_that_is_full_loses_nothing(tmp_path):
@@ -184,32 +187,32 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [each.name for each in tmp_path.iterdir()] == ["step-00000001.ckpt"]
-    assert torch.equal(checkpoint.latest(tmp_path)["weights"], torch.ones(5))
+    assert torch.equal(checkpoint.load_latest(tmp_path)["weights"], torch.ones(5))
 
 
 def test_a_run_goes_on_while_the_disk_is_full(tmp_path, whole, monkeypatch):
-    write = checkpoint.write
+    write = checkpoint.write_atomic
 
     def full(place, *parts):
         if place.suffix == ".ckpt" and not place.name.endswith("2.ckpt"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(place, *parts)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         result = run(tmp_path)
     assert is_that_run(tmp_path, result, whole)
     monkeypatch.undo()
-    assert checkpoint.latest(tmp_path)["step"] == 2
+    assert checkpoint.load_latest(tmp_path)["step"] == 2
     assert is_that_run(tmp_path, run(tmp_path), whole)
 
 
-def test_another_recipe_is_refused_and_what_differs_named(tmp_path):
+def test_another_config_is_refused_and_what_differs_named(tmp_path):
     stopped_after(tmp_path, 5)
-    other = replace(RECIPE, learning_rate=2e-3, epochs=4, workers=1)
+    other = replace(CONFIG, learning_rate=2e-3, epochs=4, workers=1)
     with pytest.raises(ConfigError) as error:
         run(tmp_path, other)
-    assert "another recipe (there, here): epochs: 3, 4; learning_rate: 0.001, 0.002" in str(error.value)
+    assert "another config (there, here): epochs: 3, 4; learning_rate: 0.001, 0.002" in str(error.value)
     assert "workers" not in str(error.value)
 
 
@@ -218,7 +221,7 @@ def test_another_recipe_is_refused_and_what_differs_named(tmp_path):
 
 def in_two_processes(folder):
     torchrun("-m", "helpers.runs", folder)
-    return torch.load(folder / "left.pt"), rows(folder / "log.csv")
+    return torch.load(folder / "left.pt"), read_rows(folder / "log.csv")
 
 
 def test_two_processes_are_one(tmp_path, monkeypatch):
@@ -226,7 +229,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     left, log = in_two_processes(tmp_path)
     (tmp_path / "one").mkdir()
     two_processes(tmp_path / "one")
-    expected, expected_log = torch.load(tmp_path / "one" / "left.pt"), rows(tmp_path / "one" / "log.csv")
+    expected, expected_log = torch.load(tmp_path / "one" / "left.pt"), read_rows(tmp_path / "one" / "log.csv")
     assert left["images"] == expected["images"] == 7
     assert len(log) == 6
     for row, other in zip(log, expected_log, strict=True):
@@ -234,15 +237,15 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(left["weights"][name], weight, rtol=1e-10, atol=1e-12)
     # A mean over what each process has, and not over all, is another run.
-    monkeypatch.setattr(loop, "losses", lambda *arguments: losses(*arguments) * 3 / len(arguments[0]))
+    monkeypatch.setattr(loop, "per_sample_loss", lambda *arguments: per_sample_loss(*arguments) * 3 / len(arguments[0]))
     (tmp_path / "wrong").mkdir()
     two_processes(tmp_path / "wrong")
-    assert rows(tmp_path / "wrong" / "log.csv")[3]["loss"] != pytest.approx(log[3]["loss"], rel=1e-3)
+    assert read_rows(tmp_path / "wrong" / "log.csv")[3]["loss"] != pytest.approx(log[3]["loss"], rel=1e-3)
 
 
 def test_every_image_is_looked_at_once_an_epoch(tmp_path):
     data, held_out = Noise(), Noise(7)
-    fit(RECIPE, data, held_out, tmp_path, model=tiny_model(), quiet=True)
+    fit(CONFIG, data, held_out, tmp_path, model=tiny_model(), quiet=True)
     epochs = [data.asked[start : start + 11] for start in (0, 11, 22)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -272,9 +275,9 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_a_step_is_adamw_with_clipping_and_average(tmp_path):
     """The same steps by plain formulas on every parameter."""
-    recipe = replace(RECIPE, epochs=1, drop_path=0.0, clip=0.1, label_smoothing=0.1, learning_rate=1e-2)
+    config = replace(CONFIG, epochs=1, drop_path=0.0, clip=0.1, label_smoothing=0.1, learning_rate=1e-2)
     data = Noise()
-    result = fit(recipe, data, Noise(7), tmp_path, model=tiny_model(), quiet=True)
+    result = fit(config, data, Noise(7), tmp_path, model=tiny_model(), quiet=True)
     model = tiny_model()
     leaves = dict(model.named_parameters())
     first, second, mean = ({name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in range(3))
@@ -307,14 +310,14 @@ def test_losses_and_answers():
     logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
     one, several = torch.tensor([0, 2]), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     expected = [math.log(sum(map(math.exp, row))) - row[label] for row, label in zip(logits.tolist(), one, strict=True)]
-    np.testing.assert_allclose(losses(logits, one), expected, rtol=1e-6)
+    np.testing.assert_allclose(per_sample_loss(logits, one), expected, rtol=1e-6)
     cells = [
         [math.log1p(math.exp(-x if y else x)) for x, y in zip(*rows, strict=True)]
         for rows in ((logits[0], several[0]), (logits[1], several[1]))
     ]
-    np.testing.assert_allclose(losses(logits, several), np.mean(cells, axis=1), rtol=1e-6)
-    assert right(logits, one).tolist() == [True, False]
-    assert right(logits, several).tolist() == [True, False]
+    np.testing.assert_allclose(per_sample_loss(logits, several), np.mean(cells, axis=1), rtol=1e-6)
+    assert correct_predictions(logits, one).tolist() == [True, False]
+    assert correct_predictions(logits, several).tolist() == [True, False]
 
 
 def test_evaluation_leaves_the_model_as_it_was():
@@ -331,19 +334,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0: the loss is nan"):
-        fit(RECIPE, Noise(), Noise(7), tmp_path, model=model, quiet=True)
+        fit(CONFIG, Noise(), Noise(7), tmp_path, model=model, quiet=True)
     with pytest.raises(ConfigError, match="data: expected images, got 0 to train on and 7 held out"):
-        fit(RECIPE, Noise(0), Noise(7), tmp_path, model=model, quiet=True)
+        fit(CONFIG, Noise(0), Noise(7), tmp_path, model=model, quiet=True)
 
 
 def test_half_precision_and_checkpointing_train_too(tmp_path):
-    plain = run(tmp_path / "plain", replace(RECIPE, epochs=1, drop_path=0.0))
-    half = run(tmp_path / "half", replace(RECIPE, epochs=1, drop_path=0.0, amp="bfloat16"))
+    plain = run(tmp_path / "plain", replace(CONFIG, epochs=1, drop_path=0.0))
+    half = run(tmp_path / "half", replace(CONFIG, epochs=1, drop_path=0.0, amp="bfloat16"))
     assert half.scores.loss == pytest.approx(plain.scores.loss, rel=0.05)
     assert half.scores.loss != plain.scores.loss
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------------ configs
 
 
 @pytest.mark.parametrize(
@@ -360,16 +363,16 @@ def test_half_precision_and_checkpointing_train_too(tmp_path):
         ({"amp": "float8"}, "amp: expected one of none, bfloat16, float16, got 'float8'"),
     ],
 )
-def test_recipes_that_cannot_be(changes, message):
+def test_configs_that_cannot_be(changes, message):
     with pytest.raises(ConfigError, match=message):
-        Recipe(**changes)
+        TrainConfig(**changes)
 
 
-def test_recipes_are_data():
-    for recipe in PRESETS.values():
-        assert Recipe.from_json(recipe.to_json()) == recipe
-    with pytest.raises(ConfigError, match="recipe: unknown fields colour"):
-        Recipe.from_json('{"colour": 1}')
+def test_configs_are_data():
+    for config in PRESETS.values():
+        assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="train config: unknown fields colour"):
+        TrainConfig.from_json('{"colour": 1}')
     with pytest.raises(ConfigError, match="preset: expected one of laptop, released, got 'fast'"):
         preset("fast")
     assert preset("released").epochs == 300

@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from helpers.runs import RECIPE, Noise, run, tiny_model  # noqa: E402
+from helpers.runs import CONFIG, Noise, run, tiny_model  # noqa: E402
 
-from dat_ref.torch.train import Scores, Team, evaluate, fit, loop  # noqa: E402
+from dat_ref.torch.train import DistributedContext, Scores, evaluate, fit, loop  # noqa: E402
 
 ACCURACIES = (0.5, 0.9, 0.7)  # of three epochs: the second is the best
 
@@ -24,11 +24,11 @@ def kept(folder):
 
 
 def test_best_is_the_average_that_was_evaluated(tmp_path, monkeypatch):
-    recipe = replace(RECIPE, epochs=1, ema=0.9)
-    result = fit(recipe, Noise(), Noise(7), tmp_path / "right", model=tiny_model(), quiet=True)
+    config = replace(CONFIG, epochs=1, ema=0.9)
+    result = fit(config, Noise(), Noise(7), tmp_path / "right", model=tiny_model(), quiet=True)
     assert evaluate(kept(tmp_path / "right"), Noise(7)).loss == pytest.approx(result.scores.loss, rel=1e-6)
-    monkeypatch.setattr(loop._Run, "averaged", lambda self: nullcontext())  # the last weights, not their average
-    fit(recipe, Noise(), Noise(7), tmp_path / "wrong", model=tiny_model(), quiet=True)
+    monkeypatch.setattr(loop._Run, "ema_weights", lambda self: nullcontext())  # the last weights, not their average
+    fit(config, Noise(), Noise(7), tmp_path / "wrong", model=tiny_model(), quiet=True)
     assert evaluate(kept(tmp_path / "wrong"), Noise(7)).loss != pytest.approx(result.scores.loss, rel=1e-4)
 
 
@@ -63,15 +63,19 @@ def test_a_best_that_is_forgotten_is_noticed(tmp_path, monkeypatch):
 def drawn(folder, monkeypatch):
     """Return the first number that each step draws."""
     numbers = []
-    monkeypatch.setattr(loop, "mix", lambda images, *alphas: numbers.append(float(torch.rand(()))) or (images, 1.0))
-    run(folder, replace(RECIPE, epochs=1))
+    monkeypatch.setattr(
+        loop, "mix_batch", lambda images, *alphas: numbers.append(float(torch.rand(()))) or (images, 1.0)
+    )
+    run(folder, replace(CONFIG, epochs=1))
     return numbers
 
 
 def test_each_step_draws_its_own_numbers(tmp_path, monkeypatch):
     assert len(set(drawn(tmp_path / "right", monkeypatch))) == 3
-    mixed = loop._mixed  # of the seed and the process alone, without the step
-    monkeypatch.setattr(loop, "_mixed", lambda *numbers: mixed(numbers[0], numbers[-1]) if len(numbers) > 2 else 0)
+    derive_seed = loop._derive_seed  # of the seed and the process alone, without the step
+    monkeypatch.setattr(
+        loop, "_derive_seed", lambda *numbers: derive_seed(numbers[0], numbers[-1]) if len(numbers) > 2 else 0
+    )
     assert len(set(drawn(tmp_path / "wrong", monkeypatch))) == 1
 
 
@@ -98,20 +102,22 @@ def test_the_scale_of_half_precision_is_gone_on_with(forgotten, tmp_path, monkey
         if step == 3:
             raise KeyboardInterrupt
 
-    recipe = replace(RECIPE, amp="float16")
+    config = replace(CONFIG, amp="float16")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, recipe, on_step=stop)
+        run(tmp_path, config, on_step=stop)
     before = len(scales)
-    run(tmp_path, recipe)
+    run(tmp_path, config)
     assert (scales[before] == 64.0) is not forgotten
 
 
 def test_an_image_that_stands_in_for_none_counts_nowhere(monkeypatch):
     """Of one image the second of two processes has none; it takes one so as to take part."""
     found = []
-    monkeypatch.setattr(Team, "total", lambda self, sums: found.append(sums.tolist()) or sums + 1)
-    evaluate(tiny_model(), Noise(1), team=Team(0, 2))
-    evaluate(tiny_model(), Noise(1), team=Team(1, 2))
+    monkeypatch.setattr(
+        DistributedContext, "all_reduce_sum", lambda self, sums: found.append(sums.tolist()) or sums + 1
+    )
+    evaluate(tiny_model(), Noise(1), context=DistributedContext(0, 2))
+    evaluate(tiny_model(), Noise(1), context=DistributedContext(1, 2))
     assert found[0][0] > 0
     assert found[0][2] == 1
     assert found[1] == [0, 0, 0]

@@ -13,15 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from helpers.processes import torchrun  # noqa: E402
-from helpers.runs import RECIPE, Noise, run, tiny_model, two_processes  # noqa: E402
+from helpers.runs import CONFIG, Noise, run, tiny_model, two_processes  # noqa: E402
 from torch import nn  # noqa: E402
 
 from dat_ref import ConfigError  # noqa: E402
 from dat_ref.cli import main  # noqa: E402
-from dat_ref.recipe import Recipe  # noqa: E402
-from dat_ref.torch.train import Team, checkpoint, fit, loop  # noqa: E402
-from dat_ref.torch.train.log import rows  # noqa: E402
-from dat_ref.torch.train.mix import mix  # noqa: E402
+from dat_ref.torch.train import DistributedContext, checkpoint, fit, loop  # noqa: E402
+from dat_ref.torch.train.log import read_rows  # noqa: E402
+from dat_ref.torch.train.mixup import mix_batch  # noqa: E402
+from dat_ref.train_config import TrainConfig  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ cut weights
 
@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 from dataclasses import replace
 from helpers import runs
-from dat_ref.torch.train import evaluate, fit, gathered
-from dat_ref.torch.train.shard import _is_cut
+from dat_ref.torch.train import evaluate, fit, init_distributed
+from dat_ref.torch.train.sharding import _is_sharded
 import torch
 
 class Stop(Exception):
@@ -43,21 +43,22 @@ def stop(step, loss):
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-recipe = runs.TWICE
-with gathered() as team:
+config = runs.TWICE
+with init_distributed() as context:
     data = runs.Noise(11, torch.float64), runs.Noise(7, torch.float64)
-    team = runs.Team(team.rank, team.size)
+    context = runs.DistributedContext(context.rank, context.world_size)
     for cut, on_step in ((True, stop), (True, None)):
         model = runs.tiny_model(dtype=torch.float64)
         with torch.no_grad():
-            model.head.weight += team.rank  # the first process's weights are everyone's
+            model.head.weight += context.rank  # the first process's weights are everyone's
         try:
-            result = fit(replace(recipe, shard=cut), *data, folder, model=model, team=team, quiet=True, on_step=on_step)
+            options = {"model": model, "context": context, "quiet": True, "on_step": on_step}
+            result = fit(replace(config, shard=cut), *data, folder, **options)
         except Stop:
             pass
-    assert evaluate(result.model, runs.Noise(1, torch.float64), team=team).images == 1  # one process has none
+    assert evaluate(result.model, runs.Noise(1, torch.float64), context=context).images == 1  # one process has none
     leaves = list(result.model.parameters())
-    assert all(_is_cut(leaf) for leaf in leaves)
+    assert all(_is_sharded(leaf) for leaf in leaves)
     assert sum(leaf.to_local().numel() for leaf in leaves) < 0.8 * sum(leaf.numel() for leaf in leaves)
 """
 
@@ -74,9 +75,9 @@ def test_a_run_with_cut_weights_that_was_stopped_is_that_of_one_process(tmp_path
     in_two_processes(CUT, folder)
     one.mkdir()
     two_processes(one)
-    for row, other in zip(rows(folder / "log.csv"), rows(one / "log.csv"), strict=True):
+    for row, other in zip(read_rows(folder / "log.csv"), read_rows(one / "log.csv"), strict=True):
         assert row == pytest.approx(other, rel=1e-12)
-    ours, theirs = checkpoint.latest(folder), checkpoint.latest(one)
+    ours, theirs = checkpoint.load_latest(folder), checkpoint.load_latest(one)
     assert_same_state(ours, theirs)
     two_processes(folder)  # finished already: loads, and evaluates
     ours["optimizer"]["state"][0]["exp_avg_sq"] *= 1.001
@@ -88,21 +89,21 @@ LATE = """
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from dat_ref.torch.train import gathered
+from dat_ref.torch.train import init_distributed
 
-with gathered() as team:
-    mesh = init_device_mesh("cpu", (team.size,))  # keeps the group, as cut weights do
+with init_distributed() as context:
+    mesh = init_device_mesh("cpu", (context.world_size,))  # keeps the group, as cut weights do
     distributed.all_reduce(torch.ones(1 << 16), async_op=True)  # still under way when the processes part
 """
 
 
 def test_processes_part_without_a_crash_while_tensors_are_still_held(tmp_path):
-    """Without the time to let go, two of three such runs abort: see `gathered`."""
+    """Without the time to let go, two of three such runs abort: see `init_distributed`."""
     in_two_processes(LATE, tmp_path / "late")
 
 
 def assert_same_state(ours, theirs):
-    for part in ("model", "average"):
+    for part in ("model", "ema"):
         torch.testing.assert_close(ours[part], dict(theirs[part]), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=1e-9, atol=1e-12)
 
@@ -111,11 +112,11 @@ def test_processes_that_see_different_checkpoints_are_told(tmp_path, monkeypatch
     """As on machines that do not share a disk: here the other process is at the start."""
     with pytest.raises(RuntimeError, match="stop"):
         run(tmp_path, on_step=_stop_at_three)
-    monkeypatch.setattr(Team, "total", lambda self, values: values)
-    monkeypatch.setattr(Team, "spread", lambda self, model: None)
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda self, values: values)
+    monkeypatch.setattr(DistributedContext, "broadcast", lambda self, model: None)
     monkeypatch.setattr(loop.nn.parallel, "DistributedDataParallel", lambda model, devices: model)
     with pytest.raises(ConfigError, match="one folder for all processes, and they see different checkpoints"):
-        run(tmp_path, team=Team(0, 2))
+        run(tmp_path, context=DistributedContext(0, 2))
 
 
 def _stop_at_three(step, loss):
@@ -131,7 +132,7 @@ def test_a_model_of_ones_own_trains_and_keeps_its_best(tmp_path):
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
-    fit(replace(RECIPE, ema=0.0, epochs=1), Noise(), Noise(7), tmp_path, model=model, quiet=True)
+    fit(replace(CONFIG, ema=0.0, epochs=1), Noise(), Noise(7), tmp_path, model=model, quiet=True)
     kept = load_file(tmp_path / "best.safetensors")
     assert kept.keys() == model.state_dict().keys()
     assert all(torch.equal(kept[name], leaf) for name, leaf in model.state_dict().items())
@@ -149,12 +150,12 @@ def test_a_run_is_not_gone_on_with_on_other_data(change, message, tmp_path):
     data = Noise()
     vars(data).update(change)
     with pytest.raises(ConfigError, match=f"other data .there, here.: {message}"):
-        fit(RECIPE, data, Noise(7), tmp_path, model=tiny_model(0.4), quiet=True)
+        fit(CONFIG, data, Noise(7), tmp_path, model=tiny_model(0.4), quiet=True)
 
 
-def test_nothing_is_written_for_a_recipe_that_cannot_be(tmp_path):
+def test_nothing_is_written_for_a_config_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="unknown model 'dat_nanoo'"):
-        fit(Recipe(model="dat_nanoo"), Noise(), Noise(7), tmp_path / "none", quiet=True)
+        fit(TrainConfig(model="dat_nanoo"), Noise(), Noise(7), tmp_path / "none", quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,9 +194,9 @@ def test_best_is_what_is_on_disk(tmp_path, monkeypatch):
 def test_other_ways_to_run_are_the_same_run(changes, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # minutes, were it real
-    recipe = replace(RECIPE, epochs=1, drop_path=0.0)
+    config = replace(CONFIG, epochs=1, drop_path=0.0)
     results = []
-    for name, each in (("plain", recipe), ("other", replace(recipe, **changes))):
+    for name, each in (("plain", config), ("other", replace(config, **changes))):
         model = tiny_model()
         model.set_grad_checkpointing(each.grad_checkpointing)
         results.append(fit(each, Noise(), Noise(7), tmp_path / name, model=model, quiet=True).scores.loss)
@@ -219,7 +220,7 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     run(tmp_path, tensorboard=True)
     assert written.pop() == "closed"
-    expected = [(name, row[name], row["step"]) for row in rows(tmp_path / "log.csv") for name in list(row)[2:]]
+    expected = [(name, row[name], row["step"]) for row in read_rows(tmp_path / "log.csv") for name in list(row)[2:]]
     assert written == expected
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
@@ -233,7 +234,7 @@ def test_mixup_blends_an_image_and_its_target_in_the_same_share():
     torch.manual_seed(0)
     images, shares = torch.randn(4, 3, 8, 8), []
     for _ in range(400):
-        mixed, share = mix(images, 0.8, 0.0)
+        mixed, share = mix_batch(images, 0.8, 0.0)
         torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 2, 1, 0]])
         shares.append(share)
     assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
@@ -244,7 +245,7 @@ def test_cutmix_pastes_a_box_and_keeps_the_share_of_the_rest():
     torch.manual_seed(0)
     own = torch.stack([torch.zeros(3, 16, 24), torch.ones(3, 16, 24)])
     for _ in range(100):
-        mixed, share = mix(own, 0.0, 1.0)
+        mixed, share = mix_batch(own, 0.0, 1.0)
         assert mixed[0].mean() == pytest.approx(1 - share)
         torch.testing.assert_close(mixed[1], 1 - mixed[0])
         rows, columns = mixed[0, 0].any(1), mixed[0, 0].any(0)
@@ -255,25 +256,25 @@ def test_cutmix_pastes_a_box_and_keeps_the_share_of_the_rest():
 def test_a_coin_decides_between_the_two_and_without_both_nothing_is_drawn():
     torch.manual_seed(0)
     images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
-    blended = [0 < float(mix(images, 1.0, 1.0)[0][0, 0, 0, 0]) < 1 for _ in range(200)]
+    blended = [0 < float(mix_batch(images, 1.0, 1.0)[0][0, 0, 0, 0]) < 1 for _ in range(200)]
     assert np.mean(blended) == pytest.approx(0.5, abs=0.1)
     state = torch.get_rng_state()
-    assert mix(images, 0.0, 0.0) == (images, 1.0)
+    assert mix_batch(images, 0.0, 0.0) == (images, 1.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_loss_of_a_mixed_step_is_that_of_mixed_targets(several, tmp_path, monkeypatch):
     """By the definition, with targets that are shares; softmax and multi-hot."""
-    monkeypatch.setattr(loop, "mix", lambda images, mixup, cutmix: (images, 0.7))
+    monkeypatch.setattr(loop, "mix_batch", lambda images, mixup, cutmix: (images, 0.7))
     data = Noise()
     if several:
         data = [(Noise()[n][0], torch.tensor([n % 2, 1, n % 3 == 0]).float()) for n in range(4)]
         data = type("Several", (list,), {"classes": "abc", "multi": True, "set_epoch": lambda self, epoch: None})(data)
-    recipe = replace(RECIPE, epochs=1, drop_path=0.0, label_smoothing=0.1, batch_size=len(data))
+    config = replace(CONFIG, epochs=1, drop_path=0.0, label_smoothing=0.1, batch_size=len(data))
     losses = []
-    fit(recipe, data, data, tmp_path, model=tiny_model(), quiet=True, on_step=lambda step, loss: losses.append(loss))
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(loop._mixed(0, 0))).tolist()
+    fit(config, data, data, tmp_path, model=tiny_model(), quiet=True, on_step=lambda step, loss: losses.append(loss))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(loop._derive_seed(0, 0))).tolist()
     images, targets = (torch.stack(each) for each in zip(*(data[number] for number in order), strict=True))
     logits = tiny_model()(images).double()
     targets = targets.double() if several else nn.functional.one_hot(targets, 3).double()
@@ -287,11 +288,11 @@ def test_the_loss_of_a_mixed_step_is_that_of_mixed_targets(several, tmp_path, mo
 
 
 def test_a_run_that_mixes_is_gone_on_with_exactly(tmp_path):
-    recipe = replace(RECIPE, mixup=0.8, cutmix=1.0)
-    run(tmp_path / "whole", recipe)
+    config = replace(CONFIG, mixup=0.8, cutmix=1.0)
+    run(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="stop"):
-        run(tmp_path / "two", recipe, on_step=_stop_at_three)
-    run(tmp_path / "two", recipe)
+        run(tmp_path / "two", config, on_step=_stop_at_three)
+    run(tmp_path / "two", config)
     run(tmp_path / "plain")
     whole, two, plain = ((tmp_path / name / "log.csv").read_bytes() for name in ("whole", "two", "plain"))
     assert whole == two != plain
@@ -325,7 +326,7 @@ def trained(pictures, tmp_path_factory):
 
 def test_evaluate_repeats_what_train_said(trained, capsys):
     assert main(["evaluate", str(trained / "best.safetensors")]) == 0
-    last = rows(trained / "log.csv")[-1]
+    last = read_rows(trained / "log.csv")[-1]
     expected = f"held out, 6 images: {100 * last['held_out_accuracy']:.1f} % right, loss {last['held_out_loss']:.4f}\n"
     assert capsys.readouterr().out == expected
 
@@ -351,10 +352,10 @@ def test_evaluate_on_another_folder_needs_its_val_alone(trained, pictures, tmp_p
         (["--task", "why"], "task: expected one of which, which_all, where, count, got 'why'"),
         (["--attention", "foo"], "attention: unknown kind 'foo'"),
         (["--threads", "0"], "--threads: expected 1 or more, got 0"),
-        (["--recipe", "{folder}/none.json"], "none.json: No such file or directory"),
-        (["--recipe", "{folder}/typed.json"], "epochs: expected int, got '3'"),
-        (["--recipe", "{folder}/list.json"], "recipe: expected a JSON object of fields, got a list"),
-        (["--recipe", "{folder}/text.json"], "recipe: expected JSON, got what is none"),
+        (["--config", "{folder}/none.json"], "none.json: No such file or directory"),
+        (["--config", "{folder}/typed.json"], "epochs: expected int, got '3'"),
+        (["--config", "{folder}/list.json"], "train config: expected a JSON object of fields, got a list"),
+        (["--config", "{folder}/text.json"], "train config: expected JSON, got what is none"),
         (["--data", "{folder}/none"], "expected a folder with a folder for each class, and there is none"),
         (["--amp", "float16", "--shard"], "amp: expected none or bfloat16 with shard"),
     ],
@@ -374,7 +375,7 @@ def test_training_that_cannot_be_exits_with_2_and_leaves_nothing(options, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["{folder}/none.safetensors"], "recipe.json"),
+        (["{folder}/none.safetensors"], "train_config.json"),
         (["{trained}/best.safetensors", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
         (["{trained}/log.csv"], "log.csv"),
         (["{trained}/log.csv", "--data", "{folder}"], "log.csv: cannot be read"),

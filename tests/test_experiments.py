@@ -155,10 +155,10 @@ def test_the_twin_differs_in_its_offsets_alone():
     from dat_ref.cli.scene import card
     from dat_ref.experiments import twin
     from dat_ref.presets import config
-    from dat_ref.recipe import Recipe
     from dat_ref.torch.train.loop import build_model
+    from dat_ref.train_config import TrainConfig
 
-    recipe = Recipe.from_mapping(card()["recipe"])
+    recipe = TrainConfig.from_mapping(card()["recipe"])
     ours, other = build_model(recipe, 8), twin.twin(recipe, 8)
     assert ours.config == config("dat_nano", num_classes=8)
     first, still = ours.state_dict(), other.state_dict()

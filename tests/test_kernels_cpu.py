@@ -13,10 +13,10 @@ import torch
 
 from dat_ref import Convention
 from dat_ref.ops.attention import deformable_attention, deformable_attention_vjp
-from dat_ref.torch.functional.bias import table_lookup
+from dat_ref.torch.functional.bias import table_index
 from dat_ref.torch.kernels import cpu
-from dat_ref.torch.kernels.cpu import bias, deformable, launch, neighborhood, plan, tiles, vectors
-from dat_ref.torch.kernels.cpu.tiles import LANES, ROW
+from dat_ref.torch.kernels.cpu import bias, deformable, launch, neighborhood, tiles, tiling, vectors
+from dat_ref.torch.kernels.cpu.tiles import BLOCK_M, TILE_STRIDE
 from dat_ref.torch.kernels.cpu.vectors import NARROW, PAIR
 
 
@@ -33,12 +33,12 @@ def example(batch=1, heads=2, groups=1, size=(5, 7), samples=9, depth=6, dtype=t
     data["points"] = (1.2 * torch.randn(batch, groups, samples, 2, generator=rng, dtype=torch.float64)).to(dtype)
     table_size = (2 * size[0] - 1, 2 * size[1] - 1)
     data["table"] = torch.randn(heads, *table_size, generator=rng, dtype=torch.float64).to(dtype)
-    data["base"], step = table_lookup(data["points"], table_size, size, convention)
+    data["origin"], step = table_index(data["points"], table_size, size, convention)
     return data, {"query_size": size, "step": step, "scale": depth**-0.5}, convention
 
 
 def results(data, how):
-    inputs = [data[name] for name in ("q", "k", "v", "base", "table")]
+    inputs = [data[name] for name in ("q", "k", "v", "origin", "table")]
     out, lse = cpu.deformable_forward(*inputs, **how)
     return [out, lse, *cpu.deformable_backward(data["grad"], *inputs, out, lse, **how)]
 
@@ -57,8 +57,8 @@ def threads():
 CASES = (
     {"size": (1, 1), "samples": 1, "depth": 1},
     {"batch": 2, "heads": 6, "groups": 3, "size": (5, 7), "samples": 13, "depth": 3},
-    {"size": (2, LANES + 9), "samples": 5, "depth": 20},
-    {"size": (19, 17), "samples": plan.KEYS + 1, "depth": PAIR + 1, "heads": 1},
+    {"size": (2, BLOCK_M + 9), "samples": 5, "depth": 20},
+    {"size": (19, 17), "samples": tiling.BLOCK_N + 1, "depth": PAIR + 1, "heads": 1},
 )
 
 
@@ -74,8 +74,8 @@ def test_results_are_the_specs(case, convention):
     for grad, name in ((grads[0], "q"), (grads[1], "k"), (grads[2], "v"), (grads[4], "bias_table")):
         np.testing.assert_allclose(grad, getattr(expected, name), atol=1e-11, err_msg=name)
     points = data["points"].requires_grad_()
-    base, _ = table_lookup(points, data["table"].shape[1:], *geometry.values())
-    base.backward(grads[3])
+    origin, _ = table_index(points, data["table"].shape[1:], *geometry.values())
+    origin.backward(grads[3])
     np.testing.assert_allclose(points.grad, expected.points, atol=1e-10)
     assert lse.shape == out.shape[:3]
 
@@ -118,8 +118,8 @@ def untouched(guards):
 def test_no_memory_beyond_the_scratch_is_touched(guards, case):
     """Wherever the points are, and be they no numbers."""
     data, how, _ = example(**case, dtype=torch.float32)
-    for place in (-1e30, float("inf"), float("nan"), -2.0 * LANES, 2.0 * LANES):
-        data["base"][..., ::2, :] = place
+    for place in (-1e30, float("inf"), float("nan"), -2.0 * BLOCK_M, 2.0 * BLOCK_M):
+        data["origin"][..., ::2, :] = place
         for step in ((1.0, 1.0), (0.9, 1 - 1 / how["query_size"][1]), (1.6, 0.3)):
             results(data, how | {"step": step})
     assert untouched(guards)
@@ -128,8 +128,8 @@ def test_no_memory_beyond_the_scratch_is_touched(guards, case):
 def test_less_scratch_memory_than_a_kernel_needs_is_noticed(guards, monkeypatch):
     run = launch.run
     monkeypatch.setattr(
-        launch, "run", lambda kernel, fields, dtype, planned, *rest: run(
-            kernel, fields, dtype, planned._replace(room=planned.room - ROW), *rest
+        launch, "run", lambda kernel, fields, dtype, packed, *rest: run(
+            kernel, fields, dtype, packed._replace(scratch_elements=packed.scratch_elements - TILE_STRIDE), *rest
         )
     )  # fmt: skip
     results(*example(dtype=torch.float32)[:2])
@@ -138,13 +138,13 @@ def test_less_scratch_memory_than_a_kernel_needs_is_noticed(guards, monkeypatch)
 
 def test_far_points_have_no_bias_and_no_gradient_and_nan_stays_nan():
     data, how, _ = example(dtype=torch.float32)
-    data["base"][:] = 1e30
+    data["origin"][:] = 1e30
     out, _, *grads = results(data, how)
     plain = torch.nn.functional.scaled_dot_product_attention(data["q"], data["k"], data["v"])
     torch.testing.assert_close(out, plain)
     assert not grads[3].any()
     assert not grads[4].any()
-    data["base"][0, 0, 3, 1] = float("nan")
+    data["origin"][0, 0, 3, 1] = float("nan")
     out, lse, *grads = results(data, how)
     assert all(each.isnan().all() for each in (out, lse, grads[0]))
 
@@ -160,7 +160,7 @@ def test_any_strides_and_results_that_lie_as_the_inputs_do():
     assert same(usual, strided)
     assert strided[0].stride() == data["q"].stride()
     assert strided[3].stride() == data["k"].stride()
-    for name in ("q", "k", "v", "base", "table"):
+    for name in ("q", "k", "v", "origin", "table"):
         data[name] = data[name].transpose(-1, -2).contiguous().transpose(-1, -2)
     assert same(usual, results(data, how))
     data["grad"] = torch.ones(()).expand(data["grad"].shape)
@@ -171,7 +171,7 @@ def test_any_strides_and_results_that_lie_as_the_inputs_do():
 
 def test_half_precision_is_computed_in_single():
     data, how, _ = example(dtype=torch.bfloat16)
-    data["base"] = data["base"].float()
+    data["origin"] = data["origin"].float()
     narrow = results(data, how)
     wide = results({name: each.float() for name, each in data.items()}, how)
     assert narrow[0].dtype == torch.bfloat16
@@ -182,13 +182,13 @@ def test_half_precision_is_computed_in_single():
 
 @pytest.mark.parametrize("case", [*CASES, {"size": (40, 23), "samples": 30, "heads": 1}])
 def test_bfloat16_is_computed_as_if_it_had_been_converted(case, threads):
-    """Results but for their last digit; from tensors of any strides, also those summed over parts by two threads."""
+    """Results but for their last digit; from tensors of any strides, also those summed over splits by two threads."""
     threads(2)
     data, how, _ = example(**case, dtype=torch.bfloat16)
-    data |= {name: data[name].float() for name in ("base", "table")}
+    data |= {name: data[name].float() for name in ("origin", "table")}
     data["q"] = data["q"].transpose(1, 2).contiguous().transpose(1, 2)
     data["v"] = data["v"].transpose(2, 3).contiguous().transpose(2, 3)
-    inputs = [data[name] for name in ("q", "k", "v", "base", "table")]
+    inputs = [data[name] for name in ("q", "k", "v", "origin", "table")]
     out, lse = cpu.deformable_forward(*inputs, **how)
     grads = cpu.deformable_backward(data["grad"], *inputs, out, lse, **how)
     wide = [each.float() for each in inputs]
@@ -224,7 +224,7 @@ def test_no_images_no_work():
     data, how, _ = example(batch=0)
     out, lse, *grads = results(data, how)
     assert (out.shape, lse.shape) == ((0, 2, 35, 6), (0, 2, 35))
-    assert [grad.shape for grad in grads] == [data[name].shape for name in ("q", "k", "v", "base", "table")]
+    assert [grad.shape for grad in grads] == [data[name].shape for name in ("q", "k", "v", "origin", "table")]
     assert not grads[4].any()
 
 
@@ -245,17 +245,17 @@ def test_the_number_and_the_kind_of_threads_do_not_matter(monkeypatch, threads):
 
 def test_code_is_compiled_once_for_all_sizes(monkeypatch):
     results(*example(dtype=torch.float32)[:2])
-    misses = launch.compiled.cache_info().misses
+    misses = launch.compile_kernel.cache_info().misses
     for case in CASES:
         results(*example(**case, dtype=torch.float32)[:2])
-    assert launch.compiled.cache_info().misses == misses
+    assert launch.compile_kernel.cache_info().misses == misses
 
 
 def test_a_change_to_any_file_that_a_kernel_uses_compiles_it_anew(monkeypatch):
-    usual, source = launch._sources(deformable.__name__), inspect.getsource
-    for module in (deformable, bias, tiles, vectors, plan):
+    usual, source = launch._source_digest(deformable.__name__), inspect.getsource
+    for module in (deformable, bias, tiles, vectors, tiling):
         changed = {module: source(module) + "\n"}
         monkeypatch.setattr(inspect, "getsource", lambda each, changed=changed: changed.get(each) or source(each))
-        assert launch._sources.__wrapped__(deformable.__name__) != usual
+        assert launch._source_digest.__wrapped__(deformable.__name__) != usual
     monkeypatch.setattr(inspect, "getsource", source)
-    assert launch._sources.__wrapped__(deformable.__name__) == usual
+    assert launch._source_digest.__wrapped__(deformable.__name__) == usual

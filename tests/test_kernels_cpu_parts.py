@@ -1,4 +1,4 @@
-"""What the Numba kernels are made of: vectors, tiles, bfloat16, the bias, the plan, and the machine code."""
+"""What the Numba kernels are made of: vectors, tiles, bfloat16, the bias, the tiling, and the machine code."""
 
 import re
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numba import njit
 
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
-from dat_ref.torch.kernels.cpu import bias, plan, tiles, vectors
+from dat_ref.torch.kernels.cpu import bias, tiles, tiling, vectors
 from dat_ref.torch.kernels.cpu.bias import GENERAL, NEAR_UNIT, UNIT, Step, Table, Tile
-from dat_ref.torch.kernels.cpu.rows import Rows, read_rows, write_rows
-from dat_ref.torch.kernels.cpu.tiles import LANES, ROW
-from dat_ref.torch.kernels.cpu.vectors import NARROW, PAIR, WIDE, filled, load, store
+from dat_ref.torch.kernels.cpu.strided_io import StridedTensor, load_rows, store_rows
+from dat_ref.torch.kernels.cpu.tiles import BLOCK_M, TILE_STRIDE
+from dat_ref.torch.kernels.cpu.vectors import NARROW, PAIR, WIDE, broadcast, load, store
 
 DTYPES = (np.float32, np.float64)
 
@@ -25,13 +25,13 @@ DTYPES = (np.float32, np.float64)
 
 @njit
 def _on_vectors(out, a, b):
-    like = filled(a[0], NARROW)
+    like = broadcast(a[0], NARROW)
     x, y = load(a, 0, like), load(b, 0, like)
     store(out, 0, x * y + 2)
     store(out, NARROW, vectors.maximum(x, y))
-    store(out, 2 * NARROW, vectors.keep_lanes(x, 2, 5))
+    store(out, 2 * NARROW, vectors.mask_lanes(x, 2, 5))
     store(out, 3 * NARROW, vectors.where_not_negative(x, y, 1 - y))
-    store(out, 4 * NARROW, vectors.lane_numbers(x) * vectors.spread(b, 1, x))
+    store(out, 4 * NARROW, vectors.lane_indices(x) * vectors.load_broadcast(b, 1, x))
     return vectors.lane_sum(y)
 
 
@@ -54,13 +54,13 @@ def test_vectors_compute_lane_by_lane(dtype):
 @njit
 def _exponentials(x, out):
     for at in range(0, len(x), NARROW):
-        store(out, at, vectors.exp2(load(x, at, filled(x[0], NARROW))))
+        store(out, at, vectors.exp2(load(x, at, broadcast(x[0], NARROW))))
 
 
 @njit
 def _logarithms(x, out):
     for at in range(0, len(x), NARROW):
-        store(out, at, vectors.log2(load(x, at, filled(x[0], NARROW))))
+        store(out, at, vectors.log2(load(x, at, broadcast(x[0], NARROW))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,17 +91,21 @@ def test_log2_is_right_to_the_last_digits_and_makes_no_number_of_what_is_none(dt
 
 @njit
 def _products(out, keys, row, queries, count, depth, channels, weights, rows):
-    tiles.add_product(out, filled(out[0], WIDE) * 0 + 0.5, keys, row, 1, queries, count, depth, 0)
-    tiles.add_product(out, filled(out[0], NARROW) * 0 + 0.5, keys, row, 1, queries, count, depth, WIDE)
-    tiles.add_outer(channels, 0, weights, rows, row, count, WIDE - 3, 0, filled(out[0], PAIR))
+    tiles.add_product(out, broadcast(out[0], WIDE) * 0 + 0.5, keys, row, 1, queries, count, depth, 0)
+    tiles.add_product(out, broadcast(out[0], NARROW) * 0 + 0.5, keys, row, 1, queries, count, depth, WIDE)
+    tiles.add_outer(channels, 0, weights, rows, row, count, WIDE - 3, 0, broadcast(out[0], PAIR))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_on_strips_are_matrix_products(dtype):
     rng = np.random.default_rng(1)
     count, depth, row = 8, 11, PAIR
-    keys, queries, out = (rng.standard_normal(shape).astype(dtype) for shape in ((8, row), (16, ROW), (8, ROW)))
-    weights, rows, channels = (rng.standard_normal(shape).astype(dtype) for shape in ((8, ROW), (WIDE, row), (8, row)))
+    keys, queries, out = (
+        rng.standard_normal(shape).astype(dtype) for shape in ((8, row), (16, TILE_STRIDE), (8, TILE_STRIDE))
+    )
+    weights, rows, channels = (
+        rng.standard_normal(shape).astype(dtype) for shape in ((8, TILE_STRIDE), (WIDE, row), (8, row))
+    )
     after, grads = out.copy(), channels.copy()
     _products(after.ravel(), keys.ravel(), row, queries.ravel(), count, depth, grads.ravel(), weights.ravel(),
               rows.ravel())  # fmt: skip
@@ -117,13 +121,13 @@ def test_products_on_strips_are_matrix_products(dtype):
 @njit
 def _copy_and_transpose(source, start, stride, rows, length, copied, turned):
     tiles.copy_rows(copied, 0, WIDE, source, start, stride, rows, length, 2.0)
-    tiles.transpose(turned, ROW, copied, WIDE, rows, length)
+    tiles.transpose(turned, TILE_STRIDE, copied, WIDE, rows, length)
 
 
 def test_copies_and_transposes_of_any_length():
     source = np.arange(5000, dtype=np.float32)
     for rows, length in ((1, 1), (3, NARROW), (NARROW, 3), (NARROW + 5, NARROW + 1), (2 * NARROW, WIDE)):
-        copied, turned = np.full((64, WIDE), np.nan, np.float32), np.zeros((WIDE, ROW), np.float32)
+        copied, turned = np.full((64, WIDE), np.nan, np.float32), np.zeros((WIDE, TILE_STRIDE), np.float32)
         _copy_and_transpose(source, 7, 71, rows, length, copied.ravel(), turned.ravel())
         expected = 2 * np.lib.stride_tricks.as_strided(source[7:], (rows, length), (71 * 4, 4))
         np.testing.assert_array_equal(copied[:rows, :length], expected)
@@ -136,12 +140,12 @@ def test_copies_and_transposes_of_any_length():
 
 @njit
 def _widen(numbers, bits, target, count):
-    read_rows(target, 0, WIDE, Rows(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, count // WIDE, WIDE - 3, 2.0)
+    load_rows(target, 0, WIDE, StridedTensor(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, count // WIDE, WIDE - 3, 2.0)
 
 
 @njit
 def _narrow(numbers, bits, source, count):
-    write_rows(Rows(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, source, 0, WIDE, count // WIDE, WIDE - 3, 0.5)
+    store_rows(StridedTensor(numbers, 0, 0, WIDE, bits, 1), 0, WIDE, source, 0, WIDE, count // WIDE, WIDE - 3, 0.5)
 
 
 def all_bfloat16():
@@ -192,12 +196,12 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(dtype):
 
 
 @njit
-def _bias(scores, grads, cells, origin, stride, table, grad_cells, points, grad_points, tile, step):
-    padded = Table(cells, origin, stride, *table.shape)
+def _bias(logits, grads, cells, start, stride, table, grad_cells, points, grad_points, tile, step):
+    padded = Table(cells, start, stride, *table.shape)
     bias.fill_table(padded, table.ravel(), 0, 1.0)
     count = len(points) // 2
-    bias.write_bias(scores, padded, points, 0, count, Tile(*tile), Step(*step))
-    grad_table = Table(grad_cells, origin, stride, *table.shape)
+    bias.write_bias(logits, padded, points, 0, count, Tile(*tile), Step(*step))
+    grad_table = Table(grad_cells, start, stride, *table.shape)
     bias.add_bias_gradients(grads[2:], padded, grad_table, points, 0, grad_points, 0, count, Tile(*tile), Step(*step))
 
 
@@ -212,20 +216,20 @@ def test_bias_and_its_gradients_are_those_of_bilinear_samples(kind, tile):
     """Of a table that has nothing to do with the size of the map."""
     rng = np.random.default_rng(2)
     table, step = rng.standard_normal((5, 27)), KINDS[kind]
-    sizes = plan.cut(1, 1, (3, 23), table.shape, 1)
-    cells = np.full(((5 + 2 * bias.padding(3, 23)[0]) * sizes.table_stride, 2), np.nan).T.copy()
+    tiled = tiling.make_tiling(1, 1, (3, 23), table.shape, 1)
+    cells = np.full(((5 + 2 * bias.table_padding(3, 23)[0]) * tiled.table_stride, 2), np.nan).T.copy()
     cells[1] = 0
-    scores, grads = np.zeros((len(POINTS), ROW)), rng.standard_normal((len(POINTS), ROW))
+    logits, grads = np.zeros((len(POINTS), TILE_STRIDE)), rng.standard_normal((len(POINTS), TILE_STRIDE))
     before = np.concatenate((np.full(2, np.nan), grads.ravel()))
     grad_points = np.zeros(POINTS.size)
-    _bias(scores.ravel(), before, cells[0], sizes.table_origin, sizes.table_stride, table, cells[1], POINTS.ravel(),
+    _bias(logits.ravel(), before, cells[0], tiled.table_start, tiled.table_stride, table, cells[1], POINTS.ravel(),
           grad_points, tile, (kind, *step))  # fmt: skip
     row, column, rows, columns = tile
     i, j = np.indices((rows, columns)).reshape(2, 1, -1)
     places = np.stack((POINTS[:, :1] + (row + i) * step[0], POINTS[:, 1:] + (column + j) * step[1]), axis=-1)
     lanes = rows * columns
     expected = bilinear_sample(table[None, None], places.reshape(1, -1, 2)).reshape(len(POINTS), lanes)
-    np.testing.assert_allclose(scores[:, :lanes], expected, atol=1e-12)
+    np.testing.assert_allclose(logits[:, :lanes], expected, atol=1e-12)
     finite = slice(0, -1)  # the last point is no number
     cotangent = grads[finite, :lanes].reshape(1, 1, -1)
     vjp = bilinear_sample_vjp(cotangent, table[None, None], places[finite].reshape(1, -1, 2))
@@ -239,25 +243,25 @@ def test_bias_and_its_gradients_are_those_of_bilinear_samples(kind, tile):
 
 @njit
 def _wide_product(out, a, b):
-    tiles.add_product(out, filled(out[0], WIDE), a, WIDE, 1, b, 8, len(b) // ROW, 0)
+    tiles.add_product(out, broadcast(out[0], WIDE), a, WIDE, 1, b, 8, len(b) // TILE_STRIDE, 0)
 
 
 @njit
 def _outer_product(out, a, b):
-    tiles.add_outer(out, 0, a, b, WIDE, 8, len(b) // WIDE, 0, filled(out[0], PAIR))
+    tiles.add_outer(out, 0, a, b, WIDE, 8, len(b) // WIDE, 0, broadcast(out[0], PAIR))
 
 
 @njit(error_model="numpy", fastmath={"contract"})
 def _scalar_product(out, a, b):
     for i in range(8):
-        for j in range(len(b) // ROW):
+        for j in range(len(b) // TILE_STRIDE):
             for lane in range(WIDE):
-                out[i * ROW + lane] += a[i * WIDE + j] * b[j * ROW + lane]
+                out[i * TILE_STRIDE + lane] += a[i * WIDE + j] * b[j * TILE_STRIDE + lane]
 
 
 def machine_code(function):
     """Return the instructions of a function of three float32 arrays."""
-    arrays = [np.zeros(16 * ROW, np.float32) for _ in range(3)]
+    arrays = [np.zeros(16 * TILE_STRIDE, np.float32) for _ in range(3)]
     function(*arrays)
     (code,) = function.inspect_asm().values()
     return code
@@ -293,15 +297,15 @@ def test_products_run_on_whole_registers():
     assert objections(machine_code(_scalar_product), 4 * WIDE) != []
 
 
-# ------------------------------------------------------------------------------------------------ plans
+# ------------------------------------------------------------------------------------------------ tiling
 
 
 @given(st.integers(1, 70), st.integers(1, 1000), st.integers(1, 64), st.integers(1, 64))
-def test_tiles_fit_into_scratch_memory_and_threads_get_equal_parts(height, width, pairs, threads):
-    sizes = plan.cut(pairs, 8, (height, width), (2 * height - 1, 2 * width - 1), threads)
-    assert 1 <= sizes.tile_rows * sizes.tile_columns <= LANES
-    assert sizes.tile_columns == width or sizes.tile_rows == 1
-    assert sizes.tiles == -(-height // sizes.tile_rows) * -(-width // sizes.tile_columns)
-    assert 1 <= sizes.parts <= sizes.tiles
-    equal = pairs * sizes.parts % threads == 0
-    assert equal or pairs * sizes.parts >= 4 * threads or sizes.parts == sizes.tiles
+def test_tiles_fit_into_scratch_memory_and_threads_get_equal_parts(height, width, batch_heads, threads):
+    tiled = tiling.make_tiling(batch_heads, 8, (height, width), (2 * height - 1, 2 * width - 1), threads)
+    assert 1 <= tiled.tile_rows * tiled.tile_columns <= BLOCK_M
+    assert tiled.tile_columns == width or tiled.tile_rows == 1
+    assert tiled.tiles == -(-height // tiled.tile_rows) * -(-width // tiled.tile_columns)
+    assert 1 <= tiled.splits <= tiled.tiles
+    equal = batch_heads * tiled.splits % threads == 0
+    assert equal or batch_heads * tiled.splits >= 4 * threads or tiled.splits == tiled.tiles

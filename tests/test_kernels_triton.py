@@ -95,14 +95,14 @@ def compile_kernels(attention, dtype, capability, *, depth=32, step=(1.0, 1.0), 
     compiled = {}
     with pytest.MonkeyPatch.context() as patch:
         for module in (lookup, deformable, table_gradient, neighborhood):
-            for name in ("_lay_out_cells", "_locate_keys", "_forward", "_grad_queries", "_collect", "_grad_keys"):
+            for name in ("_fill_cells", "_locate_keys", "_forward", "_grad_queries", "_collect", "_grad_keys"):
                 if hasattr(module, name):
                     patch.setattr(module, name, Compiler(getattr(module, name), capability, compiled))
         if attention == "deformable":
-            table, base = torch.zeros(heads, 27, 29), torch.zeros(2, 2, q.shape[2], 2)
+            table, origin = torch.zeros(heads, 27, 29), torch.zeros(2, 2, q.shape[2], 2)
             geometry = {"query_size": size, "step": step, "scale": 0.2}
-            deformable.deformable_forward(q, k, v, base, table, **geometry)
-            values = (cotangent, q, k, v, base, table, out, lse)
+            deformable.deformable_forward(q, k, v, origin, table, **geometry)
+            values = (cotangent, q, k, v, origin, table, out, lse)
             deformable.deformable_backward(*values, **geometry, deterministic=deterministic)
         else:
             geometry = {"size": size, "kernel": 7, "dilation": 1, "scale": 0.2}
@@ -148,7 +148,7 @@ def test_kernels_compile_for_hopper(attention, tmp_path, monkeypatch):
     """Heads of 32 in bfloat16, as the models have them under autocast, for sm_90."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled = compile_kernels(attention, torch.bfloat16, 90)
-    only_there = {"_lay_out_cells", "_locate_keys", "_collect"} if attention == "deformable" else set()
+    only_there = {"_fill_cells", "_locate_keys", "_collect"} if attention == "deformable" else set()
     assert set(compiled) == {"_forward", "_grad_queries", "_grad_keys"} | only_there
     assert_sound(compiled, torch.bfloat16, 90, tmp_path)
 

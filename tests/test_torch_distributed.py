@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import dat_ref.torch as dt
-from dat_ref.torch.train import gathered
+from dat_ref.torch.train import init_distributed
 
 
 def train(model, images, labels):
@@ -32,22 +32,23 @@ def train(model, images, labels):
         optimizer.step()
 
 
-def main(team):
+def main(context):
     jobs, done = torch.load(sys.argv[1], weights_only=False), []
     for job in jobs:
-        torch.manual_seed(team.rank)  # every process starts elsewhere; DDP spreads the state of the first
+        torch.manual_seed(context.rank)  # every process starts elsewhere; DDP spreads the state of the first
         model = dt.DAT(job["config"]).double()
-        if team.leads:
+        if context.is_main:
             model.load_state_dict(job["state"])
-        train(DistributedDataParallel(model), job["images"][team.rank::team.size], job["labels"][team.rank::team.size])
+        local = slice(context.rank, None, context.world_size)
+        train(DistributedDataParallel(model), job["images"][local], job["labels"][local])
         done.append(model.state_dict())
-    if team.leads:
-        torch.save({"world": team.size, "states": done}, sys.argv[2])
+    if context.is_main:
+        torch.save({"world": context.world_size, "states": done}, sys.argv[2])
 
 
 if __name__ == "__main__":
-    with gathered() as team:
-        main(team)
+    with init_distributed() as context:
+        main(context)
 """
 
 

@@ -229,17 +229,17 @@ def test_table_bias(core, seed):
 
 
 @given(cores())
-def test_table_lookup_is_where_the_spec_reads_the_table(core):
-    """The canonical form, base + (i·step_y, j·step_x), against the grid of all displacements."""
+def test_table_index_is_where_the_spec_reads_the_table(core):
+    """The canonical form, origin + (i·step_y, j·step_x), against the grid of all displacements."""
     inputs, (size, convention, resolution) = core[0], core[1].values()
     points, built = torch.from_numpy(inputs["points"]), inputs["bias_table"].shape[1:]
-    base, step = functional.table_lookup(points, built, size, convention, resolution)
+    origin, step = functional.table_index(points, built, size, convention, resolution)
     rows, columns = np.indices(size).reshape(2, -1) * np.asarray(step)[:, None]
-    positions = base.numpy()[:, :, None] + np.stack((rows, columns), axis=-1)[:, None]  # (B, G, H·W, Ns, 2)
+    positions = origin.numpy()[:, :, None] + np.stack((rows, columns), axis=-1)[:, None]  # (B, G, H·W, Ns, 2)
     expected = np_bias.table_positions(points.numpy(), built, size, convention, resolution)
     assert_close(torch.from_numpy(positions), expected)
-    assert base.dtype is torch.float64
-    assert functional.table_lookup(points.half(), built, size, convention, resolution).base.dtype is torch.float32
+    assert origin.dtype is torch.float64
+    assert functional.table_index(points.half(), built, size, convention, resolution).origin.dtype is torch.float32
     if built == tuple(2 * length - 1 for length in size):
         expected = [(length - 1) / length if length > 1 else 1.0 for length in size]
         assert step == (tuple(expected) if convention is Convention.CVPR2022 else (1.0, 1.0))
@@ -255,8 +255,8 @@ def test_the_slope_is_the_one_from_the_right_on_the_lattice(dtype):
         values[80 : 80 + cells] = torch.arange(1, cells + 1, dtype=dtype).square()  # zeros around the table
         table = values[80 : 80 + cells].reshape(1, 1, -1)
         points = torch.zeros(1, 1, 1, 2, dtype=dtype, requires_grad=True)  # the center: displacements are whole
-        lookup = functional.table_lookup(points, (1, cells), size, Convention.PAPER, "pixels")
-        read = functional.HatReader(table, lookup, size).read(0, 1)[0, 0, :, 0]
+        lookup = functional.table_index(points, (1, cells), size, Convention.PAPER, "pixels")
+        read = functional.SeparableInterp(table, lookup, size).read(0, 1)[0, 0, :, 0]
         places = 80 + torch.arange(33) - 16 + built - 1
         assert torch.equal(read, values[places])
         slopes = torch.stack([torch.autograd.grad(one, points, retain_graph=True)[0][0, 0, 0, 1] for one in read])

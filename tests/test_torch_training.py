@@ -129,7 +129,7 @@ def test_points_under_autocast(name):
 
 
 def test_narrow_geometry_is_noticed(monkeypatch):
-    monkeypatch.setattr(offsets, "without_autocast", lambda tensor: nullcontext())
+    monkeypatch.setattr(offsets, "autocast_disabled", lambda tensor: nullcontext())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, _, narrowest = points_of(dt.DAT(tiny("cvpr2022")).eval(), torch.randn(1, 3, 67, 98))
     assert narrowest is torch.bfloat16

@@ -78,7 +78,7 @@ def test_classes_are_folders_by_name_and_pictures_are_whole(tree):
     assert val.classes == ("cat", "dog")
     image, target = val[1]
     assert (tuple(image.shape), int(target)) == ((3, 21, 21), 1)
-    path, _ = val.items[1]
+    path, _ = val.samples[1]
     side = 0.875 * 21
     box = (15 - side / 2, 10.5 - side / 2, 15 + side / 2, 10.5 + side / 2)
     middle = Image.open(path).resize((21, 21), Image.Resampling.BICUBIC, box=box)
@@ -105,9 +105,11 @@ def test_chance_follows_from_seed_epoch_and_number(tree):
 
 def test_crops_lie_within_the_picture_and_have_the_area_asked_for(monkeypatch):
     boxes = []
-    monkeypatch.setattr(train_data, "_cut", lambda picture, box, size: boxes.append(box) or np.zeros((2, 2, 3)))
+    monkeypatch.setattr(
+        train_data, "_resize_box", lambda pil_image, box, size: boxes.append(box) or np.zeros((2, 2, 3))
+    )
     for seed in range(200):
-        train_data._crop(Image.new("RGB", (37, 90)), 8, np.random.default_rng(seed))
+        train_data._random_resized_crop(Image.new("RGB", (37, 90)), 8, np.random.default_rng(seed))
     left, top, right, bottom = np.array(boxes).T
     assert min(left.min(), top.min()) >= 0
     assert right.max() <= 37 + 1e-9
@@ -185,4 +187,4 @@ def test_files_with_other_endings_are_told(tree):
 
 def test_of_many_only_some_are_named():
     names = [f"c{number}" for number in range(11)]
-    assert train_data._some(names, "class", "classes") == "11 classes: " + ", ".join(names[:8]) + " and 3 more"
+    assert train_data._list_some(names, "class", "classes") == "11 classes: " + ", ".join(names[:8]) + " and 3 more"

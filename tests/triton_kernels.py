@@ -24,13 +24,13 @@ from dat_ref.ops.attention import attend, attend_vjp, deformable_attention, defo
 from dat_ref.ops.basic import scatter_add  # noqa: E402
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp  # noqa: E402
 from dat_ref.peers.neighborhood import neighbor_index, scatter_neighbors  # noqa: E402
-from dat_ref.torch.functional.bias import table_lookup  # noqa: E402
+from dat_ref.torch.functional.bias import table_index  # noqa: E402
 from dat_ref.torch.kernels import gpu  # noqa: E402
-from dat_ref.torch.kernels.gpu import deformable, neighborhood, table_gradient, tiles  # noqa: E402
+from dat_ref.torch.kernels.gpu import deformable, neighborhood, table_gradient, tile_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 FEW = settings(max_examples=max(settings().max_examples // 3, 1))  # the interpreter takes half a second for one
-NAMES = ("out", "q", "k", "v", "base", "table")
+NAMES = ("out", "q", "k", "v", "origin", "table")
 
 # ------------------------------------------------------------------------------------------------ cases and truth
 
@@ -42,7 +42,7 @@ class Case:
     q: np.ndarray  # (B, heads, H·W, d)
     k: np.ndarray  # (B, heads, Ns, d)
     v: np.ndarray
-    base: np.ndarray  # (B, G, Ns, 2)
+    origin: np.ndarray  # (B, G, Ns, 2)
     table: np.ndarray  # (heads, T_y, T_x)
     cotangent: np.ndarray  # (B, heads, H·W, d)
     size: tuple[int, int]
@@ -57,31 +57,31 @@ class Case:
         return {"query_size": self.size, "step": self.step, "scale": self.scale}
 
 
-def draw_case(seed, size, samples, *, batch=1, heads=(1, 2), depth=5, table=None, step=(1.0, 1.0), base=None):
+def draw_case(seed, size, samples, *, batch=1, heads=(1, 2), depth=5, table=None, step=(1.0, 1.0), origin=None):
     """Draw numbers; `heads` is (groups, heads of a group). Keys read on, near and off the lattice, and outside."""
     rng = np.random.default_rng(seed)
     groups, each = heads
     table = table or (2 * size[0] - 1, 2 * size[1] - 1)
-    if base is None:
+    if origin is None:
         # Query (0, 0) of a key inside the map reads the table's first half.
-        base = lattice_points(rng, (batch, groups, samples), ((table[0] + 1) // 2, (table[1] + 1) // 2))
-        base[:, :, samples // 2 :: 3] = base[:, :, :1]  # some keys coincide
+        origin = lattice_points(rng, (batch, groups, samples), ((table[0] + 1) // 2, (table[1] + 1) // 2))
+        origin[:, :, samples // 2 :: 3] = origin[:, :, :1]  # some keys coincide
     q, k, v, cotangent = (
         rng.standard_normal((batch, groups * each, count, depth))
         for count in (size[0] * size[1], samples, samples, size[0] * size[1])
     )
-    base = np.broadcast_to(np.float32(base), (batch, groups, samples, 2)).astype(np.float64)
-    return Case(q, k, v, base, rng.standard_normal((groups * each, *table)), cotangent, size, step)
+    origin = np.broadcast_to(np.float32(origin), (batch, groups, samples, 2)).astype(np.float64)
+    return Case(q, k, v, origin, rng.standard_normal((groups * each, *table)), cotangent, size, step)
 
 
 def truth(case, dtype=np.float64):
     """Return the output and the five gradients, by the pieces of the spec."""
-    q, k, v, base, table, cotangent = (
-        part.astype(dtype) for part in (case.q, case.k, case.v, case.base, case.table, case.cotangent)
+    q, k, v, origin, table, cotangent = (
+        part.astype(dtype) for part in (case.q, case.k, case.v, case.origin, case.table, case.cotangent)
     )
-    batch, groups, samples, _ = base.shape
+    batch, groups, samples, _ = origin.shape
     query = np.stack(np.divmod(np.arange(q.shape[2]), case.size[1]), axis=-1)
-    positions = base[:, :, None] + (query * np.array(case.step)).astype(dtype)[:, None]  # (B, G, H·W, Ns, 2)
+    positions = origin[:, :, None] + (query * np.array(case.step)).astype(dtype)[:, None]  # (B, G, H·W, Ns, 2)
     positions = positions.swapaxes(0, 1).reshape(groups, -1, 2)
     grouped = table.reshape(groups, -1, *table.shape[1:])
     read = bilinear_sample(grouped, positions).reshape(len(table), batch, -1, samples)  # (heads, B, H·W, Ns)
@@ -89,14 +89,14 @@ def truth(case, dtype=np.float64):
     grads = attend_vjp(cotangent, q, k, v, weights, case.scale)
     of_read = grads.bias.swapaxes(0, 1).reshape(groups, len(table) // groups, -1)
     of_sample = bilinear_sample_vjp(of_read, grouped, positions)
-    of_base = of_sample.points_px.reshape(groups, batch, -1, samples, 2).sum(2).swapaxes(0, 1)
-    return out, grads.q, grads.k, grads.v, of_base, of_sample.x.reshape(table.shape)
+    of_origin = of_sample.points_px.reshape(groups, batch, -1, samples, 2).sum(2).swapaxes(0, 1)
+    return out, grads.q, grads.k, grads.v, of_origin, of_sample.x.reshape(table.shape)
 
 
 def tensors(case, dtype=torch.float32):
-    """Return q, k, v, base and table on the device; base is float32 in any case."""
+    """Return q, k, v, origin and table on the device; origin is float32 in any case."""
     q, k, v, table = (torch.from_numpy(part).to(DEVICE, dtype) for part in (case.q, case.k, case.v, case.table))
-    return [q, k, v, torch.from_numpy(case.base).to(DEVICE, torch.float32), table]
+    return [q, k, v, torch.from_numpy(case.origin).to(DEVICE, torch.float32), table]
 
 
 def run(case, *, deterministic, dtype=torch.float32):
@@ -139,8 +139,8 @@ def assert_agrees_narrowly(case, dtype, tolerance, **options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut the work into tiles of 16 × 16, so that tiny cases have several, whole and not."""
-    for module in (tiles, deformable, neighborhood):
-        monkeypatch.setattr(module, "choose_tiles", lambda *arguments: tiles.Tiles(16, 16))
+    for module in (tile_config, deformable, neighborhood):
+        monkeypatch.setattr(module, "default_config", lambda *arguments: tile_config.TileConfig(16, 16))
 
 
 @contextlib.contextmanager
@@ -190,7 +190,7 @@ def test_agrees_with_the_spec(seed, size, samples, heads, depth, step, determini
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("convention", list(Convention))
 def test_agrees_in_every_convention(convention, deterministic):
-    """From points, through `table_lookup`, also for a table that was built for another map."""
+    """From points, through `table_index`, also for a table that was built for another map."""
     rng = np.random.default_rng(7)
     size, samples, groups, heads, depth = (4, 5), 6, 2, 4, 3
     for table_size in [(7, 9), (3, 13)][: 1 + deterministic]:
@@ -200,10 +200,10 @@ def test_agrees_in_every_convention(convention, deterministic):
         expected = deformable_attention(case.q, case.k, case.v, points, case.table, **geometry)
         grads = deformable_attention_vjp(case.cotangent, case.q, case.k, case.v, points, case.table, **geometry)
         leaf = torch.from_numpy(points).requires_grad_()
-        lookup = table_lookup(leaf, table_size, size, convention)
-        case.base, case.step = lookup.base.detach().numpy(), lookup.step
-        out, grad_q, grad_k, grad_v, grad_base, grad_table = run(case, deterministic=deterministic)
-        (grad_points,) = torch.autograd.grad(lookup.base, leaf, torch.from_numpy(grad_base))
+        lookup = table_index(leaf, table_size, size, convention)
+        case.origin, case.step = lookup.origin.detach().numpy(), lookup.step
+        out, grad_q, grad_k, grad_v, grad_origin, grad_table = run(case, deterministic=deterministic)
+        (grad_points,) = torch.autograd.grad(lookup.origin, leaf, torch.from_numpy(grad_origin))
         ours = (out, grad_q, grad_k, grad_v, grad_points.numpy(), grad_table)
         for name, one, other in zip(NAMES, ours, (expected, *grads), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=3e-6 * max(1, np.abs(other).max()), err_msg=name)
@@ -241,7 +241,7 @@ def test_far_keys_read_nothing(deterministic):
     """A key from which no query reads the table: bias 0, gradient 0, whether it is near, far or at infinity."""
     size = (3, 4)
     far = np.array([[-5.0, 1], [0.5, 9], [1e9, 2], [1, -1e9], [np.inf, 0.5], [-np.inf, 1], [2, np.inf], [1.5, 2]])
-    case = draw_case(6, size, len(far), base=far)
+    case = draw_case(6, size, len(far), origin=far)
     assert_agrees(case, deterministic=deterministic)
     assert np.all(run(case, deterministic=deterministic)[4][:, :, :-1] == 0)
 
@@ -251,7 +251,7 @@ def test_far_keys_read_nothing(deterministic):
 def test_nan_comes_out_as_nan(where, deterministic):
     """A key that reads the table at NaN spoils its map, and no other."""
     case = draw_case(9, (3, 4), 5, batch=2)
-    case.base[1, 0, 3] = where
+    case.origin[1, 0, 3] = where
     with np.errstate(invalid="ignore"):
         actual, expected = run(case, deterministic=deterministic), truth(case)
     for name, ours, theirs in zip(NAMES[:-1], actual, expected, strict=False):
@@ -305,24 +305,24 @@ def test_what_is_refused():
         run(draw_case(1, (2, 3), 4, depth=65), deterministic=True)
 
 
-@pytest.mark.parametrize("name", ["step", "size", "table", "base", "scale"])
+@pytest.mark.parametrize("name", ["step", "size", "table", "origin", "scale"])
 def test_the_check_rejects_a_wrong_kernel(name, monkeypatch):
     """The comparison is shown a step, a map, a table, positions and a scale that are off."""
     case = draw_case(2, (3, 5), 7)
     right = gpu.deformable_forward
 
-    def wrong(q, k, v, base, table, *, query_size, step, scale):
+    def wrong(q, k, v, origin, table, *, query_size, step, scale):
         if name == "step":
             step = (step[0] * 1.001, step[1])
         elif name == "size":
             query_size = query_size[::-1]
         elif name == "table":
             table = table.flip(0)
-        elif name == "base":
-            base = base.flip(-1)
+        elif name == "origin":
+            origin = origin.flip(-1)
         else:
             scale *= 1.001
-        return right(q, k, v, base, table, query_size=query_size, step=step, scale=scale)
+        return right(q, k, v, origin, table, query_size=query_size, step=step, scale=scale)
 
     monkeypatch.setattr(gpu, "deformable_forward", wrong)
     assert rejects(lambda: assert_agrees(case, deterministic=True))
@@ -341,20 +341,20 @@ def test_the_fastest_tiles_are_looked_for_once(monkeypatch):
 
     def milliseconds(launch, tried):
         asked.append(tried)
-        return -tried.queries * tried.warps
+        return -tried.block_m * tried.num_warps
 
-    monkeypatch.setattr(tiles, "_FASTEST", {})
-    monkeypatch.setattr(tiles, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tile_config, "_AUTOTUNED", {})
+    monkeypatch.setattr(tile_config, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    usual = tiles.choose_tiles("grad_queries", 32, torch.bfloat16)
+    usual = tile_config.default_config("grad_queries", 32, torch.bfloat16)
     search = ("grad_queries", Elsewhere, 196, True, None)
-    assert tiles.fastest_tiles(*search) == usual
+    assert tile_config.autotune(*search) == usual
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    assert tiles.fastest_tiles(*search) == tiles.Tiles(128, 32, 8)
-    assert tiles.fastest_tiles(*search) == tiles.Tiles(128, 32, 8)
-    assert asked == [usual, tiles.Tiles(128, 32), tiles.Tiles(128, 32, 8)]
+    assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
+    assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
+    assert asked == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert tiles.fastest_tiles(*search) == usual
+    assert tile_config.autotune(*search) == usual
 
 
 # ------------------------------------------------------------------------------------------------ neighborhood

@@ -114,9 +114,9 @@ def _points(case: CoreCase, generator: torch.Generator) -> Tensor:
 def _on_lattice(points: Tensor, case: CoreCase) -> Tensor:
     """Return for each coordinate whether some query reads it too near to the lattice; yes for NaN."""
     table_size = (2 * case.size[0] - 1, 2 * case.size[1] - 1)
-    base, step = functional.table_lookup(points, table_size, case.size, case.convention)
+    origin, step = functional.table_index(points, table_size, case.size, case.convention)
     clear = []
-    for along, pace, length in zip(base.unbind(-1), step, case.size, strict=True):
+    for along, pace, length in zip(origin.unbind(-1), step, case.size, strict=True):
         read = along[..., None] + pace * torch.arange(length)
         clear.append((read - read.round()).abs().amin(-1) > OFF_LATTICE)
     return ~torch.stack(clear, dim=-1)

@@ -31,12 +31,12 @@ class WrittenOutWindows(WindowAttention):
 
     def _attend(self, x: Tensor) -> Tensor:
         config, size = self.config, (x.shape[2], x.shape[3])
-        windows = functional.cut_windows(x.permute(0, 2, 3, 1), config.window_size, config.shift)
+        windows = functional.window_partition(x.permute(0, 2, 3, 1), config.window_size, config.shift)
         qkv = self.qkv(windows).unflatten(3, (3, config.heads, config.dim // config.heads))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, nW, heads, w², d)
         attended, _ = functional.attend(q, k, v, self.mask(size, x.dtype), config.scale)
         merged = self.output(attended.transpose(2, 3).flatten(3))
-        return functional.lay_windows(merged, size, config.window_size, config.shift).permute(0, 3, 1, 2)
+        return functional.window_reverse(merged, size, config.window_size, config.shift).permute(0, 3, 1, 2)
 
 
 def as_released(model: DAT) -> DAT:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import ConfigError
-from ..recipe import Recipe
+from ..train_config import TrainConfig, config_path
 from .train import data_sets, import_torch, told
 
 
@@ -20,7 +20,9 @@ def add_parser(subparsers: Any) -> None:
         description="Evaluate weights on what their run held out, or on another folder with val/CLASS/*.",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="best.safetensors of a run")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="of the run (recipe.json beside the weights)")
+    parser.add_argument(
+        "--config", "--recipe", type=Path, metavar="FILE", help="of the run (train_config.json beside the weights)"
+    )
     parser.add_argument("--data", metavar="DIR", help="another folder of images")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N")
     parser.set_defaults(run=run)
@@ -28,10 +30,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    path = options.recipe or options.weights.parent / "recipe.json"
+    path = options.config or config_path(options.weights.parent)
     if not path.is_file():
-        raise ConfigError(f"--recipe: expected the recipe of the run, and there is none at {path}")
-    recipe = Recipe.from_json(path.read_text(encoding="utf-8"))
+        raise ConfigError(f"--config: expected the config of the run, and there is none at {path}")
+    config = TrainConfig.from_json(path.read_text(encoding="utf-8"))
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected 1 or more, got {options.batch_size}")
     import_torch()
@@ -39,10 +41,10 @@ def run(options: argparse.Namespace) -> int:
     from ..torch.train import ImageFolder, build_model, evaluate
 
     if options.data:
-        held_out = ImageFolder(Path(options.data) / "val", recipe.image_size, classes=classes_of(options.weights))
+        held_out = ImageFolder(Path(options.data) / "val", config.image_size, classes=classes_of(options.weights))
     else:
-        _, held_out = data_sets(recipe)
-    model = build_model(recipe, len(held_out.classes))
+        _, held_out = data_sets(config)
+    model = build_model(config, len(held_out.classes))
     load_checkpoint(model, options.weights)  # type: ignore[arg-type]
     print(told(evaluate(model, held_out, batch_size=options.batch_size)))
     return 0

@@ -18,8 +18,8 @@ from .. import __version__
 from ..bench.memory import extra_bytes
 from ..bench.timing import medians
 from ..complexity import backbone_cost
-from ..torch.train.evaluate import losses
-from ..torch.train.optimizer import optimizer_for
+from ..torch.train.evaluate import per_sample_loss
+from ..torch.train.optimizer import create_optimizer
 from . import keep
 from .small import SIDE, variants
 from .study import RECIPE, Plan
@@ -30,13 +30,13 @@ ROUNDS = 25
 def training_step(name: str, batch: int) -> Callable[[], object]:
     """Return a step of a network on random images."""
     model = Plan(name, 0).network().train()
-    optimizer = optimizer_for(model, RECIPE)
+    optimizer = create_optimizer(model, RECIPE)
     images = torch.randn(batch, 3, SIDE, SIDE)
     targets = torch.arange(batch) % model.num_classes
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses(model(images), targets).mean().backward()  # type: ignore[no-untyped-call]
+        per_sample_loss(model(images), targets).mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip)
         optimizer.step()
 

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from .. import __version__
 from .._checks import ConfigError
-from ..recipe import Recipe
 from ..scenes import Scenes
 from ..state_files import replacing
 from ..torch import DAT
@@ -38,13 +37,14 @@ from ..torch.checkpoints import save_checkpoint
 from ..torch.functional.sampling import Sampler
 from ..torch.train import SceneImages, fit
 from ..torch.train.data import normalised
+from ..train_config import TrainConfig
 from . import keep, measured
 from .small import BASE, SEVERAL, SIDE, STILL, variants
 
 SEEDS = 3  # of each network, but for those that follow
 MORE_SEEDS = {BASE: 8, STILL: 8}  # the two that tell whether offsets help
 LARGE, SMALL = (0.15, 0.25), (0.13, 0.17)  # radius of one object; of up to four, which must find room
-RECIPE = Recipe(
+RECIPE = TrainConfig(
     model="dat_ref.experiments.small",
     image_size=SIDE,
     epochs=5,
@@ -93,7 +93,7 @@ def _draw(scenes: Scenes, count: int, images: Path, labels: Path) -> None:
         np.save(file, np.array(answers))
 
 
-def data_sets(recipe: Recipe, folder: Path) -> tuple[StoredScenes, StoredScenes]:
+def data_sets(recipe: TrainConfig, folder: Path) -> tuple[StoredScenes, StoredScenes]:
     """Return what is trained on and what is held out."""
     train = scenes_of(recipe.task, "train", recipe.scenes_per_epoch)
     return StoredScenes(train, folder, recipe.epochs), StoredScenes(scenes_of(recipe.task, "held_out"), folder)
@@ -117,10 +117,10 @@ class Plan:
         return self.name.removesuffix(SEVERAL)
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainConfig:
         """What is done; twice as long where there are several objects, which takes longer to learn."""
         several = {"task": "which_all", "epochs": 2 * RECIPE.epochs} if self.name.endswith(SEVERAL) else {}
-        return Recipe.from_mapping(asdict(RECIPE) | {"seed": self.seed} | several)
+        return TrainConfig.from_mapping(asdict(RECIPE) | {"seed": self.seed} | several)
 
     def folder(self, runs: Path) -> Path:
         """Where the run is."""

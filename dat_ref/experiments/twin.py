@@ -24,11 +24,11 @@ from ..cli.train import data_sets
 from ..config import DATConfig, DeformableAttentionConfig, OffsetBound
 from ..data import network_path
 from ..presets import config as preset
-from ..recipe import Recipe
 from ..torch import DAT, create_model
 from ..torch.checkpoints import load_checkpoint
 from ..torch.train import SceneImages, fit
 from ..torch.train.loop import build_model
+from ..train_config import TrainConfig
 from . import keep
 from .knock_out import answers
 from .measures import interval
@@ -45,7 +45,7 @@ def without_offsets(config: DATConfig) -> DATConfig:
     return replace(config, stages=tuple(tuple(map(still, blocks)) for blocks in config.stages))
 
 
-def twin(recipe: Recipe, classes: int) -> DAT:
+def twin(recipe: TrainConfig, classes: int) -> DAT:
     """Return the twin with the first weights that the other network had, but for those of the offsets."""
     model = DAT(without_offsets(preset(recipe.model, num_classes=classes)))
     first = build_model(recipe, classes).state_dict()
@@ -53,7 +53,7 @@ def twin(recipe: Recipe, classes: int) -> DAT:
     return model
 
 
-def train(recipe: Recipe, scenes: SceneImages, held_out: SceneImages, run: Path) -> DAT:
+def train(recipe: TrainConfig, scenes: SceneImages, held_out: SceneImages, run: Path) -> DAT:
     """Train the twin, or go on with it; return it with its best weights."""
     model = twin(recipe, len(held_out.classes))
     fit(recipe, scenes, held_out, run, model=model)
@@ -79,7 +79,7 @@ def compare(right: Array, twin_right: Array) -> dict[str, Any]:
 def measure(run: Path) -> dict[str, Any]:
     """Train the twin, and return all that is measured, on all held-out scenes."""
     torch.set_num_threads(1)
-    recipe = Recipe.from_mapping(card()["recipe"])
+    recipe = TrainConfig.from_mapping(card()["recipe"])
     scenes, held_out = data_sets(recipe)
     other = train(recipe, scenes, held_out, run)
     images, labels = zip(*(held_out[number] for number in range(len(held_out))))

@@ -19,8 +19,8 @@ from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
 from ..config import DATConfig
 from ._checks import check_map
 from .block import Block, ChannelNorm, attentions_with
-from .bridge import SpecModule, dtype_of
-from .functional._sizes import surely_zero
+from .bridge import SpecModule, state_dtype
+from .functional._symbolic import statically_zero
 from .functional.sampling import Sampler
 from .initialization import Init
 
@@ -47,7 +47,7 @@ class Embed(nn.Module):
         """The convolution alone."""
         if self.kernel != 3:
             height, width = x.shape[2:]
-            if not surely_zero(height % self.kernel, width % self.kernel):
+            if not statically_zero(height % self.kernel, width % self.kernel):
                 # As much as any size may lack: the convolution leaves out what does not fill a tile.
                 x = F.pad(x, (0, self.kernel - 1, 0, self.kernel - 1))
         return self.projection(x)
@@ -359,7 +359,7 @@ class DAT(SpecModule):
         Raises:
             CheckpointError: with a report of missing, unexpected and mis-shaped keys.
         """
-        model = cls(DATConfig.from_official(mapping, release=release), **options).to(dtype_of(state))
+        model = cls(DATConfig.from_official(mapping, release=release), **options).to(state_dtype(state))
         model.load_official(state)
         return model
 

@@ -56,9 +56,9 @@ class DropPath(nn.Module):
         """Return the branch (B, C, H, W), or zeros where it is dropped."""
         if not self.training or self.rate == 0:
             return x
-        keep = 1 - self.rate
-        kept = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep)
-        return x * (kept / keep) if keep > 0 else x * kept
+        keep_prob = 1 - self.rate
+        mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep_prob)
+        return x * (mask / keep_prob) if keep_prob > 0 else x * mask
 
     def extra_repr(self) -> str:
         """Say the rate where the module is printed."""

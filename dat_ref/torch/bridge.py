@@ -97,10 +97,10 @@ class SpecModule(nn.Module):
         }
 
 
-def dtype_of(state: Mapping[str, Any]) -> torch.dtype:
+def state_dtype(state: Mapping[str, Any]) -> torch.dtype:
     """Return the widest floating-point dtype among the arrays of a state dict, float32 or float64."""
     double = any(str(getattr(leaf, "dtype", "")).endswith("float64") for leaf in state.values())
     return torch.float64 if double else torch.float32
 
 
-__all__ = ["SpecModule", "as_numpy", "dtype_of"]
+__all__ = ["SpecModule", "as_numpy", "state_dtype"]

@@ -38,17 +38,17 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
         CheckpointError: with the report; the model is as it was.
     """
     _check_model(model)
-    own = dict(model.named_parameters())
-    state, others = select_backbone(read_arrays(path), os.fspath(path))
+    parameters = dict(model.named_parameters())
+    state, ignored = select_backbone(read_arrays(path), os.fspath(path))
     optional: tuple[str, ...] = ("norm.", "head.") if isinstance(model, DATFeatures) else ()
-    wanted = {name for name in own if not name.startswith(optional)}
-    fit = fit_state(state, _config_of(model), strict=strict, wanted=wanted, source=os.fspath(path))
+    wanted = {name for name in parameters if not name.startswith(optional)}
+    fit = fit_state(state, _config_with_head(model), strict=strict, wanted=wanted, source=os.fspath(path))
     # Every copy is made before the first is written: from here on nothing can fail half-way.
-    values = {name: torch.from_numpy(array.copy()).to(own[name]) for name, array in fit.arrays.items()}
+    values = {name: torch.from_numpy(array.copy()).to(parameters[name]) for name, array in fit.arrays.items()}
     with torch.no_grad():
         for name, value in values.items():
-            own[name].copy_(value)
-    return replace(fit.report, ignored=fit.report.ignored + others)
+            parameters[name].copy_(value)
+    return replace(fit.report, ignored=fit.report.ignored + ignored)
 
 
 def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = False) -> None:
@@ -67,7 +67,7 @@ def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = F
     if official:
         if isinstance(model, DATFeatures):
             raise CheckpointError("model: expected a whole one for released names, got a features-only model")
-        arrays = official_state(unflatten(arrays), _config_of(model))
+        arrays = official_state(unflatten(arrays), _config_with_head(model))
     save_state(path, arrays)
 
 
@@ -78,6 +78,6 @@ def _check_model(model: DAT) -> None:
         )
 
 
-def _config_of(model: DAT) -> DATConfig:
+def _config_with_head(model: DAT) -> DATConfig:
     """Return the configuration with the classes of the present head, which `reset_classifier` may have changed."""
     return replace(model.config, num_classes=model.num_classes)

@@ -73,7 +73,7 @@ def optimize_for_inference(model: M) -> M:
     if any(module.training for module in model.modules()):
         raise ValueError("model: expected eval mode, got a model that is training: call model.eval() first")
     fast = copy.deepcopy(model).requires_grad_(False)
-    reason = _why_not(model)
+    reason = _unsupported_reason(model)
     if reason:
         warnings.warn(f"optimize_for_inference: {reason}; the model is copied as it is", stacklevel=2)
         return fast
@@ -85,7 +85,7 @@ def optimize_for_inference(model: M) -> M:
     return _replace(fast, {})
 
 
-def _why_not(model: nn.Module) -> str:
+def _unsupported_reason(model: nn.Module) -> str:
     """Return what stands against packing the weights, or nothing."""
     weights = list(model.parameters())
     devices = {weight.device.type for weight in weights}
@@ -95,12 +95,12 @@ def _why_not(model: nn.Module) -> str:
         return "this build of torch has no oneDNN"
     if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
         return f"torch {torch.__version__} has no packed products"
-    dtypes = {str(weight.dtype) for weight in weights if not _packs(weight.dtype)}
+    dtypes = {str(weight.dtype) for weight in weights if not _supports_packing(weight.dtype)}
     return f"this machine has no packed products in {', '.join(sorted(dtypes))}" if dtypes else ""
 
 
 @cache
-def _packs(dtype: torch.dtype) -> bool:
+def _supports_packing(dtype: torch.dtype) -> bool:
     try:
         _pack(torch.zeros(2, 2, dtype=dtype))
     except RuntimeError:
@@ -223,7 +223,7 @@ class FastWindowAttention(InferenceModule, WindowAttention):
         side = (attention.config.window_size,) * 2
         self.pixels = functional.reference_points(side, Convention.CELL_CENTER, dtype=torch.float32).view(1, 1, -1, 2)
         self.kernels = "cpu" in functional.backends()
-        self.kept: Any = None  # ((size, dtype), mask)
+        self.cached_mask: Any = None  # ((size, dtype), mask)
         self.eval()
 
     def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
@@ -248,9 +248,9 @@ class FastWindowAttention(InferenceModule, WindowAttention):
     def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
         """Return what is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
         key = (size, dtype)
-        if self.kept is None or self.kept[0] != key:
-            self.kept = key, super().mask(size, dtype)
-        return self.kept[1]
+        if self.cached_mask is None or self.cached_mask[0] != key:
+            self.cached_mask = key, super().mask(size, dtype)
+        return self.cached_mask[1]
 
 
 class FastBlock(InferenceModule):
@@ -277,12 +277,12 @@ class FastStage(InferenceModule):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.widest = max(block.mlp.linear1.bias.shape[0] for block in stage.blocks)  # type: ignore[index, operator, union-attr]
+        self.hidden_channels = max(block.mlp.linear1.bias.shape[0] for block in stage.blocks)  # type: ignore[index, operator, union-attr]
         self.blocks = stage.blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
-        image = x.shape[2] * x.shape[3] * self.widest * x.element_size()
+        image = x.shape[2] * x.shape[3] * self.hidden_channels * x.element_size()
         parts = [self._run(part) for part in x.split(max(_HIDDEN_BYTES // max(image, 1), 1))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -300,14 +300,14 @@ _FAST: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
-def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> Any:
+def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> Any:
     """Return what stands for a module, its children first; one that is shared stays shared."""
-    if module not in done:
+    if module not in replaced:
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = _replace(child, done)
+                module._modules[name] = _replace(child, replaced)
         for name in _PROJECTIONS.get(type(module), ()):
             setattr(module, name, PackedLinear(getattr(module, name)))
         fast = _FAST.get(type(module))
-        done[module] = module if fast is None else fast(module)
-    return done[module]
+        replaced[module] = module if fast is None else fast(module)
+    return replaced[module]

@@ -19,8 +19,8 @@ from ..layer import BIAS_KERNEL, LayerTrace
 from ..ops.offsets import OffsetNetworkTrace
 from . import functional
 from ._checks import check_map
-from .bridge import SpecModule, dtype_of
-from .functional._precision import wide_dtype
+from .bridge import SpecModule, state_dtype
+from .functional._dtypes import wide_dtype
 from .functional.grid import Padding, Size
 from .functional.sampling import Sampler
 from .initialization import Init, init_offsets, init_table
@@ -294,7 +294,7 @@ class DeformableAttention(SpecModule):
         Raises:
             CheckpointError: with a report of missing, unexpected and mis-shaped keys.
         """
-        layer = cls(DeformableAttentionConfig.from_official(mapping, release=release), **options).to(dtype_of(state))
+        layer = cls(DeformableAttentionConfig.from_official(mapping, release=release), **options).to(state_dtype(state))
         layer.load_official(state)
         return layer
 

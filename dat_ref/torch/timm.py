@@ -93,8 +93,8 @@ def _rename_released(model: DAT, state_dict: dict[str, Any], prefix: str, *_: An
 def _load(model: DAT, file: str) -> None:
     """Load a file, all of it but a head for other classes."""
     report = load_checkpoint(model, file, strict=False)
-    wrong = [*report.missing, *report.unexpected, *(name for name, _, _ in report.misshaped)]
-    if any(not name.startswith(("head.", "cls_head.")) for name in wrong):
+    mismatched = [*report.missing, *report.unexpected, *(name for name, _, _ in report.misshaped)]
+    if any(not name.startswith(("head.", "cls_head.")) for name in mismatched):
         raise CheckpointError(f"{file}: expected the parameters of this model\n{report}")
 
 

@@ -20,12 +20,12 @@ from dat_ref.data import network_path
 from dat_ref.experiments.measures import interval, one_shift
 from dat_ref.experiments.traces import traces
 from dat_ref.layer import LayerTrace
-from dat_ref.recipe import Recipe
 from dat_ref.scenes import Scenes
 from dat_ref.scenes.measures import shares_of_layer
 from dat_ref.torch import create_model
 from dat_ref.torch.train import SceneImages, evaluate
 from dat_ref.torch.train.data import normalised
+from dat_ref.train_config import TrainConfig
 
 SCENES = 512  # that points are looked for on
 
@@ -61,16 +61,16 @@ def summary(rows):
 
 def main(folder):
     """Take over the run in a folder."""
-    recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
-    place = network_path(recipe.model)
+    config = TrainConfig.from_json((folder / "train_config.json").read_text(encoding="utf-8"))
+    place = network_path(config.model)
     shutil.copyfile(folder / "best.safetensors", place)
-    held_out = SceneImages(Scenes(recipe.task, "held_out", recipe.image_size))
-    model = create_model(recipe.model, checkpoint=place, num_classes=len(held_out.classes)).eval()
+    held_out = SceneImages(Scenes(config.task, "held_out", config.image_size))
+    model = create_model(config.model, checkpoint=place, num_classes=len(held_out.classes)).eval()
     scores = evaluate(model, held_out)
     card = {
         "about": "Names the one object on a scene of dat_ref.scenes. A toy, for looking at: it knows nothing else.",
         "command": "dat-ref train --out run --threads 1 --workers 1 --amp bfloat16",
-        "recipe": json.loads(recipe.to_json()),
+        "recipe": json.loads(config.to_json()),
         "classes": list(held_out.classes),
         "parameters": sum(leaf.numel() for leaf in model.parameters()),
         "accuracy": scores.accuracy,
@@ -79,7 +79,7 @@ def main(folder):
         "versions": {"dat_ref": __version__, "torch": torch.__version__},
         "date": datetime.now(timezone.utc).date().isoformat(),
         "points_measured_on": SCENES,
-        "on_the_object": where_points_go(model, recipe.image_size),
+        "on_the_object": where_points_go(model, config.image_size),
     }
     place.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from dat_ref.config import BlockConfig, DATConfig, DeformableAttentionConfig
-from dat_ref.recipe import Recipe
 from dat_ref.torch import DAT
-from dat_ref.torch.train import Team, fit, gathered
+from dat_ref.torch.train import DistributedContext, fit, init_distributed
+from dat_ref.train_config import TrainConfig
 
-RECIPE = Recipe(image_size=32, epochs=3, batch_size=4, warmup_epochs=1, drop_path=0.4, ema=0.5, save_every=2)
-TWICE = Recipe(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=0.5)
+CONFIG = TrainConfig(image_size=32, epochs=3, batch_size=4, warmup_epochs=1, drop_path=0.4, ema=0.5, save_every=2)
+TWICE = TrainConfig(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=0.5)
 
 
 class Noise:
@@ -44,23 +44,23 @@ def tiny_model(drop_path=0.0, dtype=torch.float32):
     return DAT(DATConfig((blocks,), num_classes=3, image_size=(32, 32), drop_path_rate=drop_path)).to(dtype)
 
 
-def run(folder, recipe=RECIPE, **options):
-    return fit(recipe, Noise(), Noise(7), folder, model=tiny_model(recipe.drop_path), quiet=True, **options)
+def run(folder, config=CONFIG, **options):
+    return fit(config, Noise(), Noise(7), folder, model=tiny_model(config.drop_path), quiet=True, **options)
 
 
 def two_processes(folder):
     """Train in double precision, without depth that chance decides; what `torchrun` starts."""
-    with gathered() as team:
+    with init_distributed() as context:
         result = fit(
             TWICE,
             Noise(11, torch.float64),
             Noise(7, torch.float64),
             folder,
             model=tiny_model(dtype=torch.float64),
-            team=Team(team.rank, team.size),
+            context=DistributedContext(context.rank, context.world_size),
             quiet=True,
         )
-        if team.leads:
+        if context.is_main:
             weights = {name: leaf.detach() for name, leaf in result.model.named_parameters()}
             torch.save({"weights": weights, "images": result.scores.images}, Path(folder) / "left.pt")
 

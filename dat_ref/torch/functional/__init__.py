@@ -1,16 +1,17 @@
 """The operations of `dat_ref.ops` on tensors, under the same names: grid, offsets, sampling, bias, attention, and those
 of the peers. Gradients are autograd's. Geometry is float32 or wider, under autocast too."""
 
+from ..._deprecation import deprecated_names
 from .attention import attend, deformable_attention, merge_heads, split_heads
 from .bias import (
-    HatReader,
-    TableLookup,
+    AffineIndex,
+    SeparableInterp,
     fixed_bias,
-    hat_matrix,
+    interp_matrix,
     log_bias,
     sampled_table_bias,
     table_bias,
-    table_lookup,
+    table_index,
     table_positions,
     table_scale,
 )
@@ -32,22 +33,22 @@ from .registry import Backend, BackendWarning, Call, backends, register_backend
 from .sampling import bilinear_sample, sample_tokens
 from .windows import (
     attend_in_windows,
-    cut_windows,
-    lay_windows,
     relative_index,
     split_windows,
     window_attention,
     window_cells,
     window_mask,
+    window_partition,
+    window_reverse,
     window_visibility,
 )
 
 __all__ = [
+    "AffineIndex",
     "Backend",
     "BackendWarning",
     "Call",
-    "HatReader",
-    "TableLookup",
+    "SeparableInterp",
     "attend",
     "attend_at_points",
     "attend_in_windows",
@@ -55,16 +56,14 @@ __all__ = [
     "backends",
     "bilinear_sample",
     "bound_offsets",
-    "cut_windows",
     "deform_conv2d",
     "deform_points",
     "deformable_attention",
     "depthwise_conv2d",
     "fixed_bias",
     "from_pixels",
-    "hat_matrix",
+    "interp_matrix",
     "key_grid_size",
-    "lay_windows",
     "level_sizes",
     "location_pixels",
     "log_bias",
@@ -85,12 +84,26 @@ __all__ = [
     "split_heads",
     "split_windows",
     "table_bias",
-    "table_lookup",
+    "table_index",
     "table_positions",
     "table_scale",
     "to_pixels",
     "window_attention",
     "window_cells",
     "window_mask",
+    "window_partition",
+    "window_reverse",
     "window_visibility",
 ]
+
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "HatReader": "SeparableInterp",
+        "TableLookup": "AffineIndex",
+        "cut_windows": "window_partition",
+        "hat_matrix": "interp_matrix",
+        "lay_windows": "window_reverse",
+        "table_lookup": "table_index",
+    },
+)

@@ -6,8 +6,9 @@
 ``"triton"``       kernels in Triton, for CUDA devices
 ``"cpu"``          kernels in Numba, for CPUs
 ``"blockwise"``    the same computation in plain PyTorch, on any device
-``"matmul"``       plain operations: the bias as two matrix products (`bias.HatReader`), then torch's fused attention.
-                   For exporters, and for what must look inside: `torch.func`, derivatives of any order, dropout
+``"matmul"``       plain operations: the bias as two matrix products (`bias.SeparableInterp`), then torch's fused
+                   attention. For exporters, and for what must look inside: `torch.func`, derivatives of any order,
+                   dropout
 ``"eager"``        the formulation of the releases: every displacement written out, the table sampled at each of them,
                    einsum, softmax. For comparison
 ``"auto"``         the first of these that can serve the call
@@ -33,7 +34,7 @@ from ...ops.attention import check_core
 from .. import kernels
 from .._checks import check_tensor
 from . import blockwise
-from .bias import HatReader, sampled_table_bias, table_lookup
+from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
 from .registry import Call, CoreFunction, choose_backend, register_backend
@@ -108,8 +109,8 @@ def deformable_attention(
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
-    chosen = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
-    return chosen.run(
+    selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
+    return selected.run(
         q,
         k,
         v,
@@ -150,8 +151,8 @@ def _eager(
 # ------------------------------------------------------------------------------------------------ "matmul"
 
 # Logits computed at once: on a CPU so few that they stay in cache, on an accelerator enough to keep it busy.
-_LOGITS_AT_ONCE = {"cpu": 1 << 21}
-_LOGITS_AT_ONCE_ELSEWHERE = 1 << 28
+_MAX_LOGITS = {"cpu": 1 << 21}
+_DEFAULT_MAX_LOGITS = 1 << 28
 
 
 def _matmul(
@@ -169,41 +170,41 @@ def _matmul(
 ) -> Tensor:
     if bias_table is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-    lookup = table_lookup(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
-    reader = HatReader(bias_table, lookup, query_size)
+    index = table_index(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
+    interp = SeparableInterp(bias_table, index, query_size)
     # Fused attention has neither forward-mode nor second derivatives.
     transformed = is_transformed(q, k, v, points, bias_table)
     with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
-        return _attend_by_rows(q, k, v, reader, query_size, scale, dropout)
+        return _attend_row_chunks(q, k, v, interp, query_size, scale, dropout)
 
 
-def _attend_by_rows(
-    q: Tensor, k: Tensor, v: Tensor, reader: HatReader, size: Size, scale: float, dropout: float
+def _attend_row_chunks(
+    q: Tensor, k: Tensor, v: Tensor, interp: SeparableInterp, size: Size, scale: float, dropout: float
 ) -> Tensor:
     height, width = size
-    whole = torch.compiler.is_compiling()  # a graph would be pinned to how often a loop runs
-    rows = height if whole else _rows_at_once(q, k, width)
-    if whole or rows >= height:
-        mask = reader.read(0, height).to(q.dtype)
+    compiling = torch.compiler.is_compiling()  # a graph would be pinned to how often a loop runs
+    rows = height if compiling else _rows_per_chunk(q, k, width)
+    if compiling or rows >= height:
+        mask = interp.read(0, height).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
-    parts = []
+    chunks = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        mask = reader.read(start, stop).to(q.dtype)
+        mask = interp.read(start, stop).to(q.dtype)
         queries = q[:, :, start * width : stop * width]
-        parts.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale, dropout_p=dropout))
-    return torch.cat(parts, dim=2)
+        chunks.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale, dropout_p=dropout))
+    return torch.cat(chunks, dim=2)
 
 
-def _rows_at_once(q: Tensor, k: Tensor, width: int) -> int:
-    budget = _LOGITS_AT_ONCE.get(q.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+def _rows_per_chunk(q: Tensor, k: Tensor, width: int) -> int:
+    budget = _MAX_LOGITS.get(q.device.type, _DEFAULT_MAX_LOGITS)
     return max(budget // max(q.shape[0] * q.shape[1] * width * k.shape[2], 1), 1)
 
 
 # ------------------------------------------------------------------------------------------------ kernels
 
 
-def attention_by(name: str) -> CoreFunction:
+def kernel_backend(name: str) -> CoreFunction:
     """Return the backend that runs `fused_attention` with one of the registered sets of kernels."""
 
     def run(
@@ -221,14 +222,14 @@ def attention_by(name: str) -> CoreFunction:
     ) -> Tensor:
         if bias_table is None:
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
-        built = (bias_table.shape[1], bias_table.shape[2])
-        base, step = table_lookup(points, built, query_size, convention, resolution)
-        return fused_attention(q, k, v, base, bias_table, query_size=query_size, step=step, scale=scale, kernels=name)
+        table_size = (bias_table.shape[1], bias_table.shape[2])
+        origin, step = table_index(points, table_size, query_size, convention, resolution)
+        return fused_attention(q, k, v, origin, bias_table, query_size=query_size, step=step, scale=scale, kernels=name)
 
     return run
 
 
-def _beyond_kernels(call: Call) -> str:
+def _unsupported_by_kernels(call: Call) -> str:
     """Return why no set of kernels can serve a call, or nothing."""
     if call.dropout:
         return "it has no dropout of attention weights"
@@ -243,22 +244,22 @@ def _beyond_kernels(call: Call) -> str:
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-def _refused_by_blockwise(call: Call) -> str:
+def _unsupported_by_blockwise(call: Call) -> str:
     if call.q.device.type not in ("cpu", "meta") and torch.are_deterministic_algorithms_enabled():
         return f"on {call.q.device.type!r} the gradient of the table is summed in any order"
-    return _beyond_kernels(call)
+    return _unsupported_by_kernels(call)
 
 
-def _refused_by_cpu(call: Call) -> str:
+def _unsupported_by_cpu(call: Call) -> str:
     if call.q.device.type != "cpu":
         return f"it runs on CPUs, and the tensors are on {call.q.device.type!r}"
-    return _beyond_kernels(call)
+    return _unsupported_by_kernels(call)
 
 
-def _refused_by_triton(call: Call) -> str:
+def _unsupported_by_triton(call: Call) -> str:
     if call.q.device.type != "cuda" and not kernels.triton_is_interpreted():
         return f"it runs on CUDA devices, and the tensors are on {call.q.device.type!r}"
-    return _beyond_kernels(call)
+    return _unsupported_by_kernels(call)
 
 
 register_kernels("blockwise", lambda: blockwise)
@@ -271,24 +272,24 @@ register_backend(
 )
 register_backend(
     "blockwise",
-    attention_by("blockwise"),
+    kernel_backend("blockwise"),
     "plain PyTorch, a tile of the logits at a time, on any device",
     priority=20,
-    refuses=_refused_by_blockwise,
+    refuses=_unsupported_by_blockwise,
 )
 register_backend(
     "cpu",
-    attention_by("cpu"),
+    kernel_backend("cpu"),
     "Numba, compiled for this processor: bias, softmax and products in one pass",
     priority=30,
     missing=partial(kernels.missing, "cpu"),
-    refuses=_refused_by_cpu,
+    refuses=_unsupported_by_cpu,
 )
 register_backend(
     "triton",
-    attention_by("triton"),
+    kernel_backend("triton"),
     "Triton, fused for CUDA devices",
     priority=40,
     missing=partial(kernels.missing, "triton"),
-    refuses=_refused_by_triton,
+    refuses=_unsupported_by_triton,
 )

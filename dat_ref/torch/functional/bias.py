@@ -1,11 +1,11 @@
 """Position bias: `dat_ref.ops.bias` on tensors.
 
 The table is read at i = (q - p̃)·scale + center, whose row depends on the query's row alone and whose column on its
-column alone, and which advances by a constant from query to query: `table_lookup` says from where, and by how much.
+column alone, and which advances by a constant from query to query: `table_index` says from where, and by how much.
 
-`HatReader` reads it with two matrix products of hat weights, one an axis, B[n] = Y[n] B̂ X[n]ᵀ, where Y[n] (H × T_y)
-and X[n] (W × T_x) have two neighbouring weights (1 - f, f) a row: with operators that all exporters and devices have,
-and with derivatives of any order. Faster ones are `table_windows`, and the kernels.
+`SeparableInterp` reads it with two matrix products of hat weights, one an axis, B[n] = Y[n] B̂ X[n]ᵀ, where Y[n]
+(H × T_y) and X[n] (W × T_x) have two neighbouring weights (1 - f, f) a row: with operators that all exporters and
+devices have, and with derivatives of any order. Faster ones are `bias_windows`, and the kernels.
 
 All take the derivative on the lattice from the right, as the spec does.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..._checks import ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
-from ._precision import wide_dtype, without_autocast
+from ._dtypes import autocast_disabled, wide_dtype
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
@@ -35,28 +35,28 @@ def table_scale(
     """Return table cells per pixel of displacement on each axis: 1 for a table built for this very map."""
     if resolution == "pixels":
         return 1.0, 1.0
-    corner = int(convention.value.align_corners)
+    aligned = int(convention.value.align_corners)
     y, x = (
-        ((cells + 1) / 2 - corner) / max(length - corner, 1)
+        ((cells + 1) / 2 - aligned) / max(length - aligned, 1)
         for cells, length in zip(table_size, query_size, strict=True)
     )
     return y, x
 
 
-class TableLookup(NamedTuple):
-    """Where a table is read: query (i, j) reads the bias of key n at row base[n, 0] + i·step[0], column likewise."""
+class AffineIndex(NamedTuple):
+    """Where a table is read: query (i, j) reads the bias of key n at row origin[n, 0] + i·step[0], column likewise."""
 
-    base: Tensor  # (B, G, Ns, 2), (y, x), in cells of the table, float32 or wider
+    origin: Tensor  # (B, G, Ns, 2), (y, x), in cells of the table, float32 or wider
     step: tuple[float, float]  # cells from one query to the next; exactly 1 where table and map have one lattice
 
 
-def table_lookup(
+def table_index(
     points: Tensor,
     table_size: Size,
     query_size: Size,
     convention: Convention,
     resolution: BiasResolution = "fractions",
-) -> TableLookup:
+) -> AffineIndex:
     """Return where in the table the displacements of the queries from each point are read, in canonical form.
 
     With s cells per unit of normalised displacement, i = (q - p̃) s + center, and q advances by a constant from query to
@@ -71,15 +71,15 @@ def table_lookup(
     spacing = convention.value.query
     scale = table_scale(table_size, query_size, convention, resolution)
     units = pixels_per_unit(query_size, convention)
-    bases, steps = [], []
-    for axis, along in enumerate(points.to(wide_dtype(points)).unbind(-1)):
+    origins, steps = [], []
+    for axis, coordinates in enumerate(points.to(wide_dtype(points)).unbind(-1)):
         length = query_size[axis]
         cells = scale[axis] * units[axis]  # per unit
         first = spacing.coordinate(0, length) * cells + (table_size[axis] - 1) // 2
-        bases.append(torch.rsub(along, first, alpha=cells))  # first - cells · along
+        origins.append(torch.rsub(coordinates, first, alpha=cells))  # first - cells · coordinates
         # A single query takes no step; 1 keeps it on the common path.
         steps.append(1.0 if length == 1 else cells / ((length - spacing.gap) / 2))
-    return TableLookup(torch.stack(bases, dim=-1), (steps[0], steps[1]))
+    return AffineIndex(torch.stack(origins, dim=-1), (steps[0], steps[1]))
 
 
 def table_positions(
@@ -94,34 +94,34 @@ def table_positions(
     Returns:
         (B, G, H·W, Ns, 2), (y, x), in cells of the table.
     """
-    lookup = table_lookup(points, table_size, query_size, convention, resolution)
-    rows, columns = axis_positions(lookup, query_size)  # (B, G, Ns, H) and (B, G, Ns, W)
+    index = table_index(points, table_size, query_size, convention, resolution)
+    rows, columns = axis_positions(index, query_size)  # (B, G, Ns, H) and (B, G, Ns, W)
     rows, columns = (each.transpose(2, 3) for each in (rows, columns))
     shape = (*rows.shape[:3], query_size[1], rows.shape[3])  # (B, G, H, W, Ns)
     grid = torch.stack((rows[:, :, :, None].expand(shape), columns[:, :, None].expand(shape)), dim=-1)
     return grid.flatten(2, 3)
 
 
-def axis_positions(lookup: TableLookup, query_size: Size) -> tuple[Tensor, Tensor]:
+def axis_positions(index: AffineIndex, query_size: Size) -> tuple[Tensor, Tensor]:
     """Return the rows of the table that query rows read, (…, Ns, H), and the columns, (…, Ns, W)."""
-    base, step = lookup
+    origin, step = index
     rows, columns = (
-        base[..., axis, None] + torch.arange(query_size[axis], dtype=base.dtype, device=base.device) * step[axis]
+        origin[..., axis, None] + torch.arange(query_size[axis], dtype=origin.dtype, device=origin.device) * step[axis]
         for axis in (0, 1)
     )
     return rows, columns
 
 
-def hat_matrix(positions: Tensor, length: int) -> Tensor:
+def interp_matrix(positions: Tensor, length: int) -> Tensor:
     """Return the weights with which each position reads an axis of `length` cells, zeros outside: (…) → (…, length).
 
-    >>> hat_matrix(torch.tensor([0.25, 2.0, -0.5]), 3).tolist()
+    >>> interp_matrix(torch.tensor([0.25, 2.0, -0.5]), 3).tolist()
     [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0]]
     """
     clamped = positions.clamp(-1, length)  # one cell outside there is nothing left
-    before = clamped.detach().floor()
-    fraction = (clamped - before)[..., None]  # its derivative is that from the right
-    cell = torch.nan_to_num(before).long()[..., None] + 1  # NaN stays in the fraction
+    floor = clamped.detach().floor()
+    fraction = (clamped - floor)[..., None]  # its derivative is that from the right
+    cell = torch.nan_to_num(floor).long()[..., None] + 1  # NaN stays in the fraction
     # Two cells of room behind and one in front take what falls outside.
     weights = torch.zeros((*positions.shape, length + 3), dtype=positions.dtype, device=positions.device)
     weights = weights.scatter(-1, torch.cat((cell, cell + 1), -1), torch.cat((1 - fraction, fraction), -1))
@@ -150,42 +150,42 @@ def table_bias(
         (B, heads, H·W, Ns), float32 or wider.
     """
     size = (table.shape[1], table.shape[2])
-    lookup = table_lookup(points, size, query_size, convention, resolution)
-    return HatReader(table, lookup, query_size).read(0, query_size[0])
+    index = table_index(points, size, query_size, convention, resolution)
+    return SeparableInterp(table, index, query_size).read(0, query_size[0])
 
 
-class HatReader:
+class SeparableInterp:
     """A table and the points that read it, ready to give the bias for any run of query rows: by matrix products.
 
-    >>> lookup = table_lookup(torch.zeros(2, 1, 6, 2), (9, 13), (5, 7), Convention.PAPER)
-    >>> reader = HatReader(torch.zeros(4, 9, 13), lookup, (5, 7))
-    >>> reader.read(1, 3).shape
+    >>> index = table_index(torch.zeros(2, 1, 6, 2), (9, 13), (5, 7), Convention.PAPER)
+    >>> interp = SeparableInterp(torch.zeros(4, 9, 13), index, (5, 7))
+    >>> interp.read(1, 3).shape
     torch.Size([2, 4, 14, 6])
     """
 
-    def __init__(self, table: Tensor, lookup: TableLookup, query_size: Size) -> None:
+    def __init__(self, table: Tensor, index: AffineIndex, query_size: Size) -> None:
         heads, height, width = table.shape
-        groups = lookup.base.shape[1]
-        dtype = wide_dtype(table, lookup.base)
-        moved = lookup.base.transpose(0, 1).to(dtype)  # (G, B, Ns, 2)
-        self.rows, columns = axis_positions(TableLookup(moved, lookup.step), query_size)  # (G, B, Ns, H or W)
-        self.across = hat_matrix(columns, width).flatten(0, 2)  # (G·B·Ns, W, T_x)
-        by_group = table.to(dtype).reshape(groups, heads // groups, height, width)
-        self.table = by_group.transpose(1, 2).flatten(2)  # (G, T_y, heads/G · T_x)
-        self.height = height
+        groups = index.origin.shape[1]
+        dtype = wide_dtype(table, index.origin)
+        origin = index.origin.transpose(0, 1).to(dtype)  # (G, B, Ns, 2)
+        self.row_positions, columns = axis_positions(AffineIndex(origin, index.step), query_size)  # (G, B, Ns, H or W)
+        self.column_weights = interp_matrix(columns, width).flatten(0, 2)  # (G·B·Ns, W, T_x)
+        grouped_table = table.to(dtype).reshape(groups, heads // groups, height, width)
+        self.table = grouped_table.transpose(1, 2).flatten(2)  # (G, T_y, heads/G · T_x)
+        self.table_height = height
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the bias of query rows [start, stop): (B, heads, rows·W, Ns)."""
-        positions = self.rows[..., start:stop]
+        positions = self.row_positions[..., start:stop]
         groups, batch, samples, rows = positions.shape
-        many, width, table_width = self.across.shape
+        pairs, width, table_width = self.column_weights.shape
         heads = self.table.shape[2] // table_width  # of one group
-        with without_autocast(positions):
-            down = hat_matrix(positions, self.height).flatten(1, 3)  # (G, B·Ns·rows, T_y)
-            read = torch.bmm(down, self.table).reshape(many, rows * heads, table_width)
-            read = torch.bmm(read, self.across.transpose(1, 2))  # (G·B·Ns, rows·heads/G, W)
-        read = read.reshape(groups, batch, samples, rows, heads, width).permute(1, 0, 4, 3, 5, 2)
-        return read.reshape(batch, groups * heads, rows * width, samples)
+        with autocast_disabled(positions):
+            row_weights = interp_matrix(positions, self.table_height).flatten(1, 3)  # (G, B·Ns·rows, T_y)
+            bias = torch.bmm(row_weights, self.table).reshape(pairs, rows * heads, table_width)
+            bias = torch.bmm(bias, self.column_weights.transpose(1, 2))  # (G·B·Ns, rows·heads/G, W)
+        bias = bias.reshape(groups, batch, samples, rows, heads, width).permute(1, 0, 4, 3, 5, 2)
+        return bias.reshape(batch, groups * heads, rows * width, samples)
 
 
 def sampled_table_bias(
@@ -224,7 +224,7 @@ def log_bias(
     batch, groups, samples, _ = points.shape
     dtype = wide_dtype(points)
     queries = query_points(query_size, convention, dtype=dtype, device=points.device).flatten(0, 1)
-    with without_autocast(points):
+    with autocast_disabled(points):
         displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])  # (B, G, H·W, Ns, 2)
         # sign(d) log₂(1 + |d|) / log₂ 8, written so that its derivative at 0 is that from both sides, 1/(3 ln 2).
         scaled = (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3

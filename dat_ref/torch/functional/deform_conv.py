@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._checks import ShapeError, check_divides
 from ...peers.deform_conv import Pair, Sliding
 from .._checks import check_tensor
-from ._precision import wide_dtype
+from ._dtypes import wide_dtype
 from .grid import Size
 from .sampling import Sampler, sample_tokens
 
@@ -31,9 +31,9 @@ def deform_points(offset: Tensor, sliding: Sliding) -> Tensor:
     """
     batch, channels, height, width = offset.shape
     taps = sliding.kernel[0] * sliding.kernel[1]
-    moves = offset.reshape(batch, channels // (2 * taps), taps, 2, height, width).permute(0, 1, 2, 4, 5, 3)
-    moves = moves.to(wide_dtype(offset))
-    return moves + _lattice(sliding, (height, width), moves)
+    displacements = offset.reshape(batch, channels // (2 * taps), taps, 2, height, width).permute(0, 1, 2, 4, 5, 3)
+    displacements = displacements.to(wide_dtype(offset))
+    return displacements + _lattice(sliding, (height, width), displacements)
 
 
 def _lattice(sliding: Sliding, size: Size, like: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ def deform_conv2d(
 def _multiply(columns: Tensor, weight: Tensor) -> Tensor:
     """(B, H'·W', K, C) and (O, C/G, k_y, k_x) → (B, H'·W', O)."""
     batch, pixels, taps, channels = columns.shape
-    outputs, of_group = weight.shape[:2]
-    groups = channels // of_group
-    by_group = columns.reshape(batch * pixels, taps, groups, of_group).permute(2, 0, 1, 3).flatten(2)
-    kernels = weight.reshape(groups, outputs // groups, of_group, taps).transpose(2, 3).flatten(2)
-    y = by_group @ kernels.transpose(1, 2)  # (G, B·H'·W', O/G)
+    outputs, group_channels = weight.shape[:2]
+    groups = channels // group_channels
+    grouped = columns.reshape(batch * pixels, taps, groups, group_channels).permute(2, 0, 1, 3).flatten(2)
+    kernels = weight.reshape(groups, outputs // groups, group_channels, taps).transpose(2, 3).flatten(2)
+    y = grouped @ kernels.transpose(1, 2)  # (G, B·H'·W', O/G)
     return y.transpose(0, 1).reshape(batch, pixels, outputs)
 
 
@@ -111,14 +111,14 @@ def _check(
     check_tensor("x", x, {"B": None, "C": None, "H": None, "W": None})
     check_tensor("weight", weight, {"O": None, "C/G": None, "k_y": None, "k_x": None})
     batch, channels = x.shape[:2]
-    outputs, of_group, *kernel = weight.shape
+    outputs, group_channels, *kernel = weight.shape
     height, width = sliding.output_size((x.shape[2], x.shape[3]))
     if min(height, width) < 1:
         raise ShapeError(
             f"weight: expected a kernel that fits into the padded map, got {tuple(weight.shape)} on {tuple(x.shape)}"
         )
-    check_divides("weight.shape[1] (channels a group)", of_group, "C", channels)
-    check_divides("groups", channels // of_group, "O", outputs)
+    check_divides("weight.shape[1] (channels a group)", group_channels, "C", channels)
+    check_divides("groups", channels // group_channels, "O", outputs)
     taps = kernel[0] * kernel[1]
     check_tensor("offset", offset, {"B": batch, "2·G_o·k_y·k_x": None, "H'": height, "W'": width})
     if offset.shape[1] == 0 or offset.shape[1] % (2 * taps):

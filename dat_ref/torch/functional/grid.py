@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..._checks import ConfigError
 from ...conventions import Convention, Spacing
-from ._precision import wide_dtype
-from ._sizes import ceil_div
+from ._dtypes import wide_dtype
+from ._symbolic import ceil_div
 
 Size = tuple[int, int]
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
@@ -62,14 +62,14 @@ def query_points(
 
 def pixels_per_unit(size: Size, convention: Convention) -> tuple[float, float]:
     """Return d pixel/dn = (H - a)/2 for both axes."""
-    corner = int(convention.value.align_corners)
-    return (size[0] - corner) / 2, (size[1] - corner) / 2
+    aligned = int(convention.value.align_corners)
+    return (size[0] - aligned) / 2, (size[1] - aligned) / 2
 
 
 def axis_pixels(coordinates: Tensor, length: int, convention: Convention) -> Tensor:
     """Return normalised coordinates of one axis in pixels, float32 or wider."""
-    corner = int(convention.value.align_corners)
-    return (coordinates.to(wide_dtype(coordinates)) + 1) * ((length - corner) / 2) - (1 - corner) / 2
+    aligned = int(convention.value.align_corners)
+    return (coordinates.to(wide_dtype(coordinates)) + 1) * ((length - aligned) / 2) - (1 - aligned) / 2
 
 
 def to_pixels(points: Tensor, size: Size, convention: Convention) -> Tensor:
@@ -87,8 +87,8 @@ def from_pixels(points_px: Tensor, size: Size, convention: Convention) -> Tensor
     edge = (not convention.value.align_corners) / 2
     wide = points_px.to(wide_dtype(points_px))
     axes = [
-        (along + edge) / scale - 1 if scale > 0 else torch.zeros_like(along)
-        for along, scale in zip(wide.unbind(-1), pixels_per_unit(size, convention), strict=True)
+        (coordinates + edge) / scale - 1 if scale > 0 else torch.zeros_like(coordinates)
+        for coordinates, scale in zip(wide.unbind(-1), pixels_per_unit(size, convention), strict=True)
     ]
     return torch.stack(axes, dim=-1)
 

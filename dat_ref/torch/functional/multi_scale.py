@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
-from ._precision import wide_dtype
+from ._dtypes import wide_dtype
 from .grid import Size
 from .sampling import Sampler, sample_tokens
 
@@ -26,8 +26,8 @@ def location_pixels(locations: Tensor, spatial_shapes: Sequence[Size]) -> Tensor
     """Return locations (B, Q, heads, L, P, 2), (x, y) in [0, 1], as points (y, x) in pixels of their level."""
     wide = locations.to(wide_dtype(locations))
     levels = [
-        torch.stack((places[..., 1] * height - 0.5, places[..., 0] * width - 0.5), dim=-1)
-        for places, (height, width) in zip(wide.unbind(3), spatial_shapes, strict=True)
+        torch.stack((level[..., 1] * height - 0.5, level[..., 0] * width - 0.5), dim=-1)
+        for level, (height, width) in zip(wide.unbind(3), spatial_shapes, strict=True)
     ]
     return torch.stack(levels, dim=3)
 
@@ -46,12 +46,12 @@ def sample_levels(
         (B, Q, heads, L, P, d), in the dtype of `value`.
     """
     queries, points = points_px.shape[1], points_px.shape[4]
-    counts = [height * width for height, width in spatial_shapes]
+    pixels = [height * width for height, width in spatial_shapes]
     sampled = []
-    for tokens, size, places in zip(value.split(counts, dim=1), spatial_shapes, points_px.unbind(3), strict=True):
-        flat = places.transpose(1, 2).flatten(2, 3)  # (B, heads, Q·P, 2)
-        read = sample_tokens(tokens.unflatten(1, size), flat, sampler=sampler).to(value.dtype)  # (B, heads, Q·P, d)
-        sampled.append(read.unflatten(2, (queries, points)).transpose(1, 2))
+    for tokens, size, level_points in zip(value.split(pixels, dim=1), spatial_shapes, points_px.unbind(3), strict=True):
+        flat = level_points.transpose(1, 2).flatten(2, 3)  # (B, heads, Q·P, 2)
+        values = sample_tokens(tokens.unflatten(1, size), flat, sampler=sampler).to(value.dtype)  # (B, heads, Q·P, d)
+        sampled.append(values.unflatten(2, (queries, points)).transpose(1, 2))
     return torch.stack(sampled, dim=3)
 
 

@@ -27,7 +27,7 @@ from ..._checks import ShapeError
 from .. import kernels
 from .._checks import check_tensor
 from . import neighborhood_tiles
-from .attention import _beyond_kernels, _refused_by_cpu, _refused_by_triton, attend
+from .attention import _unsupported_by_cpu, _unsupported_by_kernels, _unsupported_by_triton, attend
 from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import axis_kernel, first_key, submap_length, tiled_attention
@@ -41,11 +41,11 @@ def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.de
     >>> axis_neighbors(5, 3).tolist()
     [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
     """
-    seen = axis_kernel(length, kernel, dilation)
+    num_keys = axis_kernel(length, kernel, dilation)
     query = torch.arange(length, device=device)
-    place, submap = query // dilation, query % dilation
-    first = first_key(place, submap_length(length, submap, dilation), seen)
-    return submap[:, None] + dilation * (first[:, None] + torch.arange(seen, device=device))
+    position, submap = query // dilation, query % dilation
+    first = first_key(position, submap_length(length, submap, dilation), num_keys)
+    return submap[:, None] + dilation * (first[:, None] + torch.arange(num_keys, device=device))
 
 
 def neighbor_index(
@@ -56,9 +56,9 @@ def neighbor_index(
     row_shift = (rows - torch.arange(size[0], device=device)[:, None]) // dilation + kernel - 1
     column_shift = (columns - torch.arange(size[1], device=device)[:, None]) // dilation + kernel - 1
     keys = rows[:, None, :, None] * size[1] + columns[None, :, None, :]  # (H, W, K_y, K_x)
-    table = row_shift[:, None, :, None] * (2 * kernel - 1) + column_shift[None, :, None, :]
+    table_index = row_shift[:, None, :, None] * (2 * kernel - 1) + column_shift[None, :, None, :]
     count = size[0] * size[1]
-    return keys.reshape(count, -1), table.reshape(count, -1)
+    return keys.reshape(count, -1), table_index.reshape(count, -1)
 
 
 # ------------------------------------------------------------------------------------------------ the operation
@@ -98,7 +98,7 @@ def neighborhood_attention(
     """
     _check(qkv, table)
     if return_weights:
-        return _gathered(qkv, table, scale, dilation)
+        return _gather_attention(qkv, table, scale, dilation)
     heads, kernel, size = table.shape[0], (table.shape[1] + 1) // 2, (qkv.shape[1], qkv.shape[2])
     q, k, v = (_split_heads(part, heads) for part in qkv.split(qkv.shape[3] // 3, dim=3))
     run = choose_backend(backend, Call(q, k, v, None, table, dropout), _BACKENDS).run
@@ -127,13 +127,13 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ query by query
 
 
-def _gathered(qkv: Tensor, table: Tensor, scale: float, dilation: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _gather_attention(qkv: Tensor, table: Tensor, scale: float, dilation: int) -> tuple[Tensor, dict[str, Tensor]]:
     batch, height, width, channels = qkv.shape
     heads, kernel = table.shape[0], (table.shape[1] + 1) // 2
     split = qkv.reshape(batch, height * width, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)
-    neighbors, places = neighbor_index((height, width), kernel, dilation, qkv.device)
+    neighbors, table_index = neighbor_index((height, width), kernel, dilation, qkv.device)
     q, k, v = split[0][:, :, :, None], split[1][:, :, neighbors], split[2][:, :, neighbors]
-    bias = table.flatten(1)[:, places][:, :, None]  # (heads, H·W, 1, K²)
+    bias = table.flatten(1)[:, table_index][:, :, None]  # (heads, H·W, 1, K²)
     attended, weights = attend(q, k, v, bias, scale)
     merged = attended[:, :, :, 0].transpose(1, 2).reshape(batch, height, width, channels // 3)
     return merged, {"q": q, "k": k, "v": v, "attention": weights, "neighbors": neighbors}
@@ -151,8 +151,8 @@ def _eager(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    neighbors, places = neighbor_index(size, kernel, dilation, q.device)
-    logits = torch.einsum("bhmd,bhmnd->bhmn", q * scale, k[:, :, neighbors]) + table.flatten(1)[:, places]
+    neighbors, table_index = neighbor_index(size, kernel, dilation, q.device)
+    logits = torch.einsum("bhmd,bhmnd->bhmn", q * scale, k[:, :, neighbors]) + table.flatten(1)[:, table_index]
     weights = F.dropout(torch.softmax(logits, dim=-1).to(v.dtype), dropout)
     return torch.einsum("bhmn,bhmnd->bhmd", weights, v[:, :, neighbors])
 
@@ -178,7 +178,7 @@ class NeighborhoodFunction(Protocol):
     ) -> Tensor: ...
 
 
-def _by_kernels(name: str) -> NeighborhoodFunction:
+def _kernel_backend(name: str) -> NeighborhoodFunction:
     """Return the backend that runs one of the registered sets of kernels."""
 
     def run(
@@ -199,29 +199,29 @@ def _by_kernels(name: str) -> NeighborhoodFunction:
     return run
 
 
-def _load(name: str) -> ModuleType:
+def _load_kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{kernels.load(name).__name__}.neighborhood")
 
 
 register_neighborhood_kernels("blockwise", lambda: neighborhood_tiles)
-register_neighborhood_kernels("cpu", partial(_load, "cpu"))
-register_neighborhood_kernels("triton", partial(_load, "triton"))
+register_neighborhood_kernels("cpu", partial(_load_kernels, "cpu"))
+register_neighborhood_kernels("triton", partial(_load_kernels, "triton"))
 
 
-def _refused_by_matmul(call: Call) -> str:
+def _unsupported_by_matmul(call: Call) -> str:
     if is_transformed(*call[:5]):
         return "torch.func and forward-mode derivatives look inside, and torch's fused attention has none of the latter"
     return ""
 
 
-_LARGEST_TRITON_KERNEL = 32  # `LARGEST_KERNEL` of kernels that only those can import who have Triton
+_MAX_TRITON_KERNEL = 32  # `MAX_KERNEL` of kernels that only those can import who have Triton
 
 
-def _refused_by_triton_here(call: Call) -> str:
+def _unsupported_by_triton_neighborhood(call: Call) -> str:
     assert call.bias_table is not None
-    if call.bias_table.shape[1] > 2 * _LARGEST_TRITON_KERNEL - 1:
-        return f"its neighborhoods have at most {_LARGEST_TRITON_KERNEL}² keys"
-    return _refused_by_triton(call)
+    if call.bias_table.shape[1] > 2 * _MAX_TRITON_KERNEL - 1:
+        return f"its neighborhoods have at most {_MAX_TRITON_KERNEL}² keys"
+    return _unsupported_by_triton(call)
 
 
 def _backend(name: str, run: NeighborhoodFunction, priority: int, refuses: Callable[[Call], str]) -> Backend:
@@ -233,9 +233,9 @@ _BACKENDS = {
     backend.name: backend
     for backend in (
         _backend("eager", _eager, 0, lambda call: ""),
-        _backend("matmul", tiled_attention, 10, _refused_by_matmul),
-        _backend("blockwise", _by_kernels("blockwise"), 20, _beyond_kernels),
-        _backend("cpu", _by_kernels("cpu"), 30, _refused_by_cpu),
-        _backend("triton", _by_kernels("triton"), 40, _refused_by_triton_here),
+        _backend("matmul", tiled_attention, 10, _unsupported_by_matmul),
+        _backend("blockwise", _kernel_backend("blockwise"), 20, _unsupported_by_kernels),
+        _backend("cpu", _kernel_backend("cpu"), 30, _unsupported_by_cpu),
+        _backend("triton", _kernel_backend("triton"), 40, _unsupported_by_triton_neighborhood),
     )
 }

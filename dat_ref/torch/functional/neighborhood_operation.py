@@ -6,8 +6,8 @@ A set of kernels is a module, or any other object, with two functions::
     neighborhood_backward(grad_out, q, k, v, table, out, lse, *, size, kernel, dilation, scale, deterministic)
         -> (grad_q, grad_k, grad_v, grad_table)
 
-with q, k, v, out and grad_out (B, heads, H·W, d), table (heads, 2K-1, 2K-1) and lse (B, heads, H·W), the logarithm of
-the sum of the exponentials of each row's logits. Values may come with any strides; outputs and gradients lie in memory
+with q, k, v, out and grad_out (B, heads, H·W, d), table (heads, 2K-1, 2K-1) and lse (B, heads, H·W), the log-sum-exp
+of each row's logits. Values may come with any strides; outputs and gradients lie in memory
 as what they belong to.
 """
 
@@ -23,12 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from ...peers.neighborhood import axis_kernel
-from ._precision import wide_dtype
-from ._rules import autocast_rule, autograd_rule
+from ._autograd import autocast_rule, autograd_rule
+from ._dtypes import wide_dtype
 from .grid import Size
 from .neighborhood_tiles import tiled_attention
-from .operation import _laid_as
-from .registry import tell
+from .operation import _match_layout
+from .registry import warn_once
 
 _KERNELS: dict[str, Callable[[], Any]] = {}
 
@@ -100,7 +100,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     geometry = {"size": tuple(size), "kernel": kernel, "dilation": dilation, "scale": scale}
     out, lse = _KERNELS[kernels]().neighborhood_forward(q, k, v, table, **geometry)
-    return _laid_as(out, q), lse
+    return _match_layout(out, q), lse
 
 
 def _backward(
@@ -119,10 +119,12 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
     geometry = {"size": tuple(size), "kernel": kernel, "dilation": dilation, "scale": scale}
-    functions = _KERNELS[kernels]()
-    grad_out = _laid_as(grad_out, out)  # cotangents come expanded, transposed, from anywhere
-    grads = functions.neighborhood_backward(grad_out, q, k, v, table, out, lse, **geometry, deterministic=deterministic)
-    return tuple(_laid_as(grad, like) for grad, like in zip(grads, (q, k, v, table), strict=True))
+    kernel_module = _KERNELS[kernels]()
+    grad_out = _match_layout(grad_out, out)  # cotangents come expanded, transposed, from anywhere
+    grads = kernel_module.neighborhood_backward(
+        grad_out, q, k, v, table, out, lse, **geometry, deterministic=deterministic
+    )
+    return tuple(_match_layout(grad, like) for grad, like in zip(grads, (q, k, v, table), strict=True))
 
 
 _LIBRARY.impl("neighborhood_attention", _forward, "CompositeExplicitAutograd")
@@ -149,12 +151,12 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by plain operations, which have gradients themselves."""
     size, kernel, dilation, scale, kernels, _ = geometry
-    tell(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
+    warn_once(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
     options = {"size": size, "kernel": kernel, "dilation": dilation, "scale": scale, "dropout": 0.0}
     with sdpa_kernel(SDPBackend.MATH):
         out = tiled_attention(*inputs, **options)
-    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    differentiable = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    grads = iter(torch.autograd.grad(out, differentiable, grad_out, create_graph=True))
     return tuple(next(grads) if is_needed else None for is_needed in needed)
 
 
@@ -166,8 +168,6 @@ for _device, _key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Auto
 
 
 @register_flop_formula(torch.ops.dat_ref.neighborhood_attention)
-def _operations(
-    q: Any, k: Any, v: Any, table: Any, size: Any, kernel: int, dilation: int, *others: Any, **_: Any
-) -> int:
+def _flops(q: Any, k: Any, v: Any, table: Any, size: Any, kernel: int, dilation: int, *others: Any, **_: Any) -> int:
     keys = axis_kernel(size[0], kernel, dilation) * axis_kernel(size[1], kernel, dilation)
     return int(2 * keys * (math.prod(q) + math.prod(v)))  # of shapes

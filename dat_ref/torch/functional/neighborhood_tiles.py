@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._precision import wide_dtype
-from ._sizes import ceil_div
+from ._dtypes import wide_dtype
+from ._symbolic import ceil_div
 from .grid import Size
 
 # Logits computed at once by the kernels: on a CPU few, so that they stay in cache, elsewhere enough for a whole device.
-_LOGITS_AT_ONCE = {"cpu": 1 << 20}
-_LOGITS_AT_ONCE_ELSEWHERE = 1 << 27
-_LARGEST_TILE = 16  # of the kernels: a row of tiles must not have too many logits, however large K is
+_MAX_LOGITS = {"cpu": 1 << 20}
+_DEFAULT_MAX_LOGITS = 1 << 27
+_MAX_TILE = 16  # of the kernels: a row of tiles must not have too many logits, however large K is
 
 
 # ------------------------------------------------------------------------------------------------ an axis
@@ -40,9 +40,9 @@ def submap_length(length: int, submap: Tensor, dilation: int) -> Tensor:
     return (length - submap + dilation - 1) // dilation
 
 
-def first_key(query: Tensor, length: Tensor, seen: int) -> Tensor:
+def first_key(query: Tensor, length: Tensor, num_keys: int) -> Tensor:
     """Return where the neighborhood of a query begins, on a sub-map of this length."""
-    return torch.minimum((query - seen // 2).clamp(min=0), (length - seen).clamp(min=0))
+    return torch.minimum((query - num_keys // 2).clamp(min=0), (length - num_keys).clamp(min=0))
 
 
 class Axis(NamedTuple):
@@ -50,88 +50,92 @@ class Axis(NamedTuple):
 
     queries: Tensor  # (tiles, T), the queries of each tile
     exists: Tensor  # (tiles, T), whether there is such a query
-    places: Tensor  # (length,), where among those each query is
+    position: Tensor  # (length,), where among those each query is
     keys: Tensor  # (tiles, span), the keys of each tile
-    shift: Tensor  # (tiles, T, span), displacement + K - 1, any valid number where the query does not see the key
-    seen: Tensor  # (tiles, T, span)
+    # (tiles, T, span), displacement + K - 1; any valid index where the query does not see the key
+    table_offset: Tensor
+    visible: Tensor  # (tiles, T, span)
 
-    def part(self, tiles: slice) -> Axis:
-        """Return some of the tiles; `places` stays that of all."""
+    def select_tiles(self, tiles: slice) -> Axis:
+        """Return some of the tiles; `position` stays that of all."""
         return self._replace(
             queries=self.queries[tiles],
             exists=self.exists[tiles],
             keys=self.keys[tiles],
-            shift=self.shift[tiles],
-            seen=self.seen[tiles],
+            table_offset=self.table_offset[tiles],
+            visible=self.visible[tiles],
         )
 
 
-def cut_axis(length: int, kernel: int, dilation: int, side: int, device: torch.device) -> Axis:
-    """Cut an axis into tiles of `side` queries."""
-    seen_keys = axis_kernel(length, kernel, dilation)
+def tile_axis(length: int, kernel: int, dilation: int, tile_size: int, device: torch.device) -> Axis:
+    """Cut an axis into tiles of `tile_size` queries."""
+    num_keys = axis_kernel(length, kernel, dilation)
     longest = ceil_div(length, dilation)  # of the sub-maps
-    tiles = ceil_div(longest, side)
-    span = min(side + seen_keys - 1, longest)
+    tiles = ceil_div(longest, tile_size)
+    span = min(tile_size + num_keys - 1, longest)
     tile = torch.arange(tiles, device=device)[:, None]
     submap = torch.arange(dilation, device=device)[:, None, None]
     lengths = submap_length(length, submap, dilation)
     # Counted inside a sub-map: keys (δ, tiles, span) and queries (δ, tiles, T). Queries beyond its end repeat the last
     # one, and their results are thrown away; keys beyond it are seen by nobody.
-    first = torch.minimum((tile * side - seen_keys // 2).clamp(min=0), (lengths - span).clamp(min=0))
+    first = torch.minimum((tile * tile_size - num_keys // 2).clamp(min=0), (lengths - span).clamp(min=0))
     keys = first + torch.arange(span, device=device)
-    place = tile * side + torch.arange(side, device=device)
-    query = torch.minimum(place, (lengths - 1).clamp(min=0))
-    offset = keys[:, :, None] - first_key(query, lengths, seen_keys)[..., None]  # (δ, tiles, T, span)
-    shift = (keys[:, :, None] - query[..., None] + kernel - 1).clamp(0, 2 * kernel - 2)
-    seen = (offset >= 0) & (offset < seen_keys)
-    query, keys = ((submap + dilation * steps).clamp(max=length - 1).flatten(0, 1) for steps in (query, keys))
+    position = tile * tile_size + torch.arange(tile_size, device=device)
+    query = torch.minimum(position, (lengths - 1).clamp(min=0))
+    offset = keys[:, :, None] - first_key(query, lengths, num_keys)[..., None]  # (δ, tiles, T, span)
+    table_offset = (keys[:, :, None] - query[..., None] + kernel - 1).clamp(0, 2 * kernel - 2)
+    visible = (offset >= 0) & (offset < num_keys)
+    query, keys = ((submap + dilation * index).clamp(max=length - 1).flatten(0, 1) for index in (query, keys))
     pixel = torch.arange(length, device=device)
-    places = pixel % dilation * (tiles * side) + pixel // dilation
-    return Axis(query, (place < lengths).flatten(0, 1), places, keys, shift.flatten(0, 1), seen.flatten(0, 1))
+    order = pixel % dilation * (tiles * tile_size) + pixel // dilation
+    exists = (position < lengths).flatten(0, 1)
+    return Axis(query, exists, order, keys, table_offset.flatten(0, 1), visible.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------ two axes
 
 
-def _pixels(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Return the numbers of the pixels of all tiles, from the rows (tiles down, …) and columns (tiles across, …)."""
+def _pixel_index(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Return the indices of the pixels of all tiles, from the rows (tiles down, …) and columns (tiles across, …)."""
     return (rows[:, None, :, None] * width + columns[:, None, :]).flatten()
 
 
-def _places(down: Axis, across: Axis) -> Tensor:
+def _tile_order(axis_y: Axis, axis_x: Axis) -> Tensor:
     """Return where in the order of tiles the query of each pixel is, (H·W,)."""
-    tiles, side = across.queries.shape
-    tile = (down.places // side)[:, None] * tiles + across.places // side
-    return ((tile * side + (down.places % side)[:, None]) * side + across.places % side).flatten()
+    tiles, tile_size = axis_x.queries.shape
+    tile = (axis_y.position // tile_size)[:, None] * tiles + axis_x.position // tile_size
+    rows = tile * tile_size + (axis_y.position % tile_size)[:, None]
+    return (rows * tile_size + axis_x.position % tile_size).flatten()
 
 
-def _select(x: Tensor, pixels: Tensor) -> Tensor:
-    """(B, heads, pixels, d) → (B, heads, chosen pixels, d)."""
-    chosen = x.reshape(-1, x.shape[3]).index_select(0, _rows(x, pixels))  # many times faster than along the third axis
-    return chosen.view(x.shape[0], x.shape[1], pixels.shape[0], x.shape[3])
+def _select_pixels(x: Tensor, pixels: Tensor) -> Tensor:
+    """(B, heads, pixels, d) → (B, heads, selected pixels, d)."""
+    # Many times faster than along the third axis.
+    selected = x.reshape(-1, x.shape[3]).index_select(0, _row_index(x, pixels))
+    return selected.view(x.shape[0], x.shape[1], pixels.shape[0], x.shape[3])
 
 
-def _rows(x: Tensor, pixels: Tensor) -> Tensor:
-    """Return the numbers of chosen pixels of all images and heads, where those are one axis."""
+def _row_index(x: Tensor, pixels: Tensor) -> Tensor:
+    """Return the indices of selected pixels of all images and heads, where those are one axis."""
     return (torch.arange(x.shape[0] * x.shape[1], device=x.device)[:, None] * x.shape[2] + pixels).flatten()
 
 
-def _cut(x: Tensor, pixels: Tensor, down: Axis, across: Axis) -> Tensor:
+def _gather_tiles(x: Tensor, pixels: Tensor, axis_y: Axis, axis_x: Axis) -> Tensor:
     """(B, heads, H·W, d) → (B, heads, tiles, pixels of a tile, d)."""
-    return _select(x, pixels).unflatten(2, (down.queries.shape[0] * across.queries.shape[0], -1))
+    return _select_pixels(x, pixels).unflatten(2, (axis_y.queries.shape[0] * axis_x.queries.shape[0], -1))
 
 
-def _table_places(side: int, down: Axis, across: Axis) -> Tensor:
+def _table_index(side: int, axis_y: Axis, axis_x: Axis) -> Tensor:
     """Return where in a table (side, side) each pair of a tile reads: (tiles down, across, T, T, span_y, span_x)."""
-    return down.shift[:, None, :, None, :, None] * side + across.shift[None, :, None, :, None, :]
+    return axis_y.table_offset[:, None, :, None, :, None] * side + axis_x.table_offset[None, :, None, :, None, :]
 
 
-def _mask(table: Tensor, down: Axis, across: Axis) -> Tensor:
+def _mask(table: Tensor, axis_y: Axis, axis_x: Axis) -> Tensor:
     """Return what is added to the logits: (heads, tiles, T², span_y · span_x)."""
-    place = _table_places(table.shape[2], down, across)
-    seen = down.seen[:, None, :, None, :, None] & across.seen[None, :, None, :, None, :]
-    bias = table.flatten(1).index_select(1, place.flatten()).view(table.shape[0], *place.shape)
-    return bias.masked_fill(~seen, float("-inf")).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    index = _table_index(table.shape[2], axis_y, axis_x)
+    visible = axis_y.visible[:, None, :, None, :, None] & axis_x.visible[None, :, None, :, None, :]
+    bias = table.flatten(1).index_select(1, index.flatten()).view(table.shape[0], *index.shape)
+    return bias.masked_fill(~visible, float("-inf")).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ "matmul"
@@ -159,14 +163,14 @@ def tiled_attention(
     Returns:
         (B, heads, H·W, d).
     """
-    down, across = (cut_axis(length, kernel, dilation, (kernel + 1) // 2, q.device) for length in size)
-    pixels = _pixels(down.keys, across.keys, size[1])
-    queries = _cut(q, _pixels(down.queries, across.queries, size[1]), down, across)
-    keys, values = (_cut(x, pixels, down, across).flatten(1, 2) for x in (k, v))
-    mask = _mask(table.to(q.dtype), down, across).flatten(0, 1)[None]
+    axis_y, axis_x = (tile_axis(length, kernel, dilation, (kernel + 1) // 2, q.device) for length in size)
+    pixels = _pixel_index(axis_y.keys, axis_x.keys, size[1])
+    queries = _gather_tiles(q, _pixel_index(axis_y.queries, axis_x.queries, size[1]), axis_y, axis_x)
+    keys, values = (_gather_tiles(x, pixels, axis_y, axis_x).flatten(1, 2) for x in (k, v))
+    mask = _mask(table.to(q.dtype), axis_y, axis_x).flatten(0, 1)[None]
     options = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
     attended = F.scaled_dot_product_attention(queries.flatten(1, 2), keys, values, **options)  # type: ignore[arg-type]
-    return _select(attended.view(*queries.shape[:-1], v.shape[3]).flatten(2, 3), _places(down, across))
+    return _select_pixels(attended.view(*queries.shape[:-1], v.shape[3]).flatten(2, 3), _tile_order(axis_y, axis_x))
 
 
 # ------------------------------------------------------------------------------------------------ "blockwise"
@@ -176,23 +180,26 @@ def neighborhood_forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, size: Size, kernel: int, dilation: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute output and logarithms, see `neighborhood_operation`."""
-    down, across = _axes(size, kernel, dilation, q.device)
-    wide, count = wide_dtype(q), down.queries.numel() * across.queries.numel()
+    axis_y, axis_x = _axes(size, kernel, dilation, q.device)
+    wide, count = wide_dtype(q), axis_y.queries.numel() * axis_x.queries.numel()
     out = q.new_empty(*q.shape[:2], count, v.shape[3], dtype=v.dtype)  # in the order of tiles
     lse = q.new_empty(*q.shape[:2], count, dtype=wide)
-    for images, part, place in _parts(q, down, across):
+    for images, chunk_y, query_slice in _work_chunks(q, axis_y, axis_x):
         query_pixels, key_pixels = (
-            _pixels(*pair, size[1]) for pair in ((part.queries, across.queries), (part.keys, across.keys))
+            _pixel_index(*pair, size[1]) for pair in ((chunk_y.queries, axis_x.queries), (chunk_y.keys, axis_x.keys))
         )
-        keys, values = (_cut(x[images], key_pixels, part, across) for x in (k, v))
-        logits = _logits(_cut(q[images], query_pixels, part, across), keys, scale, _mask(table.to(wide), part, across))
-        peak = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(peak).exp_()
-        total = weights.sum(-1, keepdim=True)
-        out[images, :, place] = ((weights.to(v.dtype) @ values) / total.to(v.dtype)).flatten(2, 3)
-        lse[images, :, place] = (peak + total.log()).flatten(2)
-    places = _places(down, across)
-    return torch.empty_like(q, dtype=v.dtype).copy_(_select(out, places)), _select(lse[..., None], places)[..., 0]
+        keys, values = (_gather_tiles(x[images], key_pixels, chunk_y, axis_x) for x in (k, v))
+        logits = _logits(
+            _gather_tiles(q[images], query_pixels, chunk_y, axis_x), keys, scale, _mask(table.to(wide), chunk_y, axis_x)
+        )
+        m = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(m).exp_()
+        l = weights.sum(-1, keepdim=True)
+        out[images, :, query_slice] = ((weights.to(v.dtype) @ values) / l.to(v.dtype)).flatten(2, 3)
+        lse[images, :, query_slice] = (m + l.log()).flatten(2)
+    order = _tile_order(axis_y, axis_x)
+    out = torch.empty_like(q, dtype=v.dtype).copy_(_select_pixels(out, order))
+    return out, _select_pixels(lse[..., None], order)[..., 0]
 
 
 def neighborhood_backward(
@@ -211,61 +218,62 @@ def neighborhood_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v and table, see `neighborhood_operation`."""
-    down, across = _axes(size, kernel, dilation, q.device)
-    wide, count = lse.dtype, down.queries.numel() * across.queries.numel()
+    axis_y, axis_x = _axes(size, kernel, dilation, q.device)
+    wide, count = lse.dtype, axis_y.queries.numel() * axis_x.queries.numel()
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     grad_q = q.new_empty(*q.shape[:2], count, q.shape[3])  # in the order of tiles
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     grad_table = torch.zeros_like(table, dtype=wide)
-    for images, part, place in _parts(q, down, across):
+    for images, chunk_y, query_slice in _work_chunks(q, axis_y, axis_x):
         query_pixels, key_pixels = (
-            _pixels(*pair, size[1]) for pair in ((part.queries, across.queries), (part.keys, across.keys))
+            _pixel_index(*pair, size[1]) for pair in ((chunk_y.queries, axis_x.queries), (chunk_y.keys, axis_x.keys))
         )
-        queries, logs = (_cut(x[images], query_pixels, part, across) for x in (q, lse[..., None]))
-        exists = (part.exists[:, None, :, None] & across.exists[:, None, :]).flatten(2).flatten(0, 1)[..., None]
+        queries, lse_tile = (_gather_tiles(x[images], query_pixels, chunk_y, axis_x) for x in (q, lse[..., None]))
+        exists = (chunk_y.exists[:, None, :, None] & axis_x.exists[:, None, :]).flatten(2).flatten(0, 1)[..., None]
         # What belongs to no query must give nothing a gradient.
-        cotangent, mean = (
-            _cut(x[images], query_pixels, part, across).masked_fill_(~exists, 0) for x in (grad_out, delta)
+        grad_out_tile, delta_tile = (
+            _gather_tiles(x[images], query_pixels, chunk_y, axis_x).masked_fill_(~exists, 0) for x in (grad_out, delta)
         )
-        keys, values = (_cut(x[images], key_pixels, part, across) for x in (k, v))
-        weights = _logits(queries, keys, scale, _mask(table.to(wide), part, across)).sub_(logs).exp_()
-        grad_logits = (cotangent @ values.transpose(3, 4)).to(wide).sub_(mean).mul_(weights)
-        narrow = grad_logits.to(q.dtype)
-        grad_q[images, :, place] = ((narrow @ keys) * scale).flatten(2, 3)
-        of_keys = narrow.transpose(3, 4) @ (queries * scale)
-        of_values = weights.to(v.dtype).transpose(3, 4) @ cotangent
-        key_rows = _rows(k[images], key_pixels)
-        grad_k[images].view(-1, k.shape[3]).index_add_(0, key_rows, of_keys.flatten(0, 3).to(wide))
-        grad_v[images].view(-1, v.shape[3]).index_add_(0, key_rows, of_values.flatten(0, 3).to(wide))
-        table_places = _table_places(table.shape[2], part, across).flatten()
-        grad_table.view(table.shape[0], -1).index_add_(1, table_places, grad_logits.sum(0).flatten(1))
-    of_q = _laid_as(_select(grad_q, _places(down, across)), q)
-    return of_q, _laid_as(grad_k, k), _laid_as(grad_v, v), grad_table.to(table.dtype)
+        keys, values = (_gather_tiles(x[images], key_pixels, chunk_y, axis_x) for x in (k, v))
+        weights = _logits(queries, keys, scale, _mask(table.to(wide), chunk_y, axis_x)).sub_(lse_tile).exp_()
+        grad_logits = (grad_out_tile @ values.transpose(3, 4)).to(wide).sub_(delta_tile).mul_(weights)
+        grad_logits_cast = grad_logits.to(q.dtype)
+        grad_q[images, :, query_slice] = ((grad_logits_cast @ keys) * scale).flatten(2, 3)
+        grad_keys = grad_logits_cast.transpose(3, 4) @ (queries * scale)
+        grad_values = weights.to(v.dtype).transpose(3, 4) @ grad_out_tile
+        key_rows = _row_index(k[images], key_pixels)
+        grad_k[images].view(-1, k.shape[3]).index_add_(0, key_rows, grad_keys.flatten(0, 3).to(wide))
+        grad_v[images].view(-1, v.shape[3]).index_add_(0, key_rows, grad_values.flatten(0, 3).to(wide))
+        table_index = _table_index(table.shape[2], chunk_y, axis_x).flatten()
+        grad_table.view(table.shape[0], -1).index_add_(1, table_index, grad_logits.sum(0).flatten(1))
+    grad_q_map = _copy_like(_select_pixels(grad_q, _tile_order(axis_y, axis_x)), q)
+    return grad_q_map, _copy_like(grad_k, k), _copy_like(grad_v, v), grad_table.to(table.dtype)
 
 
 def _axes(size: Size, kernel: int, dilation: int, device: torch.device) -> tuple[Axis, Axis]:
-    side = min((kernel + 1) // 2, _LARGEST_TILE)
-    return cut_axis(size[0], kernel, dilation, side, device), cut_axis(size[1], kernel, dilation, side, device)
+    tile_size = min((kernel + 1) // 2, _MAX_TILE)
+    axis_y, axis_x = (tile_axis(length, kernel, dilation, tile_size, device) for length in size)
+    return axis_y, axis_x
 
 
-def _parts(q: Tensor, down: Axis, across: Axis) -> Iterator[tuple[slice, Axis, slice]]:
+def _work_chunks(q: Tensor, axis_y: Axis, axis_x: Axis) -> Iterator[tuple[slice, Axis, slice]]:
     """Cut the work: some images, some rows of tiles, and where their queries are in the order of tiles."""
-    budget = _LOGITS_AT_ONCE.get(q.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
-    tiles, row = down.queries.shape[0], across.queries.numel() * down.queries.shape[1]  # queries in a row of tiles
-    logits = q.shape[1] * row * down.keys.shape[1] * across.keys.shape[1]  # of a row of tiles, of an image
-    parts = ceil_div(tiles, min(max(budget // logits, 1), tiles))
-    rows = ceil_div(tiles, parts)
-    images = max(budget // (logits * rows), 1)
+    budget = _MAX_LOGITS.get(q.device.type, _DEFAULT_MAX_LOGITS)
+    tiles, row_queries = axis_y.queries.shape[0], axis_x.queries.numel() * axis_y.queries.shape[1]  # of a row of tiles
+    row_logits = q.shape[1] * row_queries * axis_y.keys.shape[1] * axis_x.keys.shape[1]  # of a row of an image
+    chunks = ceil_div(tiles, min(max(budget // row_logits, 1), tiles))
+    rows = ceil_div(tiles, chunks)
+    images = max(budget // (row_logits * rows), 1)
     for start in range(0, tiles, rows):
-        part = down.part(slice(start, start + rows))
+        chunk_y = axis_y.select_tiles(slice(start, start + rows))
         for image in range(0, q.shape[0], images):
-            yield slice(image, image + images), part, slice(start * row, (start + rows) * row)
+            yield slice(image, image + images), chunk_y, slice(start * row_queries, (start + rows) * row_queries)
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: float, mask: Tensor) -> Tensor:
     return ((queries * scale) @ keys.transpose(3, 4)).to(mask.dtype).add_(mask)
 
 
-def _laid_as(x: Tensor, like: Tensor) -> Tensor:
+def _copy_like(x: Tensor, like: Tensor) -> Tensor:
     """Return the values in memory and in the dtype as `like` is."""
     return torch.empty_like(like).copy_(x)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..._checks import ConfigError
 from ...config import OffsetBound
 from ...conventions import Convention
-from ._precision import wide_dtype, without_autocast
-from ._sizes import surely_zero
+from ._dtypes import autocast_disabled, wide_dtype
+from ._symbolic import statically_zero
 from .grid import Padding, Size
 
 LAYER_NORM_EPSILON = 1e-5
@@ -28,12 +28,12 @@ def depthwise_conv2d(
         weight: (C, 1, k, k), shared by the G runs of channels; G is 1 if x has C channels.
         bias: (C,) or None.
     """
-    runs = x.shape[1] // weight.shape[0]
-    if runs > 1:  # repeating a small kernel is cheaper than folding the map's channels into its batch
-        weight = weight.repeat(runs, 1, 1, 1)
-        bias = None if bias is None else bias.repeat(runs)
+    repeats = x.shape[1] // weight.shape[0]
+    if repeats > 1:  # repeating a small kernel is cheaper than folding the map's channels into its batch
+        weight = weight.repeat(repeats, 1, 1, 1)
+        bias = None if bias is None else bias.repeat(repeats)
     (top, bottom), (left, right) = padding
-    if surely_zero(top - bottom, left - right):
+    if statically_zero(top - bottom, left - right):
         return F.conv2d(x, weight, bias, stride=stride, padding=(top, left), groups=x.shape[1])
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride, groups=x.shape[1])
 
@@ -58,7 +58,7 @@ def offset_network(
     windows = depthwise_conv2d(queries, **params["depthwise"], stride=stride, padding=padding)
     channels = windows.shape[1]
     windows = windows.permute(0, 2, 3, 1).unflatten(3, (groups, channels // groups))  # (B, Hk, Wk, G, C/G)
-    with without_autocast(queries):
+    with autocast_disabled(queries):
         dtype = wide_dtype(windows)
         wide: dict[str, Any] = {name: leaf.to(dtype) for name, leaf in params["norm"].items()}
         normed = F.layer_norm(windows.to(dtype), (channels // groups,), **wide, eps=LAYER_NORM_EPSILON)

@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from ._precision import wide_dtype
-from ._rules import autocast_rule, autograd_rule
-from .bias import HatReader, TableLookup
+from ._autograd import autocast_rule, autograd_rule
+from ._dtypes import wide_dtype
+from .bias import AffineIndex, SeparableInterp
 from .grid import Size
-from .registry import tell
+from .registry import warn_once
 
 _KERNELS: dict[str, Callable[[], Any]] = {}
 
@@ -40,7 +40,7 @@ def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    base: Tensor,
+    origin: Tensor,
     table: Tensor,
     *,
     query_size: Size,
@@ -53,13 +53,13 @@ def fused_attention(
     Args:
         q: (B, heads, H·W, d).
         k, v: (B, heads, Ns, d).
-        base, step: where the table is read, see `bias.table_lookup`.
+        origin, step: where the table is read, see `bias.table_index`.
         table: (heads, T_y, T_x).
         query_size: (H, W).
         kernels: which of the registered sets computes it.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _operation(q, k, v, base, table, query_size, *step, scale, kernels, deterministic)[0]
+    return _operation(q, k, v, origin, table, query_size, *step, scale, kernels, deterministic)[0]
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
@@ -77,7 +77,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 # Scalars and not floats: compilers keep the former symbolic where they follow from the size of a map.
 _GEOMETRY = "SymInt[2] query_size, Scalar step_y, Scalar step_x, Scalar scale, str kernels, bool deterministic"
-_VALUES = "Tensor q, Tensor k, Tensor v, Tensor base, Tensor table"
+_VALUES = "Tensor q, Tensor k, Tensor v, Tensor origin, Tensor table"
 
 _LIBRARY = torch.library.Library("dat_ref", "FRAGMENT")
 _LIBRARY.define(
@@ -86,7 +86,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"deformable_attention_backward(Tensor grad_out, {_VALUES}, Tensor out, Tensor lse, {_GEOMETRY}) -> "
-    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_base, Tensor grad_table)",
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_origin, Tensor grad_table)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _operation = torch.ops.dat_ref.deformable_attention.default
@@ -97,7 +97,7 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    base: Tensor,
+    origin: Tensor,
     table: Tensor,
     query_size: Size,
     step_y: float,
@@ -107,8 +107,8 @@ def _forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     geometry = {"query_size": tuple(query_size), "step": (step_y, step_x), "scale": scale}
-    out, lse = _KERNELS[kernels]().deformable_forward(q, k, v, base, table, **geometry)
-    return _laid_as(out, q), lse
+    out, lse = _KERNELS[kernels]().deformable_forward(q, k, v, origin, table, **geometry)
+    return _match_layout(out, q), lse
 
 
 def _backward(
@@ -116,7 +116,7 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    base: Tensor,
+    origin: Tensor,
     table: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -128,11 +128,11 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
     grads = _KERNELS[kernels]().deformable_backward(
-        _laid_as(grad_out, out),  # cotangents come expanded, transposed, from anywhere
+        _match_layout(grad_out, out),  # cotangents come expanded, transposed, from anywhere
         q,
         k,
         v,
-        base,
+        origin,
         table,
         out,
         lse,
@@ -141,15 +141,15 @@ def _backward(
         scale=scale,
         deterministic=deterministic,
     )
-    return tuple(_laid_as(grad, like) for grad, like in zip(grads, (q, k, v, base, table), strict=True))
+    return tuple(_match_layout(grad, like) for grad, like in zip(grads, (q, k, v, origin, table), strict=True))
 
 
-def _laid_as(tensor: Tensor, like: Tensor) -> Tensor:
+def _match_layout(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor laid out in memory as `torch.empty_like` would be."""
     if tensor.stride() == like.stride():
         return tensor
-    laid = torch.empty_like(like, dtype=tensor.dtype)
-    return tensor if tensor.stride() == laid.stride() else laid.copy_(tensor)
+    empty = torch.empty_like(like, dtype=tensor.dtype)
+    return tensor if tensor.stride() == empty.stride() else empty.copy_(tensor)
 
 
 _LIBRARY.impl("deformable_attention", _forward, "CompositeExplicitAutograd")
@@ -166,9 +166,9 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tens
 
 @torch.library.register_fake("dat_ref::deformable_attention_backward", lib=_LIBRARY)
 def _backward_shapes(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, base: Tensor, table: Tensor, *others: Any
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, origin: Tensor, table: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(each) for each in (q, k, v, base, table))
+    return tuple(torch.empty_like(each) for each in (q, k, v, origin, table))
 
 
 def _differentiable_gradients(
@@ -176,13 +176,13 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by plain operations, which have gradients themselves."""
     query_size, step_y, step_x, scale, kernels, _ = geometry
-    tell(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
-    q, k, v, base, table = inputs
-    bias = HatReader(table, TableLookup(base, (step_y, step_x)), query_size).read(0, query_size[0])
+    warn_once(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
+    q, k, v, origin, table = inputs
+    bias = SeparableInterp(table, AffineIndex(origin, (step_y, step_x)), query_size).read(0, query_size[0])
     with sdpa_kernel(SDPBackend.MATH):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
-    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    differentiable = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    grads = iter(torch.autograd.grad(out, differentiable, grad_out, create_graph=True))
     return tuple(next(grads) if is_needed else None for is_needed in needed)
 
 
@@ -194,5 +194,5 @@ for _device, _key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Auto
 
 
 @register_flop_formula(torch.ops.dat_ref.deformable_attention)
-def _operations(q: Any, k: Any, v: Any, *others: Any, **kwargs: Any) -> int:
+def _flops(q: Any, k: Any, v: Any, *others: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]

@@ -50,20 +50,20 @@ def attend_at_points(
     """
     batch, dim, queries = query.shape
     groups, count, depth = points_px.shape[1], points_px.shape[3], dim // heads
-    weight, shift = (torch.cat((params["key"][leaf], params["value"][leaf])) for leaf in ("weight", "bias"))
+    kv_weight, kv_bias = (torch.cat((params["key"][leaf], params["value"][leaf])) for leaf in ("weight", "bias"))
     tokens = x.permute(0, 2, 3, 1).unflatten(3, (groups, dim // groups))
-    projected = torch.einsum("byxgc,ogc->byxgo", tokens, weight.unflatten(1, (groups, dim // groups)))
+    projected = torch.einsum("byxgc,ogc->byxgo", tokens, kv_weight.unflatten(1, (groups, dim // groups)))
     # One group after the other: a group's samples of all 2C channels are large.
-    sampled = shift
+    sampled = kv_bias
     for group in range(groups):
-        of_group = slice(group, group + 1)
-        places = points_px[:, of_group].flatten(2, 3)
-        read = sample_tokens(projected[:, :, :, of_group], places, sampler=sampler)  # (B, 1, M·N, 2C)
-        sampled = sampled + read[:, 0]
+        group_slice = slice(group, group + 1)
+        group_points = points_px[:, group_slice].flatten(2, 3)
+        values = sample_tokens(projected[:, :, :, group_slice], group_points, sampler=sampler)  # (B, 1, M·N, 2C)
+        sampled = sampled + values[:, 0]
     sampled = sampled.to(query.dtype).reshape(batch, queries, count, 2 * heads, depth).permute(0, 3, 1, 2, 4)
     k, v = sampled.chunk(2, dim=1)
     q = split_heads(query, heads)[:, :, :, None]
-    of_pairs = None if bias is None else bias[:, :, :, None]
-    attended, attention = attend(q, k, v, of_pairs, depth**-0.5)
+    pair_bias = None if bias is None else bias[:, :, :, None]
+    attended, attention = attend(q, k, v, pair_bias, depth**-0.5)
     merged = attended[:, :, :, 0].transpose(2, 3).reshape(batch, dim, queries)
     return merged, {"projected": projected.permute(0, 3, 4, 1, 2), "q": q, "k": k, "v": v, "attention": attention}

@@ -58,20 +58,20 @@ class Backend:
 
     name: str
     run: Callable[..., Tensor]  # `CoreFunction`, or what another operation asks for
-    what: str  # one line for people
+    description: str  # one line for people
     priority: int  # "auto" tries higher ones first
     missing: Callable[[], str]  # why this machine cannot run it, or nothing
     refuses: Callable[[Call], str]  # why it cannot serve this call, or nothing
 
 
 _BACKENDS: dict[str, Backend] = {}
-_TOLD: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def register_backend(
     name: str,
     run: CoreFunction,
-    what: str,
+    description: str,
     *,
     priority: int = 0,
     missing: Callable[[], str] = lambda: "",
@@ -82,7 +82,7 @@ def register_backend(
     Args:
         name: what callers pass as ``backend=``.
         run: the computation, see `CoreFunction`.
-        what: one line about it.
+        description: one line about it.
         priority: ``"auto"`` takes the backend of the highest priority that is not missing and does not refuse. Ours
             have 40 (``"triton"``), 30 (``"cpu"``), 20 (``"blockwise"``), 10 (``"matmul"``) and 0 (``"eager"``).
         missing: returns why this machine cannot run it, ``""`` if it can. Asked only where it does not refuse, once a
@@ -92,7 +92,7 @@ def register_backend(
     """
     if name == "auto":
         raise ValueError("name: expected any name but 'auto', which chooses among the others")
-    _BACKENDS[name] = Backend(name, run, what, priority, missing, refuses)
+    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses)
 
 
 def backends(*, missing: bool = False) -> dict[str, str]:
@@ -104,44 +104,44 @@ def backends(*, missing: bool = False) -> dict[str, str]:
     reasons = {name: backend.missing() for name, backend in _BACKENDS.items()}
     if missing:
         return {name: reason for name, reason in reasons.items() if reason}
-    return {name: _BACKENDS[name].what for name, reason in reasons.items() if not reason}
+    return {name: _BACKENDS[name].description for name, reason in reasons.items() if not reason}
 
 
-def choose_backend(name: str, call: Call, among: Mapping[str, Backend] = _BACKENDS) -> Backend:
+def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
     """Return the backend of that name if it can serve the call, else the best that can.
 
     Args:
-        among: the backends, by name; of another operation the names must be among those of the core.
+        candidates: the backends, by name; of another operation the names must be among those of the core.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name == "auto":
-        return _best(call, among)
-    if name not in among:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(among)}, got {name!r}")
-    wanted = among[name]
-    reason = _objection(wanted, call)
+        return _best_supported(call, candidates)
+    if name not in candidates:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+    requested = candidates[name]
+    reason = _unsupported_reason(requested, call)
     if not reason:
-        return wanted
-    instead = _best(call, among)
-    tell(f"backend={name!r} cannot serve: {reason}. {instead.name!r} does instead.")
-    return instead
+        return requested
+    fallback = _best_supported(call, candidates)
+    warn_once(f"backend={name!r} cannot serve: {reason}. {fallback.name!r} does instead.")
+    return fallback
 
 
-def _best(call: Call, among: Mapping[str, Backend]) -> Backend:
-    able = None
-    for backend in among.values():
-        better = able is None or backend.priority > able.priority
-        if better and not _objection(backend, call):
-            able = backend
-    if able is None:
+def _best_supported(call: Call, candidates: Mapping[str, Backend]) -> Backend:
+    best = None
+    for backend in candidates.values():
+        better = best is None or backend.priority > best.priority
+        if better and not _unsupported_reason(backend, call):
+            best = backend
+    if best is None:
         raise ValueError("backend: none of the registered ones can serve this call")
-    return able
+    return best
 
 
-def _objection(backend: Backend, call: Call) -> str:
-    return backend.refuses(call) or _whether_missing(backend.name)
+def _unsupported_reason(backend: Backend, call: Call) -> str:
+    return backend.refuses(call) or _missing_reason(backend.name)
 
 
 def _constant(function: Any) -> Any:
@@ -154,13 +154,13 @@ def _constant(function: Any) -> Any:
 
 
 @_constant
-def _whether_missing(name: str) -> str:
+def _missing_reason(name: str) -> str:
     return _BACKENDS[name].missing()
 
 
 @_constant
-def tell(message: str) -> None:
+def warn_once(message: str) -> None:
     """Say something to whoever called `deformable_attention`, unless it was said before."""
-    if message not in _TOLD:
-        _TOLD.add(message)
+    if message not in _WARNED:
+        _WARNED.add(message)
         warnings.warn(message, BackendWarning, stacklevel=4)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._precision import wide_dtype
+from ._dtypes import wide_dtype
 
 Sampler = Literal["gather", "grid_sample"]
 SAMPLERS = ("gather", "grid_sample")
@@ -44,9 +44,9 @@ def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather"
 
 def _grid_sample(x: Tensor, points_px: Tensor) -> Tensor:
     dtype = wide_dtype(x, points_px)
-    y, across = points_px.to(dtype).unbind(-1)
+    point_y, point_x = points_px.to(dtype).unbind(-1)
     height, width = x.shape[2:]
-    grid = torch.stack(((2 * across + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+    grid = torch.stack(((2 * point_x + 1) / width - 1, (2 * point_y + 1) / height - 1), dim=-1)
     sampled = F.grid_sample(x.to(dtype), grid[:, None], mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled[:, :, 0]
 
@@ -69,21 +69,21 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     batch, height, width, groups, channels = x.shape
     dtype = wide_dtype(x, points_px)
-    y, across = points_px.to(dtype).unbind(-1)
+    point_y, point_x = points_px.to(dtype).unbind(-1)
     rows = x.reshape(batch * height * width * groups, channels)
     device = x.device
     # Row of pixel 0 of every image and group; pixels then lie G rows apart.
-    first = torch.arange(batch, device=device)[:, None] * (height * width * groups) + torch.arange(
+    first_row = torch.arange(batch, device=device)[:, None] * (height * width * groups) + torch.arange(
         groups, device=device
     )
-    top, below = _split(y, height)
-    left, right = _split(across, width)
+    top, frac_y = _floor_and_fraction(point_y, height)
+    left, frac_x = _floor_and_fraction(point_x, width)
     sampled = None
-    for row, weight_y in ((top, 1 - below), (top + 1, below)):
-        for column, weight_x in ((left, 1 - right), (left + 1, right)):
+    for row, weight_y in ((top, 1 - frac_y), (top + 1, frac_y)):
+        for column, weight_x in ((left, 1 - frac_x), (left + 1, frac_x)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             pixel = torch.where(inside, row * width + column, 0)
-            corner = F.embedding(first[:, :, None] + pixel * groups, rows).to(dtype)  # (B, G, P, C/G)
+            corner = F.embedding(first_row[:, :, None] + pixel * groups, rows).to(dtype)  # (B, G, P, C/G)
             weight = weight_y * weight_x * inside  # NaN · 0 stays NaN
             term = corner * weight[..., None]
             sampled = term if sampled is None else sampled + term
@@ -91,10 +91,10 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
     return sampled
 
 
-def _split(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _floor_and_fraction(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return the pixel before a position, and the distance to it in [0, 1) with the derivative from the right."""
     # Beyond two pixels outside nothing changes any more; the clamp keeps the integers small. NaN keeps its distance
     # NaN.
     position = position.clamp(-2, length + 1)
-    whole = position.detach().floor()
-    return torch.nan_to_num(whole).long(), position - whole
+    floor = position.detach().floor()
+    return torch.nan_to_num(floor).long(), position - floor

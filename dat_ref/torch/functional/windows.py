@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._sizes import ceil_div, crop, surely_zero
+from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
 from .grid import Size
 
@@ -37,8 +37,8 @@ def window_visibility(cells: Tensor, size: Size, window: int, shift: int) -> Ten
     lie in the map or both in the filling (whose queries are thrown away).
     """
     y, x = cells.unbind(-1)
-    filling = (y >= size[0]) | (x >= size[1])
-    region = 4 * filling
+    padding = (y >= size[0]) | (x >= size[1])
+    region = 4 * padding
     if shift:
         region = region + 2 * (y < shift) + (x < shift)
     return region[:, :, None] == region[:, None, :]
@@ -46,8 +46,8 @@ def window_visibility(cells: Tensor, size: Size, window: int, shift: int) -> Ten
 
 def relative_index(window: int, device: torch.device | None = None) -> Tensor:
     """Return d + w - 1 for each pair of places in a window, flattened into the table: (w²·w²,)."""
-    place = torch.arange(window * window, device=device)
-    y, x = place // window, place % window
+    position = torch.arange(window * window, device=device)
+    y, x = position // window, position % window
     rows = y[:, None] - y + window - 1
     columns = x[:, None] - x + window - 1
     return (rows * (2 * window - 1) + columns).flatten()
@@ -75,7 +75,7 @@ def window_attention(
         (B, H, W, C), and the weights if asked (else an empty dict).
     """
     size = (qkv.shape[1], qkv.shape[2])
-    windows = cut_windows(qkv, window, shift)
+    windows = window_partition(qkv, window, shift)
     mask = window_mask(table.to(qkv.dtype), size, window, shift)
     traced: dict[str, Tensor] = {}
     if return_weights:
@@ -86,44 +86,44 @@ def window_attention(
         attended = attended.transpose(2, 3).flatten(3)
     else:
         attended = attend_in_windows(windows, mask, scale=scale, dropout=dropout)
-    return lay_windows(attended, size, window, shift), traced
+    return window_reverse(attended, size, window, shift), traced
 
 
 def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
     """Return what is added to the logits of each window, (nW, heads, w², w²); (1, …) if that is the same for all."""
-    heads, places = table.shape[0], window * window
-    bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(1, heads, places, places)
+    heads, area = table.shape[0], window * window
+    bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(1, heads, area, area)
     (down, across), cells = window_cells(size, window, shift, table.device)
-    if not shift and surely_zero(down * window - size[0], across * window - size[1]):
+    if not shift and statically_zero(down * window - size[0], across * window - size[1]):
         return bias
     visible = window_visibility(cells, size, window, shift)
     return bias.masked_fill(~visible[:, None], float("-inf"))
 
 
-def cut_windows(x: Tensor, window: int, shift: int) -> Tensor:
+def window_partition(x: Tensor, window: int, shift: int) -> Tensor:
     """(B, H, W, C) → (B, nW, w², C), zeros in the filling."""
     batch, height, width, channels = x.shape
     down, across = ceil_div(height, window), ceil_div(width, window)
     bottom, right = down * window - height, across * window - width
-    if not surely_zero(bottom, right):
+    if not statically_zero(bottom, right):
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     if shift:
         x = x.roll((-shift, -shift), dims=(1, 2))
-    cut = x.reshape(batch, down, window, across, window, channels).transpose(2, 3)
-    return cut.reshape(batch, down * across, window * window, channels)
+    partitioned = x.reshape(batch, down, window, across, window, channels).transpose(2, 3)
+    return partitioned.reshape(batch, down * across, window * window, channels)
 
 
-def lay_windows(windows: Tensor, size: Size, window: int, shift: int) -> Tensor:
+def window_reverse(windows: Tensor, size: Size, window: int, shift: int) -> Tensor:
     """Put the places of each window back into the map: (B, nW, w², C) → (B, H, W, C)."""
     batch, channels = windows.shape[0], windows.shape[3]
     down, across = ceil_div(size[0], window), ceil_div(size[1], window)
-    laid = windows.reshape(batch, down, across, window, window, channels).transpose(2, 3)
-    laid = laid.reshape(batch, down * window, across * window, channels)
+    x = windows.reshape(batch, down, across, window, window, channels).transpose(2, 3)
+    x = x.reshape(batch, down * window, across * window, channels)
     if shift:
-        laid = laid.roll((shift, shift), dims=(1, 2))
-    if not surely_zero(down * window - size[0], across * window - size[1]):
-        laid = crop(laid, size)
-    return laid
+        x = x.roll((shift, shift), dims=(1, 2))
+    if not statically_zero(down * window - size[0], across * window - size[1]):
+        x = crop(x, size)
+    return x
 
 
 def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:

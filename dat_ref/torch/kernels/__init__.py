@@ -8,15 +8,15 @@ name          needs                what
 ============  ===================  ====================================================================
 
 A module of kernels has two functions, and works from the bias in canonical form: query (i, j) reads the bias of key n
-at row base[n, 0] + i·step[0] and column base[n, 1] + j·step[1] of the table (`functional.bias.table_lookup`)::
+at row origin[n, 0] + i·step[0] and column origin[n, 1] + j·step[1] of the table (`functional.bias.table_index`)::
 
-    deformable_forward(q, k, v, base, table, *, query_size, step, scale) -> (out, lse)
-    deformable_backward(grad_out, q, k, v, base, table, out, lse, *, query_size, step, scale, deterministic)
-        -> (grad_q, grad_k, grad_v, grad_base, grad_table)
+    deformable_forward(q, k, v, origin, table, *, query_size, step, scale) -> (out, lse)
+    deformable_backward(grad_out, q, k, v, origin, table, out, lse, *, query_size, step, scale, deterministic)
+        -> (grad_q, grad_k, grad_v, grad_origin, grad_table)
 
-with q, out and grad_out (B, heads, H·W, d), k and v (B, heads, Ns, d), base (B, G, Ns, 2), table (heads, T_y, T_x), and
-lse (B, heads, H·W), the logarithm of the sum of the exponentials of each row's logits. Values may come with any
-strides; outputs and gradients lie in memory as what they belong to.
+with q, out and grad_out (B, heads, H·W, d), k and v (B, heads, Ns, d), origin (B, G, Ns, 2), table (heads, T_y, T_x),
+and lse (B, heads, H·W), the log-sum-exp of each row's logits. Values may come with any strides; outputs and gradients
+lie in memory as what they belong to.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ... import official
 from ...config import AttentionConfig
 from .._checks import check_map
 from ..bridge import SpecModule
-from ..functional._precision import wide_dtype, without_autocast
+from ..functional._dtypes import autocast_disabled, wide_dtype
 
 
 class PeerAttention(SpecModule):
@@ -44,26 +44,26 @@ class PeerAttention(SpecModule):
         return official.attention_names(self.config)
 
 
-def tokens_of(x: Tensor) -> Tensor:
+def map_to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) → (B, H·W, C), without a copy of a map in channels_last layout."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def map_of(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, H·W, C) → (B, C, H, W)."""
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """Apply a layer in float32 or wider, under autocast too: it predicts where points go."""
-    with without_autocast(x):
+    with autocast_disabled(x):
         dtype = wide_dtype(x)
         return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 def wide_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """`wide_linear` for a convolution that leaves the map its size."""
-    with without_autocast(x):
+    with autocast_disabled(x):
         dtype = wide_dtype(x)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return F.conv2d(x.to(dtype), layer.weight.to(dtype), bias, padding=layer.kernel_size[0] // 2)

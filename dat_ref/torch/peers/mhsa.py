@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ...conventions import Convention
 from ...peers.mhsa import MultiHeadAttentionConfig, MultiHeadTrace
 from .. import functional
-from ..functional._precision import wide_dtype
+from ..functional._dtypes import wide_dtype
 from ..functional.grid import Size
 from ..initialization import init_table
-from .base import PeerAttention, map_of, tokens_of
+from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PositionBias(nn.Module):
@@ -53,7 +53,7 @@ class MultiHeadAttention(PeerAttention):
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, MultiHeadTrace | None]:
         config, size = self.config, (x.shape[2], x.shape[3])
-        qkv = self.qkv(tokens_of(x)).unflatten(2, (3, config.heads, config.dim // config.heads))
+        qkv = self.qkv(map_to_tokens(x)).unflatten(2, (3, config.heads, config.dim // config.heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, H·W, d)
         bias = None if self.position_bias is None else self.position_bias(size, x)
         attention = None
@@ -64,8 +64,8 @@ class MultiHeadAttention(PeerAttention):
             dropout = config.attention_dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=config.scale)
         merged = attended.transpose(1, 2).flatten(2)
-        y = map_of(self.projection_dropout(self.output(merged)), size)
+        y = tokens_to_map(self.projection_dropout(self.output(merged)), size)
         if not traced:
             return y, None
         fields: dict[str, Any] = {"x": x, "q": q, "k": k, "v": v, "attention": attention}
-        return y, MultiHeadTrace(**fields, merged=map_of(merged, size))  # type: ignore[arg-type]
+        return y, MultiHeadTrace(**fields, merged=tokens_to_map(merged, size))  # type: ignore[arg-type]

@@ -17,11 +17,11 @@ from ...peers.ms_deform_attn import (
     ring,
 )
 from .._checks import check_tensor
-from ..functional._precision import wide_dtype
+from ..functional._dtypes import wide_dtype
 from ..functional.grid import Size
 from ..functional.multi_scale import level_sizes, location_pixels, sample_levels, weighted_sum
 from ..functional.sampling import Sampler
-from .base import PeerAttention, map_of, tokens_of, wide_linear
+from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
 
 
 def cell_centers(size: Size, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class MultiScaleDeformableAttention(PeerAttention):
                 nn.init.zeros_(layer.weight)
             else:
                 nn.init.xavier_uniform_(layer.weight)
-        start_in_a_ring(self.offset, config.heads, config.levels, config.points)
+        init_ring_offsets(self.offset, config.heads, config.levels, config.points)
 
     # -------------------------------------------------------------------------------------------- on tokens
 
@@ -136,11 +136,11 @@ class MultiScaleDeformableAttention(PeerAttention):
         references = reference_points.to(wide_dtype(reference_points))[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
         if reference_points.shape[-1] == 4:
             return references[..., :2] + offsets * references[..., 2:] / (2 * self.config.points)
-        moves = [
-            torch.stack((of_level[..., 0] / width, of_level[..., 1] / height), dim=-1)
-            for of_level, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
+        displacements = [
+            torch.stack((level_offsets[..., 0] / width, level_offsets[..., 1] / height), dim=-1)
+            for level_offsets, (height, width) in zip(offsets.unbind(3), shapes, strict=True)
         ]
-        return references + torch.stack(moves, dim=3)
+        return references + torch.stack(displacements, dim=3)
 
     def _check(self, query: Tensor, value: Tensor, reference_points: Tensor, shapes: list[Size]) -> None:
         config = self.config
@@ -158,17 +158,17 @@ class MultiScaleDeformableAttention(PeerAttention):
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, MultiScaleDeformableTrace]:
         if self.config.levels != 1:
             raise ConfigError(f"levels: expected 1, a block attends to its own map, got {self.config.levels}")
-        size, tokens = (x.shape[2], x.shape[3]), tokens_of(x)
+        size, tokens = (x.shape[2], x.shape[3]), map_to_tokens(x)
         centers = cell_centers(size, dtype=wide_dtype(x), device=x.device)
         y, trace = self.attend(tokens, tokens, centers.expand(x.shape[0], *centers.shape), [size])
-        return map_of(y, size), trace
+        return tokens_to_map(y, size), trace
 
     def official_names(self) -> official.Names:
         """Return where each parameter lives in a released state dict (Deformable DETR's ``MSDeformAttn``)."""
         return multi_scale_deformable_names(self.config)
 
 
-def start_in_a_ring(offset: nn.Linear, heads: int, levels: int, points: int) -> None:
+def init_ring_offsets(offset: nn.Linear, heads: int, levels: int, points: int) -> None:
     """Let a layer predict the released ring of offsets, whatever its input."""
     nn.init.zeros_(offset.weight)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from ...peers.neighborhood import NeighborhoodTrace
 from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
-from ..functional._sizes import crop, surely_zero
+from ..functional._symbolic import crop, statically_zero
 from .window import RelativeBias
 
 
@@ -54,9 +54,9 @@ class NeighborhoodAttention(SpecModule):
         check_map("x", x, config.dim)
         height, width = x.shape[2:]
         padded = x  # (B, C, H', W')
-        least = config.kernel_size * config.dilation
-        bottom, right = max(least - height, 0), max(least - width, 0)
-        padding = config.small_map == "pad" and not surely_zero(bottom, right)
+        min_size = config.kernel_size * config.dilation
+        bottom, right = max(min_size - height, 0), max(min_size - width, 0)
+        padding = config.small_map == "pad" and not statically_zero(bottom, right)
         if padding:
             padded = F.pad(x, (0, right, 0, bottom))
         merged, weights = functional.neighborhood_attention(
@@ -68,8 +68,8 @@ class NeighborhoodAttention(SpecModule):
             return_weights=return_trace,
             backend=self.backend,
         )
-        inside = crop(merged, (height, width)) if padding else merged
-        y = self.projection_dropout(self.output(inside)).permute(0, 3, 1, 2)
+        cropped = crop(merged, (height, width)) if padding else merged
+        y = self.projection_dropout(self.output(cropped)).permute(0, 3, 1, 2)
         if not return_trace:
             return y
         fields: dict[str, Any] = {

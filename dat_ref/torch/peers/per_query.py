@@ -12,7 +12,7 @@ from .. import functional
 from ..functional.per_query import attend_at_points, lattice
 from ..functional.sampling import Sampler
 from ..initialization import Init, init_offsets
-from .base import PeerAttention, map_of, tokens_of
+from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PointsNetwork(nn.Module):
@@ -70,7 +70,7 @@ class PerQueryAttention(PeerAttention):
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, PerQueryTrace | None]:
         config, size = self.config, (x.shape[2], x.shape[3])
-        query = map_of(self.query(tokens_of(x)), size)  # (B, C, H, W)
+        query = tokens_to_map(self.query(map_to_tokens(x)), size)  # (B, C, H, W)
         raw, network = self.offset_network(query)
         raw = raw.unflatten(0, (x.shape[0], config.groups)).unflatten(2, (config.keys, 2)).flatten(4)
         offsets = raw.permute(0, 1, 4, 2, 3)  # (B, G, H·W, N, 2)
@@ -80,7 +80,7 @@ class PerQueryAttention(PeerAttention):
             "value": {"weight": self.value.weight, "bias": self.value.bias},
         }
         merged, parts = attend_at_points(query.flatten(2), x, points_px, params, config.heads, sampler=self.sampler)
-        y = map_of(self.output(merged.transpose(1, 2)), size)
+        y = tokens_to_map(self.output(merged.transpose(1, 2)), size)
         if not traced:
             return y, None
         at_points: dict[str, Any] = {"x": x, "points_px": points_px, **parts}

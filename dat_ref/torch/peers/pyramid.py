@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ... import official
 from ...peers.pyramid import PyramidAttentionConfig, PyramidTrace, pyramid_names
 from .. import functional
-from ..functional._sizes import surely_zero
-from .base import PeerAttention, map_of, tokens_of
+from ..functional._symbolic import statically_zero
+from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PyramidAttention(PeerAttention):
@@ -39,9 +39,9 @@ class PyramidAttention(PeerAttention):
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, PyramidTrace | None]:
         config, size = self.config, (x.shape[2], x.shape[3])
         convolved = self._reduce(x)  # (B, C, H̄, W̄)
-        reduced = self.norm(tokens_of(convolved))
+        reduced = self.norm(map_to_tokens(convolved))
         heads = (config.heads, config.dim // config.heads)
-        q = self.query(tokens_of(x)).unflatten(2, heads).transpose(1, 2)  # (B, heads, H·W, d)
+        q = self.query(map_to_tokens(x)).unflatten(2, heads).transpose(1, 2)  # (B, heads, H·W, d)
         k, v = self.key_value(reduced).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         attention = None
         if traced:
@@ -50,12 +50,12 @@ class PyramidAttention(PeerAttention):
             dropout = config.attention_dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=config.scale)
         merged = attended.transpose(1, 2).flatten(2)
-        y = map_of(self.projection_dropout(self.output(merged)), size)
+        y = tokens_to_map(self.projection_dropout(self.output(merged)), size)
         if not traced:
             return y, None
-        reduced_map = map_of(reduced, (convolved.shape[2], convolved.shape[3]))
+        reduced_map = tokens_to_map(reduced, (convolved.shape[2], convolved.shape[3]))
         fields: dict[str, Any] = {"x": x, "convolved": convolved, "reduced": reduced_map, "q": q, "k": k, "v": v}
-        fields |= {"attention": attention, "merged": map_of(merged, size)}
+        fields |= {"attention": attention, "merged": tokens_to_map(merged, size)}
         return y, PyramidTrace(**fields)
 
     def _reduce(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PyramidAttention(PeerAttention):
         if self.reduction is None:
             return x
         bottom, right = (-length % self.config.reduction for length in x.shape[2:])
-        if not surely_zero(bottom, right):
+        if not statically_zero(bottom, right):
             x = F.pad(x, (0, right, 0, bottom))
         return self.reduction(x)
 

@@ -13,8 +13,8 @@ from .. import functional
 from ..functional.grid import Size
 from ..functional.multi_scale import sample_levels, weighted_sum
 from ..functional.sampling import Sampler
-from .base import PeerAttention, map_of, tokens_of, wide_linear
-from .ms_deform_attn import start_in_a_ring
+from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
+from .ms_deform_attn import init_ring_offsets
 
 
 class SwapInAttention(PeerAttention):
@@ -44,12 +44,12 @@ class SwapInAttention(PeerAttention):
         self.output = nn.Linear(dim, dim)
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
-        start_in_a_ring(self.offset, config.heads, 1, config.points)
+        init_ring_offsets(self.offset, config.heads, 1, config.points)
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, SwapInTrace | None]:
         config, size = self.config, (x.shape[2], x.shape[3])
         self._check_size(size)
-        tokens, per_point = tokens_of(x), (config.heads, 1, config.points)
+        tokens, per_point = map_to_tokens(x), (config.heads, 1, config.points)
         offsets = wide_linear(tokens, self.offset).unflatten(2, (*per_point, 2))  # (B, H·W, heads, 1, P, 2)
         reference = functional.reference_points(size, config.convention, dtype=offsets.dtype, device=x.device)
         points = reference.reshape(-1, 1, 1, 1, 2) + offsets
@@ -58,7 +58,7 @@ class SwapInAttention(PeerAttention):
         value = self.value(tokens).unflatten(2, (config.heads, config.dim // config.heads))
         sampled = sample_levels(value, points_px, [size], sampler=self.sampler)
         merged = weighted_sum(sampled, attention)
-        y = map_of(self.output(merged), size)
+        y = tokens_to_map(self.output(merged), size)
         if not traced:
             return y, None
         fields: dict[str, Any] = {
@@ -68,7 +68,7 @@ class SwapInAttention(PeerAttention):
             "points_px": points_px,
             "sampled": sampled,
             "attention": attention,
-            "merged": map_of(merged, size),
+            "merged": tokens_to_map(merged, size),
         }
         return y, SwapInTrace(**fields)
 

@@ -13,7 +13,7 @@ from ...peers.window import WindowTrace
 from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
-from ..functional._sizes import surely_zero
+from ..functional._symbolic import statically_zero
 from ..functional.grid import Size
 from ..initialization import init_table
 
@@ -58,12 +58,12 @@ class WindowAttention(SpecModule):
         config, size = self.config, (x.shape[2], x.shape[3])
         geometry = (config.window_size, config.shift)
         tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-        if surely_zero(size[0] % config.window_size, size[1] % config.window_size):
-            windows = self.qkv(functional.cut_windows(tokens, *geometry))
-            y = functional.lay_windows(self.output(self.attend_in_windows(windows, size)), size, *geometry)
+        if statically_zero(size[0] % config.window_size, size[1] % config.window_size):
+            windows = self.qkv(functional.window_partition(tokens, *geometry))
+            y = functional.window_reverse(self.output(self.attend_in_windows(windows, size)), size, *geometry)
         else:  # what the last windows are filled up with need not be projected
-            windows = functional.cut_windows(self.qkv(tokens), *geometry)
-            y = self.output(functional.lay_windows(self.attend_in_windows(windows, size), size, *geometry))
+            windows = functional.window_partition(self.qkv(tokens), *geometry)
+            y = self.output(functional.window_reverse(self.attend_in_windows(windows, size), size, *geometry))
         return self.projection_dropout(y).permute(0, 3, 1, 2)
 
     def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:

@@ -20,10 +20,11 @@ import torch
 from ..._checks import CheckpointError
 from ...state_files import replacing
 
-MARK = b"dat_ref run 1\n"
-KEPT = 2
+MAGIC = b"dat_ref run 1\n"
+KEEP_LAST = 2
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
-_BEGUN = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|recipe\.json|log\.csv)\.\d+\.partial")
+_RENAMED = {"recipe": "config", "average": "ema"}  # fields of checkpoints of an earlier version
+_PARTIAL = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|(?:train_config|recipe)\.json|log\.csv)\.\d+\.partial")
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
@@ -35,67 +36,67 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    place = folder / f"step-{step:08d}.ckpt"
+    path = folder / f"step-{step:08d}.ckpt"
     try:
-        write(place, MARK, hashlib.sha256(payload).digest(), payload)
+        write_atomic(path, MAGIC, hashlib.sha256(payload).digest(), payload)
     except OSError as error:
-        warnings.warn(f"{place}: could not be written ({error.strerror}); the checkpoint before it stays", stacklevel=2)
+        warnings.warn(f"{path}: could not be written ({error.strerror}); the checkpoint before it stays", stacklevel=2)
         return False
-    for old in saved(folder)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    for outdated in list_checkpoints(folder)[:-KEEP_LAST]:
+        outdated.unlink(missing_ok=True)
     return True
 
 
-def write(place: Path, *parts: bytes | memoryview) -> None:
+def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all.
 
     Raises:
         OSError: if there is no room; nothing is left behind, and what was at the place before stays.
     """
-    with replacing(place) as beside, beside.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         for part in parts:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
 
-def sweep(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Remove what a run that was killed had begun to write."""
     for each in folder.iterdir():
-        if _BEGUN.fullmatch(each.name):
+        if _PARTIAL.fullmatch(each.name):
             each.unlink(missing_ok=True)
 
 
-def saved(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the oldest first."""
     return sorted(each for each in folder.glob("step-*.ckpt") if _NAME.fullmatch(each.name))
 
 
-def read(place: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Return what `save` was given.
 
     Raises:
         CheckpointError: if the file is not whole.
     """
-    content = place.read_bytes()
-    start = len(MARK) + 32
+    content = path.read_bytes()
+    start = len(MAGIC) + 32
     payload = memoryview(content)[start:]
-    if content[: len(MARK)] != MARK or hashlib.sha256(payload).digest() != content[len(MARK) : start]:
-        raise CheckpointError(f"{place}: damaged or cut short, its checksum does not fit")
+    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).digest() != content[len(MAGIC) : start]:
+        raise CheckpointError(f"{path}: damaged or cut short, its checksum does not fit")
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return state
+    return {_RENAMED.get(name, name): value for name, value in state.items()}
 
 
-def latest(folder: Path) -> dict[str, Any] | None:
+def load_latest(folder: Path) -> dict[str, Any] | None:
     """Return the last checkpoint that is whole, or None if there is no checkpoint at all.
 
     Raises:
         CheckpointError: if there are some, and none is whole.
     """
-    files = saved(folder)
-    for place in reversed(files):
+    files = list_checkpoints(folder)
+    for path in reversed(files):
         try:
-            return read(place)
+            return load(path)
         except CheckpointError as error:  # noqa: PERF203 - there are two
             warnings.warn(f"{error}; the one before it is used", stacklevel=3)
     if files:

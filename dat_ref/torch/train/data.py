@@ -24,9 +24,9 @@ from ...data import PIXEL_DEVIATION, PIXEL_MEAN
 from ...scenes import Scenes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-NAMED = 8  # files or classes that a message names; of the rest it says how many
-WHOLE = 0.875  # share of the shorter side that is looked at when nothing is drawn by chance
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops to train on
+MAX_LISTED = 8  # files or classes that a message names; of the rest it says how many
+CROP_FRACTION = 0.875  # share of the shorter side that is looked at when nothing is drawn by chance
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the crops to train on
 
 
 def normalised(image: Array) -> Tensor:
@@ -71,14 +71,14 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= number < len(self):  # so that a loop over all of them ends
-            raise IndexError(f"number: expected 0 ≤ number < {len(self)}, got {number}")
-        return self._item(number + self.fresh * self.epoch * len(self.scenes))
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):  # so that a loop over all of them ends
+            raise IndexError(f"index: expected 0 ≤ index < {len(self)}, got {index}")
+        return self._item(index + self.fresh * self.epoch * len(self.scenes))
 
-    def _item(self, number: int) -> tuple[Tensor, Tensor]:
+    def _item(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the scene of a number that counts through all epochs."""
-        scene = self.scenes.scene(number)
+        scene = self.scenes.scene(index)
         return normalised(scene.image), torch.as_tensor(scene.label)
 
 
@@ -111,41 +111,41 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         classes: Sequence[str] | None = None,
     ) -> None:
         self.root, self.size, self.augment, self.seed, self.epoch = Path(root), size, augment, seed, 0
-        found = _pictures(self.root)
+        found = _image_paths(self.root)
         self.classes = tuple(sorted(found) if classes is None else classes)
-        self._compare(found)
-        self.items = [(path, number) for number, name in enumerate(self.classes) for path in found.get(name, [])]
-        _look_at([path for path, _ in self.items])
-        self._alter = _alteration() if augment else None
+        self._check_classes(found)
+        self.samples = [(path, number) for number, name in enumerate(self.classes) for path in found.get(name, [])]
+        _check_readable([path for path, _ in self.samples])
+        self._transform = _augmentation() if augment else None
 
-    def _compare(self, found: dict[str, list[Path]]) -> None:
+    def _check_classes(self, found: dict[str, list[Path]]) -> None:
         unknown = sorted(set(found) - set(self.classes))
         if unknown:
-            raise ConfigError(f"{self.root}: has {_some(unknown, 'class', 'classes')} that training has not")
+            raise ConfigError(f"{self.root}: has {_list_some(unknown, 'class', 'classes')} that training has not")
         absent = [name for name in self.classes if name not in found]
         if absent:
-            warnings.warn(f"{self.root}: has no picture of {_some(absent, 'class', 'classes')}", stacklevel=3)
+            warnings.warn(f"{self.root}: has no picture of {_list_some(absent, 'class', 'classes')}", stacklevel=3)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.samples)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        path, label = self.items[number]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path, label = self.samples[index]
         try:
-            picture = _read(path)
+            pil_image = _read(path)
         except (OSError, SyntaxError, ValueError) as error:  # after its first bytes
             raise ConfigError(f"{path}: cannot be read to its end: {error}") from error
-        if self._alter is None:
-            return normalised(_middle(picture, self.size)), torch.tensor(label)
-        generator = np.random.default_rng([self.seed, self.epoch, number])
-        image = _in_unit_range(_crop(picture, self.size, generator))
+        if self._transform is None:
+            return normalised(_center_crop(pil_image, self.size)), torch.tensor(label)
+        generator = np.random.default_rng([self.seed, self.epoch, index])
+        image = _in_unit_range(_random_resized_crop(pil_image, self.size, generator))
         with torch.random.fork_rng(devices=[]):  # kornia draws from torch's own generator
             torch.manual_seed(int(generator.integers(1 << 62)))
-            image = self._alter(image[None])[0].clamp(0, 1)
+            image = self._transform(image[None])[0].clamp(0, 1)
         return _standardised(image), torch.tensor(label)
 
 
@@ -159,7 +159,7 @@ def train_and_val(root: Path | str, size: int, seed: int) -> tuple[ImageFolder, 
     return train, ImageFolder(Path(root) / "val", size, classes=train.classes)
 
 
-def _pictures(root: Path) -> dict[str, list[Path]]:
+def _image_paths(root: Path) -> dict[str, list[Path]]:
     """Return the pictures of each class; complain of what is no picture, and of classes without any."""
     if not root.is_dir():
         raise ConfigError(f"{root}: expected a folder with a folder for each class, and there is none")
@@ -174,21 +174,23 @@ def _pictures(root: Path) -> dict[str, list[Path]]:
         others += [str(each.relative_to(root)) for each in files if each.suffix.lower() not in SUFFIXES]
     empty = [name for name, files in found.items() if not files]
     if empty:
-        raise ConfigError(f"{root}: no pictures in {_some(empty, 'class', 'classes')}; expected {', '.join(SUFFIXES)}")
+        raise ConfigError(
+            f"{root}: no pictures in {_list_some(empty, 'class', 'classes')}; expected {', '.join(SUFFIXES)}"
+        )
     if others:
-        warnings.warn(f"{root}: left out {_some(others, 'file', 'files')} with other endings", stacklevel=4)
+        warnings.warn(f"{root}: left out {_list_some(others, 'file', 'files')} with other endings", stacklevel=4)
     return found
 
 
-def _look_at(paths: Iterable[Path]) -> None:
+def _check_readable(paths: Iterable[Path]) -> None:
     """Read the first bytes of every picture, and complain of all that are none."""
     with ThreadPoolExecutor(16) as pool:
-        wrong = [f"{path} ({reason})" for path, reason in pool.map(_complaint, paths) if reason]
+        wrong = [f"{path} ({reason})" for path, reason in pool.map(_read_error, paths) if reason]
     if wrong:
-        raise ConfigError(f"cannot read {_some(wrong, 'picture', 'pictures')}")
+        raise ConfigError(f"cannot read {_list_some(wrong, 'picture', 'pictures')}")
 
 
-def _complaint(path: Path) -> tuple[Path, str]:
+def _read_error(path: Path) -> tuple[Path, str]:
     from PIL import Image
 
     try:
@@ -198,14 +200,14 @@ def _complaint(path: Path) -> tuple[Path, str]:
         return path, "it is empty" if path.stat().st_size == 0 else type(error).__name__
 
 
-def _some(names: Sequence[str], one: str, many: str) -> str:
+def _list_some(names: Sequence[str], one: str, many: str) -> str:
     """Name some and count all.
 
-    >>> _some(["a", "b"], "class", "classes")
+    >>> _list_some(["a", "b"], "class", "classes")
     '2 classes: a, b'
     """
-    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} {one if len(names) == 1 else many}: {', '.join(names[:NAMED])}{rest}"
+    rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{len(names)} {one if len(names) == 1 else many}: {', '.join(names[:MAX_LISTED])}{rest}"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -219,31 +221,31 @@ def _read(path: Path) -> Any:
         return ImageOps.exif_transpose(opened).convert("RGB")
 
 
-def _middle(picture: Any, size: int) -> Array:
+def _center_crop(pil_image: Any, size: int) -> Array:
     """Return the middle of a picture, WHOLE of its shorter side, as (size, size, 3) uint8."""
-    side = WHOLE * min(picture.size)
-    left, top = ((length - side) / 2 for length in picture.size)
-    return _cut(picture, (left, top, left + side, top + side), size)
+    side = CROP_FRACTION * min(pil_image.size)
+    left, top = ((length - side) / 2 for length in pil_image.size)
+    return _resize_box(pil_image, (left, top, left + side, top + side), size)
 
 
-def _crop(picture: Any, size: int, generator: np.random.Generator) -> Array:
+def _random_resized_crop(pil_image: Any, size: int, generator: np.random.Generator) -> Array:
     """Return a part of a picture of random area, shape and place, mirrored half of the time: (size, size, 3) uint8."""
-    width, height = picture.size
-    area = generator.uniform(*AREA) * width * height
-    ratio = np.exp(generator.uniform(*np.log(RATIO)))
-    across, down = min(np.sqrt(area * ratio), width), min(np.sqrt(area / ratio), height)
-    left, top = generator.uniform(0, width - across), generator.uniform(0, height - down)
-    image = _cut(picture, (left, top, left + across, top + down), size)
+    width, height = pil_image.size
+    area = generator.uniform(*CROP_AREA) * width * height
+    ratio = np.exp(generator.uniform(*np.log(CROP_RATIO)))
+    crop_width, crop_height = min(np.sqrt(area * ratio), width), min(np.sqrt(area / ratio), height)
+    left, top = generator.uniform(0, width - crop_width), generator.uniform(0, height - crop_height)
+    image = _resize_box(pil_image, (left, top, left + crop_width, top + crop_height), size)
     return np.ascontiguousarray(image[:, ::-1]) if generator.integers(2) else image
 
 
-def _cut(picture: Any, box: tuple[float, float, float, float], size: int) -> Array:
+def _resize_box(pil_image: Any, box: tuple[float, float, float, float], size: int) -> Array:
     from PIL import Image
 
-    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(pil_image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _alteration() -> Any:
+def _augmentation() -> Any:
     """Return kornia's RandAugment with the strength of the released recipe, and random erasing."""
     try:
         from kornia import augmentation as kornia

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .team import Team
+from .distributed import DistributedContext
 
 
 class Scores(NamedTuple):
@@ -20,7 +20,7 @@ class Scores(NamedTuple):
     images: int
 
 
-def losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def per_sample_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the loss of each image: cross-entropy, or where several classes can be right their mean binary one.
 
     Args:
@@ -37,44 +37,44 @@ def losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Ten
     return F.binary_cross_entropy_with_logits(logits, smooth.to(logits.dtype), reduction="none").mean(1)
 
 
-def right(logits: Tensor, targets: Tensor) -> Tensor:
+def correct_predictions(logits: Tensor, targets: Tensor) -> Tensor:
     """Return which images are answered rightly, (B,) bool."""
     return logits.argmax(1) == targets if targets.ndim == 1 else ((logits > 0) == (targets > 0.5)).all(1)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Any, *, batch_size: int = 128, team: Team | None = None, workers: int = 0
+    model: nn.Module, data: Any, *, batch_size: int = 128, context: DistributedContext | None = None, workers: int = 0
 ) -> Scores:
     """Evaluate a model, in eval mode, and leave it in the mode that it was in.
 
     Args:
         model: images (B, 3, H, W) → logits (B, classes).
         data: a data set, see `data`.
-        team: whose processes share the images; each image falls to one of them.
+        context: whose processes share the images; each image falls to one of them.
 
     Raises:
         ValueError: if there are no images, or none in a batch.
     """
     if len(data) == 0:
         raise ValueError("data: expected at least one image, got none")
-    team = team or Team(device=next(model.parameters()).device)
+    context = context or DistributedContext(device=next(model.parameters()).device)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-    mine = range(team.rank, len(data), team.size)
-    starts = range(0, -(-len(data) // team.size), batch_size)  # as many as the first process has: it has most
-    batches = [list(mine[start : start + batch_size]) for start in starts]
+    local_indices = range(context.rank, len(data), context.world_size)
+    starts = range(0, -(-len(data) // context.world_size), batch_size)  # as many as the first process has: it has most
+    batches = [list(local_indices[start : start + batch_size]) for start in starts]
     # Where weights are cut over processes, all must take part: one without images left takes one that does not count.
-    asked = [batch or [0] for batch in batches]
+    padded_batches = [batch or [0] for batch in batches]
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=team.device)
-    for (images, targets), batch in zip(DataLoader(data, batch_sampler=asked, num_workers=workers), batches):
-        logits = model(images.to(team.device))
-        targets = targets.to(team.device)
-        sums[0] += losses(logits, targets).double()[: len(batch)].sum()
-        sums[1] += right(logits, targets)[: len(batch)].sum()
+    sums = torch.zeros(3, dtype=torch.float64, device=context.device)
+    for (images, targets), batch in zip(DataLoader(data, batch_sampler=padded_batches, num_workers=workers), batches):
+        logits = model(images.to(context.device))
+        targets = targets.to(context.device)
+        sums[0] += per_sample_loss(logits, targets).double()[: len(batch)].sum()
+        sums[1] += correct_predictions(logits, targets)[: len(batch)].sum()
         sums[2] += len(batch)
     model.train(was_training)
-    loss, correct, images = team.total(sums).tolist()
+    loss, correct, images = context.all_reduce_sum(sums).tolist()
     return Scores(loss / images, correct / images, int(images))

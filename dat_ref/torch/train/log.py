@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._checks import ConfigError
-from .checkpoint import write
+from .checkpoint import write_atomic
 
 FIELDS = ("step", "epoch", "loss", "learning_rate", "held_out_loss", "held_out_accuracy")
 
@@ -28,13 +28,13 @@ class Log:
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
         self._path = path
-        self._events = _events(path.parent, step) if tensorboard else None
-        kept = [row for row in rows(path) if row["step"] < step]
+        self._events = _summary_writer(path.parent, step) if tensorboard else None
+        previous = [row for row in read_rows(path) if row["step"] < step]
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
-        write(path, text.getvalue().encode())
+        writer.writerows(previous)
+        write_atomic(path, text.getvalue().encode())
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, FIELDS, lineterminator="\n")
 
@@ -47,7 +47,7 @@ class Log:
         try:
             self._file.flush()
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
         if self._events is not None:
             for name in FIELDS[2:]:
                 if name in row:
@@ -58,27 +58,27 @@ class Log:
         try:
             self._file.close()
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
         if self._events is not None:
             self._events.close()
 
-    def _complain(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         warnings.warn(f"{self._path}: could not be written ({error.strerror}); the run goes on", stacklevel=3)
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a log, as numbers; a last line that was cut short is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    complete = text[: text.rfind("\n") + 1]
     return [
         {name: (int if name in ("step", "epoch") else float)(value) for name, value in row.items() if value}
-        for row in csv.DictReader(io.StringIO(whole))
+        for row in csv.DictReader(io.StringIO(complete))
     ]
 
 
-def _events(folder: Path, step: int) -> Any:
+def _summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

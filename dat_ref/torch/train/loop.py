@@ -1,6 +1,6 @@
 """The training loop: one process or many, stopped and gone on with, always the same steps.
 
-All that chance decides follows from the recipe's seed and from where a run is: the order of an epoch's images from
+All that chance decides follows from the config's seed and from where a run is: the order of an epoch's images from
 (seed, epoch), an image from (seed, epoch, number), stochastic depth from (seed, step, process). So a run that goes on
 from a checkpoint takes the very steps that it would have taken.
 
@@ -25,49 +25,49 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..._checks import ConfigError
-from ...recipe import Recipe
 from ...train import scheduled_rate
+from ...train_config import CONFIG_FILE, TrainConfig
 from .. import models
-from . import checkpoint, shard
-from .evaluate import Scores, evaluate, losses
+from . import checkpoint, sharding
+from .distributed import DistributedContext
+from .evaluate import Scores, evaluate, per_sample_loss
 from .log import Log
-from .mix import mix
-from .optimizer import Average, optimizer_for
-from .team import Team
+from .mixup import mix_batch
+from .optimizer import ModelEma, create_optimizer
 
 
 @dataclass(frozen=True)
 class Result:
     """What a run left."""
 
-    model: nn.Module  # with the weights that were evaluated last; cut over the processes if the recipe says so
+    model: nn.Module  # with the weights that were evaluated last; sharded over the processes if the config says so
     scores: Scores
     best: float  # held-out accuracy of the weights in best.safetensors
     steps: int
 
 
-def build_model(recipe: Recipe, classes: int) -> nn.Module:
-    """Return the model of a recipe with its first weights."""
-    torch.manual_seed(recipe.seed)
+def build_model(config: TrainConfig, classes: int) -> nn.Module:
+    """Return the model of a config with its initial weights."""
+    torch.manual_seed(config.seed)
     model = models.create_model(
-        recipe.model,
+        config.model,
         num_classes=classes,
-        drop_path_rate=recipe.drop_path,
-        attention=recipe.attention or None,
-        img_size=recipe.image_size,
+        drop_path_rate=config.drop_path,
+        attention=config.attention or None,
+        img_size=config.image_size,
     )
-    if recipe.grad_checkpointing:
+    if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
 
 
 def fit(
-    recipe: Recipe,
+    config: TrainConfig,
     train: Any,
     held_out: Any,
     out: Path | str,
     *,
-    team: Team | None = None,
+    context: DistributedContext | None = None,
     model: nn.Module | None = None,
     on_step: Callable[[int, float], None] | None = None,
     quiet: bool = False,
@@ -76,114 +76,116 @@ def fit(
     """Train; a run that was stopped goes on from the last checkpoint in its folder.
 
     Args:
-        recipe: what to do.
+        config: what to do.
         train, held_out: data sets, see `data`.
-        out: folder for ``recipe.json``, ``log.csv``, checkpoints and the best weights, ``best.safetensors``.
-        team: the processes that take part; this one alone if None.
-        model: to train, images → logits; built by the recipe if None.
+        out: folder for ``train_config.json``, ``log.csv``, checkpoints and the best weights, ``best.safetensors``.
+        context: the processes that take part; this one alone if None.
+        model: to train, images → logits; built from the config if None.
         on_step: called with each step's number and loss.
         quiet: without a progress bar.
         tensorboard: write events for TensorBoard too.
 
     Raises:
-        ConfigError: if `out` has a run of another recipe or on other data (what differs is named), there is nothing to
-            train on, or the processes do not see the same folder.
+        ConfigError: if `out` has a run with another config or on other data (what differs is named), there is nothing
+            to train on, or the processes do not see the same folder.
         CheckpointError: if none of the checkpoints there is whole.
     """
     if len(train) == 0 or len(held_out) == 0:
         raise ConfigError(f"data: expected images, got {len(train)} to train on and {len(held_out)} held out")
-    team, folder = team or Team(), Path(out)
-    state = _to_go_on_from(folder, recipe, train)
-    run = _Run(recipe, model or build_model(recipe, len(train.classes)), train, team)
+    context, folder = context or DistributedContext(), Path(out)
+    state = _load_resume_state(folder, config, train)
+    run = _Run(config, model or build_model(config, len(train.classes)), train, context)
     if state is not None:
         run.load(state)
-    _begin(folder, run)
-    found = None
+    _prepare_folder(folder, run)
+    last_scores = None
     with ExitStack() as stack:
-        log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if team.leads else None
-        tell = stack.enter_context(_told(run, quiet or not team.leads))
+        log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if context.is_main else None
+        report = stack.enter_context(_progress_bar(run, quiet or not context.is_main))
         while run.step < run.steps:
             for row, scores in _epoch(run, train, held_out):
                 if log is not None:
                     log.add(**row)
-                tell(row["loss"], scores)
+                report(row["loss"], scores)
                 if on_step is not None:
                     on_step(row["step"], row["loss"])
-                if scores is not None or (recipe.save_every and run.step % recipe.save_every == 0):
-                    _keep(run, folder, scores)
-                found = scores
-    found = found or run.evaluate(held_out)  # of a run that was finished already
-    run.take_average()
-    return Result(run.model, found, run.best, run.step)
+                if scores is not None or (config.save_every and run.step % config.save_every == 0):
+                    _save(run, folder, scores)
+                last_scores = scores
+    last_scores = last_scores or run.evaluate(held_out)  # of a run that was finished already
+    run.load_ema()
+    return Result(run.model, last_scores, run.best, run.step)
 
 
 def _epoch(run: _Run, train: Any, held_out: Any) -> Iterator[tuple[dict[str, Any], Scores | None]]:
     """Take the steps that are left of an epoch; yield what is to be said of each, with scores after the last."""
-    epoch, skipped = divmod(run.step, run.steps_an_epoch)
+    epoch, skipped = divmod(run.step, run.steps_per_epoch)
     train.set_epoch(epoch)
-    for images, targets, whole in run.batches(train, epoch, skipped):
-        loss = run.take_step(images, targets, whole)
+    for images, targets, batch_size in run.batches(train, epoch, skipped):
+        loss = run.train_step(images, targets, batch_size)
         row: dict[str, Any] = {"step": run.step - 1, "epoch": epoch, "loss": loss, "learning_rate": run.rate}
-        scores = run.evaluate(held_out) if run.step % run.steps_an_epoch == 0 else None
+        scores = run.evaluate(held_out) if run.step % run.steps_per_epoch == 0 else None
         if scores is not None:
             row |= {"held_out_loss": scores.loss, "held_out_accuracy": scores.accuracy}
         yield row, scores
 
 
-def _to_go_on_from(folder: Path, recipe: Recipe, train: Any) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, if there is one; complain if it is of another recipe or of other data."""
-    state = checkpoint.latest(folder) if folder.is_dir() else None
+def _load_resume_state(folder: Path, config: TrainConfig, train: Any) -> dict[str, Any] | None:
+    """Return the checkpoint to go on from, if there is one; complain if it has another config or other data."""
+    state = checkpoint.load_latest(folder) if folder.is_dir() else None
     if state is not None:
-        changes = Recipe.from_mapping(state["recipe"]).changes(recipe)
+        changes = TrainConfig.from_mapping(state["config"]).changes(config)
         if changes:
-            raise ConfigError(f"{folder}: holds a run of another recipe (there, here): {'; '.join(changes)}")
-        data = _described(train)
+            raise ConfigError(f"{folder}: holds a run with another config (there, here): {'; '.join(changes)}")
+        data = _data_summary(train)
         changes = [
-            f"{name}: {state['data'][name]}, {here}" for name, here in data.items() if state["data"][name] != here
+            f"{name}: {state['data'][name]}, {current}"
+            for name, current in data.items()
+            if state["data"][name] != current
         ]
         if changes:
             raise ConfigError(f"{folder}: holds a run on other data (there, here): {'; '.join(changes)}")
     return state
 
 
-def _described(train: Any) -> dict[str, Any]:
+def _data_summary(train: Any) -> dict[str, Any]:
     return {"images": len(train), "classes": list(train.classes)}
 
 
-def _begin(folder: Path, run: _Run) -> None:
+def _prepare_folder(folder: Path, run: _Run) -> None:
     """Make the folder, once everything else is found to be right."""
-    if run.team.leads:
+    if run.context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(folder)
-        checkpoint.write(folder / "recipe.json", run.recipe.to_json().encode())
-    steps = torch.tensor([run.step, run.step**2], dtype=torch.float64, device=run.team.device)
-    total, squares = run.team.total(steps).tolist()
-    if squares * run.team.size != total**2:  # equal only if all are equal
+        checkpoint.remove_partial(folder)
+        checkpoint.write_atomic(folder / CONFIG_FILE, run.config.to_json().encode())
+    steps = torch.tensor([run.step, run.step**2], dtype=torch.float64, device=run.context.device)
+    total, squares = run.context.all_reduce_sum(steps).tolist()
+    if squares * run.context.world_size != total**2:  # equal only if all are equal
         raise ConfigError(f"{folder}: expected one folder for all processes, and they see different checkpoints in it")
 
 
-def _keep(run: _Run, folder: Path, scores: Scores | None) -> None:
+def _save(run: _Run, folder: Path, scores: Scores | None) -> None:
     """Write a checkpoint, and the weights if they are the best so far."""
     if scores is not None and scores.accuracy > run.best:
-        with run.averaged():  # written in here: a state names the model's own tensors, which change back afterwards
-            weights = shard.whole(run.model.state_dict())
-            written = run.team.leads and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
-        if run.team.total(torch.tensor(float(written), device=run.team.device)) > 0:
+        with run.ema_weights():  # written in here: a state names the model's own tensors, which change back afterwards
+            weights = sharding.gather_full(run.model.state_dict())
+            written = run.context.is_main and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
+        if run.context.all_reduce_sum(torch.tensor(float(written), device=run.context.device)) > 0:
             run.best = scores.accuracy
     state = run.state()
-    if run.team.leads:
+    if run.context.is_main:
         checkpoint.save(folder, run.step, state)
 
 
-def _write_weights(place: Path, weights: dict[str, Tensor], classes: list[str]) -> bool:
+def _write_weights(path: Path, weights: dict[str, Tensor], classes: list[str]) -> bool:
     """Write weights with the names of their classes; return whether there was room."""
     from safetensors.torch import save
 
     plain = {name: leaf.detach().cpu().clone(memory_format=torch.contiguous_format) for name, leaf in weights.items()}
     try:
-        checkpoint.write(place, save(plain, metadata={"format": "pt", "classes": json.dumps(classes)}))
+        checkpoint.write_atomic(path, save(plain, metadata={"format": "pt", "classes": json.dumps(classes)}))
     except OSError as error:
-        warnings.warn(f"{place}: could not be written ({error.strerror}); the one before it stays", stacklevel=3)
+        warnings.warn(f"{path}: could not be written ({error.strerror}); the one before it stays", stacklevel=3)
         return False
     return True
 
@@ -191,132 +193,138 @@ def _write_weights(place: Path, weights: dict[str, Tensor], classes: list[str]) 
 class _Run:
     """Where a run is: weights, optimizer, average, step."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, train: Any, team: Team) -> None:
-        self.recipe, self.team, self.images, self.data = recipe, team, len(train), _described(train)
-        self.model = model.to(team.device).train()
-        team.spread(self.model)  # a model of the caller's own may have begun differently in each process
-        if recipe.shard and team.size > 1:
-            shard.cut(self.model, team)
-        self.steps_an_epoch = -(-self.images // recipe.batch_size)
-        self.steps = recipe.epochs * self.steps_an_epoch
-        self.optimizer = optimizer_for(self.model, recipe)
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.amp == "float16")
-        self.average = Average(self.model, recipe.ema) if recipe.ema else None
+    def __init__(self, config: TrainConfig, model: nn.Module, train: Any, context: DistributedContext) -> None:
+        self.config, self.context, self.num_images, self.data = config, context, len(train), _data_summary(train)
+        self.model = model.to(context.device).train()
+        context.broadcast(self.model)  # a model of the caller's own may have begun differently in each process
+        if config.shard and context.world_size > 1:
+            sharding.shard(self.model, context)
+        self.steps_per_epoch = -(-self.num_images // config.batch_size)
+        self.steps = config.epochs * self.steps_per_epoch
+        self.optimizer = create_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.amp == "float16")
+        self.ema = ModelEma(self.model, config.ema) if config.ema else None
         self.step, self.best, self.rate = 0, -1.0, 0.0
-        called: Any = self.model
-        if team.size > 1 and not recipe.shard:
-            devices = [team.device.index] if team.device.type == "cuda" else None
-            called = nn.parallel.DistributedDataParallel(self.model, devices)
-        self.called = torch.compile(called) if recipe.compile else called
+        forward: Any = self.model
+        if context.world_size > 1 and not config.shard:
+            devices = [context.device.index] if context.device.type == "cuda" else None
+            forward = nn.parallel.DistributedDataParallel(self.model, devices)
+        self.forward = torch.compile(forward) if config.compile else forward
 
     def batches(self, train: Any, epoch: int, skipped: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield this process's images and targets of each step to come, and how many images the step has in all."""
-        generator = torch.Generator().manual_seed(_mixed(self.recipe.seed, epoch))
-        order = torch.randperm(self.images, generator=generator).tolist()
-        size = self.recipe.batch_size
-        wholes = [order[start : start + size] for start in range(0, self.images, size)][skipped:]
+        generator = torch.Generator().manual_seed(_derive_seed(self.config.seed, epoch))
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        size = self.config.batch_size
+        global_batches = [order[start : start + size] for start in range(0, self.num_images, size)][skipped:]
         # A process for which there is no image takes one that does not count: all must take part in a step.
-        mine = [whole[self.team.rank :: self.team.size] or whole[:1] for whole in wholes]
-        loader = DataLoader(train, batch_sampler=mine, num_workers=self.recipe.workers)
-        for (images, targets), whole in zip(loader, wholes, strict=True):
-            yield images, targets, len(whole)
+        local_batches = [batch[self.context.rank :: self.context.world_size] or batch[:1] for batch in global_batches]
+        loader = DataLoader(train, batch_sampler=local_batches, num_workers=self.config.workers)
+        for (images, targets), batch in zip(loader, global_batches, strict=True):
+            yield images, targets, len(batch)
 
-    def take_step(self, images: Tensor, targets: Tensor, whole: int) -> float:
+    def train_step(self, images: Tensor, targets: Tensor, batch_size: int) -> float:
         """Take one step; return the mean loss of its images, over all processes."""
-        recipe, team = self.recipe, self.team
-        torch.manual_seed(_mixed(recipe.seed, self.step, team.rank))
-        warmup = round(recipe.warmup_epochs * self.steps_an_epoch)
-        self.rate = scheduled_rate(self.step, self.steps, recipe.learning_rate, warmup, recipe.min_learning_rate)
+        config, context = self.config, self.context
+        torch.manual_seed(_derive_seed(config.seed, self.step, context.rank))
+        warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        self.rate = scheduled_rate(self.step, self.steps, config.learning_rate, warmup, config.min_learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        counts = whole > team.rank
-        images, share = mix(images, recipe.mixup, recipe.cutmix)
+        has_images = batch_size > context.rank
+        images, lam = mix_batch(images, config.mixup, config.cutmix)
         with self._autocast():
-            logits = self.called(images.to(team.device))
-        targets = targets.to(team.device)
-        each = losses(logits, targets, recipe.label_smoothing)
-        if share < 1:
-            each = share * each + (1 - share) * losses(logits, targets.flip(0), recipe.label_smoothing)
-        loss = each.sum() * (counts / whole)
+            logits = self.forward(images.to(context.device))
+        targets = targets.to(context.device)
+        sample_losses = per_sample_loss(logits, targets, config.label_smoothing)
+        if lam < 1:
+            sample_losses = lam * sample_losses + (1 - lam) * per_sample_loss(
+                logits, targets.flip(0), config.label_smoothing
+            )
+        loss = sample_losses.sum() * (has_images / batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss * team.size).backward()  # gradients are averaged over processes, and are to be summed
+        self.scaler.scale(
+            loss * context.world_size
+        ).backward()  # gradients are averaged over processes, and are to be summed
         self.scaler.unscale_(self.optimizer)
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
-            self.average.update(self.model, self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
         self.step += 1
-        total = float(team.total(loss.detach().double()))
+        total = float(context.all_reduce_sum(loss.detach().double()))
         if not np.isfinite(total):
             raise FloatingPointError(f"step {self.step - 1}: the loss is {total}; lower the learning rate or clip")
         return total
 
     def _autocast(self) -> Any:
-        kind = self.recipe.amp
-        return nullcontext() if kind == "none" else torch.autocast(self.team.device.type, dtype=getattr(torch, kind))
+        kind = self.config.amp
+        return nullcontext() if kind == "none" else torch.autocast(self.context.device.type, dtype=getattr(torch, kind))
 
     def evaluate(self, held_out: Any) -> Scores:
         """Evaluate the averaged weights if there are any, else the last ones."""
-        with self.averaged():
-            return evaluate(self.model, held_out, team=self.team, workers=self.recipe.workers)
+        with self.ema_weights():
+            return evaluate(self.model, held_out, context=self.context, workers=self.config.workers)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """While it lasts, the model has the averaged weights, if there are any."""
-        if self.average is None:
+        if self.ema is None:
             yield
             return
         own = {name: leaf.detach().clone() for name, leaf in self.model.named_parameters()}
-        self.take_average()
+        self.load_ema()
         try:
             yield
         finally:
             self.model.load_state_dict(own, strict=False)
 
-    def take_average(self) -> None:
+    def load_ema(self) -> None:
         """Give the model the averaged weights for good."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average.weights, strict=False)
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.weights, strict=False)
 
     def state(self) -> dict[str, Any]:
         """Return all that is needed to go on, in whole tensors. All processes must take part."""
         state = {
-            "recipe": asdict(self.recipe),
+            "config": asdict(self.config),
             "data": self.data,
             "step": self.step,
             "best": self.best,
             "model": self.model.state_dict(),
-            "average": self.average.weights if self.average is not None else {},
+            "ema": self.ema.weights if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        return shard.whole(state)
+        return sharding.gather_full(state)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         own = self.model.state_dict()
-        self.model.load_state_dict({name: shard.cut_like(leaf, own[name]) for name, leaf in state["model"].items()})
+        self.model.load_state_dict(
+            {name: sharding.shard_like(leaf, own[name]) for name, leaf in state["model"].items()}
+        )
         leaves = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
         moments = {
-            number: {name: shard.cut_like(value, leaves[number]) for name, value in moment.items()}
+            number: {name: sharding.shard_like(value, leaves[number]) for name, value in moment.items()}
             for number, moment in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load(state["average"])
+        if self.ema is not None:
+            self.ema.load(state["ema"])
         self.step, self.best = state["step"], state["best"]
 
 
-def _mixed(*numbers: int) -> int:
+def _derive_seed(*numbers: int) -> int:
     """Return one seed for several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
-def _told(run: _Run, quiet: bool) -> Iterator[Callable[[float, Scores | None], None]]:
+def _progress_bar(run: _Run, quiet: bool) -> Iterator[Callable[[float, Scores | None], None]]:
     """Yield what is told of each step: a progress bar with loss, learning rate, steps a second and the time left."""
     if quiet:
         yield lambda loss, scores: None
@@ -324,13 +332,13 @@ def _told(run: _Run, quiet: bool) -> Iterator[Callable[[float, Scores | None], N
     from tqdm import tqdm
 
     with tqdm(total=run.steps, initial=run.step, unit="step", mininterval=0.5) as bar:
-        told: dict[str, str] = {}
+        postfix: dict[str, str] = {}
 
-        def tell(loss: float, scores: Scores | None) -> None:
-            told.update(loss=f"{loss:.3f}", lr=f"{run.rate:.1e}")
+        def report(loss: float, scores: Scores | None) -> None:
+            postfix.update(loss=f"{loss:.3f}", lr=f"{run.rate:.1e}")
             if scores is not None:
-                told["held out"] = f"{100 * scores.accuracy:.1f} %"
-            bar.set_postfix(told)
+                postfix["held out"] = f"{100 * scores.accuracy:.1f} %"
+            bar.set_postfix(postfix)
             bar.update()
 
-        yield tell
+        yield report

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...recipe import Recipe
-from .shard import cut_like
+from ...train_config import TrainConfig
+from .sharding import shard_like
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -18,22 +18,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Exempt are vectors (biases, norms, layer scales) and what ``model.no_weight_decay()`` names: the bias tables.
     """
-    named: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    decaying: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    exempt_names: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, leaf in model.named_parameters():
         if leaf.requires_grad:
-            (exempt if leaf.ndim <= 1 or name in named else decaying).append(leaf)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+            (no_decay if leaf.ndim <= 1 or name in exempt_names else decay).append(leaf)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over a model's parameters."""
-    groups = parameter_groups(model, recipe.weight_decay)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS, eps=EPSILON)
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, eps=EPSILON)
 
 
-class Average:
+class ModelEma:
     """The exponential moving average of a model's weights: what is evaluated and kept instead of the last ones.
 
         a ← a + (1 - d) (w - a),      d = min(decay, (1 + t) / (10 + t)) at step t,
@@ -56,4 +56,4 @@ class Average:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over an average."""
         for name, weight in self.weights.items():
-            weight.copy_(cut_like(weights[name], weight))
+            weight.copy_(shard_like(weights[name], weight))

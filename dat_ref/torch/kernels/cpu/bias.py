@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 
 from numba import float64
 
-from .tiles import ROW, copy_rows
+from .tiles import TILE_STRIDE, copy_rows
 from .vectors import (
     NARROW,
+    broadcast,
     compiled,
-    filled,
-    keep_lanes,
-    lane_numbers,
+    lane_indices,
     lane_sum,
     load,
+    mask_lanes,
     maximum,
     store,
     where_not_negative,
@@ -55,10 +55,10 @@ class Step(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table (rows, columns) amid zeros: cell (0, 0) stands at `origin` of `cells`, rows are `stride` apart."""
+    """A table (rows, columns) amid zeros: cell (0, 0) stands at `start` of `cells`, rows are `stride` apart."""
 
     cells: Any
-    origin: int
+    start: int
     stride: int
     rows: int
     columns: int
@@ -67,7 +67,7 @@ class Table(NamedTuple):
 # ------------------------------------------------------------------------------------------------ the padded table
 
 
-def padding(tile_rows: int, tile_columns: int) -> tuple[int, int, int]:
+def table_padding(tile_rows: int, tile_columns: int) -> tuple[int, int, int]:
     """Return how many rows of zeros go above and below a table, and how many columns before and behind it.
 
     Windows begin up to three cells before their tile and end up to a vector and two cells behind it.
@@ -76,17 +76,19 @@ def padding(tile_rows: int, tile_columns: int) -> tuple[int, int, int]:
 
 
 @compiled
-def fill_table(table: Table, values: Any, at: int, factor: float) -> None:
+def fill_table(table: Table, values: Any, source_start: int, factor: float) -> None:
     """Set the cells to factor · values, the zeros around them included."""
     table.cells[:] = 0
-    copy_rows(table.cells, table.origin, table.stride, values, at, table.columns, table.rows, table.columns, factor)
+    copy_rows(
+        table.cells, table.start, table.stride, values, source_start, table.columns, table.rows, table.columns, factor
+    )
 
 
 # ------------------------------------------------------------------------------------------------ where
 
 
 @compiled
-def split(position: float, lowest: int, highest: int) -> Any:
+def floor_and_fraction(position: float, lowest: int, highest: int) -> Any:
     """Return the cell at or before a position and the distance from it, after bringing both near the table.
 
     A NaN position gets a cell that exists, and NaN as the distance.
@@ -104,33 +106,36 @@ def split(position: float, lowest: int, highest: int) -> Any:
 @compiled
 def _first_window(table: Table, y: float, x: float, tile: Tile) -> Any:
     """Return where a tile's windows begin, and the distances down and right, for steps of 1 in y and about 1 in x."""
-    top, down = split(y, -tile.rows - 1, table.rows)
-    left, right = split(x, -tile.columns - 1, table.columns)
-    return table.origin + top * table.stride + left, down, right
+    top, frac_y = floor_and_fraction(y, -tile.rows - 1, table.rows)
+    left, frac_x = floor_and_fraction(x, -tile.columns - 1, table.columns)
+    return table.start + top * table.stride + left, frac_y, frac_x
 
 
 @compiled
-def _row_of(table: Table, y: float) -> Any:
+def _row_start(table: Table, y: float) -> Any:
     """Return where the row before a position begins, and the distance down; far outside, both rows are zeros."""
-    top, down = split(y, -2, table.rows)
-    return table.origin + top * table.stride, down
+    top, frac_y = floor_and_fraction(y, -2, table.rows)
+    return table.start + top * table.stride, frac_y
 
 
 # ------------------------------------------------------------------------------------------------ the bias
 
 
 @compiled
-def write_bias(scores: Any, table: Table, base: Any, at: int, count: int, tile: Tile, step: Step) -> None:
-    """scores[n, lane] = the bias of key n for each query of the tile, n < count; base[at:] holds the keys' (y, x)."""
-    for n in range(count):
-        y = float64(base[at + 2 * n]) + tile.row * step.y
-        x = float64(base[at + 2 * n + 1]) + tile.column * step.x
+def write_bias(logits: Any, table: Table, origin: Any, start: int, num_keys: int, tile: Tile, step: Step) -> None:
+    """logits[n, lane] = the bias of key n for each query of the tile, n < num_keys.
+
+    origin[start:] holds the keys' (y, x).
+    """
+    for n in range(num_keys):
+        y = float64(origin[start + 2 * n]) + tile.row * step.y
+        x = float64(origin[start + 2 * n + 1]) + tile.column * step.x
         if step.kind == UNIT:
-            _write_unit(scores, n * ROW, table, y, x, tile)
+            _write_unit(logits, n * TILE_STRIDE, table, y, x, tile)
         elif step.kind == NEAR_UNIT:
-            _write_near_unit(scores, n * ROW, table, y, x, tile, step)
+            _write_near_unit(logits, n * TILE_STRIDE, table, y, x, tile, step)
         else:
-            _write_general(scores, n * ROW, table, y, x, tile, step)
+            _write_general(logits, n * TILE_STRIDE, table, y, x, tile, step)
 
 
 @compiled
@@ -139,59 +144,59 @@ def _last_vector(columns: int) -> int:
 
 
 @compiled
-def _write_unit(scores: Any, at: int, table: Table, y: float, x: float, tile: Tile) -> None:
-    first, down, right = _first_window(table, y, x, tile)
-    zero = filled(table.cells[0], NARROW)
+def _write_unit(logits: Any, start: int, table: Table, y: float, x: float, tile: Tile) -> None:
+    first, frac_y, frac_x = _first_window(table, y, x, tile)
+    zero = broadcast(table.cells[0], NARROW)
     # The last vector of a row may run into the next row, which is written later: columns backwards, rows forwards.
     for column in range(_last_vector(tile.columns), -1, -NARROW):
         window = first + column
-        upper = load(table.cells, window, zero) * (1 - right) + load(table.cells, window + 1, zero) * right
+        upper = load(table.cells, window, zero) * (1 - frac_x) + load(table.cells, window + 1, zero) * frac_x
         for i in range(tile.rows):
             window += table.stride
-            lower = load(table.cells, window, zero) * (1 - right) + load(table.cells, window + 1, zero) * right
-            store(scores, at + i * tile.columns + column, upper * (1 - down) + lower * down)
+            lower = load(table.cells, window, zero) * (1 - frac_x) + load(table.cells, window + 1, zero) * frac_x
+            store(logits, start + i * tile.columns + column, upper * (1 - frac_y) + lower * frac_y)
             upper = lower
 
 
 @compiled
-def _write_near_unit(scores: Any, at: int, table: Table, y: float, x: float, tile: Tile, step: Step) -> None:
-    left, right = split(x, -tile.columns - 1, table.columns)
-    like = filled(table.cells[0], NARROW)
+def _write_near_unit(logits: Any, start: int, table: Table, y: float, x: float, tile: Tile, step: Step) -> None:
+    left, frac_x = floor_and_fraction(x, -tile.columns - 1, table.columns)
+    like = broadcast(table.cells[0], NARROW)
     zero = like - like
     for column in range(_last_vector(tile.columns), -1, -NARROW):
-        f = right - (lane_numbers(zero) + column) * (1 - step.x)
+        f = frac_x - (lane_indices(zero) + column) * (1 - step.x)
         hats = maximum(zero, zero - f), maximum(zero, f)
         for i in range(tile.rows):
-            row, down = _row_of(table, y + i * step.y)
+            row, frac_y = _row_start(table, y + i * step.y)
             window = row + left + column
             upper = _read_hats(table, window, hats)
             lower = _read_hats(table, window + table.stride, hats)
-            store(scores, at + i * tile.columns + column, upper * (1 - down) + lower * down)
+            store(logits, start + i * tile.columns + column, upper * (1 - frac_y) + lower * frac_y)
 
 
 @compiled
 def _read_hats(table: Table, window: int, hats: Any) -> Any:
-    short, far = hats
-    middle = 1 - short - far
+    w_before, w_after = hats
+    w_here = 1 - w_before - w_after
     before, here, after = (
-        load(table.cells, window - 1, short),
-        load(table.cells, window, short),
-        load(table.cells, window + 1, short),
+        load(table.cells, window - 1, w_before),
+        load(table.cells, window, w_before),
+        load(table.cells, window + 1, w_before),
     )
-    return before * short + here * middle + after * far
+    return before * w_before + here * w_here + after * w_after
 
 
 @compiled
-def _write_general(scores: Any, at: int, table: Table, y: float, x: float, tile: Tile, step: Step) -> None:
+def _write_general(logits: Any, start: int, table: Table, y: float, x: float, tile: Tile, step: Step) -> None:
     for i in range(tile.rows):
-        row, down = _row_of(table, y + i * step.y)
+        row, frac_y = _row_start(table, y + i * step.y)
         for j in range(tile.columns):
-            left, right = split(x + j * step.x, -2, table.columns)
+            left, frac_x = floor_and_fraction(x + j * step.x, -2, table.columns)
             cell = row + left
-            upper = table.cells[cell] * (1 - right) + table.cells[cell + 1] * right
+            upper = table.cells[cell] * (1 - frac_x) + table.cells[cell + 1] * frac_x
             cell += table.stride
-            lower = table.cells[cell] * (1 - right) + table.cells[cell + 1] * right
-            scores[at + i * tile.columns + j] = upper * (1 - down) + lower * down
+            lower = table.cells[cell] * (1 - frac_x) + table.cells[cell + 1] * frac_x
+            logits[start + i * tile.columns + j] = upper * (1 - frac_y) + lower * frac_y
 
 
 # ------------------------------------------------------------------------------------------------ its gradients
@@ -199,94 +204,94 @@ def _write_general(scores: Any, at: int, table: Table, y: float, x: float, tile:
 
 @compiled
 def add_bias_gradients(
-    grads: Any, table: Table, grad_table: Table, base: Any, at: int, grad_base: Any, grad_at: int, count: int,
-    tile: Tile, step: Step,
+    grad_bias: Any, table: Table, grad_table: Table, origin: Any, start: int, grad_origin: Any, grad_start: int,
+    num_keys: int, tile: Tile, step: Step,
 ) -> None:  # fmt: skip
-    """Add the gradients that grads[n, lane], those of the biases, give the table and each key's (y, x).
+    """Add the gradients that grad_bias[n, lane] gives the table and each key's (y, x).
 
-    Reads up to two entries before the first of `grads`, and throws them away.
+    Reads up to two entries before the first of `grad_bias`, and throws them away.
     """
-    for n in range(count):
-        y = float64(base[at + 2 * n]) + tile.row * step.y
-        x = float64(base[at + 2 * n + 1]) + tile.column * step.x
+    for n in range(num_keys):
+        y = float64(origin[start + 2 * n]) + tile.row * step.y
+        x = float64(origin[start + 2 * n + 1]) + tile.column * step.x
         if step.kind == UNIT:
-            grad_y, grad_x = _unit_gradients(grads, n * ROW, table, grad_table, y, x, tile)
+            grad_y, grad_x = _unit_gradients(grad_bias, n * TILE_STRIDE, table, grad_table, y, x, tile)
         elif step.kind == NEAR_UNIT:
-            grad_y, grad_x = _near_unit_gradients(grads, n * ROW, table, grad_table, y, x, tile, step)
+            grad_y, grad_x = _near_unit_gradients(grad_bias, n * TILE_STRIDE, table, grad_table, y, x, tile, step)
         else:
-            grad_y, grad_x = _general_gradients(grads, n * ROW, table, grad_table, y, x, tile, step)
-        grad_base[grad_at + 2 * n] += grad_y
-        grad_base[grad_at + 2 * n + 1] += grad_x
+            grad_y, grad_x = _general_gradients(grad_bias, n * TILE_STRIDE, table, grad_table, y, x, tile, step)
+        grad_origin[grad_start + 2 * n] += grad_y
+        grad_origin[grad_start + 2 * n + 1] += grad_x
 
 
 @compiled
-def _columns_from(grads: Any, row: int, first: int, columns: int, like: Any) -> Any:
+def _columns_from(grad_bias: Any, row: int, first: int, columns: int, like: Any) -> Any:
     """Return the gradients of columns first, first + 1, … of a row of queries, zero outside the row."""
-    return keep_lanes(load(grads, row + first, like), -first, columns - first)
+    return mask_lanes(load(grad_bias, row + first, like), -first, columns - first)
 
 
 @compiled
-def _unit_gradients(grads: Any, at: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile) -> Any:
-    first, down, right = _first_window(table, y, x, tile)
-    like = filled(table.cells[0], NARROW)
+def _unit_gradients(grad_bias: Any, start: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile) -> Any:
+    first, frac_y, frac_x = _first_window(table, y, x, tile)
+    like = broadcast(table.cells[0], NARROW)
     zero = like - like
     total_y, total_x = zero, zero
     for column in range(0, tile.columns + 1, NARROW):  # the last query reads one column further
         window = first + column
         here, after = load(table.cells, window, zero), load(table.cells, window + 1, zero)
-        upper, upper_slope = here * (1 - right) + after * right, after - here
-        from_above = zero
+        upper, upper_slope = here * (1 - frac_x) + after * frac_x, after - here
+        carry = zero
         # Each cell is read, added to and written once: it gets what the four queries around it have for it.
         for i in range(tile.rows):
-            row = at + i * tile.columns
-            grad = _columns_from(grads, row, column, tile.columns, zero)
-            across = grad * (1 - right) + _columns_from(grads, row, column - 1, tile.columns, zero) * right
+            row = start + i * tile.columns
+            grad = _columns_from(grad_bias, row, column, tile.columns, zero)
+            row_grad = grad * (1 - frac_x) + _columns_from(grad_bias, row, column - 1, tile.columns, zero) * frac_x
             cells = load(grad_table.cells, window, zero)
-            store(grad_table.cells, window, cells + across * (1 - down) + from_above * down)
-            from_above = across
+            store(grad_table.cells, window, cells + row_grad * (1 - frac_y) + carry * frac_y)
+            carry = row_grad
             window += table.stride
             here, after = load(table.cells, window, zero), load(table.cells, window + 1, zero)
-            lower, lower_slope = here * (1 - right) + after * right, after - here
+            lower, lower_slope = here * (1 - frac_x) + after * frac_x, after - here
             total_y += grad * (lower - upper)
-            total_x += grad * (upper_slope * (1 - down) + lower_slope * down)
+            total_x += grad * (upper_slope * (1 - frac_y) + lower_slope * frac_y)
             upper, upper_slope = lower, lower_slope
-        store(grad_table.cells, window, load(grad_table.cells, window, zero) + from_above * down)
+        store(grad_table.cells, window, load(grad_table.cells, window, zero) + carry * frac_y)
     return lane_sum(total_y), lane_sum(total_x)
 
 
 @compiled
 def _near_unit_gradients(
-    grads: Any, at: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile, step: Step
+    grad_bias: Any, start: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile, step: Step
 ) -> Any:
-    left, right = split(x, -tile.columns - 1, table.columns)
-    like = filled(table.cells[0], NARROW)
+    left, frac_x = floor_and_fraction(x, -tile.columns - 1, table.columns)
+    like = broadcast(table.cells[0], NARROW)
     zero = like - like
     total_y, total_x = zero, zero
     for column in range(-1, tile.columns + 1, NARROW):  # queries read from one column before to one behind
-        f = right - (lane_numbers(zero) + column) * (1 - step.x)
+        f = frac_x - (lane_indices(zero) + column) * (1 - step.x)
         f_before, f_after = f + (1 - step.x), f - (1 - step.x)
         hats = maximum(zero, zero - f), maximum(zero, f)
-        short, middle, far = maximum(zero, zero - f_after), 1 - hats[0] - hats[1], maximum(zero, f_before)
+        w_next, w_here, w_previous = maximum(zero, zero - f_after), 1 - hats[0] - hats[1], maximum(zero, f_before)
         for i in range(tile.rows):
-            start, down = _row_of(table, y + i * step.y)
-            window = start + left + column
-            row = at + i * tile.columns
-            grad = _columns_from(grads, row, column, tile.columns, zero)
-            across = (
-                _columns_from(grads, row, column + 1, tile.columns, zero) * short
-                + grad * middle
-                + _columns_from(grads, row, column - 1, tile.columns, zero) * far
+            row_start, frac_y = _row_start(table, y + i * step.y)
+            window = row_start + left + column
+            row = start + i * tile.columns
+            grad = _columns_from(grad_bias, row, column, tile.columns, zero)
+            row_grad = (
+                _columns_from(grad_bias, row, column + 1, tile.columns, zero) * w_next
+                + grad * w_here
+                + _columns_from(grad_bias, row, column - 1, tile.columns, zero) * w_previous
             )
-            for weight in (1 - down, down):
-                store(grad_table.cells, window, load(grad_table.cells, window, zero) + across * weight)
+            for weight in (1 - frac_y, frac_y):
+                store(grad_table.cells, window, load(grad_table.cells, window, zero) + row_grad * weight)
                 window += table.stride
-            window = start + left + column
+            window = row_start + left + column
             upper = _read_hats(table, window, hats)
             lower = _read_hats(table, window + table.stride, hats)
             total_y += grad * (lower - upper)
             upper_slope = _hat_slope(table, window, f)
             lower_slope = _hat_slope(table, window + table.stride, f)
-            total_x += grad * (upper_slope * (1 - down) + lower_slope * down)
+            total_x += grad * (upper_slope * (1 - frac_y) + lower_slope * frac_y)
     return lane_sum(total_y), lane_sum(total_x)
 
 
@@ -298,21 +303,21 @@ def _hat_slope(table: Table, window: int, f: Any) -> Any:
 
 @compiled
 def _general_gradients(
-    grads: Any, at: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile, step: Step
+    grad_bias: Any, start: int, table: Table, grad_table: Table, y: float, x: float, tile: Tile, step: Step
 ) -> Any:
     total_y, total_x = 0.0, 0.0
     for i in range(tile.rows):
-        row, down = _row_of(table, y + i * step.y)
+        row, frac_y = _row_start(table, y + i * step.y)
         for j in range(tile.columns):
-            left, right = split(x + j * step.x, -2, table.columns)
-            grad = grads[at + i * tile.columns + j]
+            left, frac_x = floor_and_fraction(x + j * step.x, -2, table.columns)
+            grad = grad_bias[start + i * tile.columns + j]
             cell = row + left
             here, after = table.cells[cell], table.cells[cell + 1]
-            below, across = table.cells[cell + table.stride], table.cells[cell + table.stride + 1]
-            total_y += grad * ((below - here) * (1 - right) + (across - after) * right)
-            total_x += grad * ((after - here) * (1 - down) + (across - below) * down)
-            grad_table.cells[cell] += grad * (1 - down) * (1 - right)
-            grad_table.cells[cell + 1] += grad * (1 - down) * right
-            grad_table.cells[cell + table.stride] += grad * down * (1 - right)
-            grad_table.cells[cell + table.stride + 1] += grad * down * right
+            below, diagonal = table.cells[cell + table.stride], table.cells[cell + table.stride + 1]
+            total_y += grad * ((below - here) * (1 - frac_x) + (diagonal - after) * frac_x)
+            total_x += grad * ((after - here) * (1 - frac_y) + (diagonal - below) * frac_y)
+            grad_table.cells[cell] += grad * (1 - frac_y) * (1 - frac_x)
+            grad_table.cells[cell + 1] += grad * (1 - frac_y) * frac_x
+            grad_table.cells[cell + table.stride] += grad * frac_y * (1 - frac_x)
+            grad_table.cells[cell + table.stride + 1] += grad * frac_y * frac_x
     return total_y, total_x

@@ -2,10 +2,10 @@
 
     S[n] = k[n]·q / √d + B[n],    O = Σ_n e^S[n] v[n] / Σ_n e^S[n]            for each query
 
-For a tile of queries, a block of keys at a time: the scores start as the bias, the product k qᵀ is added, and the
-softmax goes on from what the blocks before have left (maximum, sum and output so far), so that no matrix of all scores
-is ever there. The backward pass computes the scores again; the logarithm of the sum, L, which the forward pass keeps,
-gives the weights P = e^(S - L), and then
+For a tile of queries, a block of keys at a time: the logits start as the bias, the product k qᵀ is added, and the
+softmax goes on from what the blocks before have left (m, l and acc), so that no matrix of all logits is ever there. The
+backward pass computes the logits again; the log-sum-exp L, which the forward pass keeps, gives the weights
+P = e^(S - L), and then
 
     ∂V = P ∂O,    ∂S = P (V ∂O - ∂O·O),    ∂Q = ∂Sᵀ K / √d,    ∂K = ∂S Q / √d,    ∂B = ∂S.
 
@@ -20,25 +20,38 @@ from typing import Any, NamedTuple
 from numba import carray
 
 from .bias import Step, Table, Tile, add_bias_gradients, fill_table, write_bias
-from .launch import Fields
-from .plan import KEYS, Cut
-from .rows import Rows, read_rows, rows_of, write_rows
-from .tiles import ROW, add_outer, add_product, copy_rows, transpose
-from .vectors import NARROW, PAIR, WIDE, compiled, exp2, filled, lane_sum, load, log2, maximum, numbers_at, store
-from .vectors import take_ticket as take
+from .launch import ArgumentLayout
+from .strided_io import StridedTensor, load_rows, store_rows, strided_tensor
+from .tiles import TILE_STRIDE, add_outer, add_product, copy_rows, transpose
+from .tiling import BLOCK_N, Tiling
+from .vectors import (
+    NARROW,
+    PAIR,
+    WIDE,
+    array_at,
+    broadcast,
+    compiled,
+    exp2,
+    fetch_add,
+    lane_sum,
+    load,
+    log2,
+    maximum,
+    store,
+)
 
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # below any score, and finite, so that differences are numbers
+M_INIT = -1e30  # below any logit, and finite, so that differences are numbers
 
-FIELDS = Fields(
+FIELDS = ArgumentLayout(
     module=__name__,
     integers=(
         *("batch", "heads", "groups", "height", "width", "samples", "depth", "table_rows", "table_columns"),
-        *(*Cut._fields, "step_kind"),
+        *(*Tiling._fields, "step_kind"),
     ),
     floats=("step_y", "step_x", "scale"),
     operands=("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"),
-    addresses=("base", "table", "lse", "grad_base", "grad_table"),
+    addresses=("origin", "table", "lse", "grad_origin", "grad_table"),
 )
 
 
@@ -46,31 +59,35 @@ FIELDS = Fields(
 
 
 @compiled
-def _read(target: Any, call: Any, source: Rows, image: int, head: int, row: int, rows: int, factor: float) -> None:
+def _load(
+    target: Any, call: Any, source: StridedTensor, image: int, head: int, row: int, rows: int, factor: float
+) -> None:
     """Copy rows of channels to scratch memory."""
-    at = image * source.image + head * source.head + row * source.row
-    read_rows(target, 0, call.channel_row, source, at, source.row, rows, call.depth, factor)
+    start = image * source.image_stride + head * source.head_stride + row * source.row_stride
+    load_rows(target, 0, call.padded_depth, source, start, source.row_stride, rows, call.depth, factor)
 
 
 @compiled
-def _write(target: Rows, image: int, head: int, row: int, rows: int, call: Any, source: Any, factor: float) -> None:
+def _store(
+    target: StridedTensor, image: int, head: int, row: int, rows: int, call: Any, source: Any, factor: float
+) -> None:
     """Copy rows of channels from scratch memory."""
-    at = image * target.image + head * target.head + row * target.row
-    write_rows(target, at, target.row, source, 0, call.channel_row, rows, call.depth, factor)
+    start = image * target.image_stride + head * target.head_stride + row * target.row_stride
+    store_rows(target, start, target.row_stride, source, 0, call.padded_depth, rows, call.depth, factor)
 
 
 @compiled
-def _tile(call: Any, number: int) -> Any:
+def _tile(call: Any, index: int) -> Any:
     """Return a tile, its first query, and how many it has."""
     across = -(-call.width // call.tile_columns)
-    row, column = number // across * call.tile_rows, number % across * call.tile_columns
+    row, column = index // across * call.tile_rows, index % across * call.tile_columns
     tile = Tile(row, column, min(call.tile_rows, call.height - row), min(call.tile_columns, call.width - column))
     return tile, row * call.width + column, tile.rows * tile.columns
 
 
 @compiled
 def _table(call: Any, cells: Any) -> Table:
-    return Table(cells, call.table_origin, call.table_stride, call.table_rows, call.table_columns)
+    return Table(cells, call.table_start, call.table_stride, call.table_rows, call.table_columns)
 
 
 @compiled
@@ -81,7 +98,7 @@ def _step(call: Any) -> Step:
 @compiled
 def _scratch(call: Any) -> Any:
     """Return a part of the scratch memory that no other thread has."""
-    return numbers_at(call.scratch + take(call, 1) * call.room, call.number)
+    return array_at(call.scratch + fetch_add(call, 1) * call.scratch_size, call.zero)
 
 
 @compiled
@@ -99,100 +116,102 @@ class Forward(NamedTuple):
     table: Table
     keys: Any  # rows of channels
     values: Any
-    scores: Any  # tile with a key each row
+    logits: Any  # tile with a key each row
     queries: Any  # tile with a channel each row
-    sums: Any  # likewise: the output before it is divided
+    acc: Any  # likewise: the output before it is divided
     query_rows: Any  # rows of channels
-    peaks: Any  # highest score so far, of each query
-    totals: Any  # Σ 2^(score - peak)
+    m: Any  # highest logit so far, of each query
+    l: Any  # Σ 2^(logit - m)
 
 
 @compiled
 def _forward_memory(call: Any) -> Forward:
-    m, p = _scratch(call), call.places
+    mem, off = _scratch(call), call.array_offsets
     return Forward(
-        _table(call, m[: p[1]]), m[p[1] : p[2]], m[p[2] : p[3]], m[p[3] : p[4]], m[p[4] : p[5]], m[p[5] : p[6]],
-        m[p[6] : p[7]], m[p[7] : p[8]], m[p[8] : p[9]],
+        _table(call, mem[: off[1]]), mem[off[1] : off[2]], mem[off[2] : off[3]], mem[off[3] : off[4]],
+        mem[off[4] : off[5]], mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]],
     )  # fmt: skip
 
 
 def forward(pointer: Any) -> None:
-    """Compute shares of the work, all tiles of all images and heads: a kernel, see `launch`."""
+    """Compute work items, some tiles of all images and heads: a kernel, see `launch`."""
     call = carray(pointer, 1)[0]
     memory = _forward_memory(call)
-    work = call.heads * call.batch * call.tiles
+    num_tiles = call.heads * call.batch * call.tiles
     head = -1
-    share = take(call, 0)
-    while share < call.shares:
-        for item in range(work * share // call.shares, work * (share + 1) // call.shares):
-            if head != item // (call.batch * call.tiles):
-                head = item // (call.batch * call.tiles)
-                table = numbers_at(call.table, call.number)
+    work_item = fetch_add(call, 0)
+    while work_item < call.work_items:
+        first = num_tiles * work_item // call.work_items
+        for tile_index in range(first, num_tiles * (work_item + 1) // call.work_items):
+            if head != tile_index // (call.batch * call.tiles):
+                head = tile_index // (call.batch * call.tiles)
+                table = array_at(call.table, call.zero)
                 fill_table(memory.table, table, head * call.table_rows * call.table_columns, LOG2_E)
-            _forward_tile(call, memory, item // call.tiles % call.batch, head, item % call.tiles)
-        share = take(call, 0)
+            _forward_tile(call, memory, tile_index // call.tiles % call.batch, head, tile_index % call.tiles)
+        work_item = fetch_add(call, 0)
 
 
 @compiled
-def _forward_tile(call: Any, memory: Forward, image: int, head: int, number: int) -> None:
-    tile, first, lanes = _tile(call, number)
-    _read(memory.query_rows, call, rows_of(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
-    transpose(memory.queries, ROW, memory.query_rows, call.channel_row, lanes, call.depth)
-    memory.peaks[:] = LOWEST
-    memory.totals[:] = 0
-    memory.sums[: call.depth * ROW] = 0
-    k, v, base, step = rows_of(call, call.k), rows_of(call, call.v), numbers_at(call.base, call.number), _step(call)
-    points = (image * call.groups + head * call.groups // call.heads) * call.samples
-    for key in range(0, call.samples, KEYS):
-        count = min(KEYS, call.samples - key)
-        _read(memory.keys, call, k, image, head, key, count, 1.0)
-        _read(memory.values, call, v, image, head, key, count, 1.0)
-        write_bias(memory.scores, memory.table, base, 2 * (points + key), count, tile, step)
+def _forward_tile(call: Any, memory: Forward, image: int, head: int, tile_index: int) -> None:
+    tile, first, num_queries = _tile(call, tile_index)
+    _load(memory.query_rows, call, strided_tensor(call, call.q), image, head, first, num_queries, call.scale * LOG2_E)
+    transpose(memory.queries, TILE_STRIDE, memory.query_rows, call.padded_depth, num_queries, call.depth)
+    memory.m[:] = M_INIT
+    memory.l[:] = 0
+    memory.acc[: call.depth * TILE_STRIDE] = 0
+    k, v = strided_tensor(call, call.k), strided_tensor(call, call.v)
+    origin, step = array_at(call.origin, call.zero), _step(call)
+    first_point = (image * call.groups + head * call.groups // call.heads) * call.samples
+    for key in range(0, call.samples, BLOCK_N):
+        num_keys = min(BLOCK_N, call.samples - key)
+        _load(memory.keys, call, k, image, head, key, num_keys, 1.0)
+        _load(memory.values, call, v, image, head, key, num_keys, 1.0)
+        write_bias(memory.logits, memory.table, origin, 2 * (first_point + key), num_keys, tile, step)
         lane = 0
-        while lane < lanes:
-            if _is_wide(lanes - lane):
-                _attend(call, memory, count, lane, filled(call.number, WIDE))
+        while lane < num_queries:
+            if _is_wide(num_queries - lane):
+                _attend(call, memory, num_keys, lane, broadcast(call.zero, WIDE))
                 lane += WIDE
             else:
-                _attend(call, memory, count, lane, filled(call.number, NARROW))
+                _attend(call, memory, num_keys, lane, broadcast(call.zero, NARROW))
                 lane += NARROW
-    _finish(call, memory, lanes)
-    _write(rows_of(call, call.out), image, head, first, lanes, call, memory.query_rows, 1.0)
-    query = (image * call.heads + head) * call.height * call.width + first
-    copy_rows(numbers_at(call.lse, call.number), query, 0, memory.peaks, 0, 0, 1, lanes, 1.0)
+    _normalize(call, memory, num_queries)
+    _store(strided_tensor(call, call.out), image, head, first, num_queries, call, memory.query_rows, 1.0)
+    first_query = (image * call.heads + head) * call.height * call.width + first
+    copy_rows(array_at(call.lse, call.zero), first_query, 0, memory.m, 0, 0, 1, num_queries, 1.0)
 
 
 @compiled
-def _attend(call: Any, memory: Forward, count: int, lane: int, like: Any) -> None:
+def _attend(call: Any, memory: Forward, num_keys: int, lane: int, like: Any) -> None:
     """Let a strip of queries attend to one more block of keys."""
-    row, scores, depth = call.channel_row, memory.scores, call.depth
+    padded_depth, logits, depth = call.padded_depth, memory.logits, call.depth
     one = like * 0 + 1
-    add_product(scores, one, memory.keys, row, 1, memory.queries, count, depth, lane)
-    before = load(memory.peaks, lane, like)
-    peak = before
-    for n in range(count):
-        peak = maximum(load(scores, n * ROW + lane, like), peak)
-    fade = exp2(before - peak)
-    total = load(memory.totals, lane, like) * fade
-    for n in range(count):
-        weight = exp2(load(scores, n * ROW + lane, like) - peak)
-        store(scores, n * ROW + lane, weight)
-        total += weight
-    store(memory.peaks, lane, peak)
-    store(memory.totals, lane, total)
-    add_product(memory.sums, fade, memory.values, 1, row, scores, depth, count, lane)
+    add_product(logits, one, memory.keys, padded_depth, 1, memory.queries, num_keys, depth, lane)
+    m_old = load(memory.m, lane, like)
+    m_new = m_old
+    for n in range(num_keys):
+        m_new = maximum(load(logits, n * TILE_STRIDE + lane, like), m_new)
+    alpha = exp2(m_old - m_new)
+    l = load(memory.l, lane, like) * alpha
+    for n in range(num_keys):
+        weight = exp2(load(logits, n * TILE_STRIDE + lane, like) - m_new)
+        store(logits, n * TILE_STRIDE + lane, weight)
+        l += weight
+    store(memory.m, lane, m_new)
+    store(memory.l, lane, l)
+    add_product(memory.acc, alpha, memory.values, 1, padded_depth, logits, depth, num_keys, lane)
 
 
 @compiled
-def _finish(call: Any, memory: Forward, lanes: int) -> None:
-    """Divide the sums, as rows of channels, and turn the peaks into logarithms of the sum."""
-    for lane in range(0, lanes, NARROW):
-        total = load(memory.totals, lane, filled(call.number, NARROW))
-        factor = 1 / total
+def _normalize(call: Any, memory: Forward, num_queries: int) -> None:
+    """Divide `acc` by `l`, as rows of channels, and turn `m` into the log-sum-exp."""
+    for lane in range(0, num_queries, NARROW):
+        l = load(memory.l, lane, broadcast(call.zero, NARROW))
+        inv_l = 1 / l
         for c in range(call.depth):
-            store(memory.sums, c * ROW + lane, load(memory.sums, c * ROW + lane, factor) * factor)
-        store(memory.peaks, lane, (load(memory.peaks, lane, total) + log2(total)) * (1 / LOG2_E))
-    transpose(memory.query_rows, call.channel_row, memory.sums, ROW, call.depth, lanes)
+            store(memory.acc, c * TILE_STRIDE + lane, load(memory.acc, c * TILE_STRIDE + lane, inv_l) * inv_l)
+        store(memory.m, lane, (load(memory.m, lane, l) + log2(l)) * (1 / LOG2_E))
+    transpose(memory.query_rows, call.padded_depth, memory.acc, TILE_STRIDE, call.depth, num_queries)
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -205,146 +224,155 @@ class Backward(NamedTuple):
     grad_table: Table
     keys: Any  # rows of channels
     values: Any
-    scores: Any  # tile with a key each row: scores, then weights
-    grad_scores: Any
+    logits: Any  # tile with a key each row: logits, then weights
+    grad_logits: Any
     queries: Any  # tile with a channel each row
     grad_out: Any
     grad_queries: Any
     query_rows: Any  # rows of channels
     grad_out_rows: Any
     lse: Any  # of base 2, of each query
-    deltas: Any  # ∂O·O
+    delta: Any  # ∂O·O
     grad_keys: Any  # rows of channels, of all keys
     grad_values: Any
 
 
 @compiled
 def _backward_memory(call: Any) -> Backward:
-    m, p = _scratch(call), call.places
+    mem, off = _scratch(call), call.array_offsets
     return Backward(
-        _table(call, m[: p[1]]), _table(call, m[p[1] : p[2]]), m[p[2] : p[3]], m[p[3] : p[4]], m[p[4] : p[5]],
-        m[p[5] : p[6]], m[p[6] : p[7]], m[p[7] : p[8]], m[p[8] : p[9]], m[p[9] : p[10]], m[p[10] : p[11]],
-        m[p[11] : p[12]], m[p[12] : p[13]], m[p[13] : p[14]], m[p[14] : p[15]],
+        _table(call, mem[: off[1]]), _table(call, mem[off[1] : off[2]]), mem[off[2] : off[3]], mem[off[3] : off[4]],
+        mem[off[4] : off[5]], mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]],
+        mem[off[9] : off[10]], mem[off[10] : off[11]], mem[off[11] : off[12]], mem[off[12] : off[13]],
+        mem[off[13] : off[14]], mem[off[14] : off[15]],
     )  # fmt: skip
 
 
 def backward(pointer: Any) -> None:
-    """Compute shares of the work, all parts of all images and heads: a kernel, see `launch`."""
+    """Compute work items, a split of an image and a head each: a kernel, see `launch`."""
     call = carray(pointer, 1)[0]
     memory = _backward_memory(call)
     head = -1
-    share = take(call, 0)
-    while share < call.shares:
-        if head != share // (call.batch * call.parts):
-            head = share // (call.batch * call.parts)
-            table = numbers_at(call.table, call.number)
+    work_item = fetch_add(call, 0)
+    while work_item < call.work_items:
+        if head != work_item // (call.batch * call.splits):
+            head = work_item // (call.batch * call.splits)
+            table = array_at(call.table, call.zero)
             fill_table(memory.table, table, head * call.table_rows * call.table_columns, LOG2_E)
-        _backward_part(call, memory, share // call.parts % call.batch, head, share % call.parts)
-        share = take(call, 0)
+        _backward_split(call, memory, work_item // call.splits % call.batch, head, work_item % call.splits)
+        work_item = fetch_add(call, 0)
 
 
 @compiled
-def _backward_part(call: Any, memory: Backward, image: int, head: int, part: int) -> None:
-    """Fill the gradients of a part of the queries, and what these give to keys, values, points and table."""
+def _backward_split(call: Any, memory: Backward, image: int, head: int, split: int) -> None:
+    """Fill the gradients of a split of the queries, and what these give to keys, values, points and table."""
     memory.grad_table.cells[:] = 0
     memory.grad_keys[:] = 0
     memory.grad_values[:] = 0
-    item = (head * call.batch + image) * call.parts + part
-    grad_points = numbers_at(call.grad_base, call.number)[2 * item * call.samples : 2 * (item + 1) * call.samples]
+    row = (head * call.batch + image) * call.splits + split
+    grad_points = array_at(call.grad_origin, call.zero)[2 * row * call.samples : 2 * (row + 1) * call.samples]
     grad_points[:] = 0
-    for number in range(call.tiles * part // call.parts, call.tiles * (part + 1) // call.parts):
-        _backward_tile(call, memory, grad_points, image, head, number)
+    for tile_index in range(call.tiles * split // call.splits, call.tiles * (split + 1) // call.splits):
+        _backward_tile(call, memory, grad_points, image, head, tile_index)
     # Queries and table came with a factor of log₂ e, and the keys' and the points' gradients have it from them.
-    into = image * call.parts + part
-    _write(rows_of(call, call.grad_k), into, head, 0, call.samples, call, memory.grad_keys, 1 / LOG2_E)
-    _write(rows_of(call, call.grad_v), into, head, 0, call.samples, call, memory.grad_values, 1.0)
+    split_image = image * call.splits + split
+    _store(strided_tensor(call, call.grad_k), split_image, head, 0, call.samples, call, memory.grad_keys, 1 / LOG2_E)
+    _store(strided_tensor(call, call.grad_v), split_image, head, 0, call.samples, call, memory.grad_values, 1.0)
     for n in range(2 * call.samples):
         grad_points[n] *= 1 / LOG2_E
-    grads, cells = memory.grad_table, numbers_at(call.grad_table, call.number)
+    grad_table, cells = memory.grad_table, array_at(call.grad_table, call.zero)
     copy_rows(
-        cells, item * grads.rows * grads.columns, grads.columns, grads.cells, grads.origin, grads.stride, grads.rows,
-        grads.columns, 1.0,
+        cells, row * grad_table.rows * grad_table.columns, grad_table.columns, grad_table.cells, grad_table.start,
+        grad_table.stride, grad_table.rows, grad_table.columns, 1.0,
     )  # fmt: skip
 
 
 @compiled
-def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, head: int, number: int) -> None:
-    tile, first, lanes = _tile(call, number)
-    _read_tile(call, memory, image, head, first, lanes)
-    k, v, base, step = rows_of(call, call.k), rows_of(call, call.v), numbers_at(call.base, call.number), _step(call)
-    points = (image * call.groups + head * call.groups // call.heads) * call.samples
-    for key in range(0, call.samples, KEYS):
-        count = min(KEYS, call.samples - key)
-        _read(memory.keys, call, k, image, head, key, count, 1.0)
-        _read(memory.values, call, v, image, head, key, count, 1.0)
-        write_bias(memory.scores, memory.table, base, 2 * (points + key), count, tile, step)
+def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, head: int, tile_index: int) -> None:
+    tile, first, num_queries = _tile(call, tile_index)
+    _load_tile(call, memory, image, head, first, num_queries)
+    k, v = strided_tensor(call, call.k), strided_tensor(call, call.v)
+    origin, step = array_at(call.origin, call.zero), _step(call)
+    first_point = (image * call.groups + head * call.groups // call.heads) * call.samples
+    for key in range(0, call.samples, BLOCK_N):
+        num_keys = min(BLOCK_N, call.samples - key)
+        _load(memory.keys, call, k, image, head, key, num_keys, 1.0)
+        _load(memory.values, call, v, image, head, key, num_keys, 1.0)
+        write_bias(memory.logits, memory.table, origin, 2 * (first_point + key), num_keys, tile, step)
         lane = 0
-        while lane < lanes:
-            if _is_wide(lanes - lane):
-                _attend_back(call, memory, count, lane, filled(call.number, WIDE))
+        while lane < num_queries:
+            if _is_wide(num_queries - lane):
+                _attend_backward(call, memory, num_keys, lane, broadcast(call.zero, WIDE))
                 lane += WIDE
             else:
-                _attend_back(call, memory, count, lane, filled(call.number, NARROW))
+                _attend_backward(call, memory, num_keys, lane, broadcast(call.zero, NARROW))
                 lane += NARROW
-        _add_key_gradients(call, memory, key, count, lanes)
+        _add_key_gradients(call, memory, key, num_keys, num_queries)
         add_bias_gradients(
-            memory.grad_scores, memory.table, memory.grad_table, base, 2 * (points + key), grad_points, 2 * key, count,
-            tile, step,
+            memory.grad_logits, memory.table, memory.grad_table, origin, 2 * (first_point + key), grad_points, 2 * key,
+            num_keys, tile, step,
         )  # fmt: skip
-    transpose(memory.query_rows, call.channel_row, memory.grad_queries, ROW, call.depth, lanes)
-    _write(rows_of(call, call.grad_q), image, head, first, lanes, call, memory.query_rows, call.scale)
+    transpose(memory.query_rows, call.padded_depth, memory.grad_queries, TILE_STRIDE, call.depth, num_queries)
+    _store(strided_tensor(call, call.grad_q), image, head, first, num_queries, call, memory.query_rows, call.scale)
 
 
 @compiled
-def _read_tile(call: Any, memory: Backward, image: int, head: int, first: int, lanes: int) -> None:
+def _load_tile(call: Any, memory: Backward, image: int, head: int, first: int, num_queries: int) -> None:
     """Fill everything that a tile of queries has, and start its gradient."""
-    row, depth = call.channel_row, call.depth
-    _read(memory.query_rows, call, rows_of(call, call.q), image, head, first, lanes, call.scale * LOG2_E)
-    transpose(memory.queries, ROW, memory.query_rows, row, lanes, depth)
-    _read(memory.grad_out_rows, call, rows_of(call, call.grad_out), image, head, first, lanes, 1.0)
-    transpose(memory.grad_out, ROW, memory.grad_out_rows, row, lanes, depth)
-    query = (image * call.heads + head) * call.height * call.width + first
-    copy_rows(memory.lse, 0, 0, numbers_at(call.lse, call.number), query, 0, 1, lanes, LOG2_E)
-    _read(memory.grad_queries, call, rows_of(call, call.out), image, head, first, lanes, 1.0)  # where there is room
-    for lane in range(lanes):
-        memory.deltas[lane] = _dot(memory.grad_out_rows, memory.grad_queries, lane * row, depth)
-    memory.grad_queries[: depth * ROW] = 0
+    padded_depth, depth = call.padded_depth, call.depth
+    _load(memory.query_rows, call, strided_tensor(call, call.q), image, head, first, num_queries, call.scale * LOG2_E)
+    transpose(memory.queries, TILE_STRIDE, memory.query_rows, padded_depth, num_queries, depth)
+    _load(memory.grad_out_rows, call, strided_tensor(call, call.grad_out), image, head, first, num_queries, 1.0)
+    transpose(memory.grad_out, TILE_STRIDE, memory.grad_out_rows, padded_depth, num_queries, depth)
+    first_query = (image * call.heads + head) * call.height * call.width + first
+    copy_rows(memory.lse, 0, 0, array_at(call.lse, call.zero), first_query, 0, 1, num_queries, LOG2_E)
+    # The output, where there is room.
+    _load(memory.grad_queries, call, strided_tensor(call, call.out), image, head, first, num_queries, 1.0)
+    for query in range(num_queries):
+        memory.delta[query] = _dot(memory.grad_out_rows, memory.grad_queries, query * padded_depth, depth)
+    memory.grad_queries[: depth * TILE_STRIDE] = 0
 
 
 @compiled
-def _dot(a: Any, b: Any, at: int, length: int) -> float:
-    zero = filled(a[0], NARROW) * 0
+def _dot(a: Any, b: Any, start: int, length: int) -> float:
+    zero = broadcast(a[0], NARROW) * 0
     total = zero
-    whole = length - length % NARROW
-    for j in range(0, whole, NARROW):
-        total += load(a, at + j, zero) * load(b, at + j, zero)
+    vectorized = length - length % NARROW
+    for j in range(0, vectorized, NARROW):
+        total += load(a, start + j, zero) * load(b, start + j, zero)
     result = lane_sum(total)
-    for j in range(whole, length):
-        result += a[at + j] * b[at + j]
+    for j in range(vectorized, length):
+        result += a[start + j] * b[start + j]
     return result
 
 
 @compiled
-def _attend_back(call: Any, memory: Backward, count: int, lane: int, like: Any) -> None:
-    """For a strip of queries and a block of keys: weights, gradients of the scores, and what they give the queries."""
-    row, depth, scores, grad_scores = call.channel_row, call.depth, memory.scores, memory.grad_scores
+def _attend_backward(call: Any, memory: Backward, num_keys: int, lane: int, like: Any) -> None:
+    """For a strip of queries and a block of keys: weights, gradients of the logits, and what they give the queries."""
+    padded_depth, depth, logits, grad_logits = call.padded_depth, call.depth, memory.logits, memory.grad_logits
     one = like * 0 + 1
-    add_product(scores, one, memory.keys, row, 1, memory.queries, count, depth, lane)
-    lse, delta = load(memory.lse, lane, like), load(memory.deltas, lane, like)
-    for n in range(count):
-        at = n * ROW + lane
-        store(scores, at, exp2(load(scores, at, like) - lse))
-        store(grad_scores, at, 0 - delta)
-    add_product(grad_scores, one, memory.values, row, 1, memory.grad_out, count, depth, lane)
-    for n in range(count):
-        at = n * ROW + lane
-        store(grad_scores, at, load(grad_scores, at, like) * load(scores, at, like))
-    add_product(memory.grad_queries, one, memory.keys, 1, row, grad_scores, depth, count, lane)
+    add_product(logits, one, memory.keys, padded_depth, 1, memory.queries, num_keys, depth, lane)
+    lse, delta = load(memory.lse, lane, like), load(memory.delta, lane, like)
+    for n in range(num_keys):
+        offset = n * TILE_STRIDE + lane
+        store(logits, offset, exp2(load(logits, offset, like) - lse))
+        store(grad_logits, offset, 0 - delta)
+    add_product(grad_logits, one, memory.values, padded_depth, 1, memory.grad_out, num_keys, depth, lane)
+    for n in range(num_keys):
+        offset = n * TILE_STRIDE + lane
+        store(grad_logits, offset, load(grad_logits, offset, like) * load(logits, offset, like))
+    add_product(memory.grad_queries, one, memory.keys, 1, padded_depth, grad_logits, depth, num_keys, lane)
 
 
 @compiled
-def _add_key_gradients(call: Any, memory: Backward, key: int, count: int, lanes: int) -> None:
-    row, like = call.channel_row, filled(call.number, PAIR)
+def _add_key_gradients(call: Any, memory: Backward, key: int, num_keys: int, num_queries: int) -> None:
+    padded_depth, like = call.padded_depth, broadcast(call.zero, PAIR)
     for channel in range(0, call.depth, PAIR):
-        add_outer(memory.grad_values, key * row, memory.scores, memory.grad_out_rows, row, count, lanes, channel, like)
-        add_outer(memory.grad_keys, key * row, memory.grad_scores, memory.query_rows, row, count, lanes, channel, like)
+        add_outer(
+            memory.grad_values, key * padded_depth, memory.logits, memory.grad_out_rows, padded_depth, num_keys,
+            num_queries, channel, like,
+        )  # fmt: skip
+        add_outer(
+            memory.grad_keys, key * padded_depth, memory.grad_logits, memory.query_rows, padded_depth, num_keys,
+            num_queries, channel, like,
+        )  # fmt: skip

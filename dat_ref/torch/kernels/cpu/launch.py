@@ -2,7 +2,7 @@
 
 A kernel is a function of one argument, a pointer to a record with all that it has to know. It is compiled once for
 each dtype, whatever the sizes and strides of a call. Every thread runs it, takes a piece of scratch memory and then one
-share of the work after the other, with `vectors.take_ticket`, until none is left.
+work item after the other, with `vectors.fetch_add`, until none is left.
 """
 
 from __future__ import annotations
@@ -24,65 +24,74 @@ from numba import types
 from torch import Tensor, empty
 
 
-class Fields(NamedTuple):
+class ArgumentLayout(NamedTuple):
     """Names of what a record tells. Functions that kernels share are compiled once if their names are the same.
 
-    Besides, each record has ``ticket`` and ``slot``, from which threads take numbers, ``shares`` of work, the number of
-    bytes of scratch memory a thread has, ``room``, and where its arrays ``places`` begin there; and ``number``, a zero
-    of the type to compute in.
+    Besides, each record has ``ticket`` and ``slot``, from which threads take numbers; ``work_items``, how many there
+    are; ``scratch_size``, the bytes of scratch memory of a thread, and ``array_offsets``, where its arrays begin there;
+    and ``zero``, a zero of the type to compute in.
     """
 
     module: str  # of the kernels
     integers: tuple[str, ...]
     floats: tuple[str, ...]
-    operands: tuple[str, ...]  # tensors of four axes, the last one contiguous, see `rows.Rows`
+    operands: tuple[str, ...]  # tensors of four axes, the last one contiguous, see `strided_io.StridedTensor`
     addresses: tuple[str, ...]  # of contiguous tensors
 
-    def record(self, dtype: torch.dtype) -> np.dtype:
+    def record_dtype(self, dtype: torch.dtype) -> np.dtype:
         """Return the layout of the record, computing in this dtype."""
-        fields: list[Any] = [(name, np.int64) for name in ("ticket", "slot", "shares", "room", *self.integers)]
-        fields += [("places", np.int64, (16,)), *((name, np.float64) for name in self.floats)]
+        fields: list[Any] = [
+            (name, np.int64) for name in ("ticket", "slot", "work_items", "scratch_size", *self.integers)
+        ]
+        fields += [("array_offsets", np.int64, (16,)), *((name, np.float64) for name in self.floats)]
         # Address, three strides, whether it holds bfloat16.
         fields += [(name, np.int64, (5,)) for name in self.operands]
         fields += [(name, np.int64) for name in (*self.addresses, "scratch")]
-        fields += [("number", np.float64 if dtype == torch.float64 else np.float32)]
+        fields += [("zero", np.float64 if dtype == torch.float64 else np.float32)]
         # Numba keeps code under the types of its arguments and the age of the file of one function, not of those that
         # are called. With this name among the types, a change to any of them counts.
-        fields += [(f"sources_{_sources(self.module)}", np.int8)]
+        fields += [(f"sources_{_source_digest(self.module)}", np.int8)]
         return np.dtype(fields, align=True)
 
 
-class Plan(NamedTuple):
+class PackedArguments(NamedTuple):
     """What a call tells that does not depend on where its tensors are: worth keeping from call to call."""
 
-    told: bytes
-    offset: int  # where in the record addresses begin
-    room: int  # numbers of scratch memory for each thread
+    record: bytes
+    address_offset: int  # where in the record addresses begin
+    scratch_elements: int  # elements of scratch memory for each thread
 
 
-def plan(fields: Fields, dtype: torch.dtype, values: Mapping[str, float], places: tuple[int, ...], shares: int) -> Plan:
+def pack_arguments(
+    fields: ArgumentLayout,
+    dtype: torch.dtype,
+    values: Mapping[str, float],
+    array_offsets: tuple[int, ...],
+    work_items: int,
+) -> PackedArguments:
     """Fill the integers and floats of a record.
 
     Args:
         values: by name; those that are missing are 0.
-        places: where arrays begin in a thread's scratch memory, in numbers, and the end.
-        shares: of the work.
+        array_offsets: where arrays begin in a thread's scratch memory, in elements, and the end.
+        work_items: how many there are.
     """
-    layout = fields.record(dtype)
+    layout = fields.record_dtype(dtype)
     record = np.zeros((), layout)
     for name, value in values.items():
         record[name] = value
-    record["places"][: len(places)] = places
-    record["shares"], record["room"] = shares, places[-1] * record["number"].itemsize
+    record["array_offsets"][: len(array_offsets)] = array_offsets
+    record["work_items"] = work_items
+    record["scratch_size"] = array_offsets[-1] * record["zero"].itemsize
     assert layout.fields is not None
-    return Plan(record.tobytes(), layout.fields[fields.operands[0]][1], places[-1])
+    return PackedArguments(record.tobytes(), layout.fields[fields.operands[0]][1], array_offsets[-1])
 
 
 def run(
     kernel: Callable[[Any], None],
-    fields: Fields,
+    fields: ArgumentLayout,
     dtype: torch.dtype,
-    planned: Plan,
+    packed: PackedArguments,
     tensors: Mapping[str, Tensor],
     threads: int,
 ) -> None:
@@ -92,17 +101,17 @@ def run(
         kernel: a plain function at the top of its module, which is compiled here.
         tensors: operands and contiguous tensors, by name; those that are missing are not used.
     """
-    scratch = empty(threads * planned.room, dtype=dtype)
+    scratch = empty(threads * packed.scratch_elements, dtype=dtype)
     addresses: list[int] = []
     for name in fields.operands:
-        addresses += _operand(tensors[name]) if name in tensors else (0, 0, 0, 0, 0)
+        addresses += _operand_fields(tensors[name]) if name in tensors else (0, 0, 0, 0, 0)
     addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in fields.addresses]
-    record = bytearray(planned.told)
-    struct.pack_into(f"{len(addresses) + 1}q", record, planned.offset, *addresses, scratch.data_ptr())
-    _on_threads(compiled(kernel, fields, dtype), (ctypes.c_char * len(record)).from_buffer(record), threads)
+    record = bytearray(packed.record)
+    struct.pack_into(f"{len(addresses) + 1}q", record, packed.address_offset, *addresses, scratch.data_ptr())
+    _run_on_threads(compile_kernel(kernel, fields, dtype), (ctypes.c_char * len(record)).from_buffer(record), threads)
 
 
-def _operand(x: Tensor) -> tuple[int, ...]:
+def _operand_fields(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16)
 
 
@@ -110,7 +119,7 @@ def _operand(x: Tensor) -> tuple[int, ...]:
 
 
 @cache
-def _sources(module: str) -> str:
+def _source_digest(module: str) -> str:
     """Return a digest of the code of a module and of those modules of this folder whose functions it uses."""
     found, digest = [module], hashlib.sha256()
     for name in found:  # which grows meanwhile
@@ -120,43 +129,43 @@ def _sources(module: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def record_type(fields: Fields, dtype: torch.dtype) -> Any:
+def record_type(fields: ArgumentLayout, dtype: torch.dtype) -> Any:
     """Return Numba's type of a record, under a number of its own.
 
     Numba calls compiled functions by the numbers that types like this one have in a process, in the order in which they
     came up. On disk that would be the same name for code of different types, from different processes.
     """
-    record = numba.from_dtype(fields.record(dtype))
+    record = numba.from_dtype(fields.record_dtype(dtype))
     digest = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:4], "big")
     record._code = 1 << 29 | digest >> 4  # far from those given in order, and no more than a C integer holds
     return record
 
 
 @cache
-def compiled(kernel: Callable[[Any], None], fields: Fields, dtype: torch.dtype) -> int:
+def compile_kernel(kernel: Callable[[Any], None], fields: ArgumentLayout, dtype: torch.dtype) -> int:
     """Compile a kernel for this dtype, or load it from disk, and return its address."""
     function = numba.cfunc(types.void(types.CPointer(record_type(fields, dtype))), cache=True)(kernel)
-    _KEPT.append(function)
+    _KEEP_ALIVE.append(function)
     return int(function.address)
 
 
-_KEPT: list[Any] = []  # compiled code is freed with the object that stands for it
+_KEEP_ALIVE: list[Any] = []  # compiled code is freed with the object that stands for it
 
 
 # ------------------------------------------------------------------------------------------------ threads
 
 
-def _on_threads(address: int, argument: Any, threads: int) -> None:
+def _run_on_threads(address: int, argument: Any, threads: int) -> None:
     if threads == 1:
         _function(address)(argument)
     elif (parallel := _openmp()) is not None:
         parallel(address, argument, threads, 0)
     else:
         with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(_function(address), argument) for _ in range(threads - 1)]
+            futures = [pool.submit(_function(address), argument) for _ in range(threads - 1)]
             _function(address)(argument)
-        for other in others:
-            other.result()
+        for future in futures:
+            future.result()
 
 
 @cache

@@ -1,20 +1,20 @@
 """Tiles in scratch memory, and their products.
 
-A tile is flat: entry (i, lane) stands at ``i * ROW + lane``, with queries along the lanes, so that a softmax over keys
-is work on whole vectors. Products run on strips of a tile, as many lanes as a vector has, and keep a few rows of sums
-in registers while they go along the axis that is summed.
+A tile is flat: entry (i, lane) stands at ``i * TILE_STRIDE + lane``, with queries along the lanes, so that a softmax
+over keys is work on whole vectors. Products run on strips of a tile, as many lanes as a vector has, and keep a few rows
+of sums in registers while they go along the axis that is summed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .vectors import NARROW, compiled, filled, load, spread, store, transpose_block
+from .vectors import NARROW, broadcast, compiled, load, load_broadcast, store, transpose_block
 
-LANES = 448  # queries in a tile, at most; 448 = 8·56 = 16·28 = 32·14 = 64·7
+BLOCK_M = 448  # queries in a tile, at most; 448 = 8·56 = 16·28 = 32·14 = 64·7
 # Room for a vector that begins at the last lane. An odd number of cache lines, or else the rows would all fall on the
 # same few sets of the cache and throw each other out.
-ROW = LANES + NARROW
+TILE_STRIDE = BLOCK_M + NARROW
 
 
 @compiled
@@ -26,66 +26,79 @@ def add_product(
     The strip begins at `lane`, and is as long as the vector `factor`.
     """
     for i in range(0, rows, 4):
-        at, first = i * ROW + lane, i * a_row
-        out0 = load(out, at, factor) * factor
-        out1 = load(out, at + ROW, factor) * factor
-        out2 = load(out, at + 2 * ROW, factor) * factor
-        out3 = load(out, at + 3 * ROW, factor) * factor
+        offset, first = i * TILE_STRIDE + lane, i * a_row
+        out0 = load(out, offset, factor) * factor
+        out1 = load(out, offset + TILE_STRIDE, factor) * factor
+        out2 = load(out, offset + 2 * TILE_STRIDE, factor) * factor
+        out3 = load(out, offset + 3 * TILE_STRIDE, factor) * factor
         for j in range(depth):
             entry = first + j * a_column
-            b_j = load(b, j * ROW + lane, factor)
-            out0 += spread(a, entry, factor) * b_j
-            out1 += spread(a, entry + a_row, factor) * b_j
-            out2 += spread(a, entry + 2 * a_row, factor) * b_j
-            out3 += spread(a, entry + 3 * a_row, factor) * b_j
-        store(out, at, out0)
-        store(out, at + ROW, out1)
-        store(out, at + 2 * ROW, out2)
-        store(out, at + 3 * ROW, out3)
+            b_j = load(b, j * TILE_STRIDE + lane, factor)
+            out0 += load_broadcast(a, entry, factor) * b_j
+            out1 += load_broadcast(a, entry + a_row, factor) * b_j
+            out2 += load_broadcast(a, entry + 2 * a_row, factor) * b_j
+            out3 += load_broadcast(a, entry + 3 * a_row, factor) * b_j
+        store(out, offset, out0)
+        store(out, offset + TILE_STRIDE, out1)
+        store(out, offset + 2 * TILE_STRIDE, out2)
+        store(out, offset + 3 * TILE_STRIDE, out3)
 
 
 @compiled
-def add_outer(out: Any, at: int, a: Any, b: Any, row: int, rows: int, lanes: int, channel: int, like: Any) -> None:
-    """out[at + i·row + channels] += Σ_lane a[i, lane] · b[lane·row + channels], for four i at a time.
+def add_outer(
+    out: Any, out_start: int, a: Any, b: Any, row_stride: int, rows: int, lanes: int, channel: int, like: Any
+) -> None:
+    """out[out_start + i·row_stride + channels] += Σ_lane a[i, lane] · b[lane·row_stride + channels], four i at a time.
 
     The channels begin at `channel`, and are as many as the vector `like` has lanes.
     """
     for i in range(0, rows, 4):
-        target, first = at + i * row + channel, i * ROW
+        target, first = out_start + i * row_stride + channel, i * TILE_STRIDE
         out0 = load(out, target, like)
-        out1 = load(out, target + row, like)
-        out2 = load(out, target + 2 * row, like)
-        out3 = load(out, target + 3 * row, like)
+        out1 = load(out, target + row_stride, like)
+        out2 = load(out, target + 2 * row_stride, like)
+        out3 = load(out, target + 3 * row_stride, like)
         for lane in range(first, first + lanes):
-            b_lane = load(b, (lane - first) * row + channel, like)
-            out0 += spread(a, lane, like) * b_lane
-            out1 += spread(a, lane + ROW, like) * b_lane
-            out2 += spread(a, lane + 2 * ROW, like) * b_lane
-            out3 += spread(a, lane + 3 * ROW, like) * b_lane
+            b_lane = load(b, (lane - first) * row_stride + channel, like)
+            out0 += load_broadcast(a, lane, like) * b_lane
+            out1 += load_broadcast(a, lane + TILE_STRIDE, like) * b_lane
+            out2 += load_broadcast(a, lane + 2 * TILE_STRIDE, like) * b_lane
+            out3 += load_broadcast(a, lane + 3 * TILE_STRIDE, like) * b_lane
         store(out, target, out0)
-        store(out, target + row, out1)
-        store(out, target + 2 * row, out2)
-        store(out, target + 3 * row, out3)
+        store(out, target + row_stride, out1)
+        store(out, target + 2 * row_stride, out2)
+        store(out, target + 3 * row_stride, out3)
 
 
 @compiled
 def copy_rows(
-    target: Any, to: int, target_row: int, source: Any, at: int, source_row: int, rows: int, length: int, factor: float
+    target: Any,
+    target_start: int,
+    target_stride: int,
+    source: Any,
+    source_start: int,
+    source_stride: int,
+    rows: int,
+    length: int,
+    factor: float,
 ) -> None:
-    """target[to + i·target_row + j] = factor · source[at + i·source_row + j], for i < rows and j < length."""
-    like = filled(factor, NARROW)
-    whole = length - length % NARROW
+    """target[target_start + i·target_stride + j] = factor · source[source_start + i·source_stride + j].
+
+    For i < rows and j < length.
+    """
+    like = broadcast(factor, NARROW)
+    vectorized = length - length % NARROW
     for i in range(rows):
-        into, out_of = to + i * target_row, at + i * source_row
-        for j in range(0, whole, NARROW):
-            store(target, into + j, factor * load(source, out_of + j, like))
-        for j in range(whole, length):
-            target[into + j] = factor * source[out_of + j]
+        dst, src = target_start + i * target_stride, source_start + i * source_stride
+        for j in range(0, vectorized, NARROW):
+            store(target, dst + j, factor * load(source, src + j, like))
+        for j in range(vectorized, length):
+            target[dst + j] = factor * source[src + j]
 
 
 @compiled
-def transpose(target: Any, target_row: int, source: Any, source_row: int, rows: int, columns: int) -> None:
+def transpose(target: Any, target_stride: int, source: Any, source_stride: int, rows: int, columns: int) -> None:
     """target[j, i] = source[i, j] for i < rows and j < columns, and beyond them up to multiples of NARROW."""
     for i in range(0, rows, NARROW):
         for j in range(0, columns, NARROW):
-            transpose_block(target, j * target_row + i, target_row, source, i * source_row + j, source_row)
+            transpose_block(target, j * target_stride + i, target_stride, source, i * source_stride + j, source_stride)

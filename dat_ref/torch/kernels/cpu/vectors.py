@@ -1,15 +1,15 @@
-"""Vectors of numbers as values in Numba: what the kernels of this folder are written in.
+"""SIMD vectors as values in Numba: what the kernels of this folder are written in.
 
-    query = load(queries, at, zero)              # as many numbers as `zero` has, from there on
-    total += spread(keys, n, zero) * query       # one number for all lanes; × and + become fused multiply-adds
-    store(scores, at, total)
+    query = load(queries, start, zero)              # as many elements as `zero` has lanes, from there on
+    total += load_broadcast(keys, n, zero) * query  # one element for all lanes; × and + become fused multiply-adds
+    store(logits, start, total)
 
 LLVM maps a vector to whatever registers there are: 16 float32 lanes are one register with AVX-512, two with AVX2, four
 with NEON. Written as loops over scalars, the same needs the loop vectoriser to see that arrays do not overlap and that
 indices are not negative, and a small edit can silently cost a factor of ten. Here nothing is left to be found out, and
 sums can stay in registers while a loop runs.
 
-`load`, `spread` and `store` check no bounds, and indices do not count from the end.
+`load`, `load_broadcast` and `store` check no bounds, and indices do not count from the end.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _VectorModel(models.PrimitiveModel):
 # ------------------------------------------------------------------------------------------------ arithmetic
 
 
-def _spread_value(context: Any, builder: Any, value: Any, given: types.Type, vector: Vector) -> Any:
+def _broadcast_value(context: Any, builder: Any, value: Any, given: types.Type, vector: Vector) -> Any:
     """All lanes the one value, converted to the vector's element type; a vector stays what it is."""
     if isinstance(given, Vector):
         return value
@@ -77,7 +77,7 @@ def _define_operator(symbol: Any, instruction: str) -> None:
             return signature(vectors[0], *args)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        left, right = (_spread_value(context, builder, *pair, sig.return_type) for pair in zip(args, sig.args))
+        left, right = (_broadcast_value(context, builder, *pair, sig.return_type) for pair in zip(args, sig.args))
         return getattr(builder, instruction)(left, right, flags=FUSED)
 
     for pair in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
@@ -90,10 +90,10 @@ for _name, _instruction in (("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"), (
 
 
 @intrinsic(prefer_literal=True)
-def filled(typing: Any, value: Any, lanes: Any) -> Any:
+def broadcast(typing: Any, value: Any, lanes: Any) -> Any:
     """Return that many lanes of this value; their number must be a constant."""
     vector = Vector(types.unliteral(value), lanes.literal_value)
-    return vector(value, lanes), lambda context, builder, sig, args: _spread_value(
+    return vector(value, lanes), lambda context, builder, sig, args: _broadcast_value(
         context, builder, args[0], value, vector
     )
 
@@ -127,7 +127,7 @@ def where_not_negative(typing: Any, condition: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def lane_numbers(typing: Any, like: Any) -> Any:
+def lane_indices(typing: Any, like: Any) -> Any:
     """Return 0, 1, 2, …"""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -137,16 +137,16 @@ def lane_numbers(typing: Any, like: Any) -> Any:
 
 
 @intrinsic
-def keep_lanes(typing: Any, vector: Any, first: Any, last: Any) -> Any:
+def mask_lanes(typing: Any, vector: Any, first: Any, last: Any) -> Any:
     """Return the vector with zeros in all lanes but first ≤ lane < last, whatever stood there."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        numbers = ir.Constant(ir.VectorType(ir.IntType(64), vector.lanes), list(range(vector.lanes)))
+        lane_ids = ir.Constant(ir.VectorType(ir.IntType(64), vector.lanes), list(range(vector.lanes)))
         indices = Vector(types.int64, vector.lanes)
         start, stop = (
-            _spread_value(context, builder, arg, kind, indices) for arg, kind in zip(args[1:], (first, last))
+            _broadcast_value(context, builder, arg, kind, indices) for arg, kind in zip(args[1:], (first, last))
         )
-        inside = builder.and_(builder.icmp_signed(">=", numbers, start), builder.icmp_signed("<", numbers, stop))
+        inside = builder.and_(builder.icmp_signed(">=", lane_ids, start), builder.icmp_signed("<", lane_ids, stop))
         return builder.select(inside, args[0], ir.Constant(args[0].type, None))
 
     return vector(vector, first, last), lower
@@ -184,8 +184,8 @@ def _alignment(context: Any, dtype: types.Type) -> int:
 
 
 @intrinsic
-def numbers_at(typing: Any, address: Any, like: Any) -> Any:
-    """Return the memory at an address as a flat array of numbers of the type of `like`, of no known length."""
+def array_at(typing: Any, address: Any, like: Any) -> Any:
+    """Return the memory at an address as a flat array of elements of the type of `like`, of no known length."""
     kind = types.Array(like, 1, "C")
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -222,8 +222,8 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     return types.void(array, types.int64, vector), lower
 
 
-def _halves_of_single(lanes: int) -> Any:
-    """Return the types of vectors of bfloat16 numbers as bits, of float32 numbers as bits, and of float32 numbers."""
+def _bfloat16_types(lanes: int) -> Any:
+    """Return the types of vectors of bfloat16 as bits, of float32 as bits, and of float32."""
     return (ir.VectorType(kind, lanes) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
 
 
@@ -232,7 +232,7 @@ def load_bfloat16(typing: Any, array: Any, index: Any, like: Any) -> Any:
     """Return array[index : index + lanes], bfloat16 numbers as their 16 bits, with the lanes and the type of `like`."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        narrow, wide, single = _halves_of_single(like.lanes)
+        narrow, wide, single = _bfloat16_types(like.lanes)
         address = _address(context, builder, array, args[0], args[1], narrow)
         bits = builder.zext(builder.load(address, align=2), wide)  # they are the upper half of a float32
         value = builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * like.lanes)), single)
@@ -247,7 +247,7 @@ def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes = vector.lanes
-        narrow, wide, single = _halves_of_single(lanes)
+        narrow, wide, single = _bfloat16_types(lanes)
 
         def constant(bits: int) -> Any:
             return ir.Constant(wide, [bits] * lanes)
@@ -257,31 +257,33 @@ def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
         odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
         rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
         # A NaN could be rounded to infinity.
-        kept = builder.select(builder.fcmp_unordered("uno", value, value), constant(0x7FC00000), rounded)
+        result_bits = builder.select(builder.fcmp_unordered("uno", value, value), constant(0x7FC00000), rounded)
         address = _address(context, builder, array, args[0], args[1], narrow)
-        builder.store(builder.trunc(builder.lshr(kept, constant(16)), narrow), address, align=2)
+        builder.store(builder.trunc(builder.lshr(result_bits, constant(16)), narrow), address, align=2)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector), lower
 
 
 @intrinsic
-def spread(typing: Any, array: Any, index: Any, like: Any) -> Any:
+def load_broadcast(typing: Any, array: Any, index: Any, like: Any) -> Any:
     """Return array[index] in all lanes."""
     vector = Vector(array.dtype, like.lanes)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address = _address(context, builder, array, args[0], args[1], context.get_value_type(array.dtype))
-        return _spread_value(context, builder, builder.load(address), array.dtype, vector)
+        return _broadcast_value(context, builder, builder.load(address), array.dtype, vector)
 
     return vector(array, types.int64, like), lower
 
 
 @intrinsic
-def transpose_block(typing: Any, target: Any, to: Any, target_row: Any, source: Any, at: Any, source_row: Any) -> Any:
-    """target[to + i·target_row + j] = source[at + j·source_row + i] for i, j < NARROW.
+def transpose_block(
+    typing: Any, target: Any, target_start: Any, target_stride: Any, source: Any, source_start: Any, source_stride: Any
+) -> Any:
+    """target[target_start + i·target_stride + j] = source[source_start + j·source_stride + i] for i, j < NARROW.
 
-    In log₂ NARROW rounds, each of which swaps the blocks beside the diagonal of blocks twice as large.
+    In log₂ NARROW rounds, each of which swaps the blocks next to the diagonal of blocks twice as large.
     """
     vector = Vector(source.dtype, NARROW)
 
@@ -289,25 +291,23 @@ def transpose_block(typing: Any, target: Any, to: Any, target_row: Any, source: 
         kind = context.get_value_type(vector)
         align = _alignment(context, source.dtype)
 
-        def row(array: int, number: int) -> Any:
-            index = builder.add(args[array + 1], builder.mul(args[array + 2], ir.Constant(ir.IntType(64), number)))
+        def row(array: int, i: int) -> Any:
+            index = builder.add(args[array + 1], builder.mul(args[array + 2], ir.Constant(ir.IntType(64), i)))
             return _address(context, builder, sig.args[array], args[array], index, kind)
 
-        rows = [builder.load(row(3, number), align=align) for number in range(NARROW)]
+        rows = [builder.load(row(3, i), align=align) for i in range(NARROW)]
         block = NARROW // 2
         while block:
             lanes = range(NARROW)
             upper = [lane if not lane & block else lane - block + NARROW for lane in lanes]
             lower_ = [lane + block if not lane & block else lane + NARROW for lane in lanes]
-            for first in (number for number in lanes if not number & block):
+            for first in (lane for lane in lanes if not lane & block):
                 pair = rows[first], rows[first + block]
-                for number, mask in ((first, upper), (first + block, lower_)):
-                    rows[number] = builder.shuffle_vector(
-                        *pair, ir.Constant(ir.VectorType(ir.IntType(32), NARROW), mask)
-                    )
+                for i, mask in ((first, upper), (first + block, lower_)):
+                    rows[i] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), NARROW), mask))
             block //= 2
-        for number, value in enumerate(rows):
-            builder.store(value, row(0, number), align=align)
+        for i, value in enumerate(rows):
+            builder.store(value, row(0, i), align=align)
         return context.get_dummy_value()
 
     index = types.int64
@@ -384,12 +384,12 @@ def log2(typing: Any, x: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def take_ticket(typing: Any, record: Any, place: Any) -> Any:
-    """Return the place-th integer of a record and add 1 to it, in one step that no other thread can come between."""
+def fetch_add(typing: Any, record: Any, field: Any) -> Any:
+    """Return the integer in a field of a record, by index, and add 1 to it, as one atomic step."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         counters = builder.bitcast(args[0], ir.IntType(64).as_pointer())
-        counter = builder.gep(counters, [ir.Constant(ir.IntType(64), place.literal_value)])
+        counter = builder.gep(counters, [ir.Constant(ir.IntType(64), field.literal_value)])
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(record, place), lower
+    return types.int64(record, field), lower

@@ -1,6 +1,6 @@
 """The Triton kernels, for CUDA devices; see `dat_ref.torch.kernels`.
 
-`values` has what all of them share, `lookup` how the bias table is read, `table_gradient` how it gets its gradient;
+`common` has what all of them share, `lookup` how the bias table is read, `table_gradient` how it gets its gradient;
 `deformable` and `neighborhood` are the two attentions.
 """
 

@@ -3,7 +3,7 @@
     z = softmax(scale · q kᵀ + B) v
 
 *Forward.* One program for each head and tile of queries; it walks over the keys a tile at a time, with the softmax
-computed online (running maximum and sum, in powers of two), and leaves the logarithm of the sum for the backward pass.
+computed online (running maximum and sum, in powers of two), and leaves the log-sum-exp for the backward pass.
 *Backward.* The weights are computed again from it. One kernel a tile of queries gives the queries' gradient, one a tile
 of keys those of the keys, of the values and of where the keys read the table; each program writes what it owns, once,
 so nothing is added across programs. The table's gradient is another matter: see `table_gradient`.
@@ -24,32 +24,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lookup import Lookup, keys_of_head, locate, prepare_lookup, query_cells, read_bias
-from .table_gradient import AtomicTableGradient, CollectedTableGradient, add_atomically
-from .tiles import Tiles, choose_tiles, fastest_tiles
-from .values import (
+from .common import (
     LN_2,
     LOG2_E,
-    add_tile_to_softmax,
-    checked_values,
-    given_back,
-    laid_like,
+    check_qkv,
+    contiguous_last_dim,
     load_rows,
+    match_strides,
+    online_softmax_step,
+    restore_layout,
     store_rows,
     strides,
-    with_channels_together,
 )
+from .lookup import Lookup, keys_of_head, locate, prepare_lookup, query_cells, read_bias
+from .table_gradient import AtomicTableGradient, DeterministicTableGradient, add_atomically
+from .tile_config import TileConfig, autotune, default_config
 
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 # Compiled once for all sizes; only what decides how memory is accessed, strides and the like, is looked at.
-_ANY_SIZE = ("heads", "group_heads", "queries", "map_width", "samples", "width", "plane")
+_NOT_SPECIALIZED = ("heads", "group_heads", "queries", "map_width", "samples", "width", "plane")
 
 
 def deformable_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    base: Tensor,
+    origin: Tensor,
     table: Tensor,
     *,
     query_size: tuple[int, int],
@@ -61,7 +61,7 @@ def deformable_forward(
     Args:
         q: (B, heads, H·W, d), float16, bfloat16 or float32, d at most 128, or 64 in float32.
         k, v: (B, heads, Ns, d), likewise.
-        base: (B, G, Ns, 2), where query (0, 0) reads each key's bias, in cells of the table.
+        origin: (B, G, Ns, 2), where query (0, 0) reads each key's bias, in cells of the table.
         table: (heads, T_y, T_x).
         query_size: (H, W).
         step: cells of the table from one query to the next, on each axis.
@@ -74,26 +74,26 @@ def deformable_forward(
         TypeError: for values of other dtypes, or of several.
         ValueError: for deeper heads.
     """
-    given = q
-    q, k, v = checked_values(q, k, v)
+    inputs = q
+    q, k, v = check_qkv(q, k, v)
     out = torch.empty_like(q)
     batch, heads, queries, depth = q.shape
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    lookup = prepare_lookup(base, table, query_size, step, packed=q.dtype is not torch.float32)
+    lookup = prepare_lookup(origin, table, query_size, step, packed=q.dtype is not torch.float32)
 
-    def launch(tiles: Tiles) -> None:
-        _forward[(triton.cdiv(queries, tiles.queries) * batch * heads,)](
+    def launch(config: TileConfig) -> None:
+        _forward[(triton.cdiv(queries, config.block_m) * batch * heads,)](
             *(q, k, v, out, lse),
             *strides(q, k, v, out),
-            **_sizes(q, k, base, query_size, scale),
+            **_size_arguments(q, k, origin, query_size, scale),
             **lookup.arguments(),
-            **tiles.arguments(depth, q.dtype),
+            **config.arguments(depth, q.dtype),
         )
 
-    launch(fastest_tiles("forward", q, lookup.samples, lookup.unit, launch))
-    return given_back(out, given), lse
+    launch(autotune("forward", q, lookup.samples, lookup.unit, launch))
+    return restore_layout(out, inputs), lse
 
 
 def deformable_backward(
@@ -101,7 +101,7 @@ def deformable_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    base: Tensor,
+    origin: Tensor,
     table: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -111,7 +111,7 @@ def deformable_backward(
     scale: float,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `deformable_forward` with respect to q, k, v, base and table.
+    """Return the gradients of `deformable_forward` with respect to q, k, v, origin and table.
 
     Args:
         grad_out: (B, heads, H·W, d).
@@ -119,29 +119,29 @@ def deformable_backward(
         deterministic: whether the same input must give the same table gradient to the last bit. Without it the
             table's gradient is added up atomically.
     """
-    given = (q, k, v)
-    q, k, v = checked_values(q, k, v)
-    gradients = [torch.empty_like(each) for each in (q, k, v)]
+    inputs = (q, k, v)
+    q, k, v = check_qkv(q, k, v)
+    grads = [torch.empty_like(each) for each in (q, k, v)]
     if out.numel() == 0:
-        return gradients[0], gradients[1], gradients[2], torch.zeros_like(base), torch.zeros_like(table)
-    out = with_channels_together(out)
-    grad_out = laid_like(grad_out, out)
-    lookup = prepare_lookup(base, table, query_size, step, packed=q.dtype is not torch.float32)
-    shared = {**_sizes(q, k, base, query_size, scale), **lookup.arguments()}
-    mean = torch.empty_like(lse)  # of each query's cotangents of the weights
+        return grads[0], grads[1], grads[2], torch.zeros_like(origin), torch.zeros_like(table)
+    out = contiguous_last_dim(out)
+    grad_out = match_strides(grad_out, out)
+    lookup = prepare_lookup(origin, table, query_size, step, packed=q.dtype is not torch.float32)
+    shared_arguments = {**_size_arguments(q, k, origin, query_size, scale), **lookup.arguments()}
+    delta = torch.empty_like(lse)  # ∂O·O of each query
     grad_table = _launch_grad_queries(
-        (q, k, v, out, grad_out, lse, mean), gradients[0], lookup, table, query_size, shared, deterministic
+        (q, k, v, out, grad_out, lse, delta), grads[0], lookup, table, query_size, shared_arguments, deterministic
     )
-    grad_base = _launch_grad_keys((q, k, v, grad_out, lse, mean), gradients[1], gradients[2], base, shared)
-    grad_q, grad_k, grad_v = (given_back(grad, like) for grad, like in zip(gradients, given, strict=True))
-    return grad_q, grad_k, grad_v, laid_like(grad_base, base), laid_like(grad_table, table)
+    grad_origin = _launch_grad_keys((q, k, v, grad_out, lse, delta), grads[1], grads[2], origin, shared_arguments)
+    grad_q, grad_k, grad_v = (restore_layout(grad, like) for grad, like in zip(grads, inputs, strict=True))
+    return grad_q, grad_k, grad_v, match_strides(grad_origin, origin), match_strides(grad_table, table)
 
 
-def _sizes(q: Tensor, k: Tensor, base: Tensor, query_size: tuple[int, int], scale: float) -> dict[str, Any]:
+def _size_arguments(q: Tensor, k: Tensor, origin: Tensor, query_size: tuple[int, int], scale: float) -> dict[str, Any]:
     heads = q.shape[1]
     return {
         "heads": heads,
-        "group_heads": heads // base.shape[1],
+        "group_heads": heads // origin.shape[1],
         "queries": q.shape[2],
         "map_width": query_size[1],
         "samples": k.shape[2],
@@ -153,7 +153,7 @@ def _sizes(q: Tensor, k: Tensor, base: Tensor, query_size: tuple[int, int], scal
 # ------------------------------------------------------------------------------------------------ forward
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _forward(
     q, k, v, out, lse,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m,
@@ -161,250 +161,252 @@ def _forward(
     keys, cells, pitch, width, plane, step_y, step_x, UNIT: tl.constexpr, PACKED: tl.constexpr,
     DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(queries, BLOCK_M)
-    program = tl.program_id(0)
-    b, h = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
-    m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    offset, rest_y, rest_x = query_cells(m, queries, map_width, width, step_y, step_x, UNIT)
-    first = cells + h * (plane if PACKED else 4 * plane) + offset
+    num_tiles = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    b, h = (pid // num_tiles // heads).to(tl.int64), (pid // num_tiles % heads).to(tl.int64)
+    offs_m = pid % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    cell_offset, frac_y, frac_x = query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT)
+    cell_ptr = cells + h * (plane if PACKED else 4 * plane) + cell_offset
     keys = keys_of_head(keys, b, h, heads, group_heads, pitch)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    q_tile = load_rows(q + b * q_b + h * q_h, m, q_m, m < queries, DEPTH, BLOCK_D)
+    q_tile = load_rows(q + b * q_b + h * q_h, offs_m, q_m, offs_m < queries, DEPTH, BLOCK_D)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest logit so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # of the exponentials
-    mix = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the values
-    whole = samples // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        top, total, mix = _attend_to_tile(
-            top, total, mix, q_tile, k, v, k_n, v_n, start, samples, log2_scale,
-            first, rest_y, rest_x, keys, pitch, width, plane, UNIT, PACKED,
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest logit so far
+    l = tl.zeros([BLOCK_M], tl.float32)  # of the exponentials
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the values
+    even_stop = samples // BLOCK_N * BLOCK_N
+    for start in range(0, even_stop, BLOCK_N):
+        m, l, acc = _attend_tile(
+            m, l, acc, q_tile, k, v, k_n, v_n, start, samples, log2_scale,
+            cell_ptr, frac_y, frac_x, keys, pitch, width, plane, UNIT, PACKED,
             DEPTH, BLOCK_D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
-    if whole < samples:
-        top, total, mix = _attend_to_tile(
-            top, total, mix, q_tile, k, v, k_n, v_n, whole, samples, log2_scale,
-            first, rest_y, rest_x, keys, pitch, width, plane, UNIT, PACKED,
+    if even_stop < samples:
+        m, l, acc = _attend_tile(
+            m, l, acc, q_tile, k, v, k_n, v_n, even_stop, samples, log2_scale,
+            cell_ptr, frac_y, frac_x, keys, pitch, width, plane, UNIT, PACKED,
             DEPTH, BLOCK_D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
-    store_rows(out + b * out_b + h * out_h, m, out_m, m < queries, mix / total[:, None], DEPTH, BLOCK_D)
-    tl.store(lse + (b * heads + h) * queries + m, (top + tl.log2(total)) * _LN_2, mask=m < queries)
+    store_rows(out + b * out_b + h * out_h, offs_m, out_m, offs_m < queries, acc / l[:, None], DEPTH, BLOCK_D)
+    tl.store(lse + (b * heads + h) * queries + offs_m, (m + tl.log2(l)) * _LN_2, mask=offs_m < queries)
 
 
 @triton.jit
-def _attend_to_tile(
-    top, total, mix, q_tile, k, v, k_n, v_n, start, samples, log2_scale,
-    first, rest_y, rest_x, keys, pitch, width, plane, UNIT: tl.constexpr, PACKED: tl.constexpr,
-    DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+def _attend_tile(
+    m, l, acc, q_tile, k, v, k_n, v_n, start, samples, log2_scale,
+    cell_ptr, frac_y, frac_x, keys, pitch, width, plane, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    n = start + tl.arange(0, BLOCK_N)
-    exist = n < samples
-    k_tile = load_rows(k, n, k_n, exist, DEPTH, BLOCK_D, WHOLE)
-    bias, _, _ = read_bias(first, rest_y, rest_x, keys, n, pitch, width, plane, UNIT, PACKED)
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask = offs_n < samples
+    k_tile = load_rows(k, offs_n, k_n, mask, DEPTH, BLOCK_D, EVEN_N)
+    bias, _, _ = read_bias(cell_ptr, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT, PACKED)
     logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * log2_scale + tl.trans(bias)
-    if not WHOLE:
-        logits = tl.where(exist[None, :], logits, float("-inf"))
-    v_tile = load_rows(v, n, v_n, exist, DEPTH, BLOCK_D, WHOLE)
-    return add_tile_to_softmax(top, total, mix, logits, v_tile, PRECISION)
+    if not EVEN_N:
+        logits = tl.where(mask[None, :], logits, float("-inf"))
+    v_tile = load_rows(v, offs_n, v_n, mask, DEPTH, BLOCK_D, EVEN_N)
+    return online_softmax_step(m, l, acc, logits, v_tile, PRECISION)
 
 
 # ------------------------------------------------------------------------------------------------ backward, queries
 
 
 def _launch_grad_queries(
-    values: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
     grad_q: Tensor,
     lookup: Lookup,
     table: Tensor,
     query_size: tuple[int, int],
-    shared: dict[str, Any],
+    shared_arguments: dict[str, Any],
     deterministic: bool,
 ) -> Tensor:
-    """Fill `grad_q` and the last of `values`, the mean cotangents; return the table's gradient."""
-    q = values[0]
+    """Fill `grad_q` and the last of `tensors`, `delta`; return the table's gradient."""
+    q = tensors[0]
     batch, heads, queries, depth = q.shape
-    gradient: AtomicTableGradient | CollectedTableGradient
+    table_gradient: AtomicTableGradient | DeterministicTableGradient
     if deterministic:
-        keys_of_tile = choose_tiles("grad_queries", depth, q.dtype).keys
-        gradient = CollectedTableGradient(table, lookup, q, query_size, keys_of_tile)
+        block_n = default_config("grad_queries", depth, q.dtype).block_n
+        table_gradient = DeterministicTableGradient(table, lookup, q, query_size, block_n)
     else:
-        gradient = AtomicTableGradient(table, lookup)
-    runs = gradient.runs()
-    total = grad_q if len(runs) == 1 else torch.empty_like(grad_q, dtype=torch.float32)
+        table_gradient = AtomicTableGradient(table, lookup)
+    key_runs = table_gradient.key_runs()
+    grad_q_sum = grad_q if len(key_runs) == 1 else torch.empty_like(grad_q, dtype=torch.float32)
 
-    def launch(tiles: Tiles, start: int, stop: int) -> None:
-        _grad_queries[(triton.cdiv(queries, tiles.queries) * batch * heads,)](
-            *values,
-            total,
-            gradient.sink,
-            *strides(*values[:4], total),
+    def launch(config: TileConfig, start: int, stop: int) -> None:
+        _grad_queries[(triton.cdiv(queries, config.block_m) * batch * heads,)](
+            *tensors,
+            grad_q_sum,
+            table_gradient.buffer,
+            *strides(*tensors[:4], grad_q_sum),
             run_start=start,
             run_stop=stop,
-            sink_head=gradient.sink.stride(1),
-            sink_row=gradient.sink.stride(2),
+            buffer_head=table_gradient.buffer.stride(1),
+            buffer_row=table_gradient.buffer.stride(2),
             ATOMIC=not deterministic,
-            **shared,
-            **tiles.arguments(depth, q.dtype),
+            **shared_arguments,
+            **config.arguments(depth, q.dtype),
         )
 
-    tiles = fastest_tiles("grad_queries", q, lookup.samples, lookup.unit, lambda tried: launch(tried, *runs[0]))
-    gradient.clear()
-    for start, stop in runs:
-        launch(tiles, start, stop)
-        gradient.collect(start, stop)
-    if total is not grad_q:
-        grad_q.copy_(total)
-    return gradient.finish()
+    config = autotune("grad_queries", q, lookup.samples, lookup.unit, lambda candidate: launch(candidate, *key_runs[0]))
+    table_gradient.reset()
+    for start, stop in key_runs:
+        launch(config, start, stop)
+        table_gradient.collect(start, stop)
+    if grad_q_sum is not grad_q:
+        grad_q.copy_(grad_q_sum)
+    return table_gradient.finish()
 
 
-@triton.jit(do_not_specialize=(*_ANY_SIZE, "run_stop"))
+@triton.jit(do_not_specialize=(*_NOT_SPECIALIZED, "run_stop"))
 def _grad_queries(
-    q, k, v, out, grad_out, lse, mean, grad_q, sink,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, grad_b, grad_h, grad_m,
-    run_start, run_stop, sink_head, sink_row, heads, group_heads, queries, map_width, samples, scale, log2_scale,
+    q, k, v, out, grad_out, lse, delta, grad_q, buffer,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, dq_b, dq_h, dq_m,
+    run_start, run_stop, buffer_head, buffer_row, heads, group_heads, queries, map_width, samples, scale, log2_scale,
     keys, cells, pitch, width, plane, step_y, step_x, UNIT: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr,
     DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(queries, BLOCK_M)
-    program = tl.program_id(0)
-    b, h = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
-    m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    offset, rest_y, rest_x = query_cells(m, queries, map_width, width, step_y, step_x, UNIT)
-    first = cells + h * (plane if PACKED else 4 * plane) + offset
+    num_tiles = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    b, h = (pid // num_tiles // heads).to(tl.int64), (pid // num_tiles % heads).to(tl.int64)
+    offs_m = pid % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    cell_offset, frac_y, frac_x = query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT)
+    cell_ptr = cells + h * (plane if PACKED else 4 * plane) + cell_offset
     if ATOMIC:
-        sink += h * sink_head + offset
+        buffer += h * buffer_head + cell_offset
     else:
-        sink += (b * heads + h) * sink_head + m
+        buffer += (b * heads + h) * buffer_head + offs_m
     keys = keys_of_head(keys, b, h, heads, group_heads, pitch)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    q_tile = load_rows(q + b * q_b + h * q_h, m, q_m, m < queries, DEPTH, BLOCK_D)
-    out_at = b * out_b + h * out_h
-    cotangent = load_rows(grad_out + out_at, m, out_m, m < queries, DEPTH, BLOCK_D)
-    result = load_rows(out + out_at, m, out_m, m < queries, DEPTH, BLOCK_D)
-    row = (b * heads + h) * queries + m
-    log2_total = tl.load(lse + row, mask=m < queries, other=float("inf")) * _LOG2_E  # without a query, weights of 0
-    mean_of_row = tl.sum(cotangent.to(tl.float32) * result.to(tl.float32), 1)
-    tl.store(mean + row, mean_of_row, mask=m < queries)
+    q_tile = load_rows(q + b * q_b + h * q_h, offs_m, q_m, offs_m < queries, DEPTH, BLOCK_D)
+    out_offset = b * out_b + h * out_h
+    grad_out_tile = load_rows(grad_out + out_offset, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
+    out_tile = load_rows(out + out_offset, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
+    row = (b * heads + h) * queries + offs_m
+    lse_tile = tl.load(lse + row, mask=offs_m < queries, other=float("inf")) * _LOG2_E  # without a query, weights of 0
+    delta_tile = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + row, delta_tile, mask=offs_m < queries)
 
-    grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = run_start + (run_stop - run_start) // BLOCK_N * BLOCK_N
-    for start in range(run_start, whole, BLOCK_N):
-        grad = _pull_back_to_queries(
-            grad, q_tile, cotangent, log2_total, mean_of_row, m, queries, k, v, k_n, v_n, start, run_start, run_stop,
-            sink_row, log2_scale, first, sink, rest_y, rest_x, keys, pitch, width, plane, UNIT, PACKED, ATOMIC,
-            DEPTH, BLOCK_D, BLOCK_N, PRECISION, True,
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    even_stop = run_start + (run_stop - run_start) // BLOCK_N * BLOCK_N
+    for start in range(run_start, even_stop, BLOCK_N):
+        dq = _add_query_gradient(
+            dq, q_tile, grad_out_tile, lse_tile, delta_tile, offs_m, queries, k, v, k_n, v_n, start, run_start,
+            run_stop, buffer_row, log2_scale, cell_ptr, buffer, frac_y, frac_x, keys, pitch, width, plane, UNIT,
+            PACKED, ATOMIC, DEPTH, BLOCK_D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
-    if whole < run_stop:
-        grad = _pull_back_to_queries(
-            grad, q_tile, cotangent, log2_total, mean_of_row, m, queries, k, v, k_n, v_n, whole, run_start, run_stop,
-            sink_row, log2_scale, first, sink, rest_y, rest_x, keys, pitch, width, plane, UNIT, PACKED, ATOMIC,
-            DEPTH, BLOCK_D, BLOCK_N, PRECISION, False,
+    if even_stop < run_stop:
+        dq = _add_query_gradient(
+            dq, q_tile, grad_out_tile, lse_tile, delta_tile, offs_m, queries, k, v, k_n, v_n, even_stop, run_start,
+            run_stop, buffer_row, log2_scale, cell_ptr, buffer, frac_y, frac_x, keys, pitch, width, plane, UNIT,
+            PACKED, ATOMIC, DEPTH, BLOCK_D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
-    grad *= scale
-    grad_q += b * grad_b + h * grad_h
+    dq *= scale
+    grad_q += b * dq_b + h * dq_h
     if run_start > 0:  # after other runs of keys
-        grad += load_rows(grad_q, m, grad_m, m < queries, DEPTH, BLOCK_D)
-    store_rows(grad_q, m, grad_m, m < queries, grad, DEPTH, BLOCK_D)
+        dq += load_rows(grad_q, offs_m, dq_m, offs_m < queries, DEPTH, BLOCK_D)
+    store_rows(grad_q, offs_m, dq_m, offs_m < queries, dq, DEPTH, BLOCK_D)
 
 
 @triton.jit
-def _pull_back_to_queries(
-    grad, q_tile, cotangent, log2_total, mean, m, queries, k, v, k_n, v_n, start, run_start, run_stop,
-    sink_row, log2_scale, first, sink, rest_y, rest_x, keys, pitch, width, plane,
+def _add_query_gradient(
+    dq, q_tile, grad_out_tile, lse_tile, delta_tile, offs_m, queries, k, v, k_n, v_n, start, run_start, run_stop,
+    buffer_row, log2_scale, cell_ptr, buffer, frac_y, frac_x, keys, pitch, width, plane,
     UNIT: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr,
-    DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    n = start + tl.arange(0, BLOCK_N)
-    exist = n < run_stop
-    k_tile = load_rows(k, n, k_n, exist, DEPTH, BLOCK_D, WHOLE)
-    v_tile = load_rows(v, n, v_n, exist, DEPTH, BLOCK_D, WHOLE)
-    bias, _, _ = read_bias(first, rest_y, rest_x, keys, n, pitch, width, plane, UNIT, PACKED)
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask = offs_n < run_stop
+    k_tile = load_rows(k, offs_n, k_n, mask, DEPTH, BLOCK_D, EVEN_N)
+    v_tile = load_rows(v, offs_n, v_n, mask, DEPTH, BLOCK_D, EVEN_N)
+    bias, _, _ = read_bias(cell_ptr, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT, PACKED)
     logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * log2_scale + tl.trans(bias)
-    weights = tl.exp2(logits - log2_total[:, None])
-    grad_weights = tl.dot(cotangent, tl.trans(v_tile), input_precision=PRECISION)
-    grad_logits = weights * (grad_weights - mean[:, None])
-    if not WHOLE:
-        grad_logits = tl.where(exist[None, :], grad_logits, 0.0)
-    narrow = grad_logits.to(k_tile.dtype)
+    weights = tl.exp2(logits - lse_tile[:, None])
+    grad_weights = tl.dot(grad_out_tile, tl.trans(v_tile), input_precision=PRECISION)
+    grad_logits = weights * (grad_weights - delta_tile[:, None])
+    if not EVEN_N:
+        grad_logits = tl.where(mask[None, :], grad_logits, 0.0)
+    grad_logits_cast = grad_logits.to(k_tile.dtype)
     if ATOMIC:
-        cell, y, x = locate(keys, n, pitch, rest_y, rest_x, width, UNIT)
-        inside = (m < queries)[None, :] & exist[:, None]
-        add_atomically(sink[None, :] + cell, plane, y, x, tl.trans(grad_logits), inside)
+        cell_offset, y, x = locate(keys, offs_n, pitch, frac_y, frac_x, width, UNIT)
+        pair_mask = (offs_m < queries)[None, :] & mask[:, None]
+        add_atomically(buffer[None, :] + cell_offset, plane, y, x, tl.trans(grad_logits), pair_mask)
     else:
         # The workspace has room for whole tiles of keys, and rows that are longer than the map, for aligned stores.
-        rows = (n - run_start)[None, :] * sink_row
-        tl.store(sink[:, None] + rows, narrow, mask=(m < sink_row)[:, None])
-    return tl.dot(narrow, k_tile, grad, input_precision=PRECISION)
+        row_offsets = (offs_n - run_start)[None, :] * buffer_row
+        tl.store(buffer[:, None] + row_offsets, grad_logits_cast, mask=(offs_m < buffer_row)[:, None])
+    return tl.dot(grad_logits_cast, k_tile, dq, input_precision=PRECISION)
 
 
 # ------------------------------------------------------------------------------------------------ backward, keys
 
 
 def _launch_grad_keys(
-    values: tuple[Tensor, ...], grad_k: Tensor, grad_v: Tensor, base: Tensor, shared: dict[str, Any]
+    tensors: tuple[Tensor, ...], grad_k: Tensor, grad_v: Tensor, origin: Tensor, shared_arguments: dict[str, Any]
 ) -> Tensor:
     """Fill `grad_k` and `grad_v`; return the gradient of where the keys read the table."""
-    q, k = values[:2]
+    q, k = tensors[:2]
     batch, heads, samples, depth = k.shape
-    tiles = choose_tiles("grad_keys", depth, q.dtype)
-    by_head = torch.empty((batch, heads, samples, 2), dtype=torch.float32, device=q.device)
-    _grad_keys[(triton.cdiv(samples, tiles.keys) * batch * heads,)](
-        *values,
+    config = default_config("grad_keys", depth, q.dtype)
+    grad_by_head = torch.empty((batch, heads, samples, 2), dtype=torch.float32, device=q.device)
+    _grad_keys[(triton.cdiv(samples, config.block_n) * batch * heads,)](
+        *tensors,
         grad_k,
         grad_v,
-        by_head,
-        *strides(*values[:4], grad_k, grad_v),
-        **shared,
-        **tiles.arguments(depth, q.dtype),
+        grad_by_head,
+        *strides(*tensors[:4], grad_k, grad_v),
+        **shared_arguments,
+        **config.arguments(depth, q.dtype),
     )
-    return by_head.unflatten(1, (base.shape[1], -1)).sum(2).to(base.dtype)
+    return grad_by_head.unflatten(1, (origin.shape[1], -1)).sum(2).to(origin.dtype)
 
 
-@triton.jit(do_not_specialize=_ANY_SIZE)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _grad_keys(
-    q, k, v, grad_out, lse, mean, grad_k, grad_v, grad_base,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_origin,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     heads, group_heads, queries, map_width, samples, scale, log2_scale,
     keys, cells, pitch, width, plane, step_y, step_x, UNIT: tl.constexpr, PACKED: tl.constexpr,
     DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(samples, BLOCK_N)
-    program = tl.program_id(0)
-    b, h = (program // tiles // heads).to(tl.int64), (program // tiles % heads).to(tl.int64)
-    n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    num_tiles = tl.cdiv(samples, BLOCK_N)
+    pid = tl.program_id(0)
+    b, h = (pid // num_tiles // heads).to(tl.int64), (pid // num_tiles % heads).to(tl.int64)
+    offs_n = pid % num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     cells += h * (plane if PACKED else 4 * plane)
     keys = keys_of_head(keys, b, h, heads, group_heads, pitch)
     q += b * q_b + h * q_h
     grad_out += b * out_b + h * out_h
     row = (b * heads + h) * queries
-    k_tile = load_rows(k + b * k_b + h * k_h, n, k_n, n < samples, DEPTH, BLOCK_D)
-    v_tile = load_rows(v + b * v_b + h * v_h, n, v_n, n < samples, DEPTH, BLOCK_D)
+    k_tile = load_rows(k + b * k_b + h * k_h, offs_n, k_n, offs_n < samples, DEPTH, BLOCK_D)
+    v_tile = load_rows(v + b * v_b + h * v_h, offs_n, v_n, offs_n < samples, DEPTH, BLOCK_D)
 
-    of_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    of_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    of_y = tl.zeros([BLOCK_N], tl.float32)
-    of_x = tl.zeros([BLOCK_N], tl.float32)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dy = tl.zeros([BLOCK_N], tl.float32)
+    dx = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, queries, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        q_tile = load_rows(q, m, q_m, m < queries, DEPTH, BLOCK_D)
-        cotangent = load_rows(grad_out, m, out_m, m < queries, DEPTH, BLOCK_D)
-        log2_total = tl.load(lse + row + m, mask=m < queries, other=float("inf")) * _LOG2_E  # as in `_grad_queries`
-        mean_of_row = tl.load(mean + row + m, mask=m < queries, other=0.0)
-        offset, rest_y, rest_x = query_cells(m, queries, map_width, width, step_y, step_x, UNIT)
-        bias, slope_y, slope_x = read_bias(cells + offset, rest_y, rest_x, keys, n, pitch, width, plane, UNIT, PACKED)
+        offs_m = start + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, offs_m, q_m, offs_m < queries, DEPTH, BLOCK_D)
+        grad_out_tile = load_rows(grad_out, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
+        lse_tile = tl.load(lse + row + offs_m, mask=offs_m < queries, other=float("inf")) * _LOG2_E
+        delta_tile = tl.load(delta + row + offs_m, mask=offs_m < queries, other=0.0)
+        cell_offset, frac_y, frac_x = query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT)
+        bias, slope_y, slope_x = read_bias(
+            cells + cell_offset, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT, PACKED
+        )
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * log2_scale + bias
-        weights = tl.exp2(logits - log2_total[None, :])
-        of_v = tl.dot(weights.to(cotangent.dtype), cotangent, of_v, input_precision=PRECISION)
-        grad_weights = tl.dot(v_tile, tl.trans(cotangent), input_precision=PRECISION)
-        grad_logits = weights * (grad_weights - mean_of_row[None, :])
-        of_k = tl.dot(grad_logits.to(q_tile.dtype), q_tile, of_k, input_precision=PRECISION)
-        of_y += tl.sum(grad_logits * slope_y, 1)
-        of_x += tl.sum(grad_logits * slope_x, 1)
-    store_rows(grad_k + b * dk_b + h * dk_h, n, dk_n, n < samples, of_k * scale, DEPTH, BLOCK_D)
-    store_rows(grad_v + b * dv_b + h * dv_h, n, dv_n, n < samples, of_v, DEPTH, BLOCK_D)
+        weights = tl.exp2(logits - lse_tile[None, :])
+        dv = tl.dot(weights.to(grad_out_tile.dtype), grad_out_tile, dv, input_precision=PRECISION)
+        grad_weights = tl.dot(v_tile, tl.trans(grad_out_tile), input_precision=PRECISION)
+        grad_logits = weights * (grad_weights - delta_tile[None, :])
+        dk = tl.dot(grad_logits.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dy += tl.sum(grad_logits * slope_y, 1)
+        dx += tl.sum(grad_logits * slope_x, 1)
+    store_rows(grad_k + b * dk_b + h * dk_h, offs_n, dk_n, offs_n < samples, dk * scale, DEPTH, BLOCK_D)
+    store_rows(grad_v + b * dv_b + h * dv_h, offs_n, dv_n, offs_n < samples, dv, DEPTH, BLOCK_D)
     # The cells hold log₂ e times the table.
-    at = grad_base + ((b * heads + h) * samples + n) * 2
-    tl.store(at, of_y * _LN_2, mask=n < samples)
-    tl.store(at + 1, of_x * _LN_2, mask=n < samples)
+    ptr = grad_origin + ((b * heads + h) * samples + offs_n) * 2
+    tl.store(ptr, dy * _LN_2, mask=offs_n < samples)
+    tl.store(ptr + 1, dx * _LN_2, mask=offs_n < samples)

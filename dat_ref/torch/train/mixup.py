@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def mix(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
+def mix_batch(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
     """Mix a batch; what chance decides comes from torch's own generator.
 
     Args:
@@ -25,24 +25,24 @@ def mix(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
     Returns:
         new images, and the share λ that each kept of its own.
     """
-    cutting = cutmix > 0 and (mixup == 0 or float(torch.rand(())) < 0.5)
-    alpha = cutmix if cutting else mixup
+    use_cutmix = cutmix > 0 and (mixup == 0 or float(torch.rand(())) < 0.5)
+    alpha = cutmix if use_cutmix else mixup
     if alpha == 0:
         return images, 1.0
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    others = images.flip(0)
-    if not cutting:
-        return share * images + (1 - share) * others, share
+    lam = float(torch.distributions.Beta(alpha, alpha).sample())
+    flipped = images.flip(0)
+    if not use_cutmix:
+        return lam * images + (1 - lam) * flipped, lam
     height, width = images.shape[2:]
-    top, bottom = _span(height, share)
-    left, right = _span(width, share)
+    top, bottom = _cutmix_interval(height, lam)
+    left, right = _cutmix_interval(width, lam)
     mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    mixed[:, :, top:bottom, left:right] = flipped[:, :, top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _span(length: int, share: float) -> tuple[int, int]:
+def _cutmix_interval(length: int, lam: float) -> tuple[int, int]:
     """Return from where to where a box reaches that would cover √(1 - share) of a side, but for the image's edge."""
-    half = round(length * math.sqrt(1 - share)) // 2
-    middle = int(torch.randint(length, ()))
-    return max(middle - half, 0), min(middle + half, length)
+    half = round(length * math.sqrt(1 - lam)) // 2
+    center = int(torch.randint(length, ()))
+    return max(center - half, 0), min(center + half, length)

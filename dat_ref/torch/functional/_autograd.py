@@ -12,17 +12,17 @@ from torch import Tensor
 def autograd_rule(
     operation: Callable[..., Any],
     backward: Callable[..., Any],
-    tensors: int,
-    twice: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    num_tensors: int,
+    double_backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Return what to register for ``"Autograd"``; `torch.library.register_autograd` does the same at thrice the cost.
 
     Args:
         operation: (tensors, geometry) → (out, lse), of which `out` is differentiable.
         backward: (cotangent of out, tensors, out, lse, geometry) → the gradients of the tensors.
-        tensors: how many of the arguments are tensors, the first ones.
-        twice: (cotangent of out, tensors, geometry, which gradients are needed) → the gradients of the tensors, None
-            where not needed, by operations that can be differentiated once more.
+        num_tensors: how many of the arguments are tensors, the first ones.
+        double_backward: (cotangent of out, tensors, geometry, which gradients are needed) → the gradients of the
+            tensors, None where not needed, by operations that can be differentiated once more.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -30,27 +30,27 @@ def autograd_rule(
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
             with torch._C._AutoDispatchBelowAutograd():
                 out, lse = operation(*args)
-            ctx.save_for_backward(*args[:tensors], out, lse)
-            ctx.geometry = args[tensors:]
+            ctx.save_for_backward(*args[:num_tensors], out, lse)
+            ctx.geometry = args[num_tensors:]
             ctx.mark_non_differentiable(lse)
             ctx.set_materialize_grads(False)
             return out, lse
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-            others = (None,) * len(ctx.geometry)
-            needed = ctx.needs_input_grad[:tensors]
+            no_grads = (None,) * len(ctx.geometry)
+            needed = ctx.needs_input_grad[:num_tensors]
             if grad_out is None:
-                return (None,) * tensors + others
+                return (None,) * num_tensors + no_grads
             if torch.is_grad_enabled():  # create_graph=True
-                if twice is None:
+                if double_backward is None:
                     raise NotImplementedError(f"{operation} has no second derivative; backend='matmul' has")
-                return twice(grad_out, ctx.saved_tensors[:tensors], ctx.geometry, needed) + others
+                return double_backward(grad_out, ctx.saved_tensors[:num_tensors], ctx.geometry, needed) + no_grads
             grads = backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-            return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)) + others
+            return tuple(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True)) + no_grads
 
     def rule(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(each.requires_grad for each in args[:tensors]):
+        if torch.is_grad_enabled() and any(each.requires_grad for each in args[:num_tensors]):
             return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return operation(*args)

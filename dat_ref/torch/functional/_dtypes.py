@@ -16,7 +16,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves matrix products as they are."""
     if tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type):  # meta has no autocast
         return torch.autocast(tensor.device.type, enabled=False)

@@ -14,59 +14,59 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Team:
+class DistributedContext:
     """Which process this is, of how many, and on which device it computes."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files and talks."""
         return self.rank == 0
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Add up over all processes."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def spread(self, model: nn.Module) -> None:
+    def broadcast(self, model: nn.Module) -> None:
         """Give all processes the weights of the first."""
-        if self.size > 1:
+        if self.world_size > 1:
             for leaf in (*model.parameters(), *model.buffers()):
                 dist.broadcast(leaf.detach(), 0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for the others."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
-def gathered() -> Iterator[Team]:
+def init_distributed() -> Iterator[DistributedContext]:
     """Join the processes that ``torchrun`` started, if it did, and part in the end."""
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+    world_size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if size == 1:
-        yield Team(device=device)
+    if world_size == 1:
+        yield DistributedContext(device=device)
         return
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Team(rank, size, device)
+        yield DistributedContext(rank, world_size, device)
     finally:
         dist.destroy_process_group()
         if not cuda:
-            time.sleep(_LETTING_GO)
+            time.sleep(_GLOO_SHUTDOWN_SECONDS)
 
 
 # The group outlives its destruction where a mesh is still known (cut weights), and gloo's threads let go of the last
 # tensors some time after whoever waited for them has gone on. That takes the interpreter's lock: if the interpreter has
 # ended by then, the process aborts ("terminate called without an active exception"), and a finished run counts as
 # failed. No call waits for it, so there is time for it here.
-_LETTING_GO = 1.0  # seconds
-_VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+_GLOO_SHUTDOWN_SECONDS = 1.0  # seconds
+_ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

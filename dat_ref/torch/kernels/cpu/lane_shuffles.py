@@ -24,13 +24,13 @@ inlined = njit(
 )
 
 
-def _mask(places: Iterable[int]) -> Any:
-    places = list(places)
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+def _mask(lanes: Iterable[int]) -> Any:
+    lanes = list(lanes)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
 
 
 @intrinsic
-def spread_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
+def load_broadcast_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
     """Return array[index : index + 4] in all quads."""
     vector = Vector(array.dtype, like.lanes)
 
@@ -44,15 +44,15 @@ def spread_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
 
 
 @intrinsic
-def quads_of(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+def broadcast_quads(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Return a in the lanes of the first quad, b, c and d in those of the others."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = context.get_value_type(like.dtype)
         four = ir.Constant(ir.VectorType(kind, QUAD), ir.Undefined)
-        for place in range(QUAD):
-            value = context.cast(builder, args[1 + place], sig.args[1 + place], like.dtype)
-            four = builder.insert_element(four, value, ir.Constant(ir.IntType(32), place))
+        for quad in range(QUAD):
+            value = context.cast(builder, args[1 + quad], sig.args[1 + quad], like.dtype)
+            four = builder.insert_element(four, value, ir.Constant(ir.IntType(32), quad))
         return builder.shuffle_vector(four, four, _mask(lane // QUAD for lane in range(like.lanes)))
 
     return like(like, a, b, c, d), lower
@@ -62,30 +62,30 @@ def quads_of(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 def quad_sums(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Return in lane 4·i + j the sum over quad i of the j-th vector."""
 
-    def halved(builder: Any, left: Any, right: Any) -> Any:
+    def horizontal_add(builder: Any, left: Any, right: Any) -> Any:
         """Return in each quad: the sums of two neighbors of the left vector, then of the right one."""
         even, odd = (
-            builder.shuffle_vector(left, right, _mask(quad + place + odd for quad in quads for place in places))
+            builder.shuffle_vector(left, right, _mask(quad + offset + odd for quad in quads for offset in offsets))
             for odd in (0, 1)
         )
         return builder.fadd(even, odd)
 
-    quads, places = range(0, a.lanes, QUAD), (0, 2, a.lanes, a.lanes + 2)
+    quads, offsets = range(0, a.lanes, QUAD), (0, 2, a.lanes, a.lanes + 2)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return halved(builder, halved(builder, *args[:2]), halved(builder, *args[2:]))
+        return horizontal_add(builder, horizontal_add(builder, *args[:2]), horizontal_add(builder, *args[2:]))
 
     return a(a, b, c, d), lower
 
 
 @intrinsic
-def interleave(typing: Any, target: Any, to: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """target[to + 16·k + 4·i + j] = the i-th vector's lane 4·k + j."""
+def interleave(typing: Any, target: Any, start: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """target[start + 16·k + 4·i + j] = the i-th vector's lane 4·k + j."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for k in range(LANES // QUAD):
-            pair = _mask(start + QUAD * k + j for start in (0, LANES) for j in range(QUAD))
-            halves = [builder.shuffle_vector(*args[first : first + 2], pair) for first in (2, 4)]
+            pair = _mask(first + QUAD * k + j for first in (0, LANES) for j in range(QUAD))
+            halves = [builder.shuffle_vector(*args[index : index + 2], pair) for index in (2, 4)]
             row = builder.shuffle_vector(*halves, _mask(range(LANES)))
             index = builder.add(args[1], ir.Constant(ir.IntType(64), LANES * k))
             pointer = address(context, builder, target, args[0], index, row.type)
@@ -96,7 +96,7 @@ def interleave(typing: Any, target: Any, to: Any, a: Any, b: Any, c: Any, d: Any
 
 
 @intrinsic(prefer_literal=True)
-def _swapped(typing: Any, vector: Any, distance: Any) -> Any:
+def _swap_lanes(typing: Any, vector: Any, distance: Any) -> Any:
     step = distance.literal_value
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -108,12 +108,12 @@ def _swapped(typing: Any, vector: Any, distance: Any) -> Any:
 @inlined
 def quad_maximum(vector: Any) -> Any:
     """Return in all lanes of a quad its largest one."""
-    vector = maximum(vector, _swapped(vector, 1))
-    return maximum(vector, _swapped(vector, 2))
+    vector = maximum(vector, _swap_lanes(vector, 1))
+    return maximum(vector, _swap_lanes(vector, 2))
 
 
 @inlined
 def quad_sum(vector: Any) -> Any:
     """Return in all lanes of a quad their sum."""
-    vector = vector + _swapped(vector, 1)
-    return vector + _swapped(vector, 2)
+    vector = vector + _swap_lanes(vector, 1)
+    return vector + _swap_lanes(vector, 2)

@@ -12,38 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from ..block import Block
-from .team import Team
+from .distributed import DistributedContext
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def cut(model: nn.Module, team: Team) -> None:
+def shard(model: nn.Module, context: DistributedContext) -> None:
     """Cut a model's weights over all processes, block by block, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(team.device.type, (team.size,))
+    mesh = init_device_mesh(context.device.type, (context.world_size,))
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also the outermost, so that evaluation leaves slices
 
 
-def whole(values: Any) -> Any:
+def gather_full(values: Any) -> Any:
     """Return a state with every cut tensor put together. All processes must take part."""
     if isinstance(values, dict):
-        return {name: whole(value) for name, value in values.items()}
-    return values.full_tensor() if _is_cut(values) else values
+        return {name: gather_full(value) for name, value in values.items()}
+    return values.full_tensor() if _is_sharded(values) else values
 
 
-def cut_like(value: Any, leaf: Tensor) -> Any:
+def shard_like(value: Any, leaf: Tensor) -> Any:
     """Return this process's slice of a tensor that goes with a parameter, if the parameter is cut."""
-    if not _is_cut(leaf) or value.shape != leaf.shape:  # AdamW's count of steps is a number
+    if not _is_sharded(leaf) or value.shape != leaf.shape:  # AdamW's count of steps is a number
         return value
     # Every process has read the whole: each takes its own part, and nothing is sent.
     return distribute_tensor(value.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def _is_cut(value: Any) -> bool:
+def _is_sharded(value: Any) -> bool:
     return torch.distributed.is_available() and isinstance(value, DTensor)

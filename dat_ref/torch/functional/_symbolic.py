@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 
-def surely_zero(*amounts: int) -> bool:
+def statically_zero(*values: int) -> bool:
     """Return whether all amounts are 0; of symbols, whether they are for whatever they may stand for.
 
-    >>> surely_zero(0, 0), surely_zero(0, 1)
+    >>> statically_zero(0, 0), statically_zero(0, 1)
     (True, False)
     """
     if not torch.compiler.is_compiling():
-        return not any(amounts)
+        return not any(values)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return all(statically_known_true(amount == 0) for amount in amounts)
+    return all(statically_known_true(value == 0) for value in values)
 
 
 def ceil_div(length: int, cell: int) -> int:

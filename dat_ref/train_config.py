@@ -1,0 +1,163 @@
+"""What a training run is: everything that decides its result, as data. `dat_ref.torch.train` carries it out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ._checks import ConfigError
+
+CONFIG_FILE = "train_config.json"  # in the folder of a run
+AMP_DTYPES = ("none", "bfloat16", "float16")
+# What may differ between a run and the one that goes on from its checkpoint: it changes how, not what.
+NON_SEMANTIC_FIELDS = ("workers", "compile", "grad_checkpointing", "shard", "save_every")
+
+
+def option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Batches are global: with several processes each takes its share, and the result is that of one.
+
+    >>> config = TrainConfig(model="dat_tiny", epochs=2)
+    >>> TrainConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    model: str = option("dat_nano", "name of the model, see dat_ref.torch.list_models()")
+    attention: str = option("", "what takes the place of deformable attention, see dat_ref.peers.swap")
+    data: str = option("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*")
+    task: str = option("which", "of the scenes: which, which_all, where or count")
+    image_size: int = option(64, "side of the images, pixels")
+    epochs: int = option(40, "how often the data is gone through")
+    scenes_per_epoch: int = option(16384, "of scenes; every epoch has new ones")
+    batch_size: int = option(64, "images of a step, over all processes")
+    learning_rate: float = option(1e-3, "at its highest")
+    min_learning_rate: float = option(1e-5, "at the end of the cosine")
+    warmup_epochs: float = option(1.0, "of a learning rate that rises linearly")
+    weight_decay: float = option(0.05, "of matrices; never of biases, norms and bias tables")
+    clip: float = option(5.0, "norm that the gradient is cut to; 0 for none")
+    label_smoothing: float = option(0.0, "share of a target that is spread over all classes")
+    mixup: float = option(0.0, "α of blending two images, 0 for without; with both, a coin decides for each batch")
+    cutmix: float = option(0.0, "α of pasting a part of one image into another, 0 for without")
+    drop_path: float = option(0.0, "stochastic depth at the last block")
+    ema: float = option(0.0, "decay of the averaged weights that are evaluated and kept; 0 for none")
+    amp: str = option("none", "precision of products: none, bfloat16 or float16")
+    compile: bool = option(False, "run under torch.compile")
+    grad_checkpointing: bool = option(False, "compute activations twice and keep few")
+    shard: bool = option(False, "cut the weights over the processes (FSDP2), for models too large for one device")
+    seed: int = option(0, "of everything that chance decides")
+    workers: int = option(0, "processes that prepare data")
+    save_every: int = option(0, "steps between checkpoints, besides one an epoch; 0 for none")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            _check_type(each.name, getattr(self, each.name), type(each.default))
+        for name, minimum in (("image_size", 32), ("epochs", 1), ("scenes_per_epoch", 1), ("batch_size", 1)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name}: expected {minimum} or more, got {getattr(self, name)}")
+        for name in ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("label_smoothing", "drop_path", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected 0 ≤ {name} < 1, got {getattr(self, name)}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ConfigError(
+                f"learning_rate: expected 0 ≤ min_learning_rate ≤ learning_rate, got {self.min_learning_rate} and "
+                f"{self.learning_rate}"
+            )
+        if self.amp not in AMP_DTYPES:
+            raise ConfigError(f"amp: expected one of {', '.join(AMP_DTYPES)}, got {self.amp!r}")
+        if self.shard and self.amp == "float16":
+            raise ConfigError("amp: expected none or bfloat16 with shard, got 'float16'")
+
+    def to_json(self) -> str:
+        """Return the config as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: if it is no JSON object, or a field is unknown or of another type.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"train config: expected JSON, got what is none: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"train config: expected a JSON object of fields, got a {type(values).__name__}")
+        return cls.from_mapping(values)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from fields by name; the others keep their defaults."""
+        unknown = sorted(set(values) - {each.name for each in fields(cls)})
+        if unknown:
+            raise ConfigError(f"train config: unknown fields {', '.join(unknown)}")
+        return cls(**values)
+
+    def changes(self, other: TrainConfig) -> list[str]:
+        """Return what would make another run of it: "name: ours, theirs" for each field that differs."""
+        pairs = ((each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+        return [
+            f"{name}: {ours!r}, {theirs!r}"
+            for name, ours, theirs in pairs
+            if ours != theirs and name not in NON_SEMANTIC_FIELDS
+        ]
+
+
+def config_path(folder: Path) -> Path:
+    """Return the config file of a run: ``train_config.json``, or the ``recipe.json`` of a run of an earlier version."""
+    path, old = folder / CONFIG_FILE, folder / "recipe.json"
+    return old if old.is_file() and not path.is_file() else path
+
+
+def _check_type(name: str, value: Any, kind: type[Any]) -> None:
+    accepted: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(float(value)):
+        raise ConfigError(f"{name}: expected a finite number, got {value}")
+
+
+LAPTOP = TrainConfig()
+# 300 epochs of ImageNet with AdamW, cosine, 20 of them warming up; the learning rate is that of a batch of 1024.
+RELEASED = TrainConfig(
+    model="dat_tiny",
+    data="imagenet",
+    image_size=224,
+    epochs=300,
+    batch_size=1024,
+    learning_rate=1e-3,
+    min_learning_rate=1e-5,
+    warmup_epochs=20,
+    label_smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    drop_path=0.2,
+    amp="bfloat16",
+    workers=8,
+)
+PRESETS = {"laptop": LAPTOP, "released": RELEASED}
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """Return a preset with some fields changed.
+
+    >>> preset("released", batch_size=256).epochs
+    300
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name], **changes)
