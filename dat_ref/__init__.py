@@ -18,7 +18,7 @@ Reading order, which is also the import order (a module imports only from those 
 `dat_ref.peers`             the systems that it is compared with; two of them serve in the backbones' local blocks
 `dat_ref.block`             the Transformer block
 `dat_ref.backbone`          the whole backbone
-`dat_ref.initialization`    first values
+`dat_ref.initialization`    parameter initialization
 ==========================  ====================================================================================
 
 Beyond the trail, each imported when it is first used:

@@ -1,4 +1,4 @@
-"""First values: what a model starts from before it has learned anything.
+"""Parameter initialization.
 
 Weights and biases are uniform in ±1/√fan_in: PyTorch's default, which is what the released models start from
 (their own ``reset_parameters`` changes nothing). Norms are one and zero. Bias tables are normal, σ = 0.01 (0.02
@@ -30,7 +30,7 @@ def init_params(
     offsets: Init = "released",
     dtype: Any = np.float32,
 ) -> Tree:
-    """Return seeded first values for a backbone or for one attention layer.
+    """Return seeded initial parameters for a backbone or for one attention layer.
 
     Args:
         config: what to make parameters for.

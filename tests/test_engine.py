@@ -25,7 +25,7 @@ from dat_ref.torch.train import checkpoint, evaluate, fit, loop, optimizer  # no
 from dat_ref.torch.train.evaluate import correct_predictions, per_sample_loss  # noqa: E402
 from dat_ref.torch.train.log import read_rows  # noqa: E402
 from dat_ref.train import scheduled_rate  # noqa: E402
-from dat_ref.train_config import PRESETS, TrainConfig, preset  # noqa: E402
+from dat_ref.train_config import PRESETS, TrainConfig, config_path, preset  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -117,6 +117,21 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
     again = run(tmp_path, on_step=lambda step, loss: pytest.fail("took a step"))
     assert is_that_run(tmp_path, again, whole)
     assert again.scores == first.scores
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(tmp_path, whole):
+    """Its checkpoints say "recipe" and "average", and its file is recipe.json."""
+    stopped_after(tmp_path, 5)
+    old = {"config": "recipe", "ema": "average"}
+    state = checkpoint.load_latest(tmp_path)
+    assert set(old) < set(state)
+    for path in checkpoint.list_checkpoints(tmp_path):
+        path.unlink()
+    checkpoint.save(tmp_path, state["step"], {old.get(name, name): value for name, value in state.items()})
+    (tmp_path / "train_config.json").rename(tmp_path / "recipe.json")
+    assert TrainConfig.from_json(config_path(tmp_path).read_text(encoding="utf-8")) == CONFIG
+    assert is_that_run(tmp_path, run(tmp_path), whole)
+    assert config_path(tmp_path) == tmp_path / "train_config.json"
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -171,11 +171,11 @@ def test_a_whole_run_on_a_disk_that_fills_up(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (300 if 3 <= step < 6 else soft, hard))
 
     try:
-        with pytest.warns(UserWarning, match="could not be written") as told:
+        with pytest.warns(UserWarning, match="could not be written") as caught:
             result = run(tmp_path / "full", on_step=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {Path(str(each.message).partition(":")[0]).name for each in told} >= {"log.csv", "step-00000006.ckpt"}
+    assert {Path(str(each.message).partition(":")[0]).name for each in caught} >= {"log.csv", "step-00000006.ckpt"}
     assert result.scores == expected.scores
     assert (tmp_path / "full" / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
     assert not list((tmp_path / "full").glob(".*"))

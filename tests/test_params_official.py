@@ -211,7 +211,7 @@ def uniform_probability(values, bound):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_first_values_follow_the_rule(release):
+def test_initialization_follows_the_rule(release):
     """Uniform ±1/√fan_in, norms one and zero, tables normal (σ 0.01, neighborhoods 0.02), layer scale its value."""
     backbone = replace(tiny(release), num_classes=50)
     params, shapes = flatten(init_params(backbone, 0, dtype=np.float64)), flatten(dat_shapes(backbone))
@@ -235,7 +235,7 @@ def test_first_values_follow_the_rule(release):
         assert stats.kstest(entries, stats.norm(0, sigma).cdf).pvalue > 1e-4, kind
 
 
-def test_every_layer_s_first_values_are_its_own():
+def test_every_layer_has_its_own_initialization():
     """No two weights of one shape are alike: the generator runs on from leaf to leaf."""
     leaves = [leaf for leaf in flatten(init_params(tiny("datpp2023"), 0)).values() if leaf.ndim > 1]
     firsts = [float(leaf.flat[0]) for leaf in leaves]
@@ -254,7 +254,7 @@ def test_seeds_repeat_and_differ():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_first_values_have_the_precision_asked_for(dtype):
+def test_initialization_has_the_requested_precision(dtype):
     """Every leaf has the dtype asked for, float32 by default."""
     leaves = flatten(init_params(tiny("datpp2023"), 0, dtype=dtype)).values()
     assert {leaf.dtype for leaf in leaves} == {np.dtype(dtype)}

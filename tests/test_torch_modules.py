@@ -426,7 +426,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert not DropPath(1.0)(x).any()
 
 
-def test_first_values():
+def test_initialization():
     config = DeformableAttentionConfig(dim=64, heads=8, groups=2, size=(20, 20))
     still = dt.DeformableAttention(config, init="zero_offset")
     _, trace = still(torch.randn(2, 64, 20, 20), return_trace=True)

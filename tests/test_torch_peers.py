@@ -98,7 +98,7 @@ def assert_module_shape(config, size):
 
 
 @each_peer
-def test_names_and_first_values_are_those_of_the_spec(config):
+def test_names_and_initialization_are_those_of_the_spec(config):
     """The same names, shapes and order of magnitude; the same numbers where a rule fixes them."""
     wide = replace(config, dim=48)
     module = attention_module(wide)

@@ -331,7 +331,7 @@ def test_the_check_rejects_a_wrong_kernel(name, monkeypatch):
 # ------------------------------------------------------------------------------------------------ tuning
 
 
-def test_the_fastest_tiles_are_looked_for_once(monkeypatch):
+def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     """With cudnn.benchmark, on a CUDA device, without deterministic algorithms: and only then."""
 
     class Elsewhere:

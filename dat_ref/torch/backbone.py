@@ -214,13 +214,13 @@ class DAT(SpecModule):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
-        wanted = self._stage_indices(indices)
+        selected = self._stage_indices(indices)
         maps: list[Tensor] = []
         x = self._embed(x)
         last = len(self.stages) - 1
-        for index in range(max(wanted, default=-1) + 1 if stop_early else last + 1):
+        for index in range(max(selected, default=-1) + 1 if stop_early else last + 1):
             x = self._run_stage(x, index)
-            if index in wanted:
+            if index in selected:
                 maps.append(self.norm(x) if norm and index == last else x)
         if output_fmt == "NHWC":
             maps = [each.permute(0, 2, 3, 1) for each in maps]
@@ -230,10 +230,10 @@ class DAT(SpecModule):
         count = len(self.stages)
         if indices is None:
             return list(range(count))
-        given = list(range(count - indices, count)) if isinstance(indices, int) else list(indices)
-        if any(not -count <= index < count for index in given):
+        selected = list(range(count - indices, count)) if isinstance(indices, int) else list(indices)
+        if any(not -count <= index < count for index in selected):
             raise ConfigError(f"indices: expected stages from {-count} to {count - 1}, got {indices}")
-        return sorted(index % count for index in given)
+        return sorted(index % count for index in selected)
 
     def _embed(self, x: Tensor) -> Tensor:
         check_map("x", x, self.in_chans)
@@ -329,14 +329,14 @@ class DAT(SpecModule):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what comes behind the last stage asked for, perhaps norm and head too; return the stages asked for."""
-        wanted = self._stage_indices(indices)
-        count = max(wanted, default=-1) + 1
+        selected = self._stage_indices(indices)
+        count = max(selected, default=-1) + 1
         self.stages, self.downsamples = self.stages[:count], self.downsamples[: max(count - 1, 0)]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-        return wanted
+        return selected
 
     # -------------------------------------------------------------------------------------------- released names
 

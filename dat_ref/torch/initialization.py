@@ -1,4 +1,4 @@
-"""First values: the rules of `dat_ref.initialization`, drawn from torch's generator.
+"""Parameter initialization: the rules of `dat_ref.initialization`, drawn from torch's generator.
 
 Linear layers and convolutions keep PyTorch's own default, uniform in ±1/√fan_in, which is what the released models
 start from. What remains are the bias tables and the offset network's last layer.

@@ -63,7 +63,7 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random first values if None. A
+        checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random initialization if None. A
             head for another number of classes is left out, with a warning: for fine-tuning.
         num_classes: of the head; 0 for none.
         in_chans: channels of the images.

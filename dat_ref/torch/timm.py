@@ -8,7 +8,7 @@ it::
     overlay = {"file": "dat_tiny_in1k_224.pth"}
     model = timm.create_model("dat_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
 
-With another number of classes than the file's the head keeps its first values. Files with released names also load
+With another number of classes than the file's the head keeps its initialization. Files with released names also load
 through timm's own ``checkpoint_path=`` and ``load_state_dict``.
 """
 
@@ -114,7 +114,7 @@ def _entrypoint(name: str) -> Callable[..., DAT]:
         if pretrained and not settings.file:
             raise RuntimeError(
                 f"No pretrained weights exist for {name} that could be fetched. Download the released file and pass "
-                "pretrained_cfg_overlay={'file': PATH}, or use pretrained=False for random first values."
+                "pretrained_cfg_overlay={'file': PATH}, or use pretrained=False for random initialization."
             )
         options = {key: value for key, value in options.items() if value is not None}
         options.setdefault("num_classes", settings.num_classes)

@@ -63,7 +63,7 @@ class MultiScaleDeformableAttention(PeerAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set first values: a ring of offsets, equal weights, projections by Xavier."""
+        """Initialize: a ring of offsets, equal weights, projections by Xavier."""
         config = self.config
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Linear)

@@ -114,7 +114,7 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         found = _image_paths(self.root)
         self.classes = tuple(sorted(found) if classes is None else classes)
         self._check_classes(found)
-        self.samples = [(path, number) for number, name in enumerate(self.classes) for path in found.get(name, [])]
+        self.samples = [(path, label) for label, name in enumerate(self.classes) for path in found.get(name, [])]
         _check_readable([path for path, _ in self.samples])
         self._transform = _augmentation() if augment else None
 
@@ -167,18 +167,18 @@ def _image_paths(root: Path) -> dict[str, list[Path]]:
     if not folders:
         raise ConfigError(f"{root}: expected a folder for each class, and it has no folders")
     found: dict[str, list[Path]] = {}
-    others: list[str] = []
+    skipped: list[str] = []
     for folder in folders:
         files = sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith("."))
         found[folder.name] = [each for each in files if each.suffix.lower() in SUFFIXES]
-        others += [str(each.relative_to(root)) for each in files if each.suffix.lower() not in SUFFIXES]
+        skipped += [str(each.relative_to(root)) for each in files if each.suffix.lower() not in SUFFIXES]
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise ConfigError(
             f"{root}: no pictures in {_list_some(empty, 'class', 'classes')}; expected {', '.join(SUFFIXES)}"
         )
-    if others:
-        warnings.warn(f"{root}: left out {_list_some(others, 'file', 'files')} with other endings", stacklevel=4)
+    if skipped:
+        warnings.warn(f"{root}: left out {_list_some(skipped, 'file', 'files')} with other endings", stacklevel=4)
     return found
 
 

@@ -308,8 +308,8 @@ class _Run:
         )
         leaves = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
         moments = {
-            number: {name: sharding.shard_like(value, leaves[number]) for name, value in moment.items()}
-            for number, moment in state["optimizer"]["state"].items()
+            index: {name: sharding.shard_like(value, leaves[index]) for name, value in moment.items()}
+            for index, moment in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.scaler.load_state_dict(state["scaler"])
@@ -318,9 +318,9 @@ class _Run:
         self.step, self.best = state["step"], state["best"]
 
 
-def _derive_seed(*numbers: int) -> int:
+def _derive_seed(*values: int) -> int:
     """Return one seed for several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager

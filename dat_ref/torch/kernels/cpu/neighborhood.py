@@ -167,8 +167,8 @@ def _num_band_groups(length: int, band: int, num_keys: int) -> int:
     """Return how far apart bands of a sub-map of so many rows must be to have no key in common."""
     bands = list(_band_key_ranges(length, band, num_keys))
     band_groups = 1
-    for number, (_, stop) in enumerate(bands):
-        while number + band_groups < len(bands) and bands[number + band_groups][0] < stop:
+    for index, (_, stop) in enumerate(bands):
+        while index + band_groups < len(bands) and bands[index + band_groups][0] < stop:
             band_groups += 1
     return band_groups
 

@@ -44,12 +44,12 @@ from .neighborhood_packing import (
     fill_bias,
     fill_masks,
     fold_bias,
+    load_shape,
     make_map,
     make_tile,
     pack,
     query_index,
     row_visibility,
-    shape_of,
     unpack,
 )
 from .strided_io import strided_tensor
@@ -204,7 +204,7 @@ def _zeroed_scratch(call: Any, arrays: int) -> Any:
 def forward(call: Any) -> None:
     """Compute bands of maps until none is left: what each thread does."""
     call = carray(call, 1)[0]
-    memory, shape = _forward_memory(call), shape_of(call)
+    memory, shape = _forward_memory(call), load_shape(call)
     head, work_item = -1, fetch_add(call, 0)
     while work_item < call.work_items:
         for column in range(min(shape.dilation, shape.width)):
@@ -304,7 +304,7 @@ def _backward_memory(call: Any) -> Backward:
 def backward(call: Any) -> None:
     """Compute bands of maps, of one group: those that have no key in common."""
     call = carray(call, 1)[0]
-    memory, shape = _backward_memory(call), shape_of(call)
+    memory, shape = _backward_memory(call), load_shape(call)
     group_bands = -(-(shape.num_bands - call.group) // shape.band_groups)  # of a map, in this group
     head, work_item = -1, fetch_add(call, 0)
     while work_item < call.work_items:
@@ -325,7 +325,7 @@ def backward(call: Any) -> None:
 def add_bias_gradients(call: Any) -> None:
     """Add up the gradients of bias that `backward` has left for each band of each map, head by head."""
     call = carray(call, 1)[0]
-    shape = shape_of(call)
+    shape = load_shape(call)
     bands = shape.batch * min(shape.dilation, shape.height) * shape.num_bands
     zero = broadcast(call.zero, LANES)
     head = fetch_add(call, 0)

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 @compiled
-def shape_of(call: Any) -> Shape:
+def load_shape(call: Any) -> Shape:
     """Return the sizes as values: what stands in memory would be read again after every store."""
     return Shape(
         call.batch, call.heads, call.height, call.width, call.depth, call.kernel, call.dilation, call.keys_y,

@@ -57,11 +57,11 @@ class _VectorModel(models.PrimitiveModel):
 # ------------------------------------------------------------------------------------------------ arithmetic
 
 
-def _broadcast_value(context: Any, builder: Any, value: Any, given: types.Type, vector: Vector) -> Any:
+def _broadcast_value(context: Any, builder: Any, value: Any, value_type: types.Type, vector: Vector) -> Any:
     """All lanes the one value, converted to the vector's element type; a vector stays what it is."""
-    if isinstance(given, Vector):
+    if isinstance(value_type, Vector):
         return value
-    scalar = context.cast(builder, value, given, vector.dtype)
+    scalar = context.cast(builder, value, value_type, vector.dtype)
     empty = ir.Constant(context.get_value_type(vector), ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), None))
