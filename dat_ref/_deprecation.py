@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def deprecated_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -25,3 +29,25 @@ def deprecated_names(module: str, names: Mapping[str, str]) -> Callable[[str], A
         return getattr(import_module(owner), new)
 
     return __getattr__
+
+
+def deprecated_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function that still takes keyword arguments under their old names, with a warning.
+
+    Args:
+        names: new names by old ones.
+    """
+
+    def decorator(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in names.items():
+                if old in kwargs:
+                    message = f"{function.__name__}: {old}= is deprecated, use {new}="
+                    warnings.warn(message, DeprecationWarning, stacklevel=2)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorator

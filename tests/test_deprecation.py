@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 import dat_ref
-from dat_ref import DeformableAttentionConfig, OffsetBound
+from dat_ref import ConfigError, DeformableAttentionConfig, OffsetBound
 
 MODULES = {
     "dat_ref.recipe": {
@@ -58,6 +58,44 @@ def test_old_names_are_not_public_and_unknown_ones_are_errors(module):
     assert not set(MODULES[module]) & set(getattr(loaded, "__all__", ()))
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Nothing'"):
         _ = loaded.Nothing
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("leads", "is_main"),
+        ("size", "world_size"),
+        ("spread", "broadcast"),
+        ("total", "all_reduce_sum"),
+        ("wait", "barrier"),
+    ],
+)
+def test_old_attributes_of_the_distributed_context(old, new):
+    context = load("dat_ref.torch.train").DistributedContext()
+    with pytest.warns(DeprecationWarning, match=f"^DistributedContext.{old} is deprecated, use {new}$"):
+        assert getattr(context, old) == getattr(context, new)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = context.nothing
+
+
+def test_old_keywords_are_passed_on_and_warn():
+    train, functional = load("dat_ref.torch.train"), load("dat_ref.torch.functional")
+    config = train.TrainConfig(model="dat_nanoo")
+    with pytest.warns(DeprecationWarning, match="recipe= is deprecated, use config="), pytest.raises(ConfigError):
+        train.build_model(recipe=config, classes=3)
+    with (
+        pytest.warns(DeprecationWarning, match="is deprecated, use") as caught,
+        pytest.raises(ConfigError, match="expected images"),
+    ):
+        train.fit(recipe=config, train=[], held_out=[], out="", team=None)
+    assert [str(each.message) for each in caught] == [
+        "fit: recipe= is deprecated, use config=",
+        "fit: team= is deprecated, use context=",
+    ]
+    with pytest.warns(DeprecationWarning, match="team= is deprecated"), pytest.raises(ValueError, match="one image"):
+        train.evaluate(None, [], team=None)
+    with pytest.warns(DeprecationWarning, match="what= is deprecated"), pytest.raises(ValueError, match="'auto'"):
+        functional.register_backend("auto", None, what="")
 
 
 def test_tanh_pixels_is_tanh_cells():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..._deprecation import deprecated_keywords
 from ...config import BiasResolution
 from ...conventions import Convention
 from .grid import Size
@@ -68,6 +69,7 @@ _BACKENDS: dict[str, Backend] = {}
 _WARNED: set[str] = set()
 
 
+@deprecated_keywords(what="description")
 def register_backend(
     name: str,
     run: CoreFunction,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+_OLD_NAMES = {
+    "leads": "is_main",
+    "size": "world_size",
+    "spread": "broadcast",
+    "total": "all_reduce_sum",
+    "wait": "barrier",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,16 @@ class DistributedContext:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Resolve the old name of an attribute."""
+            if name not in _OLD_NAMES:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            new = _OLD_NAMES[name]
+            warnings.warn(f"DistributedContext.{name} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
 
     @property
     def is_main(self) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..._deprecation import deprecated_keywords
 from .distributed import DistributedContext
 
 
@@ -42,6 +43,7 @@ def correct_predictions(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.argmax(1) == targets if targets.ndim == 1 else ((logits > 0) == (targets > 0.5)).all(1)
 
 
+@deprecated_keywords(team="context")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Any, *, batch_size: int = 128, context: DistributedContext | None = None, workers: int = 0

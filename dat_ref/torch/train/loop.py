@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..._checks import ConfigError
+from ..._deprecation import deprecated_keywords
 from ...train import scheduled_rate
 from ...train_config import CONFIG_FILE, TrainConfig
 from .. import models
@@ -46,6 +47,7 @@ class Result:
     steps: int
 
 
+@deprecated_keywords(recipe="config")
 def build_model(config: TrainConfig, classes: int) -> nn.Module:
     """Return the model of a config with its initial weights."""
     torch.manual_seed(config.seed)
@@ -61,6 +63,7 @@ def build_model(config: TrainConfig, classes: int) -> nn.Module:
     return model
 
 
+@deprecated_keywords(recipe="config", team="context")
 def fit(
     config: TrainConfig,
     train: Any,
