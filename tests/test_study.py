@@ -84,7 +84,7 @@ def test_stored_scenes_are_those_that_were_drawn(tmp_path):
         for ours, theirs in zip(stored, drawn, strict=True):
             assert torch.equal(ours[0], theirs[0])
             assert ours[1] == theirs[1]
-    with pytest.raises(IndexError, match="number: expected 0 ≤ number < 4, got 4"):
+    with pytest.raises(IndexError, match="index: expected 0 ≤ index < 4, got 4"):
         stored[4]
 
 
