@@ -111,11 +111,13 @@ def dat_shapes(config: DATConfig) -> Tree:
     else:
         widths = (config.in_channels, dims[0] // 2, dims[0])
         embedding = [_embed_shapes(widths[i], widths[i + 1], kernel=3, bias=True) for i in range(2)]
-    between = 2 if config.patch_embedding == "patch" else 3
+    downsample_kernel = 2 if config.patch_embedding == "patch" else 3
     shapes: dict[str, Tree] = {
         "patch_embedding": embedding,
         "stages": [{"blocks": [block_shapes(block) for block in blocks]} for blocks in config.stages],
-        "downsamples": [_embed_shapes(dims[i], dims[i + 1], between, bias=False) for i in range(len(dims) - 1)],
+        "downsamples": [
+            _embed_shapes(dims[i], dims[i + 1], downsample_kernel, bias=False) for i in range(len(dims) - 1)
+        ],
         "norm": _affine_shapes(dims[-1]),
     }
     if config.num_classes:
@@ -142,7 +144,7 @@ class Step(NamedTuple):
 
     stage: int
     block: int
-    entering: list[
+    embeddings: list[
         EmbedTrace
     ]  # of the embedding or downsampling that led into the stage; empty but for its first block
     trace: BlockTrace
@@ -153,7 +155,7 @@ class Step(NamedTuple):
 class StageTrace:
     """One stage: what led into it, its blocks, its output map."""
 
-    entering: list[EmbedTrace]
+    embeddings: list[EmbedTrace]
     blocks: list[BlockTrace]
     output: Array  # (B, C, H, W)
 
@@ -197,14 +199,14 @@ class DAT:
             ShapeError, ConfigError: if an image does not fit, from the first step on.
         """
         x = check_map("x", x, self.config.in_channels)
-        y, entering = embed_image(x, self.params["patch_embedding"])
+        y, embeddings = embed_image(x, self.params["patch_embedding"])
         for stage, blocks in enumerate(self.config.stages):
             if stage:
                 y, trace = embed(y, **self.params["downsamples"][stage - 1])
-                entering = [trace]
+                embeddings = [trace]
             for index, block_config in enumerate(blocks):
                 y, block_trace = block(y, self.params["stages"][stage]["blocks"][index], block_config)
-                yield Step(stage, index, entering if index == 0 else [], block_trace, y)
+                yield Step(stage, index, embeddings if index == 0 else [], block_trace, y)
 
     @overload
     def __call__(self, x: Array, return_trace: Literal[False] = ...) -> Array: ...
@@ -242,10 +244,10 @@ class DAT:
     def _trace(self, x: Array) -> DATTrace:
         steps = list(self.walk(x))
         stages = []
-        for number in range(len(self.config.stages)):
-            of_stage = [step for step in steps if step.stage == number]
-            blocks = [step.trace for step in of_stage]
-            stages.append(StageTrace(of_stage[0].entering, blocks, of_stage[-1].output))
+        for stage in range(len(self.config.stages)):
+            stage_steps = [step for step in steps if step.stage == stage]
+            blocks = [step.trace for step in stage_steps]
+            stages.append(StageTrace(stage_steps[0].embeddings, blocks, stage_steps[-1].output))
         normed = layer_norm(stages[-1].output, **self.params["norm"])
         return DATTrace(stages, normed, normed.mean(axis=(2, 3)))
 
@@ -268,8 +270,8 @@ class DAT:
             head = linear_vjp(cotangent[:, :, None], trace.pooled[:, :, None], **params["head"])
             cotangent, grads["head"] = head.x[:, :, 0], head.params
         height, width = trace.normed.shape[2:]
-        spread = np.broadcast_to(cotangent[:, :, None, None] / (height * width), trace.normed.shape)
-        norm = layer_norm_vjp(spread, trace.stages[-1].output, **params["norm"])
+        grad_normed = np.broadcast_to(cotangent[:, :, None, None] / (height * width), trace.normed.shape)
+        norm = layer_norm_vjp(grad_normed, trace.stages[-1].output, **params["norm"])
         grad, grads["norm"] = norm.x, norm.params
         grads["stages"] = [{"blocks": [None] * len(blocks)} for blocks in self.config.stages]
         grads["downsamples"] = [None] * (len(self.config.stages) - 1)
@@ -285,10 +287,10 @@ class DAT:
             grad, block_grads = block_vjp(grad, trace.blocks[index], params[index], config)
             grads["stages"][stage]["blocks"][index] = block_grads
         if stage == 0:
-            grad, grads["patch_embedding"] = embed_image_vjp(grad, trace.entering, self.params["patch_embedding"])
+            grad, grads["patch_embedding"] = embed_image_vjp(grad, trace.embeddings, self.params["patch_embedding"])
             return grad
         downsample = self.params["downsamples"][stage - 1]
-        grad, grads["downsamples"][stage - 1] = embed_vjp(grad, trace.entering[0], **downsample)
+        grad, grads["downsamples"][stage - 1] = embed_vjp(grad, trace.embeddings[0], **downsample)
         return grad
 
     # -------------------------------------------------------------------------------------------- released names
@@ -314,14 +316,14 @@ class DAT:
 def dat_macs(batch: int, size: Size, config: DATConfig) -> int:
     """Multiply-adds of the whole backbone on images of `size`."""
     stem = dat_shapes(config)["patch_embedding"]
-    total, between = 0, 2 if config.patch_embedding == "patch" else 3
+    total, downsample_kernel = 0, 2 if config.patch_embedding == "patch" else 3
     for part in stem:
         channels_out, channels_in, kernel, _ = part["projection"]["weight"]
         macs, size = embed_macs(batch, size, channels_in, channels_out, kernel)
         total += macs
     for stage, blocks in enumerate(config.stages):
         if stage:
-            macs, size = embed_macs(batch, size, config.dims[stage - 1], config.dims[stage], between)
+            macs, size = embed_macs(batch, size, config.dims[stage - 1], config.dims[stage], downsample_kernel)
             total += macs
         total += sum(block_macs(batch, size, block_config) for block_config in blocks)
     return total + linear_macs(batch, config.dims[-1], config.num_classes)

@@ -63,32 +63,32 @@ class MLPTrace:
 
     x: Array  # (B, C, H, W)
     hidden: Array
-    mixed: Array  # after the depthwise convolution; the same as `hidden` without one
+    pre_activation: Array  # after the depthwise convolution; the same as `hidden` without one
     activated: Array
 
 
 def mlp(x: Array, params: Tree, kind: str) -> tuple[Array, MLPTrace]:
     """Two linear layers with a GELU between, and perhaps a depthwise convolution: see the module's equations."""
     hidden = linear(x, **params["linear1"])
-    mixed = hidden
+    pre_activation = hidden
     if kind != "linear":
-        mixed = depthwise_conv2d(hidden, **params["depthwise"], padding=SAME_3X3)
+        pre_activation = depthwise_conv2d(hidden, **params["depthwise"], padding=SAME_3X3)
     if kind == "depthwise_residual":
-        mixed = hidden + mixed
-    activated = gelu(mixed)
-    return linear(activated, **params["linear2"]), MLPTrace(x, hidden, mixed, activated)
+        pre_activation = hidden + pre_activation
+    activated = gelu(pre_activation)
+    return linear(activated, **params["linear2"]), MLPTrace(x, hidden, pre_activation, activated)
 
 
 def mlp_vjp(cotangent: Array, trace: MLPTrace, params: Tree, kind: str) -> tuple[Array, Tree]:
     """Return (∂L/∂x, ∂L/∂params)."""
     linear2 = linear_vjp(cotangent, trace.activated, **params["linear2"])
-    grad_mixed = gelu_vjp(linear2.x, trace.mixed)
+    grad_pre_activation = gelu_vjp(linear2.x, trace.pre_activation)
     grads: dict[str, Tree] = {"linear2": linear2.params}
-    grad_hidden = grad_mixed
+    grad_hidden = grad_pre_activation
     if kind != "linear":
-        depthwise = depthwise_conv2d_vjp(grad_mixed, trace.hidden, **params["depthwise"], padding=SAME_3X3)
+        depthwise = depthwise_conv2d_vjp(grad_pre_activation, trace.hidden, **params["depthwise"], padding=SAME_3X3)
         grads["depthwise"] = depthwise.params
-        grad_hidden = depthwise.x + grad_mixed if kind == "depthwise_residual" else depthwise.x
+        grad_hidden = depthwise.x + grad_pre_activation if kind == "depthwise_residual" else depthwise.x
     linear1 = linear_vjp(grad_hidden, trace.x, **params["linear1"])
     return linear1.x, {**grads, "linear1": linear1.params}
 
@@ -120,27 +120,27 @@ class BlockTrace:
     """Intermediates of `block`, each (B, C, H, W) but for the traces."""
 
     x: Array
-    perceived: Array  # after the local perception unit; the same as `x` without one
+    lpu_out: Array  # after the local perception unit; the same as `x` without one
     attention: AttentionTrace
-    attended: Array  # the attention's output, before layer scale and residual
-    middle: Array  # after the attention branch
+    attn_out: Array  # the attention's output, before layer scale and residual
+    residual1: Array  # after the attention branch
     mlp: MLPTrace
-    mixed: Array  # the MLP's output, before layer scale and residual
+    mlp_out: Array  # the MLP's output, before layer scale and residual
 
 
 def block(x: Array, params: Tree, config: BlockConfig) -> tuple[Array, BlockTrace]:
     """Run one block: (B, C, H, W) → (B, C, H, W), and the trace."""
-    perceived = x
+    lpu_out = x
     if config.local_perception:
-        perceived = x + depthwise_conv2d(x, **params["local_perception"], padding=SAME_3X3)
-    attend_to = ATTENTIONS[type(config.attention)].forward
-    attended, attention_trace = attend_to(
-        layer_norm(perceived, **params["norm1"]), params["attention"], config.attention
+        lpu_out = x + depthwise_conv2d(x, **params["local_perception"], padding=SAME_3X3)
+    attention_forward = ATTENTIONS[type(config.attention)].forward
+    attn_out, attention_trace = attention_forward(
+        layer_norm(lpu_out, **params["norm1"]), params["attention"], config.attention
     )
-    middle = perceived + _scaled(attended, params, "layer_scale1")
-    mixed, mlp_trace = mlp(layer_norm(middle, **params["norm2"]), params["mlp"], config.mlp)
-    y = middle + _scaled(mixed, params, "layer_scale2")
-    return y, BlockTrace(x, perceived, attention_trace, attended, middle, mlp_trace, mixed)
+    residual1 = lpu_out + _scaled(attn_out, params, "layer_scale1")
+    mlp_out, mlp_trace = mlp(layer_norm(residual1, **params["norm2"]), params["mlp"], config.mlp)
+    y = residual1 + _scaled(mlp_out, params, "layer_scale2")
+    return y, BlockTrace(x, lpu_out, attention_trace, attn_out, residual1, mlp_trace, mlp_out)
 
 
 def _scaled(branch: Array, params: Tree, name: str) -> Array:
@@ -151,23 +151,23 @@ def block_vjp(cotangent: Array, trace: BlockTrace, params: Tree, config: BlockCo
     """Return (∂L/∂x, ∂L/∂params). A residual branch adds its gradient to the one that goes straight through."""
     grads: dict[str, Tree] = {}
 
-    grad_mixed = _scaled_vjp(cotangent, trace.mixed, params, grads, "layer_scale2")
-    grad_normed, grads["mlp"] = mlp_vjp(grad_mixed, trace.mlp, params["mlp"], config.mlp)
-    norm2 = layer_norm_vjp(grad_normed, trace.middle, **params["norm2"])
-    grad_middle = cotangent + norm2.x
+    grad_mlp_out = _scaled_vjp(cotangent, trace.mlp_out, params, grads, "layer_scale2")
+    grad_normed, grads["mlp"] = mlp_vjp(grad_mlp_out, trace.mlp, params["mlp"], config.mlp)
+    norm2 = layer_norm_vjp(grad_normed, trace.residual1, **params["norm2"])
+    grad_residual1 = cotangent + norm2.x
 
-    grad_attended = _scaled_vjp(grad_middle, trace.attended, params, grads, "layer_scale1")
+    grad_attn_out = _scaled_vjp(grad_residual1, trace.attn_out, params, grads, "layer_scale1")
     attention_vjp = ATTENTIONS[type(config.attention)].vjp
     grad_normed, grads["attention"] = attention_vjp(
-        grad_attended, trace.attention, params["attention"], config.attention
+        grad_attn_out, trace.attention, params["attention"], config.attention
     )
-    norm1 = layer_norm_vjp(grad_normed, trace.perceived, **params["norm1"])
-    grad_x = grad_middle + norm1.x
+    norm1 = layer_norm_vjp(grad_normed, trace.lpu_out, **params["norm1"])
+    grad_x = grad_residual1 + norm1.x
     grads["norm1"], grads["norm2"] = norm1.params, norm2.params
 
     if config.local_perception:
-        unit = depthwise_conv2d_vjp(grad_x, trace.x, **params["local_perception"], padding=SAME_3X3)
-        grad_x, grads["local_perception"] = grad_x + unit.x, unit.params
+        lpu = depthwise_conv2d_vjp(grad_x, trace.x, **params["local_perception"], padding=SAME_3X3)
+        grad_x, grads["local_perception"] = grad_x + lpu.x, lpu.params
     return grad_x, grads
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from ._checks import Array, CheckpointError, Tree
+from ._deprecation import deprecated_names
 from .backbone import dat_shapes
 from .config import BiasKind, DATConfig, DeformableAttentionConfig, OffsetBound, WindowAttentionConfig
 from .initialization import init_params
-from .official import backbone_names, to_official
+from .official import RELEASED_BUFFERS, backbone_names, to_official
 from .params import flatten, unflatten
 from .peers.window import relative_index, window_cells, window_visibility
 from .presets import PRESETS
@@ -28,27 +29,34 @@ from .state_files import read_arrays, read_state, save_state, select_backbone
 __all__ = [
     "Fit",
     "LoadReport",
+    "detect_preset",
+    "detect_release",
     "fit_state",
     "load_params",
     "official_buffers",
     "official_state",
     "read_state",
-    "recognise",
-    "recognise_model",
     "resize_table",
     "save_state",
-    "with_ends_of",
+    "with_channels_and_classes",
 ]
+
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "recognise": "detect_release",
+        "recognise_model": "detect_preset",
+        "with_ends_of": "with_channels_and_classes",
+    },
+)
 
 OURS = "dat_ref"
 Shape = tuple[int, ...]
 
-# In released state dicts, but no parameters: they follow from the configuration.
-_BUFFERS = ("relative_position_index", "attn_mask")
 # The released code lowers hidden logits by this much.
-_HIDDEN = -100.0
+_MASK_VALUE = -100.0
 # What the 2023 code has and the 2022 code has not.
-_ONLY_2023 = (".rpb", ".linear1.0.", "local_perception_units.", "layer_scales.", ".rpe_table.0.", "patch_proj.3.")
+_MARKERS_2023 = (".rpb", ".linear1.0.", "local_perception_units.", "layer_scales.", ".rpe_table.0.", "patch_proj.3.")
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -103,7 +111,7 @@ def _section(title: str, items: list[str] | tuple[str, ...], most: int = 8) -> l
 # ------------------------------------------------------------------------------------------------ which file
 
 
-def recognise(state: Mapping[str, Any]) -> str:
+def detect_release(state: Mapping[str, Any]) -> str:
     """Return whose names a state dict has: ``"cvpr2022"``, ``"datpp2023"`` or ``"dat_ref"``.
 
     The two releases share most names; one that has nothing that only the 2023 code has counts as 2022.
@@ -114,36 +122,36 @@ def recognise(state: Mapping[str, Any]) -> str:
     if any(name.startswith("patch_embedding.") for name in state):
         return OURS
     if not any(name.startswith("patch_proj.") for name in state):
-        some = ", ".join(sorted(state)[:4]) or "none"
+        examples = ", ".join(sorted(state)[:4]) or "none"
         raise CheckpointError(
             "state: expected the names of a DAT: patch_proj.* (released) or patch_embedding.* (ours); found "
-            f"{len(state)} others: {some} …"
+            f"{len(state)} others: {examples} …"
         )
-    latest = any(mark in name for name in state for mark in _ONLY_2023)
+    latest = any(pattern in name for name in state for pattern in _MARKERS_2023)
     return "datpp2023" if latest else "cvpr2022"
 
 
-def recognise_model(state: Mapping[str, Array]) -> tuple[str, DATConfig] | None:
+def detect_preset(state: Mapping[str, Array]) -> tuple[str, DATConfig] | None:
     """Return the preset that a state dict is of, with as many classes and image channels; None if it is of none.
 
     The head and the final norm may be missing, as in a detector. Where two presets differ in nothing but the
     size of their tables the one with the tables' own size is taken, and where they do not differ at all the first.
     """
-    near = None
+    fallback = None
     for name, preset in PRESETS.items():
-        candidate = with_ends_of(preset, state)
+        candidate = with_channels_and_classes(preset, state)
         report = _compare(state, candidate).report
-        if report.misshaped or [name for name in report.missing if not _is_outer(name)]:
+        if report.misshaped or [name for name in report.missing if not _is_norm_or_head(name)]:
             continue
         if [name for name in report.unexpected if not name.startswith("norms.")]:
             continue
         if not report.resized:
             return name, candidate
-        near = near or (name, candidate)
-    return near
+        fallback = fallback or (name, candidate)
+    return fallback
 
 
-def with_ends_of(config: DATConfig, state: Mapping[str, Array]) -> DATConfig:
+def with_channels_and_classes(config: DATConfig, state: Mapping[str, Array]) -> DATConfig:
     """Return a configuration with the image channels and the classes of a state dict (no head where it has none)."""
     head = state.get("head.weight", state.get("cls_head.weight"))
     stem = state.get("patch_embedding.0.projection.weight", state.get("patch_proj.0.weight"))
@@ -154,7 +162,7 @@ def with_ends_of(config: DATConfig, state: Mapping[str, Array]) -> DATConfig:
     )
 
 
-def _is_outer(name: str) -> bool:
+def _is_norm_or_head(name: str) -> bool:
     """Whether a name, ours or released, is of the final norm or of the classifier."""
     return name.startswith(("norm.", "head.", "cls_norm.", "cls_head."))
 
@@ -235,16 +243,16 @@ def fit_state(
 
 def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[str] | None = None) -> Fit:
     """Sort the arrays of a state dict by what becomes of them."""
-    release = recognise(state)
+    release = detect_release(state)
     shapes: dict[str, Shape] = flatten(dat_shapes(config))
-    tables = _resizable(config)
-    places = {name: (name, "same") for name in shapes} if release == OURS else dict(backbone_names(config))
-    asked = {name: places[name] for name in shapes if wanted is None or name in wanted}
+    tables = _resizable_tables(config)
+    released_names = {name: (name, "same") for name in shapes} if release == OURS else dict(backbone_names(config))
+    wanted_names = {name: released_names[name] for name in shapes if wanted is None or name in wanted}
     arrays: dict[str, Array] = {}
     loaded, missing = [], []
     misshaped: list[tuple[str, Shape, Shape]] = []
     resized: list[tuple[str, Shape, Shape]] = []
-    for name, (key, layout) in asked.items():
+    for name, (key, layout) in wanted_names.items():
         if key not in state:
             missing.append(key)
             continue
@@ -257,10 +265,10 @@ def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[s
             continue
         arrays[name] = array
         loaded.append(key)
-    asked_keys, known_keys = ({key for key, _ in found.values()} for found in (asked, places))
-    others = [key for key in state if key not in asked_keys]
-    marks = _passed_over(config, asked)
-    ignored = [key for key in others if key in known_keys or any(mark in key for mark in marks)]
+    wanted_keys, known_keys = ({key for key, _ in found.values()} for found in (wanted_names, released_names))
+    others = [key for key in state if key not in wanted_keys]
+    patterns = _ignored_patterns(config, wanted_names)
+    ignored = [key for key in others if key in known_keys or any(pattern in key for pattern in patterns)]
     unexpected = [key for key in others if key not in ignored]
     report = LoadReport(
         release, tuple(loaded), tuple(missing), tuple(unexpected), tuple(misshaped), tuple(resized), tuple(ignored)
@@ -268,17 +276,17 @@ def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[s
     return Fit(arrays, report)
 
 
-def _passed_over(config: DATConfig, asked: Collection[str]) -> list[str]:
+def _ignored_patterns(config: DATConfig, wanted_names: Collection[str]) -> list[str]:
     """Return parts of names that a file may have and the configuration has no use for."""
-    marks = list(_BUFFERS)
-    if "norm.weight" not in asked:
-        marks.append("norms.")  # a detector's, one for each map, in place of the final norm
+    patterns = list(RELEASED_BUFFERS)
+    if "norm.weight" not in wanted_names:
+        patterns.append("norms.")  # a detector's, one for each map, in place of the final norm
     if not config.num_classes:
-        marks += ["head.weight", "head.bias"]
+        patterns += ["head.weight", "head.bias"]
     # A released module without offsets keeps an offset network that it never uses.
     if all(layer.offset_bound is OffsetBound.NONE for layer in _deformable_layers(config)):
-        marks.append(".conv_offset.")
-    return marks
+        patterns.append(".conv_offset.")
+    return patterns
 
 
 def _deformable_layers(config: DATConfig) -> list[DeformableAttentionConfig]:
@@ -287,7 +295,7 @@ def _deformable_layers(config: DATConfig) -> list[DeformableAttentionConfig]:
 
 
 def _to_our_layout(array: Array, layout: str) -> Array:
-    """Undo a layout of `official.Official` at whatever size the array has; one that does not fit stays as it is."""
+    """Undo a layout of `official.ReleasedName` at whatever size the array has; one that does not fit stays as it is."""
     if layout == "conv1x1" and array.ndim == 4 and array.shape[2:] == (1, 1):
         return array[:, :, 0, 0]
     if layout == "flat_table" and array.ndim == 2:
@@ -299,22 +307,22 @@ def _to_our_layout(array: Array, layout: str) -> Array:
 
 def _hints(report: LoadReport, state: Mapping[str, Array], config: DATConfig) -> tuple[str, ...]:
     if report.complete:
-        own = {layer.convention.release for layer in _deformable_layers(config)}
-        if report.release == OURS or own != {None}:
+        releases = {layer.convention.release for layer in _deformable_layers(config)}
+        if report.release == OURS or releases != {None}:
             return ()
         return (f"learned in the geometry of {report.release}; this configuration samples elsewhere",)
-    found = recognise_model(state)
-    if found is not None and found[0] not in _presets_of(config):
-        return (f"the file holds {found[0]}: dat_ref.config({found[0]!r})",)
+    detected = detect_preset(state)
+    if detected is not None and detected[0] not in _presets_of(config):
+        return (f"the file holds {detected[0]}: dat_ref.config({detected[0]!r})",)
     hints = []
     if any(name.startswith("norms.") for name in report.unexpected):
         hints.append("a detector's backbone: it has a norm for each stage (norms.*), no final norm and no classifier")
-    if all(_is_outer(name) for name in _trouble(report)):
+    if all(_is_norm_or_head(name) for name in _mismatched(report)):
         hints.append("strict=False loads all but what is listed, which keeps its values (fine-tuning)")
     return tuple(hints)
 
 
-def _trouble(report: LoadReport) -> list[str]:
+def _mismatched(report: LoadReport) -> list[str]:
     """Return the names that do not fit, but for a detector's norms."""
     expected = [*report.missing, *(name for name, _, _ in report.misshaped)]
     return expected + [name for name in report.unexpected if not name.startswith("norms.")]
@@ -333,7 +341,7 @@ def _presets_of(config: DATConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _resizable(config: DATConfig) -> set[str]:
+def _resizable_tables(config: DATConfig) -> set[str]:
     """Return the names of the tables that are a function of displacement, which can be read at another size."""
     names = set()
     for stage, blocks in enumerate(config.stages):
@@ -363,9 +371,9 @@ def _cubic_weights(old: int, new: int, sharpness: float = -0.75) -> Array:
     for t < 2.
     """
     a = sharpness
-    places = (np.arange(new) + 0.5) * old / new - 0.5
-    taps = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)  # (new, 4)
-    t = np.abs(places[:, None] - taps)
+    positions = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(positions).astype(int)[:, None] + np.arange(-1, 3)  # (new, 4)
+    t = np.abs(positions[:, None] - taps)
     near, far = ((a + 2) * t - (a + 3)) * t**2 + 1, a * (((t - 5) * t + 8) * t - 4)
     weights = np.zeros((new, old))
     rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
@@ -401,12 +409,12 @@ def official_buffers(config: DATConfig) -> dict[str, Array]:
 
 
 def _window_buffers(config: WindowAttentionConfig, size: tuple[int, int]) -> dict[str, Array]:
-    window, places = config.window_size, config.window_size**2
-    buffers: dict[str, Array] = {_BUFFERS[0]: relative_index(window).reshape(places, places).astype(np.int64)}
+    window, area = config.window_size, config.window_size**2
+    buffers: dict[str, Array] = {RELEASED_BUFFERS[0]: relative_index(window).reshape(area, area).astype(np.int64)}
     if not config.shift:
         return buffers
     if size[0] % window or size[1] % window:
         raise CheckpointError(f"config: expected maps of whole windows of {window}, as the release needs, got {size}")
     _, cells = window_cells(size, window, config.shift)
     visible = window_visibility(cells, size, window, config.shift)
-    return {**buffers, _BUFFERS[1]: np.where(visible, np.float32(0), np.float32(_HIDDEN))}
+    return {**buffers, RELEASED_BUFFERS[1]: np.where(visible, np.float32(0), np.float32(_MASK_VALUE))}

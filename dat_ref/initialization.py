@@ -59,9 +59,9 @@ def init_params(
 
 def _init_special(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
     """Set what an attention starts from by a rule of its own, in place."""
-    init = ATTENTIONS[type(config)].start
-    if init is not None:
-        init(params, config, rng)
+    start = ATTENTIONS[type(config)].init
+    if start is not None:
+        start(params, config, rng)
 
 
 def _init_tree(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:

@@ -138,7 +138,7 @@ def deformable_layer(x: Array, params: Tree, config: DeformableAttentionConfig) 
     query = linear(x, **params["query"])
     raw_offsets, network = _raw_offsets(query, params, config, key_size)
     reference = reference_points(key_size, config.convention).astype(raw_offsets.dtype)
-    offsets, points = bound_offsets(raw_offsets, reference, config.offset_bound, **_bounding(config))
+    offsets, points = bound_offsets(raw_offsets, reference, config.offset_bound, **_bound_options(config))
     points_px = to_pixels(points, size, config.convention)
     sampled = _pool(x, config.stride, key_size) if config.average_pool else _sample_groups(x, points_px)
 
@@ -174,11 +174,11 @@ def deformable_layer(x: Array, params: Tree, config: DeformableAttentionConfig) 
     return y, trace
 
 
-def _bounding(config: DeformableAttentionConfig) -> dict[str, Any]:
+def _bound_options(config: DeformableAttentionConfig) -> dict[str, Any]:
     return {"offset_range": config.offset_range, "convention": config.convention}
 
 
-def _sliding(config: DeformableAttentionConfig, size: Size) -> dict[str, Any]:
+def _conv_options(config: DeformableAttentionConfig, size: Size) -> dict[str, Any]:
     padding = offset_padding(size, config.kernel_size, config.stride, config.convention)
     return {"stride": config.stride, "padding": padding}
 
@@ -192,8 +192,8 @@ def _raw_offsets(
     if config.offset_bound is OffsetBound.NONE:
         raw, network = np.zeros(shape, dtype=query.dtype), None
     else:
-        in_groups = query.reshape(batch * config.groups, config.group_dim, height, width)
-        raw, network = offset_network(in_groups, params["offset_network"], **_sliding(config, (height, width)))
+        grouped = query.reshape(batch * config.groups, config.group_dim, height, width)
+        raw, network = offset_network(grouped, params["offset_network"], **_conv_options(config, (height, width)))
     raw = raw.reshape(shape).transpose(0, 1, 3, 4, 2)
     return raw.astype(np.result_type(raw.dtype, np.float32), copy=False), network
 
@@ -209,30 +209,30 @@ def _sample_groups(x: Array, points_px: Array) -> Array:
 
 def _pool(x: Array, stride: int, key_size: Size) -> Array:
     """Average whole r × r cells: (B, C, H, W) → (B, C, Hk, Wk)."""
-    whole = {"B": None, "C": None, "H": key_size[0] * stride, "W": key_size[1] * stride}
-    check_array("x", x, whole, f"H and W multiples of stride={stride}, which average pooling needs")
+    axes = {"B": None, "C": None, "H": key_size[0] * stride, "W": key_size[1] * stride}
+    check_array("x", x, axes, f"H and W multiples of stride={stride}, which average pooling needs")
     return x.reshape(*x.shape[:2], key_size[0], stride, key_size[1], stride).mean(axis=(3, 5))
 
 
 def _logit_bias(
     points: Array, params: Tree, config: DeformableAttentionConfig, size: Size
 ) -> tuple[Array | None, LogBiasTrace | None]:
-    flat = _flat(points)
+    flat_points = _flatten_points(points)
     if config.bias is BiasKind.TABLE:
-        return table_bias(params["position_bias"]["table"], flat, **_reading(config, size)), None
+        return table_bias(params["position_bias"]["table"], flat_points, **_table_options(config, size)), None
     if config.bias is BiasKind.LOG_CPB:
-        return log_bias(flat, params["position_bias"], query_size=size, convention=config.convention)
+        return log_bias(flat_points, params["position_bias"], query_size=size, convention=config.convention)
     if config.bias is BiasKind.FIXED:
-        return fixed_bias(params["position_bias"]["table"], query_size=size, samples=flat.shape[2]), None
+        return fixed_bias(params["position_bias"]["table"], query_size=size, samples=flat_points.shape[2]), None
     return None, None
 
 
-def _flat(points: Array) -> Array:
+def _flatten_points(points: Array) -> Array:
     """(B, G, Hk, Wk, 2) → (B, G, Ns, 2)."""
     return points.reshape(*points.shape[:2], points.shape[2] * points.shape[3], 2)
 
 
-def _reading(config: DeformableAttentionConfig, size: Size) -> dict[str, Any]:
+def _table_options(config: DeformableAttentionConfig, size: Size) -> dict[str, Any]:
     return {"query_size": size, "convention": config.convention, "resolution": config.bias_resolution}
 
 
@@ -252,26 +252,26 @@ def deformable_layer_vjp(
     grad_params: dict[str, Tree] = {"output": output.params}
 
     grad_attended = split_heads(output.x, config.heads)
-    core = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
-    key = linear_vjp(merge_heads(core.k, trace.sampled.shape[2:]), trace.sampled, **params["key"])
-    value = linear_vjp(merge_heads(core.v, trace.sampled.shape[2:]), trace.sampled, **params["value"])
+    attention_grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
+    key = linear_vjp(merge_heads(attention_grads.k, trace.sampled.shape[2:]), trace.sampled, **params["key"])
+    value = linear_vjp(merge_heads(attention_grads.v, trace.sampled.shape[2:]), trace.sampled, **params["value"])
     grad_params["key"], grad_params["value"] = key.params, value.params
 
     grad_x, grad_points = _sampling_vjp(key.x + value.x, trace, config)
-    through_bias, bias_params = _logit_bias_vjp(core.bias, trace, params, config)
-    grad_points = grad_points + through_bias
+    grad_points_bias, bias_params = _logit_bias_vjp(attention_grads.bias, trace, params, config)
+    grad_points = grad_points + grad_points_bias
     if bias_params is not None:
         grad_params["position_bias"] = bias_params
 
-    grad_query = merge_heads(core.q, size)
+    grad_query = merge_heads(attention_grads.q, size)
     if config.bias is BiasKind.DEPTHWISE:
         kernel = params["position_bias"]["depthwise"]
-        residual = depthwise_conv2d_vjp(output.x, trace.query, **kernel, padding=BIAS_PADDING)
-        grad_query = grad_query + residual.x
-        grad_params["position_bias"] = {"depthwise": residual.params}
+        depthwise = depthwise_conv2d_vjp(output.x, trace.query, **kernel, padding=BIAS_PADDING)
+        grad_query = grad_query + depthwise.x
+        grad_params["position_bias"] = {"depthwise": depthwise.params}
     if config.offset_bound is not OffsetBound.NONE:
-        through_offsets, grad_params["offset_network"] = _offsets_vjp(grad_points, trace, params, config)
-        grad_query = grad_query + through_offsets
+        grad_query_offsets, grad_params["offset_network"] = _offsets_vjp(grad_points, trace, params, config)
+        grad_query = grad_query + grad_query_offsets
 
     query = linear_vjp(grad_query, trace.x, **params["query"])
     grad_params["query"] = query.params
@@ -282,8 +282,8 @@ def _sampling_vjp(grad_sampled: Array, trace: LayerTrace, config: DeformableAtte
     """Return ∂L/∂x and ∂L/∂p̃ (normalised) through the sampled features."""
     x, points_px = trace.x, trace.points_px
     if config.average_pool:
-        spread = grad_sampled / config.stride**2
-        return spread.repeat(config.stride, axis=2).repeat(config.stride, axis=3), np.zeros_like(points_px)
+        grad_pixels = grad_sampled / config.stride**2
+        return grad_pixels.repeat(config.stride, axis=2).repeat(config.stride, axis=3), np.zeros_like(points_px)
     batch, groups, rows, columns, _ = points_px.shape
     maps = x.reshape(batch * groups, config.group_dim, *x.shape[2:])
     grads = bilinear_sample_vjp(
@@ -300,10 +300,10 @@ def _logit_bias_vjp(
 ) -> tuple[Array, Tree | None]:
     """Return ∂L/∂p̃ through the bias, and the gradients of the bias's parameters (None if the logits have no bias)."""
     points = trace.points
-    flat = _flat(points)
+    flat_points = _flatten_points(points)
     if config.bias is BiasKind.TABLE:
         table = params["position_bias"]["table"]
-        grads = table_bias_vjp(grad_bias, table, flat, **_reading(config, trace.x.shape[2:]))
+        grads = table_bias_vjp(grad_bias, table, flat_points, **_table_options(config, trace.x.shape[2:]))
         return grads.points.reshape(points.shape), {"table": grads.table}
     if config.bias is BiasKind.LOG_CPB:
         assert trace.log_bias is not None
@@ -321,11 +321,13 @@ def _offsets_vjp(
     """Return ∂L/∂query through the offset network, and its parameters' gradients."""
     assert trace.offset_network is not None
     reference = reference_points(trace.reference.shape[2:4], config.convention)
-    grad_raw = bound_offsets_vjp(grad_points, trace.raw_offsets, reference, config.offset_bound, **_bounding(config))
+    grad_raw = bound_offsets_vjp(
+        grad_points, trace.raw_offsets, reference, config.offset_bound, **_bound_options(config)
+    )
     batch, groups, rows, columns, _ = grad_raw.shape
     grad_raw = grad_raw.transpose(0, 1, 4, 2, 3).reshape(batch * groups, 2, rows, columns)
     grad_groups, grad_params = offset_network_vjp(
-        grad_raw, trace.offset_network, params["offset_network"], **_sliding(config, trace.x.shape[2:])
+        grad_raw, trace.offset_network, params["offset_network"], **_conv_options(config, trace.x.shape[2:])
     )
     return grad_groups.reshape(trace.query.shape), grad_params
 
@@ -348,7 +350,7 @@ def deformable_layer_macs(batch: int, size: Size, config: DeformableAttentionCon
     }
     if config.offset_bound is not OffsetBound.NONE:
         network = (size, config.group_dim, config.groups, config.kernel_size)
-        macs["offset network"] = offset_network_macs(batch, *network, **_sliding(config, size))
+        macs["offset network"] = offset_network_macs(batch, *network, **_conv_options(config, size))
     if not config.average_pool:
         macs["sampling"] = bilinear_sample_macs(batch * samples, config.dim)
     if config.bias is BiasKind.TABLE:

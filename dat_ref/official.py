@@ -29,34 +29,35 @@ from .config import (
     OffsetBound,
     WindowAttentionConfig,
 )
-from .params import flatten, report, unflatten
+from .params import flatten, mismatch_report, unflatten
 
 
-class Official(NamedTuple):
+class ReleasedName(NamedTuple):
     """Where one of our arrays lives in a released state dict."""
 
     name: str
     layout: str = "same"
 
 
-Names = dict[str, Official]
+NameMapping = dict[str, ReleasedName]
 
-_PASSED_OVER = ("relative_position_index", "attn_mask")
+# In released state dicts, but no parameters: they follow from the configuration.
+RELEASED_BUFFERS = ("relative_position_index", "attn_mask")
 _UNUSED_WITHOUT_OFFSETS = "conv_offset."
 
 
 # ------------------------------------------------------------------------------------------------ names
 
 
-def _affine(ours: str, theirs: str, layout: str = "same") -> Names:
-    return {f"{ours}.weight": Official(f"{theirs}.weight", layout), f"{ours}.bias": Official(f"{theirs}.bias")}
+def _affine(ours: str, theirs: str, layout: str = "same") -> NameMapping:
+    return {f"{ours}.weight": ReleasedName(f"{theirs}.weight", layout), f"{ours}.bias": ReleasedName(f"{theirs}.bias")}
 
 
-def _norm(ours: str, theirs: str) -> Names:
+def _norm(ours: str, theirs: str) -> NameMapping:
     return _affine(ours, f"{theirs}.norm")  # the release wraps every layer norm
 
 
-def attention_names(config: AttentionConfig) -> Names:
+def attention_names(config: AttentionConfig) -> NameMapping:
     """Return the mapping of one attention layer.
 
     Raises:
@@ -65,44 +66,44 @@ def attention_names(config: AttentionConfig) -> Names:
     if isinstance(config, DeformableAttentionConfig):
         return _deformable_names(config)
     if isinstance(config, NeighborhoodAttentionConfig):
-        table = {"neighborhood_bias.table": Official("rpb")}
+        table = {"neighborhood_bias.table": ReleasedName("rpb")}
         return {**_affine("qkv", "qkv"), **table, **_affine("output", "proj")}
     if isinstance(config, WindowAttentionConfig):
-        table = {"window_bias.table": Official("relative_position_bias_table", "flat_table")}
+        table = {"window_bias.table": ReleasedName("relative_position_bias_table", "flat_table")}
         return {**_affine("qkv", "proj_qkv"), **table, **_affine("output", "proj_out")}
     raise ConfigError(f"config: expected an attention of the released backbones, got {config.kind}")
 
 
-def _deformable_names(config: DeformableAttentionConfig) -> Names:
-    names: Names = {}
+def _deformable_names(config: DeformableAttentionConfig) -> NameMapping:
+    names: NameMapping = {}
     for ours, theirs in (("query", "proj_q"), ("key", "proj_k"), ("value", "proj_v"), ("output", "proj_out")):
         names |= _affine(ours, theirs, "conv1x1")
     if config.offset_bound is not OffsetBound.NONE:
         names |= _affine("offset_network.depthwise", "conv_offset.0")
         names |= _norm("offset_network.norm", "conv_offset.1")
-        names["offset_network.pointwise.weight"] = Official("conv_offset.3.weight", "conv1x1")
+        names["offset_network.pointwise.weight"] = ReleasedName("conv_offset.3.weight", "conv1x1")
     if config.bias in (BiasKind.TABLE, BiasKind.FIXED):
-        names["position_bias.table"] = Official("rpe_table")
+        names["position_bias.table"] = ReleasedName("rpe_table")
     elif config.bias is BiasKind.DEPTHWISE:
         names |= _affine("position_bias.depthwise", "rpe_table")
     elif config.bias is BiasKind.LOG_CPB:
         names |= _affine("position_bias.hidden", "rpe_table.0")
-        names["position_bias.out.weight"] = Official("rpe_table.2.weight")
+        names["position_bias.out.weight"] = ReleasedName("rpe_table.2.weight")
     return names
 
 
-def _block_names(config: BlockConfig, stage: int, index: int) -> Names:
+def _block_names(config: BlockConfig, stage: int, index: int) -> NameMapping:
     ours, theirs = f"stages.{stage}.blocks.{index}", f"stages.{stage}"
-    names: Names = {}
+    names: NameMapping = {}
     if config.local_perception:
         names |= _affine(f"{ours}.local_perception", f"{theirs}.local_perception_units.{index}")
     names |= _norm(f"{ours}.norm1", f"{theirs}.layer_norms.{2 * index}")
     names |= _norm(f"{ours}.norm2", f"{theirs}.layer_norms.{2 * index + 1}")
-    for name, place in attention_names(config.attention).items():
-        names[f"{ours}.attention.{name}"] = Official(f"{theirs}.attns.{index}.{place.name}", place.layout)
+    for name, released in attention_names(config.attention).items():
+        names[f"{ours}.attention.{name}"] = ReleasedName(f"{theirs}.attns.{index}.{released.name}", released.layout)
     if config.layer_scale is not None:
-        names[f"{ours}.layer_scale1.weight"] = Official(f"{theirs}.layer_scales.{2 * index}.weight")
-        names[f"{ours}.layer_scale2.weight"] = Official(f"{theirs}.layer_scales.{2 * index + 1}.weight")
+        names[f"{ours}.layer_scale1.weight"] = ReleasedName(f"{theirs}.layer_scales.{2 * index}.weight")
+        names[f"{ours}.layer_scale2.weight"] = ReleasedName(f"{theirs}.layer_scales.{2 * index + 1}.weight")
     mlp = f"{theirs}.mlps.{index}"
     if config.mlp == "linear":
         return (
@@ -116,9 +117,9 @@ def _block_names(config: BlockConfig, stage: int, index: int) -> Names:
     return names | _affine(f"{ours}.mlp.depthwise", f"{mlp}.dwc")
 
 
-def backbone_names(config: DATConfig) -> Names:
+def backbone_names(config: DATConfig) -> NameMapping:
     """Return the mapping of a whole backbone."""
-    names: Names = {}
+    names: NameMapping = {}
     # The convolutional stem is a list of convolution, norm, GELU, convolution, norm: the GELU takes number 2.
     for index, theirs in enumerate((0,) if config.patch_embedding == "patch" else (0, 3)):
         names |= _affine(f"patch_embedding.{index}.projection", f"patch_proj.{theirs}")
@@ -127,7 +128,7 @@ def backbone_names(config: DATConfig) -> Names:
         for index, block in enumerate(blocks):
             names |= _block_names(block, stage, index)
     for index in range(len(config.stages) - 1):
-        names[f"downsamples.{index}.projection.weight"] = Official(f"down_projs.{index}.0.weight")
+        names[f"downsamples.{index}.projection.weight"] = ReleasedName(f"down_projs.{index}.0.weight")
         names |= _norm(f"downsamples.{index}.norm", f"down_projs.{index}.1")
     names |= _norm("norm", "cls_norm")
     return names | _affine("head", "cls_head") if config.num_classes else names
@@ -136,7 +137,7 @@ def backbone_names(config: DATConfig) -> Names:
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-def _their_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+def _released_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     if layout == "conv1x1":
         return (*shape, 1, 1)
     if layout == "flat_table":
@@ -149,11 +150,11 @@ def _from_layout(array: Array, layout: str, shape: tuple[int, ...]) -> Array:
 
 
 def _to_layout(array: Array, layout: str) -> Array:
-    theirs = _their_shape(array.shape, layout)
+    theirs = _released_shape(array.shape, layout)
     return array.reshape(len(array), -1).T if layout == "flat_table" else array.reshape(theirs)
 
 
-def to_ours(state: Mapping[str, Any], names: Names, shapes: Tree) -> Tree:
+def to_ours(state: Mapping[str, Any], names: NameMapping, shapes: Tree) -> Tree:
     """Return our parameter tree from a released state dict.
 
     Args:
@@ -166,20 +167,22 @@ def to_ours(state: Mapping[str, Any], names: Names, shapes: Tree) -> Tree:
     """
     ours = flatten(shapes)
     offsets_used = any(".pointwise." in name or name.startswith("offset_network") for name in names)
-    found = {
+    arrays = {
         name: np.asarray(value)
         for name, value in state.items()
-        if not name.endswith(_PASSED_OVER) and (offsets_used or _UNUSED_WITHOUT_OFFSETS not in name)
+        if not name.endswith(RELEASED_BUFFERS) and (offsets_used or _UNUSED_WITHOUT_OFFSETS not in name)
     }
-    expected = {place.name: _their_shape(ours[name], place.layout) for name, place in names.items()}
-    problems = report(expected, {name: value.shape for name, value in found.items()})
+    expected = {released.name: _released_shape(ours[name], released.layout) for name, released in names.items()}
+    problems = mismatch_report(expected, {name: value.shape for name, value in arrays.items()})
     if problems:
         raise CheckpointError(f"state: expected the released parameters of this configuration\n  {problems}")
-    leaves = {name: _from_layout(found[place.name], place.layout, ours[name]) for name, place in names.items()}
+    leaves = {
+        name: _from_layout(arrays[released.name], released.layout, ours[name]) for name, released in names.items()
+    }
     return unflatten(leaves)
 
 
-def to_official(params_or_grads: Tree, names: Names) -> dict[str, Array]:
+def to_official(params_or_grads: Tree, names: NameMapping) -> dict[str, Array]:
     """Return parameters or gradients of a tree under their released names and in their released shapes."""
     leaves = flatten(params_or_grads)
-    return {place.name: _to_layout(leaves[name], place.layout) for name, place in names.items()}
+    return {released.name: _to_layout(leaves[name], released.layout) for name, released in names.items()}

@@ -67,14 +67,14 @@ def count(tree: Tree) -> int:
     return sum(int(np.prod(getattr(leaf, "shape", leaf))) for leaf in flatten(tree).values())
 
 
-def report(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def mismatch_report(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> str:
     """Return what is missing, unexpected and mis-shaped between two sets of named shapes; empty if nothing is."""
-    lines = [f"missing: {name} {tuple(shape)}" for name, shape in expected.items() if name not in found]
-    lines += [f"unexpected: {name} {tuple(shape)}" for name, shape in found.items() if name not in expected]
+    lines = [f"missing: {name} {tuple(shape)}" for name, shape in expected.items() if name not in actual]
+    lines += [f"unexpected: {name} {tuple(shape)}" for name, shape in actual.items() if name not in expected]
     lines += [
-        f"mis-shaped: {name}: expected {tuple(shape)}, got {tuple(found[name])}"
+        f"mis-shaped: {name}: expected {tuple(shape)}, got {tuple(actual[name])}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in actual and tuple(actual[name]) != tuple(shape)
     ]
     return "\n  ".join(lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else []))
 
@@ -87,14 +87,16 @@ def check_params(params: Tree, shapes: Tree) -> Tree:
             not finite.
     """
     expected = flatten(shapes)
-    found = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    problems = report(expected, {name: leaf.shape for name, leaf in found.items()})
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    problems = mismatch_report(expected, {name: leaf.shape for name, leaf in arrays.items()})
     if problems:
         raise CheckpointError(f"params: expected the parameters of this configuration\n  {problems}")
-    for name, leaf in found.items():
+    for name, leaf in arrays.items():
         if not np.issubdtype(leaf.dtype, np.floating):
             raise CheckpointError(f"params: expected floating-point numbers, got {leaf.dtype} in {name}")
         if not np.isfinite(leaf).all():
-            wrong = int((~np.isfinite(leaf)).sum())
-            raise CheckpointError(f"params: expected finite numbers, got {wrong} NaN or inf of {leaf.size} in {name}")
+            nonfinite = int((~np.isfinite(leaf)).sum())
+            raise CheckpointError(
+                f"params: expected finite numbers, got {nonfinite} NaN or inf of {leaf.size} in {name}"
+            )
     return map_tree(np.asarray, params)

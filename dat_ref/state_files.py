@@ -86,8 +86,8 @@ def select_backbone(state: Mapping[str, Array], source: str = "state") -> tuple[
         found = ", ".join(repr(prefix) for prefix in prefixes)
         raise CheckpointError(f"{source}: expected one backbone, found {len(prefixes)}, under the prefixes {found}")
     prefix = prefixes[0] if prefixes else ""
-    inside = {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
-    return inside, tuple(name for name in state if not name.startswith(prefix))
+    backbone = {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
+    return backbone, tuple(name for name in state if not name.startswith(prefix))
 
 
 def _check_content(file: Path) -> None:
@@ -97,12 +97,12 @@ def _check_content(file: Path) -> None:
     if file.is_dir():
         raise CheckpointError(f"{file}: expected a file, got a folder")
     with file.open("rb") as opened:
-        start = opened.read(256)
-    if not start:
+        head = opened.read(256)
+    if not head:
         raise CheckpointError(f"{file}: is empty; the download has failed, download it again")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{file}: is a web page, not weights; open the link in a browser and download the file")
-    if start.startswith(b"version https://git-lfs"):
+    if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: is a Git LFS pointer, not weights; fetch the file itself with `git lfs pull`")
 
 
@@ -136,7 +136,7 @@ def _from_bytes(name: str, dtype: str, shape: list[int], data: bytes) -> Array:
 # ------------------------------------------------------------------------------------------------ torch's files
 
 
-class _Dropped:
+class _Placeholder:
     """Stands in for a class or function that a checkpoint names beside its weights: takes anything, keeps nothing."""
 
     def __init__(self, *_: Any) -> None:
@@ -146,19 +146,19 @@ class _Dropped:
         pass
 
 
-class _DroppedMapping:
+class _PlaceholderMapping:
     """The same for mappings: the reader fills in items only where it finds an ``OrderedDict``."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
 
 
-_STAND_INS: list[Any] = [
-    (_DroppedMapping, "yacs.config.CfgNode"),
-    (_DroppedMapping, "argparse.Namespace"),
-    (_Dropped, "numpy.dtype"),
-    (_Dropped, "numpy.core.multiarray.scalar"),
-    (_Dropped, "numpy._core.multiarray.scalar"),
+_PLACEHOLDERS: list[Any] = [
+    (_PlaceholderMapping, "yacs.config.CfgNode"),
+    (_PlaceholderMapping, "argparse.Namespace"),
+    (_Placeholder, "numpy.dtype"),
+    (_Placeholder, "numpy.core.multiarray.scalar"),
+    (_Placeholder, "numpy._core.multiarray.scalar"),
 ]
 
 
@@ -170,21 +170,21 @@ def _read_torch(file: Path) -> dict[str, Array]:
     import pickle
 
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        with torch.serialization.safe_globals(_PLACEHOLDERS):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is None:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
             raise
         raise CheckpointError(
-            f"{file}: refused: it asks for {named[1]}, and loading that could run code. Expected tensors only; if "
+            f"{file}: refused: it asks for {refused[1]}, and loading that could run code. Expected tensors only; if "
             "you trust its maker, load it in a place that may be harmed and save its state dict by itself"
         ) from error
-    tensors = {name: value for name, value in _unwrapped(loaded, file).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in _unwrap(loaded, file).items() if isinstance(value, torch.Tensor)}
     return {name: _to_numpy(value) for name, value in tensors.items()}
 
 
-def _unwrapped(loaded: Any, file: Path) -> Mapping[str, Any]:
+def _unwrap(loaded: Any, file: Path) -> Mapping[str, Any]:
     """Return the innermost state dict; a wrapper without one, such as ``model_ema: None``, is passed over."""
     while isinstance(loaded, Mapping):
         inner = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
@@ -220,7 +220,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
     objects = [name for name, array in arrays.items() if array.dtype.hasobject]
     if objects:
         raise CheckpointError(f"state: expected arrays of numbers, got objects in {', '.join(objects)}")
-    with replacing(file) as partial:
+    with atomic_write(file) as partial:
         if file.suffix == ".npz":
             with partial.open("wb") as opened:
                 np.savez(opened, **dict[str, Any](arrays))
@@ -231,7 +231,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Yield a name beside `file` to write to; at the end it takes the place of `file`, or goes if writing failed."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._checks import Array, ConfigError, ShapeError, Tree, check_array
+from ._deprecation import deprecated_names
 from .backbone import DAT
 from .config import BlockConfig, DATConfig, DeformableAttentionConfig, OffsetBound
 from .conventions import Convention
@@ -24,6 +25,8 @@ from .ops.basic import softmax
 from .ops.grid import reference_points, to_pixels
 from .ops.sampling import bilinear_sample
 from .params import count, flatten, map_tree, unflatten
+
+__getattr__ = deprecated_names(__name__, {"decays": "has_weight_decay", "enlarge": "upsample"})
 
 # ------------------------------------------------------------------------------------------------ the loss
 
@@ -68,7 +71,7 @@ def _check_labels(logits: Array, labels: Array) -> Array:
 # ------------------------------------------------------------------------------------------------ the optimiser
 
 
-def decays(name: str, leaf: Array) -> bool:
+def has_weight_decay(name: str, leaf: Array) -> bool:
     """Whether weight decay pulls a parameter to zero: weights, yes; biases, norms, layer scales and bias tables, no."""
     return leaf.ndim > 1 and not name.endswith(".table")
 
@@ -85,7 +88,7 @@ class AdamWState(NamedTuple):
 class AdamW:
     """Adam with decoupled weight decay. With g the gradient, t the number of the step, and products leaf by leaf:
 
-        θ ← θ (1 - η λ)                            only where `decays` says so
+        θ ← θ (1 - η λ)                            only where `has_weight_decay` says so
         m ← m + (1 - β₁)(g - m)
         v ← β₂ v + (1 - β₂) g²
         θ ← θ - η/(1 - β₁ᵗ) · m / (√v/√(1 - β₂ᵗ) + ε)
@@ -102,7 +105,7 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
-    def start(self, params: Tree) -> AdamWState:
+    def init(self, params: Tree) -> AdamWState:
         """Return the state before the first step."""
         return AdamWState(0, map_tree(np.zeros_like, params), map_tree(np.zeros_like, params))
 
@@ -117,25 +120,27 @@ class AdamW:
         steps = state.steps + 1
         mean = map_tree(lambda m, g: m + (1 - beta1) * (g - m), state.mean, grads)
         square = map_tree(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, grads)
-        rate, root = learning_rate / (1 - beta1**steps), (1 - beta2**steps) ** 0.5
-        shrink = 1 - learning_rate * self.weight_decay
+        step_size, root = learning_rate / (1 - beta1**steps), (1 - beta2**steps) ** 0.5
+        decay = 1 - learning_rate * self.weight_decay
         means, squares = flatten(mean), flatten(square)
-        moved = {}
+        updated = {}
         for name, leaf in flatten(params).items():
-            kept = leaf * shrink if decays(name, leaf) else leaf
-            moved[name] = kept - rate * means[name] / (np.sqrt(squares[name]) / root + self.epsilon)
-        return unflatten(moved), AdamWState(steps, mean, square)
+            decayed = leaf * decay if has_weight_decay(name, leaf) else leaf
+            updated[name] = decayed - step_size * means[name] / (np.sqrt(squares[name]) / root + self.epsilon)
+        return unflatten(updated), AdamWState(steps, mean, square)
 
 
-def scheduled_rate(step: int, steps: int, peak: float, warm_up: int, lowest: float = 0.0) -> float:
-    """Return the learning rate of step 0 … steps-1: a straight rise to `peak`, then half a cosine down to `lowest`.
+def scheduled_rate(step: int, steps: int, peak: float, warmup_steps: int, min_rate: float = 0.0) -> float:
+    """Return the learning rate of step 0 … steps-1: a straight rise to `peak`, then half a cosine down to `min_rate`.
 
     >>> [round(scheduled_rate(step, 6, 1.0, 2), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
     """
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return lowest + (peak - lowest) * 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / (steps - warm_up))))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return min_rate + (peak - min_rate) * 0.5 * (
+        1 + float(np.cos(np.pi * (step - warmup_steps) / (steps - warmup_steps)))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -207,26 +212,26 @@ def fit(
             f"epochs, batch_size, images: expected at least one of each, got {epochs}, {batch_size}, {len(images)}"
         )
     rng, optimizer = np.random.default_rng(seed), optimizer or AdamW()
-    state, history = optimizer.start(model.params), History()
-    per_epoch = -(-len(images) // batch_size)
+    state, history = optimizer.init(model.params), History()
+    steps_per_epoch = -(-len(images) // batch_size)
     for epoch in range(epochs):
-        for chosen in batches(rng, len(images), batch_size):
-            rate = scheduled_rate(state.steps, epochs * per_epoch, learning_rate, warm_up=per_epoch)
-            loss, grads = loss_and_gradient(model, images[chosen], labels[chosen])
+        for indices in batches(rng, len(images), batch_size):
+            rate = scheduled_rate(state.steps, epochs * steps_per_epoch, learning_rate, warmup_steps=steps_per_epoch)
+            loss, grads = loss_and_gradient(model, images[indices], labels[indices])
             params, state = optimizer.step(model.params, grads, state, rate)
             model = DAT(model.config, params)
             history.losses.append(loss)
             history.learning_rates.append(rate)
             if on_step:
-                on_step(Step(epoch, state.steps - 1, epochs * per_epoch, loss, rate))
+                on_step(Step(epoch, state.steps - 1, epochs * steps_per_epoch, loss, rate))
     return model, history
 
 
 def accuracy(model: DAT, images: Array, labels: Array, *, batch_size: int = 128) -> float:
     """Return the share of images whose highest logit is their label's."""
     parts = range(0, len(images), batch_size)
-    guesses = [model(images[start : start + batch_size]).argmax(axis=1) for start in parts]
-    return float((np.concatenate(guesses) == labels).mean())
+    predictions = [model(images[start : start + batch_size]).argmax(axis=1) for start in parts]
+    return float((np.concatenate(predictions) == labels).mean())
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -250,12 +255,12 @@ def load_digits() -> Digits:
     from sklearn.model_selection import train_test_split
 
     digits = datasets.load_digits()
-    images = enlarge(digits.images[:, None].astype(np.float32), (32, 32)) / 8 - 1  # from 0 … 16
+    images = upsample(digits.images[:, None].astype(np.float32), (32, 32)) / 8 - 1  # from 0 … 16
     train, test = train_test_split(np.arange(len(images)), test_size=0.25, random_state=0, stratify=digits.target)
     return Digits(images[train], digits.target[train], images[test], digits.target[test])
 
 
-def enlarge(images: Array, size: tuple[int, int]) -> Array:
+def upsample(images: Array, size: tuple[int, int]) -> Array:
     """Resize images bilinearly, (B, C, H, W) → (B, C, *size): sample them at the centers of the new cells."""
     config = DeformableAttentionConfig(dim=1, heads=1, size=size)
     centers = to_pixels(

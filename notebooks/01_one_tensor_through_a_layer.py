@@ -44,7 +44,7 @@ from dat_ref.peers import PerQueryAttentionConfig
 from dat_ref.peers.per_query import attend_at_points
 from dat_ref.train import AdamW, scheduled_rate
 from dat_ref.viz import style
-from dat_ref.viz.marks import dimmed
+from dat_ref.viz.artists import dim
 
 plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
@@ -58,7 +58,7 @@ QUERIES = {"an eye": (15, 23), "the nose": (32, 35), "the fur": (24, 8)}  # (y, 
 
 def on_photo(axes, title="", dark=False):
     """Show the photograph in pixels of the map, so that a point of the map is drawn where it lies."""
-    axes.imshow(dimmed(photo) if dark else photo, extent=(-0.5, WIDTH - 0.5, HEIGHT - 0.5, -0.5))
+    axes.imshow(dim(photo) if dark else photo, extent=(-0.5, WIDTH - 0.5, HEIGHT - 0.5, -0.5))
     axes.set(xticks=[], yticks=[], title=title)
     axes.spines[:].set_visible(False)
 
@@ -244,12 +244,12 @@ def painting_error(y):
 def learn(params, steps=200, rate=0.03):
     """Train the offset network alone; return the parameters, the errors, and where the points went."""
     optimizer = AdamW(weight_decay=0.0)
-    state, errors, walk = optimizer.start(params["offset_network"]), [], []
+    state, errors, walk = optimizer.init(params["offset_network"]), [], []
     for step in range(steps):
         y, trace = deformable_layer(x, params, config)
         error, cotangent = painting_error(y)
         _, grads = deformable_layer_vjp(cotangent, trace, params, config)
-        now = scheduled_rate(step, steps, rate, warm_up=10)
+        now = scheduled_rate(step, steps, rate, warmup_steps=10)
         network, state = optimizer.step(params["offset_network"], grads["offset_network"], state, now)
         params = {**params, "offset_network": network}
         errors.append(error)
@@ -311,15 +311,15 @@ np.testing.assert_allclose(by_hand, raw[0, :, CELL[0], CELL[1]])
 
 # %%
 raw_offsets = raw.reshape(1, 1, 2, *keys).transpose(0, 1, 3, 4, 2)  # (1, 1, 4, 6, 2), (y, x) last
-moved = {}
+updated = {}
 followed = CELL[0] * keys[1] + CELL[1]  # the number of the point with the orange square
 figure, panels = plt.subplots(1, 3, figsize=(8.8, 2.4))
 for axes, s in zip(panels, (0.5, 1.0, 2.0)):
     bounding = {"offset_range": s, "convention": config.convention}
     _, points = bound_offsets(raw_offsets, reference, config.offset_bound, **bounding)
-    moved[s] = to_pixels(points, SIZE, config.convention)[0, 0].reshape(-1, 2)
+    updated[s] = to_pixels(points, SIZE, config.convention)[0, 0].reshape(-1, 2)
     on_photo(axes, f"s = {s:g}", dark=True)
-    for number, ((y0, x0), (y1, x1)) in enumerate(zip(reference_px.reshape(-1, 2), moved[s])):
+    for number, ((y0, x0), (y1, x1)) in enumerate(zip(reference_px.reshape(-1, 2), updated[s])):
         corner, mine = (x0 - s / 2 * STRIDE, y0 - s / 2 * STRIDE), number == followed
         axes.add_patch(Rectangle(corner, s * STRIDE, s * STRIDE, fc=(1, 1, 1, 0.11), ec=(1, 1, 1, 0.25), lw=0.5))
         axes.add_patch(Rectangle(corner, s * STRIDE, s * STRIDE, fill=False, ec=ORANGE, lw=1.6 * mine, zorder=3))
@@ -329,7 +329,7 @@ for axes, s in zip(panels, (0.5, 1.0, 2.0)):
 plt.show()
 
 # %%
-for s, points in moved.items():
+for s, points in updated.items():
     assert np.abs(points - reference_px.reshape(-1, 2)).max() <= s / 2 * STRIDE
 _, unmoved = bound_offsets(raw_offsets, reference, config.offset_bound, offset_range=0.0, convention=config.convention)
 np.testing.assert_array_equal(unmoved[0, 0], reference)  # s = 0
@@ -356,7 +356,7 @@ assert (within[2].sum(axis=1)[inner] == 4).all()
 # the right the whole palette: what the grid reads, and what the moved points read.
 
 # %%
-points_px = moved[2.0]
+points_px = updated[2.0]
 readings = {
     "on the grid": bilinear_sample(x, reference_px.reshape(1, -1, 2)),  # (1, 16, 24)
     "points moved": bilinear_sample(x, points_px[None]),

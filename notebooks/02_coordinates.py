@@ -34,7 +34,7 @@ from dat_ref.ops.bias import table_bias, table_positions
 from dat_ref.ops.grid import from_pixels, key_grid_size, offset_padding, reference_points, to_pixels
 from dat_ref.ops.sampling import bilinear_sample
 from dat_ref.viz import style
-from dat_ref.viz.marks import dimmed
+from dat_ref.viz.artists import dim
 
 plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
@@ -252,7 +252,7 @@ def window_centers(convention):
     return np.arange(count) * STRIDE - before + (KERNEL - 1) / 2
 
 
-astronaut = dimmed(load_photo(photograph_path("astronaut")))
+astronaut = dim(load_photo(photograph_path("astronaut")))
 points, windows = {}, {}
 for convention in Convention:
     points[convention] = places_read(SIZE, convention, key_grid_size(SIZE, KERNEL, STRIDE, convention))

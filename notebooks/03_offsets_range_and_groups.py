@@ -44,7 +44,7 @@ from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.params import count
 from dat_ref.train import AdamW, scheduled_rate
 from dat_ref.viz import style
-from dat_ref.viz.marks import dimmed
+from dat_ref.viz.artists import dim
 
 plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
@@ -267,14 +267,14 @@ def paint(s, seed, steps=60, rate=0.03):
         [centered, np.square(centered).sum(axis=1, keepdims=True), np.zeros((1, DIM - 4, *SIZE))], axis=1
     )
     optimizer = AdamW(weight_decay=0.0)
-    state, errors = optimizer.start(params["offset_network"]), []
+    state, errors = optimizer.init(params["offset_network"]), []
     for step in range(steps + 1):
         y, trace = deformable_layer(x, params, layer)
         difference = np.where(np.arange(DIM)[:, None, None] < 3, y - x, 0.0)
         errors.append(np.square(difference).sum() / (HEIGHT * WIDTH))
         if step < steps:
             _, grads = deformable_layer_vjp(2 * difference / (HEIGHT * WIDTH), trace, params, layer)
-            now = scheduled_rate(step, steps, rate, warm_up=10)
+            now = scheduled_rate(step, steps, rate, warmup_steps=10)
             network, state = optimizer.step(params["offset_network"], grads["offset_network"], state, now)
             params = {**params, "offset_network": network}
     return errors[-1] / errors[0], trace.points_px[0, 0].reshape(-1, 2)
@@ -361,11 +361,11 @@ begun = {name: starts(name) for name in ("dat_tiny", "dat_pp_tiny")}
 figure, (*panels, bars) = plt.subplots(1, 3, figsize=(8.8, 2.9), width_ratios=[1, 1, 0.9])
 for axes, (name, traces), color in zip(panels, begun.items(), (BLUE, ORANGE)):
     trace = traces[3]
-    axes.imshow(dimmed(portrait), extent=(-0.5, 13.5, 13.5, -0.5))
-    before, moved = (part[0, 0].reshape(-1, 2) for part in (trace.reference_px, trace.points_px))
-    axes.add_collection(LineCollection(np.stack([before, moved], axis=1)[..., ::-1], colors="white", linewidths=0.7))
+    axes.imshow(dim(portrait), extent=(-0.5, 13.5, 13.5, -0.5))
+    before, updated = (part[0, 0].reshape(-1, 2) for part in (trace.reference_px, trace.points_px))
+    axes.add_collection(LineCollection(np.stack([before, updated], axis=1)[..., ::-1], colors="white", linewidths=0.7))
     axes.scatter(*before.T[::-1], s=6, color="white", lw=0, zorder=3)
-    axes.scatter(*moved.T[::-1], s=14, color=color, ec="white", lw=0.4, zorder=4, clip_on=False)
+    axes.scatter(*updated.T[::-1], s=14, color=color, ec="white", lw=0.4, zorder=4, clip_on=False)
     axes.set(xticks=[], yticks=[], title=f"{name}, stage 3, group 1", xlim=(-0.5, 13.5), ylim=(13.5, -0.5))
     axes.spines[:].set_visible(False)
     stages = list(traces)
@@ -442,9 +442,9 @@ def changes(key):
     """Return how much the keys and the bias of each head change when one group's points move: (G, heads) each."""
     found = []
     for group in range(layer.groups):
-        moved = trace.points.copy()
-        moved[:, group] += 0.1
-        pairs = zip(keys_and_bias(key, moved), keys_and_bias(key, trace.points))
+        updated = trace.points.copy()
+        updated[:, group] += 0.1
+        pairs = zip(keys_and_bias(key, updated), keys_and_bias(key, trace.points))
         found.append([np.linalg.norm(new - old, axis=(1, 2)) / np.linalg.norm(old, axis=(1, 2)) for new, old in pairs])
     return np.array(found).swapaxes(0, 1)
 

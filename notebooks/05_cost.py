@@ -36,21 +36,21 @@ from dat_ref.block import block
 from dat_ref.cli.photo import load_photo, normalise, resize
 from dat_ref.complexity import (
     PUBLISHED,
-    allocated,
     attention_terms,
     backbone_cost,
     block_cost,
     count,
     doubling,
     growth,
-    held_bytes,
+    measure_allocation,
+    retained_bytes,
     total,
 )
 from dat_ref.data import photograph_path
 from dat_ref.layer import deformable_layer
-from dat_ref.peers import ATTENTIONS, SWAPS, MultiHeadAttentionConfig, PerQueryAttentionConfig, matched_peer
+from dat_ref.peers import ATTENTIONS, REPLACEMENTS, MultiHeadAttentionConfig, PerQueryAttentionConfig, matched_peer
 from dat_ref.viz import style
-from dat_ref.viz.marks import dimmed
+from dat_ref.viz.artists import dim
 
 plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
@@ -183,7 +183,7 @@ for config in (layer, own):
 
 figure, panels = plt.subplots(1, 3, figsize=(9.2, 2.7), width_ratios=[1, 1, 0.9])
 for axes, (config, times) in zip(panels, passes.items()):
-    axes.imshow(dimmed(resize(photo, (224, 224))), extent=(-0.5, 13.5, 13.5, -0.5))
+    axes.imshow(dim(resize(photo, (224, 224))), extent=(-0.5, 13.5, 13.5, -0.5))
     axes.imshow(times / times.max(), cmap=style.HEAT, alpha=0.8, extent=(-0.5, 13.5, 13.5, -0.5))
     name = "shared points" if config is layer else "each query's"
     axes.set(xticks=[], yticks=[], title=f"{name}: up to {times.max()} times")
@@ -315,20 +315,21 @@ for stride in (2, 4, 7):
 # The reference code writes every intermediate down, as the released code does. Two of them have an entry for every
 # pair of query and key: the bias and the attention.
 #
-# **Claim** (`dat_ref.complexity.held_bytes`). The bytes that a pass holds are those of the formula. On a photograph of
-# 224 pixels those pairs are a part of it; at the 800 × 1333 of detection, on stage 1 of DAT++, they are nine tenths,
+# **Claim** (`dat_ref.complexity.retained_bytes`). The bytes that a pass holds are those of the formula. On a photograph
+# of 224 pixels those pairs are a part of it; at the 800 × 1333 of detection, on stage 1 of DAT++, they are nine tenths,
 # and more than a gigabyte for one layer. (A kernel that keeps no pairs holds only the rest: see [the
 # backends](../08_in_your_own_model/).)
 
 # %%
 stage1 = dat_ref.config("dat_pp_tiny").stages[0][1].attention
 IMAGES = {"224 × 224": (56, 56), "448 × 448": (112, 112), "800 × 1333": (200, 334)}
-kept = {
-    name: {term: cost.kept for term, cost in attention_terms(1, size, stage1).items()} for name, size in IMAGES.items()
+saved_bytes = {
+    name: {term: cost.saved_bytes for term, cost in attention_terms(1, size, stage1).items()}
+    for name, size in IMAGES.items()
 }
 
 figure, axes = plt.subplots(figsize=(8.6, 2.0))
-for row, parts in enumerate(kept.values()):
+for row, parts in enumerate(saved_bytes.values()):
     start = 0
     for name, color in TERM_COLORS.items():
         amount = parts[name] / 2**20
@@ -337,7 +338,7 @@ for row, parts in enumerate(kept.values()):
         )
         start += amount
     axes.text(start + 12, row, f"{start:,.0f} MiB", va="center", size=8.5)
-axes.set(yticks=range(3), yticklabels=kept, xlabel="MiB kept for the backward by one layer, one image, float32")
+axes.set(yticks=range(3), yticklabels=saved_bytes, xlabel="MiB kept for the backward by one layer, one image, float32")
 axes.invert_yaxis()
 axes.tick_params(axis="y", length=0)
 figure.legend(loc="outside upper center", ncols=6, handlelength=1, columnspacing=1.2)
@@ -346,16 +347,16 @@ plt.show()
 # %%
 x = np.random.default_rng(0).normal(size=(1, stage1.dim, 56, 56)).astype(np.float32)
 stage1_params = dat_ref.init_params(stage1, seed=0)
-held = held_bytes(deformable_layer(x, stage1_params, stage1), without=[x, stage1_params])
-assert held == sum(kept["224 × 224"].values())
-pairs = {name: (parts["attention"] + parts["bias"]) / sum(parts.values()) for name, parts in kept.items()}
+measured_bytes = retained_bytes(deformable_layer(x, stage1_params, stage1), exclude=[x, stage1_params])
+assert measured_bytes == sum(saved_bytes["224 × 224"].values())
+pairs = {name: (parts["attention"] + parts["bias"]) / sum(parts.values()) for name, parts in saved_bytes.items()}
 print(", ".join(f"{name}: pairs are {share:.0%}" for name, share in pairs.items()))
 assert pairs["224 × 224"] < pairs["448 × 448"] < pairs["800 × 1333"]
 assert pairs["800 × 1333"] > 0.9
-assert sum(kept["800 × 1333"].values()) > 2**30
+assert sum(saved_bytes["800 × 1333"].values()) > 2**30
 
 whole = dat_ref.config("dat_pp_tiny").stages[0][1]
-peak = allocated(
+peak = measure_allocation(
     block,
     x,
     dat_ref.init_params(replace(dat_ref.config("dat_pp_tiny"), num_classes=0), 0)["stages"][0]["blocks"][1],
@@ -434,14 +435,14 @@ NAMES = {
     "ms_deform": "Deformable DETR",
     "ms_deform_dot": "DETR, dot products",
     "per_query": "keys of each query",
-    "swap_in": "swap-in",
+    "dat_dcn": "DAT-DCN",
 }
-peers = {"deformable": layer, **{kind: matched_peer(layer, (14, 14), kind) for kind in SWAPS if kind in NAMES}}
+peers = {"deformable": layer, **{kind: matched_peer(layer, (14, 14), kind) for kind in REPLACEMENTS if kind in NAMES}}
 price = {kind: total(attention_terms(1, (14, 14), config)) for kind, config in peers.items()}
 
 figure, axes = plt.subplots(figsize=(8.0, 3.6))
 floor = 4e4  # where those are drawn that gather nothing
-NUDGES = {"swap_in": (7, 7), "ms_deform": (7, -7), "per_query": (7, -6), "ms_deform_dot": (7, 7)}
+NUDGES = {"dat_dcn": (7, 7), "ms_deform": (7, -7), "per_query": (7, -6), "ms_deform_dot": (7, 7)}
 NUDGES |= {"window": (-8, 11), "neighborhood": (-8, -12), "pyramid": (-85, 0)}
 for kind, cost in price.items():
     moves = cost.gathers > 0

@@ -46,19 +46,19 @@ from dat_ref.ops.basic import conv2d, linear
 from dat_ref.params import flatten, unflatten
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
     deform_conv2d,
     multi_scale_deformable_attention,
-    reach,
+    receptive_field,
 )
 from dat_ref.peers.per_query import attend_at_points
 from dat_ref.viz import style
-from dat_ref.viz.marks import dimmed
+from dat_ref.viz.artists import dim
 
 plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
@@ -88,7 +88,7 @@ SYSTEMS = {
     "deformable convolution": DeformableConvConfig(DIM, kernel_size=3),
     "Deformable DETR": MultiScaleDeformableConfig(DIM, HEADS, points=3),
     "keys of each query": PerQueryAttentionConfig(DIM, HEADS, kernel_size=3),
-    "swap-in": SwapInAttentionConfig(DIM, HEADS, points=3),
+    "DAT-DCN": DATDCNAttentionConfig(DIM, HEADS, points=3),
 }
 
 
@@ -101,7 +101,7 @@ def lively(config, seed=2):
     """Return seeded parameters whose offsets are some pixels long, which first values alone would not give."""
     rng = np.random.default_rng(seed)
     params = init_params(config, seed, dtype=np.float64)
-    unit = SIDE / 2 if isinstance(config, SwapInAttentionConfig) else 1  # its offsets count in half maps, not in pixels
+    unit = SIDE / 2 if isinstance(config, DATDCNAttentionConfig) else 1  # its offsets count in half maps, not in pixels
     for part in (params.get("offset", {}), params.get("offset_network", {}).get("pointwise", {})):
         if part:
             fan_in = part["weight"][0, 0].size
@@ -115,9 +115,9 @@ def lively(config, seed=2):
 # Put two queries on the photograph, one on the face and one on the helmet, and mark what each can reach: the pixels
 # that enter its output as a key or a value, with any weight.
 #
-# **Claim** (`dat_ref.peers.reach`). Three of ten systems show all queries the same pixels: plain attention, spatial
-# reduction, and deformable attention. The first two show the whole map, and pay for it or blur it. **Only deformable
-# attention shows everybody the same few pixels, chosen for this image.**
+# **Claim** (`dat_ref.peers.receptive_field`). Three of ten systems show all queries the same pixels: plain attention,
+# spatial reduction, and deformable attention. The first two show the whole map, and pay for it or blur it. **Only
+# deformable attention shows everybody the same few pixels, chosen for this image.**
 
 # %%
 QUERIES = {"face": (2, 5), "helmet": (9, 9)}
@@ -125,8 +125,8 @@ seen = {}
 figure, panels = plt.subplots(2, 5, figsize=(8.8, 4.6))
 for axes, (name, config) in zip(panels.ravel(), SYSTEMS.items()):
     _, trace = run(config, lively(config))
-    seen[name] = [reach(query, SIZE, config, trace) for query in QUERIES.values()]
-    axes.imshow(dimmed(photo), extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
+    seen[name] = [receptive_field(query, SIZE, config, trace) for query in QUERIES.values()]
+    axes.imshow(dim(photo), extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
     one, other = seen[name]
     for pixels, color in ((one & ~other, BLUE), (other & ~one, ORANGE), (one & other, GREEN)):
         axes.imshow(np.where(pixels, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.6)
@@ -148,13 +148,13 @@ assert seen["deformable attention"][0].sum() <= 4 * 9  # nine points, four pixel
 # %% [markdown]
 # ## 2. Is that what the output depends on?
 #
-# A picture of reach is only as good as its definition. So test it. Put noise on all pixels that a query does *not*
-# reach: its output must not change by a single bit. Put noise on those it does: it must.
+# A picture of receptive fields is only as good as its definition. So test it. Put noise on all pixels that a query does
+# *not* reach: its output must not change by a single bit. Put noise on those it does: it must.
 #
 # One thing has to be held still: places and queries also depend on the map. So whatever *decides* gets weights of zero
 # here, and keeps its biases. What is left of the dependence goes through keys and values.
 #
-# **Claim.** For all ten systems and both queries, the reach is exactly what the output depends on.
+# **Claim.** For all ten systems and both queries, the receptive field is exactly what the output depends on.
 
 # %%
 DECIDERS = ("query", "offset", "modulation", "weights", "offset_network")
@@ -173,10 +173,10 @@ def decided(config):
 
 
 def influence(config, query):
-    """Return how much the query's output changes for noise outside of its reach, and for noise inside."""
+    """Return how much the query's output changes for noise outside of its receptive field, and for noise inside."""
     params = decided(config)
     y, trace = run(config, params)
-    pixels = reach(query, SIZE, config, trace)
+    pixels = receptive_field(query, SIZE, config, trace)
     noise = np.random.default_rng(0).normal(size=x.shape)
     changed = [run(config, params, x + noise * where)[0] for where in (~pixels, pixels)]
     return [np.abs(other - y)[0, :, query[0], query[1]].max() for other in changed]
@@ -190,7 +190,7 @@ for row, both in enumerate(effects.values()):
     axes.scatter(inside, row, s=50, color=BLUE, lw=0, zorder=3)
     axes.scatter(max(outside, 1e-3), row, s=50, fc="white", ec=ORANGE, lw=1.4, zorder=3)
     axes.plot([1e-3, inside], [row, row], color=style.HAIRLINE, lw=0.8, zorder=1)
-axes.scatter([], [], s=50, fc="white", ec=ORANGE, lw=1.4, label="noise outside the reach")
+axes.scatter([], [], s=50, fc="white", ec=ORANGE, lw=1.4, label="noise outside the receptive field")
 axes.scatter([], [], s=50, color=BLUE, lw=0, label="noise inside")
 axes.set(xscale="log", xlim=(7e-4, 9), xticks=[1e-3, 1e-2, 0.1, 1], yticks=range(10), yticklabels=SYSTEMS)
 axes.set_xticklabels(["none", "0.01", "0.1", "1"])
@@ -222,7 +222,7 @@ def weights_of(config, trace, query):
     """Return the weights that a query gives its keys or taps, flat."""
     number = query[0] * SIDE + query[1]
     if isinstance(config, WindowAttentionConfig):
-        return viz.window_attended(trace, query).weights
+        return viz.window_query_attention(trace, query).weights
     if isinstance(config, DeformableConvConfig):
         return trace.mask[0, :, query[0], query[1]]
     queries = 0 if trace.attention.shape[1] == SIDE**2 else 1  # (Q, heads, …) or (heads, Q, …)
@@ -243,7 +243,7 @@ def places_held(config):
 def ask(config, query=QUERIES["helmet"]):
     """Return whether places depend on the image, and whether weights depend on what is found there."""
     other = as_map(load_photo(photograph_path("coffee")))
-    lying = [reach(query, SIZE, config, run(config, lively(config), picture)[1]) for picture in (x, other)]
+    lying = [receptive_field(query, SIZE, config, run(config, lively(config), picture)[1]) for picture in (x, other)]
     around = 1 if isinstance(config, DeformableConvConfig) else 0
     kept = np.s_[:, :, query[0] - around : query[0] + around + 1, query[1] - around : query[1] + around + 1]
     other[kept] = x[kept]
@@ -270,15 +270,15 @@ plt.show()
 # %%
 assert [name for name, (_, moves, _) in answers.items() if moves] == list(SYSTEMS)[5:]
 looking = {name for name, (_, _, looks) in answers.items() if looks}
-assert looking == set(SYSTEMS) - {"deformable convolution", "Deformable DETR", "swap-in"}
+assert looking == set(SYSTEMS) - {"deformable convolution", "Deformable DETR", "DAT-DCN"}
 assert len(looking) == 7
 assert {name for name, answer in answers.items() if all(answer)} == {"deformable attention"}
 
 # %% [markdown]
 # ## 4. Two layers, four layers
 #
-# A backbone stacks layers, and what one layer cannot reach the next one may. How fast does the reach grow? Keep each
-# pixel's own (the residual branch), and chain: a query sees what is seen by what it sees.
+# A backbone stacks layers, and what one layer cannot reach the next one may. How fast does the receptive field grow?
+# Keep each pixel's own (the residual branch), and chain: a query sees what is seen by what it sees.
 #
 # The surprise is deformable attention. Every query sees the points of the last layer, those saw the points of the
 # layer before, and so on: **points see points**. However deep the stack, most of the map is never read. What is
@@ -299,22 +299,22 @@ STACKS = {
 STACKS["neighborhood, deformable"] = STACKS["neighborhood"] + STACKS["deformable"]
 
 
-def reach_of_all(config, seed):
+def receptive_fields(config, seed):
     """Return which pixels each query reaches in one layer, its own included: (784, 784) of booleans."""
     _, trace = run(config, lively(config, seed), wide)
     queries = [(0, 0)] if isinstance(config, DeformableAttentionConfig) else list(np.ndindex(WIDE, WIDE))
-    rows = np.array([reach(query, (WIDE, WIDE), config, trace).ravel() for query in queries])
+    rows = np.array([receptive_field(query, (WIDE, WIDE), config, trace).ravel() for query in queries])
     return np.broadcast_to(rows, (WIDE**2, WIDE**2)) | np.eye(WIDE**2, dtype=bool)
 
 
-single = {config: reach_of_all(config, 0) for stack in STACKS.values() for config in stack}
+single = {config: receptive_fields(config, 0) for stack in STACKS.values() for config in stack}
 reached, pictures = {}, {}
 for name, stack in STACKS.items():
     chained, reached[name] = np.eye(WIDE**2, dtype=np.float32), []
     for depth in range(4):
         config = stack[depth % len(stack)]
         moves = isinstance(config, DeformableAttentionConfig)
-        layer = reach_of_all(config, depth) if moves else single[config]  # points of its own in each layer
+        layer = receptive_fields(config, depth) if moves else single[config]  # points of its own in each layer
         chained = (layer.astype(np.float32) @ chained > 0).astype(np.float32)
         reached[name].append(chained.mean())
         if depth == 1:
@@ -326,7 +326,7 @@ for shares, color in zip(reached.values(), (GREEN, PINK, BLUE, ORANGE)):
 axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="share of the map reached")
 axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 for panel, (name, pixels), color in zip(panels, pictures.items(), (GREEN, PINK, BLUE, ORANGE)):
-    panel.imshow(dimmed(photo), extent=(-0.5, WIDE - 0.5, WIDE - 0.5, -0.5))
+    panel.imshow(dim(photo), extent=(-0.5, WIDE - 0.5, WIDE - 0.5, -0.5))
     panel.imshow(np.where(pixels, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.55)
     panel.scatter(11, 10, marker="*", s=90, color=style.QUERY, ec="white", lw=0.8)
     panel.set(xticks=[], yticks=[])
@@ -384,7 +384,7 @@ def deformable(convention):
     return run(config, tree | {"output": output, "position_bias": {"table": table}}, z)[0]
 
 
-WEB = {
+IDENTITIES = {
     "window = plain": (apart(window(5), y), apart(window(4), y)),
     "neighborhood = plain": (apart(neighborhood(table[:, ::-1, ::-1]), y), apart(neighborhood(table), y)),
     "deformable = plain": (apart(deformable(Convention.CELL_CENTER), y), apart(deformable(Convention.CVPR2022), y)),
@@ -400,7 +400,7 @@ def pyramid(reduction):
     return run(config, tree | {"output": output}, z)[0]
 
 
-WEB["spatial reduction = plain"] = apart(pyramid(1), bare), apart(pyramid(2), bare)
+IDENTITIES["spatial reduction = plain"] = apart(pyramid(1), bare), apart(pyramid(2), bare)
 
 # %% [markdown]
 # Now keys of each query: hand every query a copy of the points that a deformable layer found, or take their offsets
@@ -414,7 +414,7 @@ own = np.repeat(trace.points_px.reshape(1, 1, 1, -1, 2), 25, axis=2)  # each que
 copied, moved = (
     attend_at_points(trace.query.reshape(1, 6, 25), z, points, tree, heads=2)[0] for points in (own, own + 0.01)
 )
-WEB["keys of each query = deformable"] = (
+IDENTITIES["keys of each query = deformable"] = (
     apart(copied.reshape(z.shape), trace.merged),
     apart(moved.reshape(z.shape), trace.merged),
 )
@@ -425,17 +425,23 @@ stacked = {leaf: np.concatenate([tree[name][leaf] for name in THIRDS]) for leaf 
 around = {"qkv": stacked, "output": tree["output"], "neighborhood_bias": {"table": np.zeros((2, 5, 5))}}
 one, other = run(config, tree, z)[0], run(NeighborhoodAttentionConfig(6, 2, 3), around, z)[0]
 inside = np.s_[:, :, 1:-1, 1:-1]
-WEB["keys of each query = neighborhood"] = apart(one[inside], other[inside]), apart(one, other)  # and at the border
+IDENTITIES["keys of each query = neighborhood"] = (
+    apart(one[inside], other[inside]),
+    apart(one, other),
+)  # and at the border
 
 dilated = run(NeighborhoodAttentionConfig(6, 2, 3, dilation=2), around, wide[:, :6, :8, :8])[0][:, :, ::2, ::2]
 parts = [
     run(NeighborhoodAttentionConfig(6, 2, 3), around, wide[:, :6, :8, start:8:2][:, :, ::2])[0] for start in (0, 1)
 ]
-WEB["dilated = neighborhood of a sub-map"] = apart(dilated, parts[0]), apart(dilated, parts[1])  # and of another one
+IDENTITIES["dilated = neighborhood of a sub-map"] = (
+    apart(dilated, parts[0]),
+    apart(dilated, parts[1]),
+)  # and of another one
 
 # %% [markdown]
 # Convolutions, and what ties them to Deformable DETR: a sigmoid in place of its softmax, a tap for each point, one
-# matrix for all taps. Last, the swap-in, whose offsets are (y, x) in half maps where the original's are (x, y) in
+# matrix for all taps. Last, the DAT-DCN layer, whose offsets are (y, x) in half maps where the original's are (x, y) in
 # pixels.
 
 # %%
@@ -443,10 +449,10 @@ kernel = rng.normal(size=(6, 6, 3, 3))
 still, ones = np.zeros((1, 18, 5, 5)), np.ones((1, 9, 5, 5))
 convolved = conv2d(z, kernel, padding=((1, 1), (1, 1)))
 by_v2 = [deform_conv2d(z, still + shift, kernel, padding=1, mask=ones) for shift in (0, 0.01)]
-WEB["deformable conv. v2 = convolution"] = tuple(apart(each, convolved) for each in by_v2)
+IDENTITIES["deformable conv. v2 = convolution"] = tuple(apart(each, convolved) for each in by_v2)
 wild = rng.uniform(-2, 2, size=still.shape)
 by_v1 = deform_conv2d(z, wild, kernel, padding=1)
-WEB["deformable conv. v1 = v2"] = tuple(
+IDENTITIES["deformable conv. v1 = v2"] = tuple(
     apart(by_v1, deform_conv2d(z, wild, kernel, padding=1, mask=level * ones)) for level in (1, 0.99)
 )
 
@@ -465,31 +471,35 @@ modulated = deform_conv2d(
     z, offset, one_matrix, padding=(0, 1), mask=sigmoid[:, :, :, 0].transpose(0, 2, 3, 1).reshape(1, -1, 5, 5)
 )
 as_maps = [each.swapaxes(1, 2).reshape(z.shape) for each in detr]
-WEB["DETR with a sigmoid = deformable conv. v2"] = tuple(apart(each, modulated) for each in as_maps)
+IDENTITIES["DETR with a sigmoid = deformable conv. v2"] = tuple(apart(each, modulated) for each in as_maps)
 
 
-def swap_in(convention):
-    config = SwapInAttentionConfig(6, 2, points=2, convention=convention)
+def dat_dcn(convention):
+    config = DATDCNAttentionConfig(6, 2, points=2, convention=convention)
     tree = init_params(config, seed=0, dtype=np.float64)
     tree["offset"]["weight"][:] = np.random.default_rng(1).normal(size=(8, 6)) / 5
     return run(config, tree, z)[0], tree
 
 
-halves, tree = swap_in(Convention.CELL_CENTER)
+halves, tree = dat_dcn(Convention.CELL_CENTER)
 exchanged = {
     leaf: array.reshape(4, 2, -1)[:, ::-1].reshape(array.shape) * 5 / 2 for leaf, array in tree["offset"].items()
 }
 in_pixels = run(MultiScaleDeformableConfig(6, 2, points=2), {**tree, "offset": exchanged}, z)[0]
-WEB["swap-in = Deformable DETR"] = apart(halves, in_pixels), apart(swap_in(Convention.DATPP2023)[0], in_pixels)
+IDENTITIES["DAT-DCN = Deformable DETR"] = apart(halves, in_pixels), apart(dat_dcn(Convention.DATPP2023)[0], in_pixels)
 
 figure, axes = plt.subplots(figsize=(8.6, 3.6))
-for row, (holds, broken) in enumerate(WEB.values()):
+for row, (holds, broken) in enumerate(IDENTITIES.values()):
     axes.plot([max(holds, 1e-17), broken], [row, row], color=style.HAIRLINE, lw=0.8, zorder=1)
     axes.scatter(max(holds, 1e-17), row, s=45, color=BLUE, lw=0)
     axes.scatter(broken, row, s=45, color=ORANGE, lw=0)
 axes.axvline(1e-12, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
 axes.set(
-    xscale="log", xlim=(4e-18, 20), yticks=range(len(WEB)), yticklabels=WEB, title="largest difference of two outputs"
+    xscale="log",
+    xlim=(4e-18, 20),
+    yticks=range(len(IDENTITIES)),
+    yticklabels=IDENTITIES,
+    title="largest difference of two outputs",
 )
 axes.set_xticks([1e-17, 1e-12, 1e-6, 1], ["0", "$10^{-12}$", "$10^{-6}$", "1"])
 axes.minorticks_off()
@@ -498,8 +508,8 @@ axes.tick_params(axis="y", length=0)
 plt.show()
 
 # %%
-assert len(WEB) == 11
-for holds, broken in WEB.values():
+assert len(IDENTITIES) == 11
+for holds, broken in IDENTITIES.values():
     assert holds < 1e-12
     assert broken > 1e-3
 

@@ -29,8 +29,8 @@ import numpy as np
 
 import dat_ref
 from dat_ref import viz
-from dat_ref.checkpoints import load_params, official_state, read_state, recognise_model, save_state
-from dat_ref.cli.photo import fed_size, load_photo, normalise, resize
+from dat_ref.checkpoints import detect_preset, load_params, official_state, read_state, save_state
+from dat_ref.cli.photo import input_size, load_photo, normalise, resize
 from dat_ref.data import photograph_path, photographs
 from dat_ref.layer import deformable_layer, deformable_layer_vjp
 from dat_ref.ops.basic import linear, linear_vjp
@@ -97,7 +97,7 @@ np.testing.assert_allclose(
 
 # %%
 photo = load_photo(photograph_path("chelsea"))
-SIZE = fed_size(photo.shape[:2], 224)
+SIZE = input_size(photo.shape[:2], 224)
 image = normalise(resize(photo, SIZE))
 
 
@@ -126,14 +126,14 @@ assert (importance / even).min() > 0.5
 # The block before it attends in windows of 7 × 7. Three queries, what they see through points, and what in their
 # window.
 #
-# **Claim** (`dat_ref.viz.deformable_attended`, `window_attended`). All queries see the same points, from border to
-# border. No query sees further than six cells in its window, and two of the three cannot see each other.
+# **Claim** (`dat_ref.viz.deformable_query_attention`, `window_query_attention`). All queries see the same points, from
+# border to border. No query sees further than six cells in its window, and two of the three cannot see each other.
 
 # %%
 map_size = deformable.x.shape[2:]
 cells = [(5, 6), (6, 14), (12, 19)]  # (y, x) of the map: the eyes' height, the other eye, the room
-through_points = [viz.deformable_attended(deformable, cell) for cell in cells]
-in_window = [viz.window_attended(window, cell) for cell in cells]
+through_points = [viz.deformable_query_attention(deformable, cell) for cell in cells]
+in_window = [viz.window_query_attention(window, cell) for cell in cells]
 viz.draw_attention(
     photo,
     np.array(cells, dtype=float),
@@ -145,12 +145,12 @@ viz.draw_attention(
 
 # %%
 for one, other in zip(through_points, through_points[1:]):
-    np.testing.assert_array_equal(one.cells_px, other.cells_px)
-covered = np.ptp(through_points[0].cells_px, axis=0) / np.array(map_size)
+    np.testing.assert_array_equal(one.keys_px, other.keys_px)
+covered = np.ptp(through_points[0].keys_px, axis=0) / np.array(map_size)
 assert (covered > 0.9).all()
 for cell, attended in zip(cells, in_window):
-    assert np.abs(attended.cells_px - cell).max() <= 6
-    assert not any((attended.cells_px == other).all(axis=1).any() for other in cells if other != cell)
+    assert np.abs(attended.keys_px - cell).max() <= 6
+    assert not any((attended.keys_px == other).all(axis=1).any() for other in cells if other != cell)
 
 # %% [markdown]
 # ## 4. Something learned
@@ -212,7 +212,7 @@ def classify(params, pictures):
 
 def learn(params, steps=200, batch=24, rate=0.01, seed=0):
     optimizer, rng, losses = AdamW(weight_decay=0.01), np.random.default_rng(seed), []
-    state = optimizer.start(params)
+    state = optimizer.init(params)
     for step in range(steps):
         pictures, labels, _ = draw_pictures(rng, batch)
         logits, y, trace, pooled = classify(params, pictures)
@@ -220,7 +220,7 @@ def learn(params, steps=200, batch=24, rate=0.01, seed=0):
         head = linear_vjp(grad_logits, pooled, **params["head"])
         grad_y = np.broadcast_to(head.x[..., None] / SIDE**2, y.shape).astype(np.float32)
         _, grads = deformable_layer_vjp(grad_y, trace, params["layer"], layer)
-        now = scheduled_rate(step, steps, rate, warm_up=20)
+        now = scheduled_rate(step, steps, rate, warmup_steps=20)
         params, state = optimizer.step(params, {"layer": grads, "head": head.params}, state, now)
         losses.append(float(cross_entropy(logits, labels)))
     return params, losses
@@ -261,9 +261,9 @@ right = (logits.argmax(axis=1) == labels).mean()
 print(f"right on {right:.0%} of {len(labels)} new pictures")
 colored = labels < 4
 for spot, name in enumerate(("colored", "white")):
-    grid, moved = (share_read(part[colored], places[colored, spot]) for part in (trace.reference_px, trace.points_px))
-    print(f"a point on the {name} spot: in {grid:.0%} of the pictures on the grid, in {moved:.0%} moved")
-    assert (moved > 0.9 and moved > 2 * grid) if name == "colored" else moved < 0.9 * grid
+    grid, updated = (share_read(part[colored], places[colored, spot]) for part in (trace.reference_px, trace.points_px))
+    print(f"a point on the {name} spot: in {grid:.0%} of the pictures on the grid, in {updated:.0%} moved")
+    assert (updated > 0.9 and updated > 2 * grid) if name == "colored" else updated < 0.9 * grid
 assert right > 0.95
 steps = (trace.points_px - trace.reference_px)[:, 0].reshape(len(labels), -1, 2)
 scatter = np.linalg.norm(steps - steps.mean(axis=1, keepdims=True), axis=2).mean(axis=1)  # around the common step
@@ -292,8 +292,8 @@ def right_with(kept):
     weights = (trace.attention[:, 0] * kept[:, None]).astype(np.float64)  # (B, M, Ns)
     weights /= weights.sum(axis=2, keepdims=True) + 1e-30
     z = (weights @ trace.v[:, 0]).mean(axis=1)[:, :, None]  # (B, C, 1): a mean over the queries
-    guesses = linear(linear(z, **learned["layer"]["output"]), **learned["head"])[:, :, 0].argmax(axis=1)
-    return (guesses == labels)[colored].mean()
+    predictions = linear(linear(z, **learned["layer"]["output"]), **learned["head"])[:, :, 0].argmax(axis=1)
+    return (predictions == labels)[colored].mean()
 
 
 importance = viz.key_importance(trace.attention)[:, 0]  # (B, 16)
@@ -344,7 +344,7 @@ assert all(low <= high + 0.02 for low, high in zip(first, last))
 # %%
 def model_from(path):
     """Return the name of the released model that a file is of, and the model."""
-    name, config = recognise_model(read_state(path))
+    name, config = detect_preset(read_state(path))
     params, report = load_params(path, config)
     assert report.complete, report
     return name, dat_ref.DAT(config, params)

@@ -185,14 +185,14 @@ def bottleneck(x):
 
 with torch.inference_mode():
     one_eye = noisy[:, :, 44:100, 54:134]
-    entering = bottleneck(one_eye)  # (1, 64, 14, 20)
-    y, trace = net.attend(entering, return_trace=True)
+    bottleneck_input = bottleneck(one_eye)  # (1, 64, 14, 20)
+    y, trace = net.attend(bottleneck_input, return_trace=True)
 trace = dt.as_numpy(trace)
 viz.draw_points(as_picture(one_eye - net(one_eye)), trace, label="the U-Net's bottleneck")
 
 # %%
 spec = dat_ref.DeformableAttention(net.attend.config, net.attend.to_numpy())
-y_spec, trace_spec = spec(entering.numpy(), return_trace=True)
+y_spec, trace_spec = spec(bottleneck_input.numpy(), return_trace=True)
 np.testing.assert_allclose(y.numpy(), y_spec, atol=1e-5)
 np.testing.assert_allclose(trace.points_px, trace_spec.points_px, atol=1e-4)
 assert np.abs(trace.points_px - trace.reference_px).max() > 0.1  # and they did move
@@ -377,8 +377,8 @@ def write_down(graph, inputs):
 torch._dynamo.reset()
 compiled = torch.compile(net.attend, fullgraph=True, backend=write_down)  # fullgraph: a break would be an error
 with torch.no_grad():
-    y_compiled = compiled(entering.clone())
-    y_plain = net.attend(entering)
+    y_compiled = compiled(bottleneck_input.clone())
+    y_plain = net.attend(bottleneck_input)
 
 names, counts = zip(*graphs[0].most_common(16))
 figure, axes = plt.subplots(figsize=(8.6, 2.6))

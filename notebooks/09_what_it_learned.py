@@ -29,20 +29,20 @@ import numpy as np
 
 from dat_ref import viz
 from dat_ref.cli.scene import explain_scene
-from dat_ref.experiments import figures, measured
-from dat_ref.experiments.measures import apart, interval
+from dat_ref.experiments import figures, load_results
+from dat_ref.experiments.measures import interval, welch_difference
+from dat_ref.experiments.models import BASE, MULTI_OBJECT, NO_OFFSETS
 from dat_ref.experiments.pages import peers
+from dat_ref.experiments.pages.formatting import accuracy, difference, names_in_part, significant_sign
 from dat_ref.experiments.pages.points import (
+    background_attention,
     density,
-    farther,
-    found_from_afar,
-    gained,
+    distance_gain,
+    layer_values,
     layers,
-    of_layer,
+    points_gain,
     separation,
 )
-from dat_ref.experiments.pages.words import accuracy, difference, of_part, outside
-from dat_ref.experiments.small import BASE, SEVERAL, STILL
 from dat_ref.scenes import KINDS, Scenes
 from dat_ref.scenes.measures import received
 from dat_ref.viz import style
@@ -51,7 +51,7 @@ plt.rcParams.update(style.SETTINGS)
 plt.rcParams.update({"figure.dpi": 110, "figure.constrained_layout.use": True})
 BLUE, ORANGE, GREEN, PINK = style.GROUP_COLORS[:4]
 
-study, looks = measured("study"), measured("looks")
+study, attention_maps = load_results("study"), load_results("attention_maps")
 
 
 def percent(found):
@@ -137,24 +137,26 @@ assert shares["points on the object"]["mean"] < 2 * shares["points at rest"]["me
 # Points that move to where objects are more often, whatever the scene, would come to lie on more of them, too. So there
 # is a second thing to compare with: how many of a scene's points lie on the object of *another* scene.
 #
-# **Claim** (`dat_ref.experiments.looks.where_points_are`). In every layer more points lie on the object than at rest,
-# and more than on another scene's: they do go to it, as the article shows. It is three or four points in a hundred, and
-# with some seeds none; most points end up farther from it than they were. Attention finds the object sooner and more:
-# in the first layer most of it lies there.
+# **Claim** (`dat_ref.experiments.attention_maps.point_metrics`). In every layer more points lie on the object than at
+# rest, and more than on another scene's: they do go to it, as the article shows. It is three or four points in a
+# hundred, and with some seeds none; most points end up farther from it than they were. Attention finds the object
+# sooner and more: in the first layer most of it lies there.
 
 # %%
-figures.draw_learning(looks["learning"][BASE])
+figures.draw_training(attention_maps["training"][BASE])
 
 # %%
-points = looks["points"][BASE]
-for layer in layers({"looks": looks}):
-    shares = {name: interval(np.array(of_layer(points, layer, name))) for name in ("points", "at_rest", "by_chance")}
+points = attention_maps["points"][BASE]
+for layer in layers({"attention_maps": attention_maps}):
+    shares = {
+        name: interval(np.array(layer_values(points, layer, name))) for name in ("points", "reference", "by_chance")
+    }
     print(layer, *(f"{name} {percent(found)}" for name, found in shares.items()), sep=",  ")
-    assert outside(gained(points, layer)) > 0
-    assert outside(gained(points, layer, "by_chance")) > 0
-    assert outside(farther(points, layer)) > 0
-first = layers({"looks": looks})[0]
-assert np.mean(of_layer(points, first, "attention")) > 0.5
+    assert significant_sign(points_gain(points, layer)) > 0
+    assert significant_sign(points_gain(points, layer, "by_chance")) > 0
+    assert significant_sign(distance_gain(points, layer)) > 0
+first = layers({"attention_maps": attention_maps})[0]
+assert np.mean(layer_values(points, first, "attention")) > 0.5
 
 # %% [markdown]
 # The same table for the networks whose offsets, groups or bounds were changed is on
@@ -165,7 +167,7 @@ assert np.mean(of_layer(points, first, "attention")) > 0.5
 denser = {stage: interval(np.array(density(points, stage))) for stage in ("stage 1", "stage 2")}
 print({stage: f"{each['mean']:.2f} ± {each['half_width']:.2f}" for stage, each in denser.items()})
 change = interval(np.subtract(density(points, "stage 2"), density(points, "stage 1")))
-assert outside(change) == 0
+assert significant_sign(change) == 0
 
 # %% [markdown]
 # ## 4. Separate groups for separate objects?
@@ -174,16 +176,16 @@ assert outside(change) == 0
 # point is nearest. If groups divided the objects among themselves, two objects of one scene would fall to different
 # groups more often than two objects of different scenes do.
 #
-# **Claim** (`dat_ref.experiments.looks.separate`). They do not: in no layer do two objects of a scene fall to different
-# groups more often than chance would have it.
+# **Claim** (`dat_ref.experiments.attention_maps.separation_rate`). They do not: in no layer do two objects of a scene
+# fall to different groups more often than chance would have it.
 
 # %%
-groups = looks["several_groups"][BASE + SEVERAL]
+groups = attention_maps["multi_object_groups"][BASE + MULTI_OBJECT]
 figure, axes = plt.subplots(figsize=(7.4, 2.2))
 for row, layer in enumerate(groups["0"]):
-    together = [run[layer]["nearest"]["together"] for run in groups.values()]
+    observed = [run[layer]["nearest"]["observed"] for run in groups.values()]
     chance = [run[layer]["nearest"]["by_chance"] for run in groups.values()]
-    axes.plot(together, [row] * len(together), "o", color=BLUE, ms=6)
+    axes.plot(observed, [row] * len(observed), "o", color=BLUE, ms=6)
     axes.plot(chance, [row] * len(chance), "|", color=style.INK, ms=15)
 axes.plot([], [], "o", color=BLUE, label="two objects of one scene")
 axes.plot([], [], "|", color=style.INK, ms=12, label="by chance")
@@ -196,7 +198,7 @@ plt.show()
 for layer in groups["0"]:
     more = separation(groups, layer, "nearest")
     print(f"{layer}: {100 * more['mean']:+.1f} ± {100 * more['half_width']:.1f} in 100 pairs more than by chance")
-assert all(outside(separation(groups, layer, "nearest")) <= 0 for layer in groups["0"])
+assert all(significant_sign(separation(groups, layer, "nearest")) <= 0 for layer in groups["0"])
 
 # %% [markdown]
 # ## 5. Do the offsets help?
@@ -206,42 +208,43 @@ assert all(outside(separation(groups, layer, "nearest")) <= 0 for layer in group
 #
 # **Claim** (`dat_ref.OffsetBound`). On these scenes, with this network, that offsets help was not shown: without them
 # it is as accurate, as far as eight seeds tell. A range that lets points go two key cells ($s = 4$) harms it. And the
-# network that ships, whose range that is, has a twin trained without offsets, which is the better one of the two.
+# network that ships, whose range that is, has a baseline trained without offsets, which is the better one of the two.
 
 # %%
-offsets = [BASE, *of_part(study, "offsets")]
+offsets = [BASE, *names_in_part(study, "offsets")]
 figures.draw_accuracies(study, offsets)
 
 # %%
 for name in offsets[1:]:
     change = difference(study, name, BASE)
     print(f"{name:12} {percent(accuracy(study, name))}, {100 * change['mean']:+.1f} ± {100 * change['half_width']:.1f}")
-assert outside(difference(study, BASE, STILL)) == 0
-assert outside(difference(study, "s = 4", BASE)) < 0
-both = [[run["accuracy"] for run in study["runs"][name].values()] for name in (BASE, STILL)]
+assert significant_sign(difference(study, BASE, NO_OFFSETS)) == 0
+assert significant_sign(difference(study, "s = 4", BASE)) < 0
+both = [[run["accuracy"] for run in study["runs"][name].values()] for name in (BASE, NO_OFFSETS)]
 print("with offsets minus without, seed by seed:", *(f"{100 * (one - other):+.1f}" for one, other in zip(*both)))
 assert max(np.subtract(*both)) > 0.1
 assert min(np.subtract(*both)) < -0.05
-twin = measured("twin")
-print(f"the network that ships: {percent(twin['accuracy'])}, its twin without offsets: {percent(twin['twin'])}")
-assert outside(twin["difference"]) < 0
+baseline = load_results("no_offset_baseline")
+print("the network that ships:", percent(baseline["accuracy"]))
+print("its baseline without offsets:", percent(baseline["baseline"]))
+assert significant_sign(baseline["difference"]) < 0
 
 # %% [markdown]
 # Seeds of the same network lie twenty points of accuracy apart. Anyone who shows one run of each can show what they
-# like: a seed with which offsets gain much, or one with which they lose much. And the twin is one run.
+# like: a seed with which offsets gain much, or one with which they lose much. And the baseline is one run.
 #
 # ## 6. Who finds the object from afar
 #
 # Queries beside the object: how far they attend, and how much of their attention lies on it.
 #
-# **Claim** (`dat_ref.experiments.looks.attention_from`). In the first layer they find it several times as often as with
-# shifted windows, over twice the distance. The same network without offsets does too: it is the keys that all queries
-# share that make it possible, not that they move.
+# **Claim** (`dat_ref.experiments.attention_maps.attention_metrics`). In the first layer they find it several times as
+# often as with shifted windows, over twice the distance. The same network without offsets does too: it is the keys that
+# all queries share that make it possible, not that they move.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(9.4, 2.9), sharey=True)
-for axes, layer in zip(panels, layers({"looks": looks})):
-    for (name, runs), color in zip(looks["attention"].items(), style.GROUP_COLORS):
+for axes, layer in zip(panels, layers({"attention_maps": attention_maps})):
+    for (name, runs), color in zip(attention_maps["attention"].items(), style.GROUP_COLORS):
         found = [run[layer]["from_elsewhere"] for run in runs.values()]
         axes.plot([f["distance"] for f in found], [f["foreground"] for f in found], "o", color=color, ms=5, label=name)
     axes.set(title=layer, xlabel="how far attention goes, pixels")
@@ -250,22 +253,25 @@ panels[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
 
 # %%
-ours, still, windows = (found_from_afar({"looks": looks}, first, name) for name in (BASE, STILL, "shifted_window"))
-for name, found in (("deformable", ours), ("without offsets", still), ("shifted windows", windows)):
+ours, no_offsets, windows = (
+    background_attention({"attention_maps": attention_maps}, first, name)
+    for name in (BASE, NO_OFFSETS, "shifted_window")
+)
+for name, found in (("deformable", ours), ("without offsets", no_offsets), ("shifted windows", windows)):
     print(f"{first}, {name}: {percent(interval(found))}")
-assert outside(apart(ours, windows)) > 0
-assert outside(apart(still, windows)) > 0
-assert outside(apart(ours, still)) == 0
+assert significant_sign(welch_difference(ours, windows)) > 0
+assert significant_sign(welch_difference(no_offsets, windows)) > 0
+assert significant_sign(welch_difference(ours, no_offsets)) == 0
 
 # %% [markdown]
 # ## 7. Another attention in its place
 #
 # All three layers replaced by a peer with as many keys of a query, or as near to that as the peer comes.
 #
-# **Claim** (`dat_ref.peers.swap_attention`). On these scenes four times as many keys, the whole map, are worth most.
+# **Claim** (`dat_ref.peers.replace_attention`). On these scenes four times as many keys, the whole map, are worth most.
 # Deformable convolution, with three times the parameters, and the two forms that give every query points of its own,
-# Deformable DETR's attention and the naive one, are more accurate than deformable attention; the swap-in of the article
-# is less. Windows, neighborhoods and the pyramid are not told apart from it.
+# Deformable DETR's attention and the naive one, are more accurate than deformable attention; the DAT-DCN layer of the
+# article is less. Windows, neighborhoods and the pyramid are not told apart from it.
 
 # %%
 figures.draw_accuracies(study, peers.names(study))
@@ -275,7 +281,7 @@ for side, names in peers.sides(study).items():
     print({1: "more accurate", 0: "not told apart", -1: "less accurate"}[side], *names)
 found = {side: {name.strip("`") for name in names} for side, names in peers.sides(study).items()}
 assert found[1] == {"multi_head", "deform_conv", "ms_deform", "per_query"}
-assert found[-1] == {"swap_in"}
+assert found[-1] == {"dat_dcn"}
 assert found[0] == {"window", "shifted_window", "neighborhood", "pyramid", "ms_deform_dot"}
 
 # %% [markdown]

@@ -22,16 +22,16 @@ from dat_ref import (
 )
 from dat_ref.block import ATTENTIONS
 from dat_ref.ops.grid import key_grid_size
-from dat_ref.testing.strategies import anywhere, awkward, map_sizes, points_in, seeds
+from dat_ref.testing.strategies import anywhere, map_sizes, non_contiguous, points_in, seeds
 
 __all__ = [
     "Case",
-    "awkward",
     "consistent_conventions",
     "conventions",
     "layer_cases",
     "map_sizes",
     "neighborhood_cases",
+    "non_contiguous",
     "numbers",
     "points_px",
     "seeds",

@@ -308,8 +308,8 @@ def small_case():
 
 
 def broken(change):
-    """Return a `torch_pass` with something changed in its outcome."""
-    sound = agree.torch_pass
+    """Return a `run_torch` with something changed in its outcome."""
+    sound = agree.run_torch
 
     def run(config, params, image, precision):
         return change(sound(config, params, image, precision))
@@ -334,7 +334,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_agree_sees_what_is_wrong(small_case, monkeypatch, mutant):
-    monkeypatch.setattr(agree, "torch_pass", broken(MUTANTS[mutant]))
+    monkeypatch.setattr(agree, "run_torch", broken(MUTANTS[mutant]))
     comparisons = agree.compare(*small_case)
     assert comparisons[0].excess
     if mutant != "maps off by a millionth":

@@ -6,7 +6,7 @@ from helpers.agreement import assert_agree
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import deformable as loops
-from strategies import awkward, conventions, map_sizes, numbers, seeds
+from strategies import conventions, map_sizes, non_contiguous, numbers, seeds
 
 from dat_ref import ConfigError, Convention, ShapeError, deformable_attention
 from dat_ref.ops.attention import attend, deformable_attention_vjp, merge_heads, split_heads
@@ -135,15 +135,15 @@ def test_heads_are_cut_and_joined(seed, shape):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_precision_and_awkward_inputs(dtype):
+def test_precision_and_non_contiguous_inputs(dtype):
     """Read-only and strided inputs are accepted and not modified; the precision is kept, in the gradients too."""
     arguments = core(0, (3, 5), 4, dtype=dtype)
-    odd = {name: awkward(array) for name, array in arguments.items()}
+    odd = {name: non_contiguous(array) for name, array in arguments.items()}
     options = {"query_size": (3, 5), "convention": Convention.CVPR2022}
     output = deformable_attention(**odd, **options)
     assert output.dtype == dtype
     assert_agree(output, deformable_attention(**arguments, **options), 1e-6)
-    grads = deformable_attention_vjp(awkward(output), **odd, **options)
+    grads = deformable_attention_vjp(non_contiguous(output), **odd, **options)
     for name, grad in grads._asdict().items():
         assert grad.dtype == dtype, name
         assert grad.shape == arguments[name].shape

@@ -11,7 +11,7 @@ from strategies import map_sizes, numbers, seeds
 
 torch = pytest.importorskip("torch")
 from helpers.tensors import assert_close, assert_trees_close, pull_back, rejects, tensor  # noqa: E402
-from helpers.torch_peers import CONFIGS, ScaledGradient, built  # noqa: E402
+from helpers.torch_peers import CONFIGS, ScaledGradient, build_peer  # noqa: E402
 
 from dat_ref import NeighborhoodAttentionConfig, ShapeError  # noqa: E402
 from dat_ref.complexity.torch_counter import saved_bytes, torch_macs, torch_peak_bytes  # noqa: E402
@@ -153,7 +153,7 @@ def test_layer_is_the_spec(name, backend):
     """The module around it, with both rules for small maps."""
     config = CONFIGS[name]
     for size in ((7, 10), (4, 5)):
-        module, params = built(config)
+        module, params = build_peer(config)
         module.backend = backend
         x, cotangent = numbers(1, 2, config.dim, *size), numbers(2, 2, config.dim, *size)
         y, trace = ATTENTIONS[type(config)].forward(x, params, config)

@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import dat_ref.torch.functional as functional  # noqa: E402
-from dat_ref.bench import cases, contenders, measure, memory, report, timing  # noqa: E402
+from dat_ref.bench import cases, implementations, measure, memory, report, timing  # noqa: E402
 from dat_ref.bench.agreement import Disagreement, check  # noqa: E402
-from dat_ref.bench.contenders import BACKWARD, FORWARD, contender, draw  # noqa: E402
-from dat_ref.bench.released import as_released  # noqa: E402
+from dat_ref.bench.implementations import BACKWARD, FORWARD, draw_inputs, make_implementation  # noqa: E402
+from dat_ref.bench.released import released_formulation  # noqa: E402
 from dat_ref.cli import main  # noqa: E402
 from dat_ref.torch.functional import registry  # noqa: E402
 
@@ -26,7 +26,7 @@ MODEL = cases.ModelCase("dat_tiny", 1, 64)
 def tiny_cases(monkeypatch):
     """Make the shape C tiny, and the model's image small."""
     monkeypatch.setattr(cases, "cases", lambda names, device: [each for each in (CORE, MODEL) if each.name in names])
-    monkeypatch.setattr(timing, "LEAST_SAMPLE", 0.0)
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def no_memory(monkeypatch):
 
 
 def results(dtype=torch.float32, backend="blockwise"):
-    return dict(contender(backend, CORE, draw(CORE, torch.float32, "cpu", 5).to(dtype)).results())
+    return dict(make_implementation(backend, CORE, draw_inputs(CORE, torch.float32, "cpu", 5).to(dtype)).results())
 
 
 def test_backends_agree_and_are_within_the_budget_in_half_precision():
@@ -81,8 +81,8 @@ def test_in_half_precision_a_mistake_of_a_tenth_is_seen():
 # ------------------------------------------------------------------------------------------------ time and memory
 
 
-def test_contenders_take_turns_and_the_median_counts(monkeypatch):
-    """Each round starts with another contender; what a clock shows of each is known."""
+def test_implementations_take_turns_and_the_median_counts(monkeypatch):
+    """Each round starts with another implementation; what a clock shows of each is known."""
     now, ran = [0.0], []
     costs = {"a": [9, 1, 5, 2], "b": [9, 40, 30, 20], "c": [9, 3, 3, 3]}  # the first only says how often to repeat
 
@@ -94,8 +94,8 @@ def test_contenders_take_turns_and_the_median_counts(monkeypatch):
         return call
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(timing, "LONG_RUN", 1e9)
-    medians, rounds = timing.medians({name: run(name) for name in costs}, 3, "cpu")
+    monkeypatch.setattr(timing, "MAX_ROUNDS_SECONDS", 1e9)
+    medians, rounds = timing.median_seconds({name: run(name) for name in costs}, 3, "cpu")
     assert (medians, rounds) == ({"a": 2, "b": 30, "c": 3}, 3)
     assert "".join(ran) == "abc" + "abc" + "bca" + "cab"
 
@@ -111,8 +111,8 @@ def test_short_calls_are_repeated_and_long_ones_get_fewer_rounds(monkeypatch):
         return call
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    medians, rounds = timing.medians({"short": run("short", 0.0005), "long": run("long", 9.0)}, 50, "cpu")
-    assert rounds == timing.LEAST_ROUNDS
+    medians, rounds = timing.median_seconds({"short": run("short", 0.0005), "long": run("long", 9.0)}, 50, "cpu")
+    assert rounds == timing.MIN_ROUNDS
     assert calls == {"short": 1 + 10 * rounds, "long": 1 + rounds}
     assert medians == pytest.approx({"short": 0.0005, "long": 9.0})
 
@@ -148,9 +148,9 @@ def test_memory_grows_with_queries_and_not_with_pairs(backend):
 
 
 def test_a_backend_that_cannot_serve_takes_no_part():
-    assert contenders.objection("blockwise", CORE, draw(CORE, torch.float32, "cpu", 0)) == ""
+    assert implementations.unsupported_reason("blockwise", CORE, draw_inputs(CORE, torch.float32, "cpu", 0)) == ""
     if not torch.cuda.is_available():
-        assert contenders.objection("triton", CORE, draw(CORE, torch.float32, "cpu", 0)) != ""
+        assert implementations.unsupported_reason("triton", CORE, draw_inputs(CORE, torch.float32, "cpu", 0)) != ""
 
 
 def test_data_is_drawn_anew_for_each_run(monkeypatch):
@@ -158,13 +158,13 @@ def test_data_is_drawn_anew_for_each_run(monkeypatch):
 
     def recorded(case, dtype, device, seed):
         seeds.append(seed)
-        return draw(case, dtype, device, seed)
+        return draw_inputs(case, dtype, device, seed)
 
-    monkeypatch.setattr(measure, "draw", recorded)
+    monkeypatch.setattr(measure, "draw_inputs", recorded)
     monkeypatch.setattr(measure, "extra_bytes", lambda *arguments: None)
     options = measure.Options("cpu", 1, 1, ("blockwise",), (torch.float32,))
     for _ in range(2):
-        list(measure.comparisons([CORE], options, lambda what: None))
+        list(measure.compare_cases([CORE], options, lambda message: None))
     assert seeds[0] != seeds[1]
 
 
@@ -174,10 +174,10 @@ def test_the_released_formulation_has_the_same_parameters_and_outputs(name):
 
     torch.manual_seed(0)
     model = dt.create_model(name, num_classes=10).eval()
-    released = as_released(model)
+    released = released_formulation(model)
     assert released.state_dict().keys() == model.state_dict().keys()
     kinds = {type(module).__name__ for module in released.modules()}
-    assert {"PointwiseConvolution"} | ({"WrittenOutWindows"} if name == "dat_tiny" else set()) <= kinds
+    assert {"PointwiseConvolution"} | ({"ExplicitWindowAttention"} if name == "dat_tiny" else set()) <= kinds
     assert "WindowAttention" not in kinds
     x = torch.randn(1, 3, 67, 98)
     with torch.no_grad():
@@ -225,12 +225,12 @@ def test_the_tables_of_the_site_are_those_of_the_numbers(numbers):
     """`dat-ref bench --read docs/performance/cpu.json --markdown docs/performance/cpu.md` writes them anew."""
     found = json.loads(numbers.read_text(encoding="utf-8"))
     tables = numbers.with_suffix(".md").read_text(encoding="utf-8")
-    assert tables == report.markdown(found)
+    assert tables == report.format_markdown(found)
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     for name in re.findall(r"\[start:(\w+)\]", tables):
         assert f'"docs/performance/{numbers.stem}.md:{name}"' in page or name == "machine"
     other = json.loads(numbers.read_text(encoding="utf-8"), parse_float=lambda number: 2 * float(number))
-    assert tables != report.markdown(other)
+    assert tables != report.format_markdown(other)
 
 
 class CrookedGradient(torch.autograd.Function):

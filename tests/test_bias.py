@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bias as loops
 from oracle import geometry
-from strategies import awkward, consistent_conventions, conventions, map_sizes, numbers, seeds
+from strategies import consistent_conventions, conventions, map_sizes, non_contiguous, numbers, seeds
 
 from dat_ref import Convention, ShapeError
 from dat_ref.layer import deformable_layer
 from dat_ref.ops.bias import fixed_bias, log_bias, table_bias, table_bias_vjp, table_positions, table_scale
 from dat_ref.ops.grid import from_pixels, query_points, reference_points, to_pixels
-from dat_ref.testing.subjects.bias import gathered
+from dat_ref.testing.ops.bias import gather_table
 
 RESOLUTIONS = st.sampled_from(["fractions", "pixels"])
 
@@ -52,7 +52,7 @@ def test_zero_offset_bias_is_an_integer_gather_on_any_map(convention, size, seed
     table = table_of(seed, 2, size)
     points = reference_points(size, convention).reshape(1, 1, -1, 2)
     read = table_bias(table, points, query_size=size, convention=convention)
-    assert_agree(read[0], gathered(table, size), 1e-11)
+    assert_agree(read[0], gather_table(table, size), 1e-11)
 
 
 def test_the_releases_read_between_the_entries():
@@ -168,14 +168,14 @@ def test_fixed_bias_is_its_table_and_says_which_map_it_fits():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_precision_and_awkward_inputs(dtype):
+def test_precision_and_non_contiguous_inputs(dtype):
     """Read-only and strided tables and points are accepted; the precision is kept, in the gradients too."""
     table, points = numbers(0, 4, 5, 9, dtype=dtype), numbers(1, 2, 2, 3, 2, dtype=dtype)
     options = {"query_size": (3, 5), "convention": Convention.CELL_CENTER}
-    read = table_bias(awkward(table), awkward(points), **options)
+    read = table_bias(non_contiguous(table), non_contiguous(points), **options)
     assert read.dtype == dtype
     np.testing.assert_array_equal(read, table_bias(table, points, **options))
-    grads = table_bias_vjp(awkward(read), awkward(table), awkward(points), **options)
+    grads = table_bias_vjp(non_contiguous(read), non_contiguous(table), non_contiguous(points), **options)
     assert grads.table.dtype == grads.points.dtype == dtype
 
 

@@ -78,8 +78,8 @@ def oracle_block(x, params, block_config):
     scale1, scale2 = (
         params[name]["weight"][:, None, None] if name in params else 1.0 for name in ("layer_scale1", "layer_scale2")
     )
-    attended = run_oracle(loops.layer_norm(x, **params["norm1"]), params["attention"], block_config.attention).output
-    x = x + scale1 * attended
+    attn_out = run_oracle(loops.layer_norm(x, **params["norm1"]), params["attention"], block_config.attention).output
+    x = x + scale1 * attn_out
     hidden = loops.linear(loops.layer_norm(x, **params["norm2"]), **params["mlp"]["linear1"])
     if block_config.mlp != "linear":
         mixed = loops.conv2d(hidden, **params["mlp"]["depthwise"], padding=SAME, groups=hidden.shape[1])
@@ -97,7 +97,7 @@ def test_block_equals_scalar_loops(kind, extras):
     x = numbers(0, 2, 4, 3, 5)
     y, trace = block(x, params, block_config)
     assert_agree(y, oracle_block(x, params, block_config), 1e-11)
-    assert (trace.perceived is x) is not extras
+    assert (trace.lpu_out is x) is not extras
     assert isinstance(trace.mlp, MLPTrace)
 
 

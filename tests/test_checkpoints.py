@@ -18,12 +18,12 @@ from dat_ref import DAT, CheckpointError, Convention, DATConfig, DeformableAtten
 from dat_ref.backbone import dat_shapes
 from dat_ref.checkpoints import (
     LoadReport,
+    detect_preset,
+    detect_release,
     fit_state,
     load_params,
     official_buffers,
     official_state,
-    recognise,
-    recognise_model,
     resize_table,
 )
 from dat_ref.params import flatten, unflatten
@@ -287,8 +287,8 @@ def test_failed_writing_leaves_the_file_that_was_there(tmp_path, suffix, monkeyp
 @pytest.mark.parametrize("name", PRESET_OF)
 def test_released_files_are_recognised(name):
     state = released(name)
-    assert recognise(state) == name.split("/")[0]
-    found, config = recognise_model(state)
+    assert detect_release(state) == name.split("/")[0]
+    found, config = detect_preset(state)
     # The two DAT++-B differ in nothing that a state dict shows.
     assert found == PRESET_OF[name].replace("dat_pp_base_384", "dat_pp_base")
     assert {key: tuple(array.shape) for key, array in official_state(hollow_tree(config), config).items()} == {
@@ -304,8 +304,8 @@ def hollow_tree(config):
 def test_files_of_ours_are_recognised(name):
     config = dat_ref.config(name, num_classes=7, in_channels=5)
     state = hollow(flatten(dat_shapes(config)))
-    assert recognise(state) == "dat_ref"
-    found, found_config = recognise_model(state)
+    assert detect_release(state) == "dat_ref"
+    found, found_config = detect_preset(state)
     assert found == name.replace("dat_pp_base_384", "dat_pp_base")
     assert (found_config.num_classes, found_config.in_channels) == (7, 5)
 
@@ -314,14 +314,14 @@ def test_a_detector_of_another_size_is_recognised():
     state = {name: array for name, array in released("cvpr2022/dat_small").items() if "cls_" not in name}
     state |= hollow({f"norms.{i}.norm.weight": (96 << i,) for i in range(4)})
     state["stages.2.attns.1.rpe_table"] = np.zeros((12, 39, 63), np.float32)
-    name, config = recognise_model(state)
+    name, config = detect_preset(state)
     assert (name, config.num_classes) == ("dat_small", 0)
 
 
 def test_other_models_are_not_recognised(release):
-    assert recognise_model(mini(release)[1]) is None
+    assert detect_preset(mini(release)[1]) is None
     with pytest.raises(CheckpointError, match=r"found 2 others: conv1.weight, fc.bias"):
-        recognise(hollow({"conv1.weight": (1,), "fc.bias": (1,)}))
+        detect_release(hollow({"conv1.weight": (1,), "fc.bias": (1,)}))
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -62,7 +62,7 @@ def test_verdict_on_record_is_what_the_check_finds(findings, number):
 @pytest.mark.parametrize("number", sorted(BY_NUMBER))
 def test_claim_says_where_it_stands_and_explains_itself(findings, number):
     claim = BY_NUMBER[number]
-    assert claim.words
+    assert claim.statement
     assert claim.sources
     assert findings[number].figures
     assert "{" not in findings[number].explanation
@@ -129,7 +129,7 @@ def wrong_figures(finding, **values):
     ("number", "judge", "wrong", "verdict"),
     [
         (1, space.judge_convolution, {"equal": 2}, REFUTED),
-        (2, space.judge_own_keys, {"power": 2.0}, REFUTED),
+        (2, space.judge_per_query_keys, {"power": 2.0}, REFUTED),
         (3, space.judge_four_keys, {"macs_power": 4.0}, REFUTED),
         (4, space.judge_shared_keys, {"coarse": 1}, REFUTED),
         (5, cost.judge_formula, {"equal": 3}, REFUTED),
@@ -148,7 +148,7 @@ def wrong_figures(finding, **values):
         (14, comparison.judge_sigmoid, {"same": False}, REFUTED),
         (
             15,
-            comparison.judge_reach_of_memory,
+            comparison.judge_memory_limit,
             {"training_few": 100.0, "training": 100.0, "detection_few": 100.0},
             HOLDS,
         ),
@@ -156,8 +156,8 @@ def wrong_figures(finding, **values):
         (18, cost.judge_samples, {"equal": 0}, REFUTED),
         (19, comparison.judge_locality, {"near": 9.0}, REFUTED),
         (19, comparison.judge_locality, {"window_4": 9}, HOLDS),
-        (21, offsets.judge_first_values, {"visited": 3}, REFUTED),
-        (21, offsets.judge_first_values, {"silent": 0.0}, REFUTED),
+        (21, offsets.judge_initialization, {"visited": 3}, REFUTED),
+        (21, offsets.judge_initialization, {"silent": 0.0}, REFUTED),
     ],
 )
 def test_other_figures_give_another_verdict(findings, number, judge, wrong, verdict):

@@ -107,7 +107,7 @@ def test_a_wrong_class(port, capsys):
 
 def test_a_wrong_gradient_beside_a_function(port, capsys):
     """It belongs to the function that is named, and the program calls it."""
-    run("port:doubled", "--subject", "sampler", code=1)
+    run("port:doubled", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert "✗ gradient_of_the_map" in printed
     assert "smallest counter-example: gradient of x: " in printed
@@ -120,7 +120,7 @@ def test_right_ones_in_every_form(target, port, capsys):
     """A function of any name, a class, a method, a module."""
     if target == "port:Port.bilinear_sample":
         (port / "port.py").write_text(PORT + "Port = Port()\n", encoding="utf-8")
-    run(target, "--subject", "sampler", code=0)
+    run(target, "--op", "sampler", code=0)
     assert " 0 fail" not in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_right_ones_in_every_form(target, port, capsys):
     ],
 )
 def test_what_fails_at_once_is_asked_no_further(name, words, port, capsys):
-    run(f"port:{name}", "--subject", "sampler", code=1)
+    run(f"port:{name}", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert words in printed
     assert "· first_pixel              not run: a smoke check fails" in printed
@@ -140,7 +140,7 @@ def test_what_fails_at_once_is_asked_no_further(name, words, port, capsys):
 
 def test_options_that_are_not_there(port, capsys):
     """Their cases are left out; a check that has no others is not run."""
-    run("port:not_single_rows", "--subject", "sampler", code=0)
+    run("port:not_single_rows", "--op", "sampler", code=0)
     printed = capsys.readouterr().out
     assert "· single_row               not run: not implemented: single rows" in printed
     assert "✓ anywhere " in printed
@@ -149,19 +149,19 @@ def test_options_that_are_not_there(port, capsys):
 
 def test_conventions(port, capsys):
     """Found, or asked for; a wrong one is told which would be right."""
-    run("port:cells", "--subject", "reference_grid", code=0)
+    run("port:cells", "--op", "reference_grid", code=0)
     assert capsys.readouterr().out.startswith("reference_grid follows CELL_CENTER\n")
-    run("port:cells", "--subject", "reference_grid", "--convention", "cell_center", code=0)
+    run("port:cells", "--op", "reference_grid", "--convention", "cell_center", code=0)
     assert "follows" not in capsys.readouterr().out
-    run("port:cells", "--subject", "reference_grid", "--convention", "cvpr2022", code=1)
+    run("port:cells", "--op", "reference_grid", "--convention", "cvpr2022", code=1)
     assert "follows CELL_CENTER: try --convention cell_center" in capsys.readouterr().out
 
 
 def test_single_precision_inside(port, capsys):
     """It is recognised, and right in its own precision."""
-    run("port:in_single_precision", "--subject", "sampler", code=1)
+    run("port:in_single_precision", "--op", "sampler", code=1)
     assert "check it with --dtype float32" in capsys.readouterr().out
-    run("port:in_single_precision", "--subject", "sampler", "--dtype", "float32", code=0)
+    run("port:in_single_precision", "--op", "sampler", "--dtype", "float32", code=0)
 
 
 def test_expected_failures(port, capsys):
@@ -209,7 +209,7 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
         ("port.py:sample", "found no module 'port.py'; a file is named like a module: port\n"),
         ("port:absent", "port has no 'absent'"),
         ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
-        ("port:sample", "which subject does the function 'sample' implement?"),
+        ("port:sample", "which operation does the function 'sample' implement?"),
         ("port:Built", "port:Built is a class, which is called without arguments; that raised TypeError"),
         ("broken", "importing broken raised ZeroDivisionError: division by zero (" ),
         ("needs", "importing needs raised ModuleNotFoundError: No module named 'nowhere'"),
@@ -226,9 +226,9 @@ def test_targets_that_cannot_be_checked(target, words, port, capsys):
 
 
 def test_options_that_make_no_sense(port, capsys):
-    run("port", "--subject", "sampling", code=2)
-    assert "--subject: expected one of sampler, reference_grid" in capsys.readouterr().err
-    run("port", "--subject", "bias", code=2)
+    run("port", "--op", "sampling", code=2)
+    assert "--op: expected one of sampler, reference_grid" in capsys.readouterr().err
+    run("port", "--op", "bias", code=2)
     assert "table       (M, Y, X)" in capsys.readouterr().err  # what was asked for is told in full
     assert main(["check", "port", "--max-examples", "0"]) == 2
     assert main(["check"]) == 2
@@ -239,7 +239,7 @@ def test_options_that_make_no_sense(port, capsys):
 
 def test_the_list(capsys):
     """What people need to write an adapter."""
-    assert main(["check", "--list", "--subject", "sampler", "--subject", "bias"]) == 0
+    assert main(["check", "--list", "--op", "sampler", "--op", "bias"]) == 0
     printed = capsys.readouterr().out
     assert "bilinear_sample(x, points_px) -> (N, C, P)" in printed
     assert "its gradient: bilinear_sample_vjp(cotangent, x, points_px) -> (x, points_px)" in printed

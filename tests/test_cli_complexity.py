@@ -9,7 +9,7 @@ from PIL import Image
 import dat_ref
 from dat_ref.cli import complexity
 from dat_ref.complexity import backbone_cost
-from dat_ref.peers import SWAPS, swap_attention
+from dat_ref.peers import REPLACEMENTS, replace_attention
 from dat_ref.viz import cost as viz_cost
 
 
@@ -71,11 +71,11 @@ def test_json_is_exact(capsys, tmp_path):
     assert facts["figures"] == [str(tmp_path / "dat_tiny_growth.png")]
 
 
-@pytest.mark.parametrize("kind", SWAPS)
+@pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_any_peer_takes_the_deformable_place(capsys, tmp_path, kind):
     code, printed = run(capsys, "--json", "--attention", kind, "--size", "64", "--out", tmp_path)
     facts = json.loads(printed)
-    cost = backbone_cost(1, (64, 64), swap_attention(dat_ref.config("dat_tiny"), kind))
+    cost = backbone_cost(1, (64, 64), replace_attention(dat_ref.config("dat_tiny"), kind))
     assert code == 0
     assert facts["attention"] == kind
     assert facts["total"]["macs"] == cost.total.macs
@@ -102,7 +102,7 @@ class Line:
 
     def __init__(self, kind, exponent, sides=(7, 14, 28)):
         self.kind, self.sides = kind, sides
-        self.macs = self.kept = tuple(1000 * side**exponent for side in sides)
+        self.macs = self.saved_bytes = tuple(1000 * side**exponent for side in sides)
 
 
 def test_figure_names_every_line_with_its_exponent():
@@ -135,4 +135,4 @@ def test_figure_refuses_curves_that_do_not_go_together(lines):
     [(1.0, "B", "1 B"), (1000, "B", "1 kB"), (2e6, "", "2 M"), (1e11, "", "100 G"), (0, "B", "0"), (10, "", "10")],
 )
 def test_numbers_are_written_with_prefixes(amount, unit, written):
-    assert viz_cost._short(amount, unit) == written
+    assert viz_cost._format_amount(amount, unit) == written

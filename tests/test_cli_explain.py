@@ -10,7 +10,7 @@ from PIL import Image
 
 from dat_ref import cli, data
 from dat_ref.cli import scene
-from dat_ref.cli.photo import fed_size, load_photo, prepare
+from dat_ref.cli.photo import input_size, load_photo, prepare
 
 SCENE_FIGURES = ["points", "attention"]
 FIGURES = ["points", "key_importance", "attention", "offset_field"]
@@ -89,7 +89,7 @@ def test_the_network_that_ships_is_as_good_as_its_card_says():
     from dat_ref.torch import create_model
     from dat_ref.torch.train import SceneImages, evaluate
 
-    card, number = scene.card(), 512
+    card, number = data.network_card(), 512
     assert tuple(card["classes"]) == scene.KINDS
     assert data.network_path().stat().st_size <= 2_000_000
     model = create_model(scene.NAME, checkpoint=data.network_path(), num_classes=len(scene.KINDS)).eval()
@@ -186,9 +186,9 @@ def test_pictures_are_read_as_a_person_sees_them(picture, tmp_path):
         ((300, 451), (97, 130), (97, 130)),
     ],
 )
-def test_fed_size(photo, wanted, size):
+def test_input_size(photo, wanted, size):
     """The short side is as asked and the shape kept, in multiples of 32; an exact size is taken as it is."""
-    assert fed_size(photo, wanted) == size
+    assert input_size(photo, wanted) == size
     image = prepare(np.random.default_rng(0).uniform(size=(*photo, 3)), wanted)
     assert image.shape == (1, 3, *size)
     assert image.dtype == np.float32

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.costs import EXACT, PEERS, any_case, counted, kept, peer_cases
+from helpers.costs import EXACT, PEERS, any_case, count_case, peer_cases, saved_bytes
 from helpers.layers import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,21 +33,21 @@ from dat_ref.complexity import (
     curves,
     doubling,
     growth,
-    held_bytes,
+    retained_bytes,
     total,
 )
 from dat_ref.complexity import count as count_run
 from dat_ref.complexity.attentions import FORMULAS
-from dat_ref.complexity.contenders import LIKE_ANOTHER, lineup
+from dat_ref.complexity.curves import SAME_COST_AS, compared_systems
 from dat_ref.peers import (
-    SWAPS,
+    REPLACEMENTS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
-    swap_attention,
+    replace_attention,
 )
 
 # ------------------------------------------------------------------------------------------------ attentions
@@ -57,7 +57,7 @@ from dat_ref.peers import (
 @given(any_case)
 def test_multiply_adds_and_gathers_that_run_are_those_of_the_formula(case):
     cost = total(attention_terms(case.batch, case.size, case.config))
-    found = counted(case)
+    found = count_case(case)
     assert found.macs == cost.macs == ATTENTIONS[type(case.config)].macs(case.batch, case.size, case.config)
     assert found.gathers == cost.gathers
 
@@ -66,7 +66,7 @@ def test_multiply_adds_and_gathers_that_run_are_those_of_the_formula(case):
 @given(any_case, st.sampled_from([np.float32, np.float64]))
 def test_bytes_that_a_pass_leaves_behind_are_those_of_the_formula(case, dtype):
     terms = attention_terms(case.batch, case.size, case.config, itemsize=np.dtype(dtype).itemsize)
-    assert kept(case, dtype) == total(terms).kept
+    assert saved_bytes(case, dtype) == total(terms).saved_bytes
 
 
 @given(any_case)
@@ -78,7 +78,7 @@ def test_parameters_are_those_of_the_shapes(case):
 @given(layer_cases())
 def test_each_term_of_the_deformable_layer_runs_where_it_says(case):
     """Not only the sum: each term is what the functions of that name did."""
-    terms, found = attention_terms(case.batch, case.size, case.config), counted(case)
+    terms, found = attention_terms(case.batch, case.size, case.config), count_case(case)
     macs = {name: term.macs for name, term in terms.items()}
     bias = {"_logit_bias"} if case.config.bias is not BiasKind.DEPTHWISE else {"depthwise_conv2d"}
     outside = [path for path in found.macs_by_path if "offset_network" in path]
@@ -97,17 +97,17 @@ def test_each_term_of_the_deformable_layer_runs_where_it_says(case):
 def test_attention_that_reads_at_fixed_places_gathers_nothing(case):
     moves = isinstance(
         case.config,
-        (DeformableConvConfig, MultiScaleDeformableConfig, PerQueryAttentionConfig, SwapInAttentionConfig),
+        (DeformableConvConfig, MultiScaleDeformableConfig, PerQueryAttentionConfig, DATDCNAttentionConfig),
     )
-    assert bool(counted(case).gathers) == moves
+    assert bool(count_case(case).gathers) == moves
 
 
 def test_points_that_no_network_moves_are_looked_up_not_gathered():
     config = DeformableAttentionConfig(6, 2, stride=2, size=(7, 5), offset_bound=OffsetBound.NONE)
     case = Case(config, (7, 5), 1, 0)
-    assert (counted(case).gathers, counted(case).lookups) == (0, 4 * 4 * 3 * 6 + 4 * 2 * 35 * 4 * 3)
+    assert (count_case(case).gathers, count_case(case).lookups) == (0, 4 * 4 * 3 * 6 + 4 * 2 * 35 * 4 * 3)
     moved = Case(replace(config, offset_bound=OffsetBound.RAW), (7, 5), 1, 0)
-    assert (counted(moved).gathers, counted(moved).lookups) == (counted(case).lookups, 0)
+    assert (count_case(moved).gathers, count_case(moved).lookups) == (count_case(case).lookups, 0)
 
 
 def test_every_attention_has_a_formula_and_a_case():
@@ -140,7 +140,7 @@ def test_block_runs_and_keeps_what_the_formula_says(case, mlp, perception, scale
     assert found.gathers == cost.total.gathers
     assert cost.total.parameters == params.count(shapes)
     x = case.x()
-    assert held_bytes(block(x, parameters, config), without=[x, parameters]) == cost.total.kept
+    assert retained_bytes(block(x, parameters, config), exclude=[x, parameters]) == cost.total.saved_bytes
 
 
 def small(embedding: str) -> DATConfig:
@@ -176,7 +176,7 @@ def test_backbone_runs_and_keeps_what_the_formula_says(embedding, size):
     assert found.gathers == cost.total.gathers
     assert cost.total.parameters == params.count(parameters)
     result = DAT(config, parameters)(image, return_trace=True)
-    assert held_bytes(result, without=[image, parameters]) == cost.total.kept
+    assert retained_bytes(result, exclude=[image, parameters]) == cost.total.saved_bytes
 
 
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
@@ -188,16 +188,16 @@ def test_preset_runs_what_the_formula_says(name):
     assert (found.macs, found.gathers) == (cost.total.macs, cost.total.gathers)
 
 
-@pytest.mark.parametrize("kind", SWAPS)
+@pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_backbone_with_a_peer_in_the_deformable_place(kind):
-    config = swap_attention(small("patch"), kind)
+    config = replace_attention(small("patch"), kind)
     cost = backbone_cost(1, (32, 48), config, itemsize=8)
     parameters = random_params(dat_shapes(config), np.random.default_rng(0))
     image = np.random.default_rng(1).standard_normal((1, 3, 32, 48))
     found = count_run(lambda x, tree: DAT(config, tree)(x), image, parameters)
     assert (found.macs, found.gathers) == (cost.total.macs, cost.total.gathers)
     result = DAT(config, parameters)(image, return_trace=True)
-    assert held_bytes(result, without=[image, parameters]) == cost.total.kept
+    assert retained_bytes(result, exclude=[image, parameters]) == cost.total.saved_bytes
 
 
 # ------------------------------------------------------------------------------------------------ the articles
@@ -213,7 +213,7 @@ def test_worked_example_of_the_article():
     assert macs["attention"] + macs["query and output"] + macs["key and value"] == 79_629_312
     assert macs["offset network"] == (5**2 + 2) * 49 * 384 == 508_032
     assert (macs["sampling"], macs["bias"]) == (4 * 49 * 384, 4 * 196 * 49 * 12)  # what the article leaves out
-    found = counted(Case(config, (14, 14), 1, 0))
+    found = count_case(Case(config, (14, 14), 1, 0))
     assert found.macs == sum(macs.values())
     assert found.within("offset_network").macs == 508_032
 
@@ -266,7 +266,7 @@ EXPONENTS = [
     ("shifted windows", lambda side: WindowAttentionConfig(12, 4, 7, 4), 2),
     ("neighborhood", lambda side: NeighborhoodAttentionConfig(12, 4, 7), 2),
     ("Deformable DETR", lambda side: MultiScaleDeformableConfig(12, 4), 2),
-    ("swap-in", lambda side: SwapInAttentionConfig(12, 4), 2),
+    ("DAT-DCN", lambda side: DATDCNAttentionConfig(12, 4), 2),
     ("keys of each query", lambda side: PerQueryAttentionConfig(12, 4), 2),
 ]
 
@@ -292,7 +292,7 @@ def test_as_many_keys_for_each_query_as_pixels_grow_with_the_fourth_power():
         return PerQueryAttentionConfig(6, 2, kernel_size=side - 1, offset_kernel_size=3)
 
     found = [attention_terms(1, (side, side), config_at(side)) for side in (64, 128)]
-    for term, amount in (("attention", "macs"), ("sampling", "gathers"), ("sampling", "kept")):
+    for term, amount in (("attention", "macs"), ("sampling", "gathers"), ("sampling", "saved_bytes")):
         before, after = (getattr(terms[term], amount) for terms in found)
         assert np.log2(after / before) == pytest.approx(4, abs=0.05)
 
@@ -309,22 +309,24 @@ def test_as_many_keys_for_each_query_as_pixels_grow_with_the_fourth_power():
 )
 def test_exponents_hold_for_what_runs(config_at, exponent):
     """Not for the formulas alone: products that `attend` really makes, on maps that double."""
-    counts = {side: counted(Case(config_at(side), (side, side), 1, 0)).within("attend").macs for side in doubling(4, 3)}
+    counts = {
+        side: count_case(Case(config_at(side), (side, side), 1, 0)).within("attend").macs for side in doubling(4, 3)
+    }
     assert growth(counts).exponent == pytest.approx(exponent, abs=1e-9)
 
 
 def test_memory_grows_with_the_attention_matrix_or_with_the_map():
     layer = deformable(2)
-    drawn = {curve.kind: growth(dict(zip(curve.sides, curve.kept))) for curve in curves(layer, doubling(14, 6))}
-    assert set(drawn) == {"deformable", "deformable_fixed", *SWAPS} - set(LIKE_ANOTHER)
+    drawn = {curve.kind: growth(dict(zip(curve.sides, curve.saved_bytes))) for curve in curves(layer, doubling(14, 6))}
+    assert set(drawn) == {"deformable", "deformable_fixed", *REPLACEMENTS} - set(SAME_COST_AS)
     for kind, found in drawn.items():
         steep = kind in ("multi_head", "pyramid", "deformable")
         assert found.steps[-1] == pytest.approx(4 if steep else 2, abs=0.05), kind
 
 
-def test_lineup_has_as_many_keys_as_the_layer():
+def test_compared_systems_have_as_many_keys_as_the_layer():
     """Where a kind can choose; multi-head attention always sees all."""
-    configs = lineup(DeformableAttentionConfig(12, 4, stride=2, kernel_size=3, size=(14, 14)), 14)
+    configs = compared_systems(DeformableAttentionConfig(12, 4, stride=2, kernel_size=3, size=(14, 14)), 14)
     assert configs["window"].window_size == configs["neighborhood"].kernel_size == 7
     assert configs["pyramid"].reduction == 2
     assert configs["per_query"].keys == configs["deform_conv"].taps == configs["ms_deform"].points == 49

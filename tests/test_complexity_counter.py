@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.costs import EXACT, counted, forward, kept
+from helpers.costs import EXACT, count_case, forward, saved_bytes
 from helpers.layers import random_params
 from strategies import Case
 
@@ -22,26 +22,26 @@ from dat_ref.complexity import (
     PUBLISHED,
     Counts,
     Term,
-    allocated,
     attention_terms,
     backbone_cost,
     counter,
     counting,
     growth,
-    held_bytes,
+    mark_as_data,
+    measure_allocation,
+    retained_bytes,
     total,
-    watched,
 )
 from dat_ref.complexity.attentions import FORMULAS
 from dat_ref.complexity.memory import Tape
 from dat_ref.ops import basic
 from dat_ref.peers import (
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
 )
 
 # ------------------------------------------------------------------------------------------------ memory in a run
@@ -58,7 +58,7 @@ LARGE = [
     DeformableConvConfig(96, 3, offset_groups=4),
     MultiScaleDeformableConfig(96, 6, scoring="dot_product"),
     PerQueryAttentionConfig(96, 6, 2),
-    SwapInAttentionConfig(96, 6),
+    DATDCNAttentionConfig(96, 6),
 ]
 
 
@@ -72,11 +72,11 @@ def test_peak_memory_is_within_three_percent_of_the_formula(config, batch, dtype
     x = np.random.default_rng(1).standard_normal((batch, 96, *size)).astype(dtype)
     run = ATTENTIONS[type(config)].forward
     run(x, parameters, config)  # what is imported or compiled on the way is there before
-    found, tape = allocated(run, x, parameters, config), Tape(np.dtype(dtype).itemsize)
+    found, tape = measure_allocation(run, x, parameters, config), Tape(np.dtype(dtype).itemsize)
     FORMULAS[type(config)].memory(tape, batch, size, config)
     assert 0.97 < found.peak / tape.peak < 1.03
-    assert tape.held == sum(tape.kept.values()) == held_bytes(found.result, without=[x, parameters])
-    assert found.left == pytest.approx(tape.held, rel=0.01)
+    assert tape.live == sum(tape.saved_bytes.values()) == retained_bytes(found.result, exclude=[x, parameters])
+    assert found.retained == pytest.approx(tape.live, rel=0.01)
 
 
 def test_peak_memory_of_a_backbone_without_a_trace():
@@ -85,14 +85,14 @@ def test_peak_memory_of_a_backbone_without_a_trace():
     image = np.ones((1, 3, 160, 96), np.float32)
     model(image)
     cost = backbone_cost(1, (160, 96), config)
-    assert 0.97 < allocated(model, image).peak / cost.peak < 1.03
+    assert 0.97 < measure_allocation(model, image).peak / cost.peak < 1.03
 
 
 def test_views_of_one_array_are_held_once():
     x = np.zeros((4, 6))
     tree = {"views": [x[1:], x.T, np.broadcast_to(x[0], (9, 6))], "own": (np.zeros(5, np.float32),)}
-    assert held_bytes(tree) == x.nbytes + 20
-    assert held_bytes(tree, without=x[:1]) == 20
+    assert retained_bytes(tree) == x.nbytes + 20
+    assert retained_bytes(tree, exclude=x[:1]) == 20
 
 
 # ------------------------------------------------------------------------------------------------ the rules of counting
@@ -101,7 +101,7 @@ def test_views_of_one_array_are_held_once():
 def rule(function, *arrays) -> Counts:
     """Return what a function of arrays does, its numbers watched."""
     with counting() as counts:
-        function(*map(watched, arrays))
+        function(*map(mark_as_data, arrays))
     return counts
 
 
@@ -167,7 +167,7 @@ def test_counting_changes_no_number_and_leaves_the_spec_as_it_was():
     x, parameters = case.x(), case.params()
     plain, _ = forward(case)(x, parameters, case.config)
     with counting():
-        seen, _ = forward(case)(watched(x), watched(parameters), case.config)
+        seen, _ = forward(case)(mark_as_data(x), mark_as_data(parameters), case.config)
     np.testing.assert_array_equal(plain, np.asarray(seen))
     with pytest.raises(RuntimeError, match="stop"), counting():
         raise RuntimeError("stop")
@@ -176,7 +176,7 @@ def test_counting_changes_no_number_and_leaves_the_spec_as_it_was():
 
 def test_counts_tell_which_function_ran():
     case = Case(WindowAttentionConfig(6, 2, 2), (4, 2), 1, 0)
-    found = counted(case)
+    found = count_case(case)
     assert found.within("attend").macs + found.within("linear").macs == found.macs
     assert found.within("window_attention").macs == found.macs
     assert found.within("depthwise_conv2d").macs == 0
@@ -185,7 +185,7 @@ def test_counts_tell_which_function_ran():
 # ------------------------------------------------------------------------------------------------ wrong ones
 
 WITNESS = Case(DeformableAttentionConfig(12, 4, 2, 2, 3, size=(5, 7)), (5, 7), 2, 0)
-NUMBERS = {"macs": lambda: counted(WITNESS).macs, "gathers": lambda: counted(WITNESS).gathers}
+NUMBERS = {"macs": lambda: count_case(WITNESS).macs, "gathers": lambda: count_case(WITNESS).gathers}
 
 
 def agrees(terms, number) -> bool:
@@ -202,14 +202,14 @@ def test_formula_without_one_of_its_terms_is_rejected(dropped):
     changed = {name: Term() if name == dropped else term for name, term in terms.items()}
     assert not agrees(changed, "macs")
     assert agrees(changed, "gathers") == (terms[dropped].gathers == 0)
-    assert total(changed).kept != kept(WITNESS, np.float32)
+    assert total(changed).saved_bytes != saved_bytes(WITNESS, np.float32)
 
 
 @pytest.mark.parametrize("size", [(7, 5), (5, 5), (6, 7)])
 def test_formula_for_another_map_is_rejected(size):
     """Swapped axes give another key grid only where the axes differ, so they are drawn to differ."""
     config = replace(WITNESS.config, stride=3, size=(4, 7))
-    found = counted(Case(config, (4, 7), 1, 0))
+    found = count_case(Case(config, (4, 7), 1, 0))
     assert found.macs != total(attention_terms(1, size, config)).macs
 
 
@@ -220,14 +220,14 @@ def test_formula_for_another_map_is_rejected(size):
         ("_contraction", lambda ufunc, inputs: inputs[0].size),
         ("_summed_products", lambda method, inputs, out: 0),
         ("_summed_products", lambda method, inputs, out: inputs[0].size if method == "reduce" else 0),
-        ("_depends", lambda value: False),
-        ("_depends", lambda value: True),
+        ("_is_data_dependent", lambda value: False),
+        ("_is_data_dependent", lambda value: True),
     ],
 )
 def test_counter_with_a_broken_rule_is_rejected(monkeypatch, rule_name, wrong):
     case = Case(replace(WITNESS.config, offset_bound=OffsetBound.NONE), (5, 7), 2, 0)
     monkeypatch.setattr(counter, rule_name, wrong)
-    found = [(counted(each).macs, counted(each).gathers) for each in (WITNESS, case)]
+    found = [(count_case(each).macs, count_case(each).gathers) for each in (WITNESS, case)]
     costs = [total(attention_terms(2, (5, 7), each.config)) for each in (WITNESS, case)]
     assert found != [(cost.macs, cost.gathers) for cost in costs]
 
@@ -278,8 +278,8 @@ def test_torch_saves_the_attention_matrices_that_the_spec_keeps(torch_counter):
     saved = {}
     for side in (32, 64):
         x = torch.randn(1, 12, side, side, requires_grad=True)
-        saved[side] = torch_counter.saved_bytes(layer, x, without=[x, *layer.parameters()])
-        assert saved[side] >= attention_terms(1, (side, side), config)["attention"].kept
+        saved[side] = torch_counter.saved_bytes(layer, x, exclude=[x, *layer.parameters()])
+        assert saved[side] >= attention_terms(1, (side, side), config)["attention"].saved_bytes
     assert growth(saved).exponent == pytest.approx(4, abs=0.2)
 
 
@@ -287,6 +287,6 @@ def test_torch_bytes_by_hand(torch_counter):
     import torch
 
     weight = torch.ones(1000, requires_grad=True)
-    assert torch_counter.saved_bytes(lambda: (weight * 2).exp().sum(), without=[weight]) == 4000  # the exponentials
+    assert torch_counter.saved_bytes(lambda: (weight * 2).exp().sum(), exclude=[weight]) == 4000  # the exponentials
     assert torch_counter.torch_peak_bytes(lambda x: ((x + 1) * 2 + 3).sum(), torch.ones(1000)) == 8000  # two at once
     assert torch_counter.torch_peak_bytes(lambda x: x.view(10, 100).T, torch.ones(1000)) == 0  # views

@@ -84,11 +84,11 @@ def test_the_scale_of_half_precision_is_gone_on_with(forgotten, tmp_path, monkey
     """The scale is lowered by hand, as an overflow would have done."""
     scales, unscale = [], torch.amp.GradScaler.unscale_
 
-    def watched(self, optimizer):
+    def mark_as_data(self, optimizer):
         scales.append(self.get_scale())
         unscale(self, optimizer)
 
-    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", watched)
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", mark_as_data)
     load = loop._Run.load
 
     def loaded(self, state):

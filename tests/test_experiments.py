@@ -10,9 +10,9 @@ import scipy.stats
 
 pytest.importorskip("PIL")
 
-from dat_ref.experiments import NAMES, measured, measures
-from dat_ref.experiments.pages import ablations, overview, pages, peers, points, words
-from dat_ref.experiments.pages import knock_out as page
+from dat_ref.experiments import NAMES, load_results, measures
+from dat_ref.experiments.pages import ablations, formatting, overview, pages, peers, points
+from dat_ref.experiments.pages import offset_ablation as page
 from dat_ref.scenes import share_on_mask
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -76,7 +76,7 @@ def test_interval_by_hand():
 
 
 def row_of(trace, mask):
-    return np.array(measures.group_rows(trace, mask, 1.0))
+    return np.array(measures.group_metrics(trace, mask, 1.0))
 
 
 def two_groups():
@@ -127,20 +127,20 @@ def traced(model, images):
         return model(images, return_trace=True)[1].stages[1].blocks[1].attention
 
 
-def test_offsets_are_exchanged_and_given_back(model):
+def test_offsets_are_replaced_and_given_back(model):
     import torch
 
-    from dat_ref.experiments.knock_out import CHANGES, changed, deformable, mean_offsets
+    from dat_ref.experiments.offset_ablation import ABLATIONS, ablated, deformable_layers, mean_offsets
 
-    assert list(deformable(model)) == ["stage 2, block 2", "stage 2, block 4", "stage 3, block 1"]
-    layer = deformable(model)["stage 2, block 2"]
+    assert list(deformable_layers(model)) == ["stage 2, block 2", "stage 2, block 4", "stage 3, block 1"]
+    layer = deformable_layers(model)["stage 2, block 2"]
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before, mean = traced(model, images), mean_offsets(model, images)["stage 2, block 2"]
     assert before.raw_offsets.abs().max() > 0
     found = {}
-    for what, change in CHANGES.items():
-        with changed(layer, change, mean):
-            found[what] = traced(model, images)
+    for kind, ablation in ABLATIONS.items():
+        with ablated(layer, ablation, mean):
+            found[kind] = traced(model, images)
     torch.testing.assert_close(found["none"].points_px, before.reference_px, rtol=0, atol=0)
     torch.testing.assert_close(found["another scene's"].points_px, before.points_px.roll(1, 0), rtol=0, atol=0)
     means = before.raw_offsets.mean((0, 2, 3), keepdim=True).expand_as(before.raw_offsets)
@@ -148,18 +148,18 @@ def test_offsets_are_exchanged_and_given_back(model):
     torch.testing.assert_close(traced(model, images).points_px, before.points_px, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ the twin
+# ------------------------------------------------------------------------------------------------ the baseline
 
 
-def test_the_twin_differs_in_its_offsets_alone():
-    from dat_ref.cli.scene import card
-    from dat_ref.experiments import twin
+def test_the_baseline_differs_in_its_offsets_alone():
+    from dat_ref.data import network_card
+    from dat_ref.experiments import no_offset_baseline
     from dat_ref.presets import config
     from dat_ref.torch.train.loop import build_model
     from dat_ref.train_config import TrainConfig
 
-    recipe = TrainConfig.from_mapping(card()["recipe"])
-    ours, other = build_model(recipe, 8), twin.twin(recipe, 8)
+    recipe = TrainConfig.from_mapping(network_card()["recipe"])
+    ours, other = build_model(recipe, 8), no_offset_baseline.baseline(recipe, 8)
     assert ours.config == config("dat_nano", num_classes=8)
     first, still = ours.state_dict(), other.state_dict()
     assert first.keys() - still.keys() == {name for name in first if "offset_network" in name}
@@ -174,26 +174,29 @@ def layers_of(config):
 
 
 def test_networks_are_compared_scene_by_scene():
-    from dat_ref.experiments.twin import compare
+    from dat_ref.experiments.no_offset_baseline import compare
 
-    right, twin_right = np.array([1, 1, 1, 1, 0], bool), np.array([1, 0, 0, 1, 1], bool)
-    found = compare(right, twin_right)
-    assert (found["only_right"], found["only_twin_right"]) == (2, 1)
-    assert (found["accuracy"]["mean"], found["twin"]["mean"]) == (0.8, pytest.approx(0.6))
+    right, baseline_correct = np.array([1, 1, 1, 1, 0], bool), np.array([1, 0, 0, 1, 1], bool)
+    found = compare(right, baseline_correct)
+    assert (found["only_model_right"], found["only_baseline_right"]) == (2, 1)
+    assert (found["accuracy"]["mean"], found["baseline"]["mean"]) == (0.8, pytest.approx(0.6))
     assert found["difference"] == measures.interval(np.array([0.0, 1, 1, 0, -1]))
     others = compare(right, np.array([1, 1, 1, 0, 0], bool))  # as many right, of other scenes: another width
     assert others["difference"]["mean"] == pytest.approx(found["difference"]["mean"])
     assert others["difference"]["half_width"] < 0.8 * found["difference"]["half_width"]
 
 
-def test_the_twin_is_that_of_the_network_that_ships():
-    from dat_ref.cli.scene import card
+def test_the_baseline_is_that_of_the_network_that_ships():
+    from dat_ref.data import network_card
 
-    found = measured("twin")
-    assert found["recipe"] == card()["recipe"]
-    assert (found["held_out"], found["parameters"]["model"]) == (card()["held_out_scenes"], card()["parameters"])
-    assert found["accuracy"]["mean"] == pytest.approx(card()["accuracy"], abs=2 / found["held_out"])
-    pairs = found["only_right"] - found["only_twin_right"]
+    found = load_results("no_offset_baseline")
+    assert found["recipe"] == network_card()["recipe"]
+    assert (found["held_out"], found["parameters"]["model"]) == (
+        network_card()["held_out_scenes"],
+        network_card()["parameters"],
+    )
+    assert found["accuracy"]["mean"] == pytest.approx(network_card()["accuracy"], abs=2 / found["held_out"])
+    pairs = found["only_model_right"] - found["only_baseline_right"]
     assert found["difference"]["mean"] == pytest.approx(pairs / found["held_out"], abs=1e-6)
 
 
@@ -202,7 +205,7 @@ def test_the_twin_is_that_of_the_network_that_ships():
 
 @pytest.fixture(scope="module")
 def found():
-    return {name: measured(name) for name in NAMES}
+    return {name: load_results(name) for name in NAMES}
 
 
 def test_the_pages_are_what_was_measured(found):
@@ -211,26 +214,26 @@ def test_the_pages_are_what_was_measured(found):
     written = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     assert written == pages(found)
     other = copy.deepcopy(found)
-    other["knock_out"]["accuracy"]["with_offsets"]["all"]["none"]["change"]["mean"] += 0.01
+    other["offset_ablation"]["accuracy"]["with_offsets"]["all"]["none"]["change"]["mean"] += 0.01
     other["study"]["runs"]["window"]["0"]["accuracy"] += 0.01
-    other["looks"]["attention"]["window"]["0"]["stage 1, block 1"]["from_object"]["foreground"] += 0.01
+    other["attention_maps"]["attention"]["window"]["0"]["stage 1, block 1"]["from_object"]["foreground"] += 0.01
     changed = pages(other)
     assert {name for name in written if written[name] != changed[name]} >= {"offsets.md", "peers.md", "points.md"}
 
 
 def test_the_measured_network_is_the_one_that_ships():
     """New weights need new numbers: accuracy as trained is that of the network's card, to a few scenes' rounding."""
-    from dat_ref.cli.scene import card
+    from dat_ref.data import network_card
 
-    found = measured("knock_out")
-    assert found["scenes"] == card()["held_out_scenes"]
-    assert found["accuracy"]["as_trained"]["mean"] == pytest.approx(card()["accuracy"], abs=2 / found["scenes"])
+    found = load_results("offset_ablation")
+    assert found["scenes"] == network_card()["held_out_scenes"]
+    assert found["accuracy"]["as_trained"]["mean"] == pytest.approx(network_card()["accuracy"], abs=2 / found["scenes"])
 
 
 def verdict(none, shift, other):
     rows = {"none": none, "one shift": shift, "another scene's": other}
     everywhere = {what: {"change": {"mean": mean, "half_width": 0.01}} for what, mean in rows.items()}
-    return page.uses({"accuracy": {"with_offsets": {"all": everywhere}}})
+    return page.ablation_verdict({"accuracy": {"with_offsets": {"all": everywhere}}})
 
 
 def test_verdicts_follow_from_the_intervals():
@@ -241,13 +244,13 @@ def test_verdicts_follow_from_the_intervals():
     assert "was not shown to matter: with another scene's it changes by +0.5 ± 1.0" in all_it_takes
     assert "brings back 20% of" in follows
     assert "loses 20.0 ± 1.0 points" in follows
-    twins = [{"model": "m", "difference": {"mean": mean, "half_width": 0.01}} for mean in (0.02, 0.005, -0.02)]
-    assert ["more" in page.better(found) for found in twins] == [True, True, False]
-    assert ["not shown" in page.better(found) for found in twins] == [False, True, False]
-    assert "+2.0 ± 1.0 points" in page.better(twins[0])
-    nearer, same = ({"points_minus_at_rest": {"mean": mean, "half_width": 0.1}} for mean in (0.2, 0.0))
-    assert "in every group" in page.gathers({"groups": {"a": [nearer, nearer]}})
-    assert "not reproduced" in page.gathers({"groups": {"a": [nearer], "b": [same]}})
+    comparisons = [{"model": "m", "difference": {"mean": mean, "half_width": 0.01}} for mean in (0.02, 0.005, -0.02)]
+    assert ["more" in page.baseline_verdict(found) for found in comparisons] == [True, True, False]
+    assert ["not shown" in page.baseline_verdict(found) for found in comparisons] == [False, True, False]
+    assert "+2.0 ± 1.0 points" in page.baseline_verdict(comparisons[0])
+    nearer, same = ({"points_minus_reference": {"mean": mean, "half_width": 0.1}} for mean in (0.2, 0.0))
+    assert "in every group" in page.gathering_verdict({"groups": {"a": [nearer, nearer]}})
+    assert "not reproduced" in page.gathering_verdict({"groups": {"a": [nearer], "b": [same]}})
 
 
 # ------------------------------------------------------------------------------------------------ verdicts over seeds
@@ -258,8 +261,10 @@ def study_of(**accuracies):
         name: {str(seed): {"accuracy": value} for seed, value in enumerate(values)}
         for name, values in accuracies.items()
     }
-    about = {name: {"part": "peers" if name in ("worse", "better", "same") else "base", "about": ""} for name in runs}
-    return {"runs": runs, "about": about}
+    about = {
+        name: {"part": "peers" if name in ("worse", "better", "same") else "base", "variants": ""} for name in runs
+    }
+    return {"runs": runs, "variants": about}
 
 
 STUDY = {
@@ -273,11 +278,11 @@ STUDY = {
 
 def test_difference_by_hand():
     """Variances 4e-4 and 4e-4, three seeds each: e² = 8e-4/3, ν = 4, t(0.975; 4) = 2.776445."""
-    found = words.difference(study_of(**STUDY), "worse", "deformable")
+    found = formatting.difference(study_of(**STUDY), "worse", "deformable")
     assert found == pytest.approx({"mean": -0.1, "half_width": 2.776445 * (8e-4 / 3) ** 0.5}, rel=1e-6)
     # Twice as many seeds of one: e² = 3.2e-4/6 + 4e-4/3, ν = e⁴ / ((3.2e-4/6)²/5 + (4e-4/3)²/2) = 3.6842, t = 2.8748
     more = study_of(**{**STUDY, "deformable": 2 * STUDY["deformable"]})
-    found = words.difference(more, "worse", "deformable")
+    found = formatting.difference(more, "worse", "deformable")
     assert found == pytest.approx({"mean": -0.1, "half_width": 2.8748 * (3.2e-4 / 6 + 4e-4 / 3) ** 0.5}, rel=1e-3)
 
 
@@ -285,14 +290,14 @@ def test_an_interval_of_a_difference_holds_it_as_often_as_it_says():
     """Of 2000 draws, of unequal numbers and spreads; an interval of one spread for both would hold it less often."""
     generator = np.random.default_rng(0)
     ours, theirs = generator.normal(1, 3, (2000, 3)), generator.normal(0, 0.5, (2000, 8))
-    found = [measures.apart(*pair) for pair in zip(ours, theirs)]
+    found = [measures.welch_difference(*pair) for pair in zip(ours, theirs)]
     assert np.mean([abs(each["mean"] - 1) <= each["half_width"] for each in found]) == pytest.approx(0.95, abs=0.015)
     pooled = [scipy.stats.ttest_ind(*pair).confidence_interval() for pair in zip(ours, theirs)]
     assert np.mean([each.low <= 1 <= each.high for each in pooled]) < 0.85
 
 
 def test_runs_that_are_all_alike_have_an_interval_of_nothing():
-    assert measures.apart(np.ones(3), np.zeros(2)) == {"mean": 1.0, "half_width": 0.0}
+    assert measures.welch_difference(np.ones(3), np.zeros(2)) == {"mean": 1.0, "half_width": 0.0}
 
 
 def test_peers_are_sorted_by_their_intervals():
@@ -311,56 +316,60 @@ def test_offsets_verdict_follows_from_the_interval():
     assert "is less accurate than" in overview.offsets_verdict(study_of(**{**STUDY, "no offsets": [0.70, 0.72, 0.74]}))
 
 
-def test_ablations_say_what_is_told_apart():
+def test_ablations_name_the_significant_changes():
     study = study_of(**STUDY)
-    study["about"]["worse"]["part"] = "bias"
-    study["about"]["same"]["part"] = "groups"
-    assert ablations.told_apart(study, "bias") == "**`worse` is worse.**"
-    assert ablations.told_apart(study, "groups") == "**No difference outside the interval.**"
+    study["variants"]["worse"]["part"] = "bias"
+    study["variants"]["same"]["part"] = "groups"
+    assert ablations.significant_changes(study, "bias") == "**`worse` is worse.**"
+    assert ablations.significant_changes(study, "groups") == "**No difference outside the interval.**"
 
 
-def layer_of(points_on, at_rest, by_chance=None):
+def layer_of(points_on, reference, by_chance=None):
     return [
-        dict.fromkeys(("attention", "distance", "distance_at_rest", "one_shift", "moved"), 0.0)
-        | {"points": points_on, "at_rest": at_rest, "by_chance": at_rest if by_chance is None else by_chance}
+        dict.fromkeys(("attention", "distance", "reference_distance", "shift_fraction", "displacement"), 0.0)
+        | {"points": points_on, "reference": reference, "by_chance": reference if by_chance is None else by_chance}
     ]
 
 
-def looks_of(first, second):
+def attention_maps_of(first, second):
     """Three seeds' points on the object in two layers; at rest a tenth are."""
     runs = {
         str(seed): {"stage 1, block 1": layer_of(one, 0.1), "stage 2, block 1": layer_of(two, 0.1)}
         for seed, (one, two) in enumerate(zip(first, second))
     }
-    return {"looks": {"points": {"deformable": runs}}}
+    return {"attention_maps": {"points": {"deformable": runs}}}
 
 
 def test_contraction_and_density_follow_from_the_intervals():
     more, fewer, mixed = [0.20, 0.21, 0.22], [0.05, 0.06, 0.05], [0.05, 0.10, 0.16]
-    assert "and than by chance, in every layer.**" in points.contract_verdict(looks_of(more, more))
-    told = points.contract_verdict(looks_of(more, fewer))
+    assert "and than by chance, in every layer.**" in points.contract_verdict(attention_maps_of(more, more))
+    told = points.contract_verdict(attention_maps_of(more, fewer))
     assert "is not reproduced" in told
     assert "than at rest, and than by chance, in stage 1, block 1; fewer in stage 2, block 1" in told
-    assert "no difference outside the interval in stage 2, block 1" in points.contract_verdict(looks_of(more, mixed))
-    shifted = looks_of(more, more)  # to where objects are, whatever the scene
-    for run in shifted["looks"]["points"]["deformable"].values():
+    assert "no difference outside the interval in stage 2, block 1" in points.contract_verdict(
+        attention_maps_of(more, mixed)
+    )
+    shifted = attention_maps_of(more, more)  # to where objects are, whatever the scene
+    for run in shifted["attention_maps"]["points"]["deformable"].values():
         run["stage 2, block 1"][0] |= {"by_chance": 0.21, "distance": 3.0}
     told = points.contract_verdict(shifted)
     assert "is not reproduced" in told
     assert "no difference outside the interval in stage 2, block 1" in told
     assert "points are farther from it than at rest in stage 2, block 1" in told
-    assert "On average" not in points.contract_verdict(looks_of(more, more))
-    assert "Denser in the deeper stage:** 0.53" in points.deeper(looks_of(fewer, more))
-    assert "Thinner" in points.deeper(looks_of(more, fewer))
-    assert "No difference" in points.deeper(looks_of(more, [0.19, 0.21, 0.23]))
+    assert "On average" not in points.contract_verdict(attention_maps_of(more, more))
+    assert "Denser in the deeper stage:** 0.53" in points.density_verdict(attention_maps_of(fewer, more))
+    assert "Thinner" in points.density_verdict(attention_maps_of(more, fewer))
+    assert "No difference" in points.density_verdict(attention_maps_of(more, [0.19, 0.21, 0.23]))
 
 
 def test_separate_groups_follow_from_the_intervals():
     def told(*together):
         groups = {
-            str(seed): {"a": {"nearest": {"together": value, "by_chance": 0.5}}} for seed, value in enumerate(together)
+            str(seed): {"a": {"nearest": {"observed": value, "by_chance": 0.5}}} for seed, value in enumerate(together)
         }
-        return points.several_verdict({"looks": {"several_groups": {"deformable (several)": groups}}})
+        return points.multi_object_verdict(
+            {"attention_maps": {"multi_object_groups": {"deformable (several)": groups}}}
+        )
 
     assert "more often than by chance in a" in told(0.60, 0.61, 0.62)
     assert "Not reproduced" in told(0.45, 0.5, 0.56)
@@ -374,7 +383,7 @@ def test_attention_from_afar_follows_from_the_intervals():
             name: {str(seed): {"a": {"from_elsewhere": {"foreground": value}}} for seed, value in enumerate(values)}
             for name, values in runs.items()
         }
-        return {"looks": {"points": {"deformable": {"0": {"a": []}}}, "attention": attention}}
+        return {"attention_maps": {"points": {"deformable": {"0": {"a": []}}}, "attention": attention}}
 
     low, high = [0.1, 0.11, 0.12], [0.6, 0.61, 0.62]
     told = points.attention_verdict(found(high, low, low))

@@ -12,16 +12,16 @@ from helpers.browser import tab
 
 from dat_ref import Convention, NeighborhoodAttentionConfig, OffsetBound, WindowAttentionConfig
 from dat_ref import DeformableAttentionConfig as Deformable
-from dat_ref.complexity import attention_terms, lineup, total
+from dat_ref.complexity import attention_terms, compared_systems, total
 from dat_ref.ops.bias import table_bias
 from dat_ref.ops.grid import from_pixels, pixels_per_unit, reference_points, to_pixels
 from dat_ref.ops.offsets import bound_offsets, bound_offsets_vjp, offset_limit
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
-from dat_ref.peers import MultiHeadAttentionConfig, PyramidAttentionConfig, reach
+from dat_ref.peers import MultiHeadAttentionConfig, PyramidAttentionConfig, receptive_field
 
 DOCS = Path(__file__).parents[1] / "docs"
 ALONE = DOCS / "figures-live"
-FIGURES = ("sampling", "offsets", "bias", "cost", "reach")
+FIGURES = ("sampling", "offsets", "bias", "cost", "receptive_field")
 CELLS = Convention.CELL_CENTER
 
 
@@ -36,7 +36,7 @@ def figure(browser, name, folder=ALONE, **options):
     with tab(browser, **options) as opened:
         opened.open(folder / f"{name}.html")
         yield opened
-        assert opened.wrong == []
+        assert opened.errors == []
 
 
 def load(name):
@@ -142,9 +142,9 @@ def test_offsets_by_mouse_and_keys(browser, picture):
         dragged = opened.state()
         check_offsets(dragged, picture)
         assert dragged["chosen"] == key
-        moved = np.array(dragged["points"]) - start["points"]
-        assert (moved[key] > 0.5).all()
-        assert not np.delete(moved, key, axis=0).any()
+        with_offsets = np.array(dragged["points"]) - start["points"]
+        assert (with_offsets[key] > 0.5).all()
+        assert not np.delete(with_offsets, key, axis=0).any()
         opened.press("ArrowLeft")
         assert_close(opened.state()["points"][key][1], dragged["points"][key][1] - 0.5)
         check_offsets(opened.state(), picture)
@@ -230,15 +230,17 @@ def test_bias_by_mouse_and_keys(browser):
 def check_cost(state):
     side = state["side"]
     layer = Deformable(384, 12, 3, stride=2, kernel_size=5, size=(14, 14))
-    systems = lineup(layer, 14)
+    systems = compared_systems(layer, 14)
     systems["deformable_fixed"] = replace(layer, stride=2 * state["times"])
     assert systems.keys() == state["amounts"].keys()
     for kind, config in systems.items():
         found = attention_terms(1, (side, side), config)
         whole = total(found)
-        assert state["amounts"][kind] == {"macs": whole.macs, "kept": whole.kept}
+        assert state["amounts"][kind] == {"macs": whole.macs, "kept": whole.saved_bytes}
         if kind == state["system"]:
-            expected = {name: (term.macs, term.kept) for name, term in found.items() if term.macs or term.kept}
+            expected = {
+                name: (term.macs, term.saved_bytes) for name, term in found.items() if term.macs or term.saved_bytes
+            }
             assert {term["name"]: (term["macs"], term["kept"]) for term in state["terms"]} == expected
 
 
@@ -271,7 +273,7 @@ def test_cost_by_mouse_and_keys(browser):
                 assert shown_sum(opened) == state["amounts"][kind][part]
 
 
-# ------------------------------------------------------------------------------------------------ reach
+# ------------------------------------------------------------------------------------------------ receptive field
 
 
 @pytest.fixture(scope="module")
@@ -286,19 +288,19 @@ def seen_by():
         "neighborhood": NeighborhoodAttentionConfig(12, 3, 3),
         "dilated": NeighborhoodAttentionConfig(12, 3, 3, dilation=3),
     }
-    traces = {name: (data.trace_of(name), data.trace_of(name, moved=False)) for name in data.MOVING}
+    traces = {name: (data.run_layer(name), data.run_layer(name, with_offsets=False)) for name in data.SAMPLED_SYSTEMS}
 
     def seen(system, query, share):
         if system in structural:
-            return reach(query, data.SIZE, structural[system])
+            return receptive_field(query, data.SIZE, structural[system])
         trace, home = traces[system]
         points = trace.points_px if share == 1 else home.points_px + share * (trace.points_px - home.points_px)
-        return reach(query, data.SIZE, data.MOVING[system].config, replace(trace, points_px=points))
+        return receptive_field(query, data.SIZE, data.SAMPLED_SYSTEMS[system].config, replace(trace, points_px=points))
 
     return seen
 
 
-def check_reach(state, seen_by):
+def check_receptive_field(state, seen_by):
     query = tuple(state["query"])
     seen = seen_by(state["system"], query, state["moved"])
     assert np.array_equal(np.array(state["seen"], dtype=bool), seen.ravel())
@@ -306,27 +308,27 @@ def check_reach(state, seen_by):
     assert state["counts"] == counts
 
 
-def test_reach_by_mouse_and_keys(browser, seen_by):
-    with figure(browser, "reach") as opened:
+def test_receptive_field_by_mouse_and_keys(browser, seen_by):
+    with figure(browser, "receptive_field") as opened:
         start = opened.state()
-        check_reach(start, seen_by)
+        check_receptive_field(start, seen_by)
         opened.drag(opened.handle("Query"), -120, 90)
         dragged = opened.state()
-        check_reach(dragged, seen_by)
+        check_receptive_field(dragged, seen_by)
         assert dragged["query"] != start["query"]
         assert dragged["seen"] == start["seen"]  # deformable attention: the same for every query
         opened.press("ArrowUp", "ArrowLeft")
         assert opened.state()["query"] == [dragged["query"][0] - 1, dragged["query"][1] - 1]
-        check_reach(opened.state(), seen_by)
+        check_receptive_field(opened.state(), seen_by)
         for number, system in enumerate(start["counts"]):
             opened.page.locator(".live-thumbnail").nth(number).click()
             assert opened.state()["system"] == system
-            check_reach(opened.state(), seen_by)
+            check_receptive_field(opened.state(), seen_by)
         opened.page.locator(".live-thumbnail").nth(6).click()
         opened.page.locator("input[type=range]").focus()
         for key in ("Home", "ArrowRight"):
             opened.press(key)
-            check_reach(opened.state(), seen_by)
+            check_receptive_field(opened.state(), seen_by)
         assert opened.state()["moved"] == 0.05
 
 
@@ -378,5 +380,5 @@ def test_a_request_or_an_error_on_the_page_is_noticed(browser, tmp_path):
     (tmp_path / "bias.html").write_text(html.replace("</body>", bad), encoding="utf-8")
     with tab(browser) as opened:
         opened.open(tmp_path / "bias.html")
-        assert any(line.startswith("error: missing is not defined") for line in opened.wrong)
-        assert "request: http://elsewhere.invalid/x.png" in opened.wrong
+        assert any(line.startswith("error: missing is not defined") for line in opened.errors)
+        assert "request: http://elsewhere.invalid/x.png" in opened.errors

@@ -18,15 +18,15 @@ from dat_ref.ops.grid import from_pixels, pixels_per_unit, query_points, referen
 from dat_ref.ops.offsets import bound_offsets, bound_offsets_vjp, offset_limit
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.peers import (
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
-    reach,
+    receptive_field,
 )
-from dat_ref.peers.visibility import sampled_pixels
+from dat_ref.peers.receptive_field import sampled_pixels
 
 KERNEL = Path(__file__).parents[1] / "docs" / "js" / "figures" / "kernel.mjs"
 RUNNER = Path(__file__).parent / "helpers" / "compare_kernel.mjs"
@@ -201,7 +201,7 @@ def cost_cases(rng):
         "per_query": PerQueryAttentionConfig(dim, heads, groups, K, k),
         "ms_deform": MultiScaleDeformableConfig(dim, heads, P),
         "ms_deform_dot": dot,
-        "swap_in": SwapInAttentionConfig(dim, heads, P, Convention.CELL_CENTER),
+        "dat_dcn": DATDCNAttentionConfig(dim, heads, P, Convention.CELL_CENTER),
         "deform_conv": DeformableConvConfig(dim, k, offset_groups=groups),
     }
     numbers = {"C": dim, "M": heads, "G": groups, "r": r, "w": w, "P": P, "K": K, "k": k}
@@ -209,13 +209,13 @@ def cost_cases(rng):
         own = {**numbers, "k": kernel} if kind == "deformable" else numbers
         found = attention_terms(1, size, config)
         expected = [
-            {"name": name, "macs": term.macs, "kept": term.kept}
+            {"name": name, "macs": term.macs, "kept": term.saved_bytes}
             for name, term in found.items()
-            if term.macs or term.kept
+            if term.macs or term.saved_bytes
         ]
         yield case("terms", kind, size, own, expected=in_order_of_the_kernel(kind, expected), exact=True)
         whole = total(found)
-        yield case("cost", kind, size, own, expected={"macs": whole.macs, "kept": whole.kept}, exact=True)
+        yield case("cost", kind, size, own, expected={"macs": whole.macs, "kept": whole.saved_bytes}, exact=True)
 
 
 def in_order_of_the_kernel(kind, terms):
@@ -233,7 +233,7 @@ def in_order_of_the_kernel(kind, terms):
     return sorted(terms, key=lambda term: order.index(term["name"]))
 
 
-def reach_cases(rng):
+def receptive_field_cases(rng):
     size = draw_size(rng, smallest=2, largest=13)
     query = tuple(int(rng.integers(length)) for length in size)
     w, K, dilation = int(rng.integers(1, 7)), 2 * int(rng.integers(0, 4)) + 1, int(rng.integers(1, 4))
@@ -248,10 +248,12 @@ def reach_cases(rng):
         ),
     ]
     for system, config in systems:
-        yield case("reach", system, query, size, expected=reach(query, size, config).ravel(), exact=True)
+        yield case(
+            "receptiveField", system, query, size, expected=receptive_field(query, size, config).ravel(), exact=True
+        )
     points = [draw_point(rng, size) for _ in range(rng.integers(1, 10))]
     seen = sampled_pixels(np.array(points), size).ravel()
-    yield case("reach", {"kind": "points"}, query, size, points, expected=seen, exact=True)
+    yield case("receptiveField", {"kind": "points"}, query, size, points, expected=seen, exact=True)
 
 
 DRAWN = {  # rounds of each
@@ -261,7 +263,7 @@ DRAWN = {  # rounds of each
     bias_cases: 120,
     window_cases: 120,
     cost_cases: 40,
-    reach_cases: 150,
+    receptive_field_cases: 150,
 }
 
 
@@ -321,9 +323,9 @@ WRONG = {  # what is changed in the kernel: (before, after, a function that must
     "windows exchanged": ("(down ? below : 1 - below)", "(down ? 1 - below : below)", "windowSum"),
     "scale of the heads": ('bias: "4 HW Ns M"', 'bias: "4 HW Ns"', "terms"),
     "bytes of one number": ("4 * evaluate(kept", "8 * evaluate(kept", "cost"),
-    "neighborhood beyond the border": ("0, submapLength - keys", "0, submapLength", "reach"),
-    "seam forgotten": ("&& pixel < shift === query < shift", "", "reach"),
-    "pixels without weight": ("Math.abs(y - row) < 1", "Math.abs(y - row) <= 1", "reach"),
+    "neighborhood beyond the border": ("0, submapLength - keys", "0, submapLength", "receptiveField"),
+    "seam forgotten": ("&& pixel < shift === query < shift", "", "receptiveField"),
+    "pixels without weight": ("Math.abs(y - row) < 1", "Math.abs(y - row) <= 1", "receptiveField"),
 }
 
 

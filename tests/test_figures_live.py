@@ -47,9 +47,9 @@ def test_modules_are_joined_in_the_order_of_their_imports(tmp_path):
     (tmp_path / "b.mjs").write_text(
         'import { one } from "./a.mjs";\n\nexport function two() {\n  return 2 * one;\n}\n', encoding="utf-8"
     )
-    modules = bundle.in_order(tmp_path / "b.mjs")
+    modules = bundle.dependency_order(tmp_path / "b.mjs")
     assert [path.stem for path in modules] == ["a", "b"]
-    assert bundle.as_function(modules[1]) == (
+    assert bundle.to_function(modules[1]) == (
         "const b = (() => {\nconst { one } = a;\n\nfunction two() {\n  return 2 * one;\n}\n\nreturn { two };\n})();\n"
     )
 
@@ -57,4 +57,4 @@ def test_modules_are_joined_in_the_order_of_their_imports(tmp_path):
 def test_a_form_of_import_that_cannot_be_joined_is_refused(tmp_path):
     (tmp_path / "a.mjs").write_text('import * as all from "./b.mjs";\n', encoding="utf-8")
     with pytest.raises(AssertionError, match="unknown form of import"):
-        load("bundle").as_function(tmp_path / "a.mjs")
+        load("bundle").to_function(tmp_path / "a.mjs")

@@ -12,7 +12,7 @@ from dat_ref import BiasKind, Convention, DeformableAttentionConfig, OffsetBound
 from dat_ref.layer import deformable_layer, deformable_layer_vjp, deformable_shapes
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.params import flatten, unflatten
-from dat_ref.testing.subjects import SAMPLER
+from dat_ref.testing.ops import SAMPLER
 
 
 def wrong_sample_vjps():

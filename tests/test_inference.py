@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 
 import dat_ref.torch as dt  # noqa: E402
 from dat_ref import DATConfig, DeformableAttentionConfig  # noqa: E402
-from dat_ref.peers.swap import swap_attention  # noqa: E402
+from dat_ref.peers.matching import replace_attention  # noqa: E402
 from dat_ref.torch import inference  # noqa: E402
 from dat_ref.torch.inference import PackedLinear, optimize_for_inference  # noqa: E402
 
@@ -158,7 +158,7 @@ def test_a_layer_in_another_network_shared_by_two_names():
     "attention", ["multi_head", "pyramid", "deform_conv", "ms_deform", "per_query", "neighborhood"]
 )
 def test_other_attentions_in_its_place(attention):
-    model = random_model(swap_attention(tiny("cvpr2022"), attention), 3)
+    model = random_model(replace_attention(tiny("cvpr2022"), attention), 3)
     x = torch.randn(1, 3, 67, 98)
     torch.testing.assert_close(outputs(optimize_for_inference(model), x), outputs(model, x), rtol=1e-4, atol=1e-5)
 

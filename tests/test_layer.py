@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.agreement import assert_agree, assert_within_budget
-from helpers.checks import LAYER_CHECKS, example_config, example_input, layer_equals_oracle
+from helpers.checks import LAYER_CHECKS, example_config, example_input, layer_matches_oracle
 from helpers.layers import mirror, random_params, transpose, transposed_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import awkward, layer_cases, numbers
+from strategies import layer_cases, non_contiguous, numbers
 
 from dat_ref import BiasKind, Convention, DeformableAttention, DeformableAttentionConfig, OffsetBound, init_params
 from dat_ref.layer import deformable_layer, deformable_layer_vjp, deformable_shapes
@@ -30,7 +30,7 @@ def test_named_checks(check):
 def test_equals_scalar_loops(convention, data):
     """All bounds, biases, groups and strides: every intermediate and the output equal the oracle's."""
     case = data.draw(layer_cases(among=[convention]))
-    layer_equals_oracle(deformable_layer, case.x(), case.params(), case.config)
+    layer_matches_oracle(deformable_layer, case.x(), case.params(), case.config)
 
 
 # ------------------------------------------------------------------------------------------------ symmetries
@@ -190,14 +190,14 @@ def test_trace_has_the_promised_shapes():
 
 
 @given(layer_cases())
-def test_awkward_inputs_are_accepted_and_left_alone(case):
+def test_non_contiguous_inputs_are_accepted_and_left_alone(case):
     """Read-only, strided, reversed maps and parameters give the same result and are not written to."""
     x, params = case.x(), case.params()
-    odd = map_tree(awkward, params)
+    odd = map_tree(non_contiguous, params)
     layer = DeformableAttention(case.config, odd)
-    y, pullback = layer.vjp(awkward(x))
+    y, pullback = layer.vjp(non_contiguous(x))
     assert_agree(y, DeformableAttention(case.config, params)(x), 1e-11)
-    pullback(awkward(y))
+    pullback(non_contiguous(y))
     for name, leaf in flatten(odd).items():
         np.testing.assert_array_equal(leaf, flatten(params)[name])
 

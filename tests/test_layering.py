@@ -12,20 +12,26 @@ import dat_ref
 ROOT = Path(dat_ref.__file__).parent
 # A package comes after its modules: its __init__ gathers them.
 TRAIL = [
-    "_checks", "conventions", "config", "presets", "params", "official",
+    "_checks", "_deprecation", "conventions", "config", "presets", "params", "official",
     "ops", "ops.basic", "ops.grid", "ops.offsets", "ops.sampling", "ops.bias", "ops.attention", "layer",
     "peers.window", "peers.neighborhood", "peers.mhsa", "peers.deform_conv", "peers.multi_scale",
-    "peers.ms_deform_attn", "peers.pyramid", "peers.per_query", "peers.swap_in",
-    "peers.registry", "peers.swap", "peers.visibility", "peers",
+    "peers.ms_deform_attn", "peers.pyramid", "peers.per_query", "peers.dat_dcn",
+    "peers.registry", "peers.matching", "peers.receptive_field", "peers",
     "block", "backbone", "initialization",
 ]  # fmt: skip
 CORE_PACKAGES = {"numpy", "scipy"}
 # Where an optional package may be imported when the module itself is.
 PARTS = {
     "torch": (
-        "torch", "bench", "complexity.torch_counter",
-        "experiments.knock_out", "experiments.study", "experiments.looks", "experiments.costs", "experiments.traces",
-        "experiments.twin",
+        "torch",
+        "bench",
+        "complexity.torch_counter",
+        "experiments.offset_ablation",
+        "experiments.study",
+        "experiments.attention_maps",
+        "experiments.costs",
+        "experiments.recording",
+        "experiments.no_offset_baseline",
     ),
     "triton": ("torch",),
     "matplotlib": ("viz", "experiments.figures"),

@@ -21,8 +21,8 @@ from dat_ref.ops.grid import to_pixels
 from dat_ref.ops.sampling import bilinear_sample
 from dat_ref.params import unflatten
 from dat_ref.testing import Setting
-from dat_ref.testing.subjects import LAYER, SAMPLER
-from dat_ref.testing.subjects.layer_cases import config_of
+from dat_ref.testing.ops import LAYER, SAMPLER
+from dat_ref.testing.ops.layer_cases import config_of
 
 CELL_CENTER = Setting(Convention.CELL_CENTER)
 
@@ -174,13 +174,13 @@ def wrong_query_grid(mp):
 
 
 LOOPS, IDENTITY, GATHER = (
-    checks.layer_is_the_loops,
+    checks.layer_matches_loops,
     checks.zero_offset_is_the_identity,
     checks.zero_offset_bias_is_a_gather,
 )
 GROUPS, BEFORE, TURNED = (
-    checks.groups_keep_to_themselves,
-    checks.bias_rewards_what_lies_before,
+    checks.groups_are_independent,
+    checks.attention_follows_bias,
     checks.layer_commutes_with_transposition,
 )
 

@@ -253,9 +253,7 @@ def test_same_padding_always_gives_ceil() -> None:
 
 
 @pytest.mark.parametrize("convention", ["paper", "cvpr2022", "datpp2023"])
-def test_table_bias_is_grid_sample_of_half_the_displacement(
-    rng: np.random.Generator, convention: str
-) -> None:
+def test_table_bias_is_grid_sample_of_half_the_displacement(rng: np.random.Generator, convention: str) -> None:
     """At its own size and read for another."""
     torch = pytest.importorskip("torch")
     grid_sample = torch.nn.functional.grid_sample
@@ -302,9 +300,7 @@ def test_log_distance() -> None:
 # ---------------------------------------------------------------------- where no release can be asked
 
 
-def random_params(
-    rng: np.random.Generator, dim: int, heads: int, groups: int, size: tuple[int, int]
-) -> dict[str, Any]:
+def random_params(rng: np.random.Generator, dim: int, heads: int, groups: int, size: tuple[int, int]) -> dict[str, Any]:
     def projection() -> dict[str, np.ndarray]:
         return {"weight": rng.standard_normal((dim, dim)) / dim**0.5, "bias": rng.standard_normal(dim)}
 
@@ -369,9 +365,7 @@ def test_empty_batch(rng: np.random.Generator) -> None:
     assert result.points.shape == (0, 2, 3, 5, 2)
 
 
-@pytest.mark.parametrize(
-    ("size", "window", "shift"), [((5, 7), 4, 2), ((6, 3), 3, 2), ((2, 9), 4, 2), ((4, 5), 4, 0)]
-)
+@pytest.mark.parametrize(("size", "window", "shift"), [((5, 7), 4, 2), ((6, 3), 3, 2), ((2, 9), 4, 2), ((4, 5), 4, 0)])
 def test_windows_against_padding_rolling_and_cutting(
     rng: np.random.Generator, size: tuple[int, int], window: int, shift: int
 ) -> None:
@@ -399,7 +393,7 @@ def rolled_windows(x: np.ndarray, params: dict, heads: int, window: int, shift: 
     rows, columns = x.shape[2:]
     region = np.where(np.arange(rows) < shift, 2, 0)[:, None] + np.where(np.arange(columns) < shift, 1, 0)
 
-    def cut(maps: np.ndarray) -> np.ndarray:               # (B, C, H, W) -> (B, windows, w w, C)
+    def cut(maps: np.ndarray) -> np.ndarray:  # (B, C, H, W) -> (B, windows, w w, C)
         maps = np.roll(maps, (-shift, -shift), (2, 3))
         maps = maps.reshape(*maps.shape[:2], rows // window, window, columns // window, window)
         return maps.transpose(0, 2, 4, 3, 5, 1).reshape(len(maps), -1, window**2, maps.shape[1])
@@ -416,7 +410,7 @@ def rolled_windows(x: np.ndarray, params: dict, heads: int, window: int, shift: 
     hidden = hidden & (keys_real[:, :, :, None] == 1)
     logits = np.where(hidden[:, None], -np.inf, logits)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
-    out = (weights / weights.sum(-1, keepdims=True)) @ v   # (B, heads, windows, w w, d)
+    out = (weights / weights.sum(-1, keepdims=True)) @ v  # (B, heads, windows, w w, d)
     out = out.reshape(batch, heads, rows // window, columns // window, window, window, dim // heads)
     out = out.transpose(0, 1, 6, 2, 4, 3, 5).reshape(batch, dim, rows, columns)
     out = np.roll(out, (shift, shift), (2, 3))[:, :, :height, :width]

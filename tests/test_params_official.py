@@ -28,7 +28,7 @@ from dat_ref import (
 from dat_ref.backbone import dat_shapes
 from dat_ref.block import ATTENTIONS
 from dat_ref.layer import deformable_shapes
-from dat_ref.params import check_params, count, flatten, map_tree, report, unflatten
+from dat_ref.params import check_params, count, flatten, map_tree, mismatch_report, unflatten
 
 TREES = st.recursive(
     st.integers(),
@@ -168,14 +168,14 @@ def test_released_offset_range_factor(release, factor, no_off, expected):
 
 def test_report_names_everything_that_is_wrong():
     """Missing, unexpected and mis-shaped keys, each with its shapes, all in one message."""
-    lines = report({"a": (2,), "b": (3, 4)}, {"b": (4, 3), "c": (5,)}).split("\n  ")
+    lines = mismatch_report({"a": (2,), "b": (3, 4)}, {"b": (4, 3), "c": (5,)}).split("\n  ")
     assert lines == ["missing: a (2,)", "unexpected: c (5,)", "mis-shaped: b: expected (3, 4), got (4, 3)"]
-    assert report({"a": (2,)}, {"a": (2,)}) == ""
+    assert mismatch_report({"a": (2,)}, {"a": (2,)}) == ""
 
 
 def test_long_reports_are_cut():
     """Twenty lines, then how many more there are."""
-    lines = report({f"p{i}": (1,) for i in range(50)}, {}).split("\n  ")
+    lines = mismatch_report({f"p{i}": (1,) for i in range(50)}, {}).split("\n  ")
     assert len(lines) == 21
     assert lines[-1] == "… and 30 more"
 

@@ -22,12 +22,12 @@ from dat_ref import (
 from dat_ref.ops.basic import conv2d, conv2d_vjp, linear
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
     deform_conv2d,
     multi_scale_deformable_attention,
 )
@@ -405,10 +405,10 @@ def test_one_level_is_single_scale(drawn):
 
 
 @given(seeds, map_sizes(smallest=2), st.sampled_from([1, 3]))
-def test_swap_in_between_cell_centers_is_deformable_detr(seed, size, points):
+def test_dat_dcn_between_cell_centers_is_deformable_detr(seed, size, points):
     """Half maps and (y, x) against pixels and (x, y): W_Δ scaled by half the map. The release's geometry is not."""
-    config = SwapInAttentionConfig(6, 3, points, Convention.CELL_CENTER)
-    params = random_params(ATTENTIONS[SwapInAttentionConfig].shapes(config), np.random.default_rng(seed))
+    config = DATDCNAttentionConfig(6, 3, points, Convention.CELL_CENTER)
+    params = random_params(ATTENTIONS[DATDCNAttentionConfig].shapes(config), np.random.default_rng(seed))
     half = np.array(size[::-1]) / 2
     by_point = {
         leaf: array.reshape(3, points, 2, *array.shape[1:])[:, :, ::-1] for leaf, array in params["offset"].items()

@@ -8,21 +8,21 @@ from helpers.layers import lattice_distance, random_params
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import peers as loops
-from strategies import Case, awkward, map_sizes, numbers, seeds
+from strategies import Case, map_sizes, non_contiguous, numbers, seeds
 
 from dat_ref import ConfigError, Convention, NeighborhoodAttentionConfig, ShapeError, init_params
 from dat_ref.complexity.counter import count
 from dat_ref.params import flatten, map_tree, unflatten
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
 )
-from dat_ref.peers.ms_deform_attn import ring
+from dat_ref.peers.ms_deform_attn import ring_offsets
 from dat_ref.peers.neighborhood import axis_neighbors
 
 HEADS = st.sampled_from([(2, 3), (4, 1), (1, 3), (3, 2)])
@@ -61,8 +61,8 @@ PEERS = {
             PerQueryAttentionConfig, dim, heads, divisors(count), st.sampled_from([3, 1]), st.sampled_from([3, 5])
         )
     ),
-    "swap_in": lambda dim, heads: st.builds(
-        SwapInAttentionConfig, dim, heads, st.sampled_from([2, 3, 1]), st.sampled_from([PP, CC])
+    "dat_dcn": lambda dim, heads: st.builds(
+        DATDCNAttentionConfig, dim, heads, st.sampled_from([2, 3, 1]), st.sampled_from([PP, CC])
     ),
 }
 each_peer = pytest.mark.parametrize("kind", PEERS)
@@ -73,7 +73,7 @@ def peer_cases(draw, kind, batches=(1, 2), largest=5):
     """Draw a peer of a kind, a map it is defined on, and the seed of its numbers."""
     heads, head_dim = draw(HEADS)
     config = draw(PEERS[kind](st.just(heads * head_dim), st.just(heads)))
-    undefined = isinstance(config, SwapInAttentionConfig) and config.convention is PP
+    undefined = isinstance(config, DATDCNAttentionConfig) and config.convention is PP
     size = draw(map_sizes(smallest=2 if undefined else 1, largest=largest))
     return Case(config, size, draw(st.sampled_from(list(batches))), draw(seeds))
 
@@ -112,7 +112,7 @@ def loops_of(case):
         options = {"heads": config.heads, "groups": config.groups, "kernel_size": config.kernel_size}
         return loops.per_query(x, params, **options)
     convention = config.convention.name.lower()
-    return loops.swap_in(x, params, heads=config.heads, points=config.points, convention=convention)
+    return loops.dat_dcn(x, params, heads=config.heads, points=config.points, convention=convention)
 
 
 @each_peer
@@ -128,7 +128,7 @@ WRONG = {
     "one head": (PyramidAttentionConfig(6, 3, 2), PyramidAttentionConfig(6, 1, 2)),
     "no dilation": (NeighborhoodAttentionConfig(6, 3, 3, dilation=2), NeighborhoodAttentionConfig(6, 3, 3)),
     "no mask": (DeformableConvConfig(6, 3), DeformableConvConfig(6, 3, modulated=False)),
-    "half a pixel": (SwapInAttentionConfig(6, 3, 2, PP), SwapInAttentionConfig(6, 3, 2, Convention.CVPR2022)),
+    "half a pixel": (DATDCNAttentionConfig(6, 3, 2, PP), DATDCNAttentionConfig(6, 3, 2, Convention.CVPR2022)),
 }
 
 
@@ -193,7 +193,7 @@ EXAMPLES = (
     MultiScaleDeformableConfig(6, 3, 2),
     MultiScaleDeformableConfig(6, 3, 2, scoring="dot_product"),
     PerQueryAttentionConfig(6, 3, 3),
-    SwapInAttentionConfig(6, 3, 2),
+    DATDCNAttentionConfig(6, 3, 2),
 )
 
 
@@ -235,15 +235,15 @@ def test_gradient_checker_rejects_wrong_gradients(config):
 
 @each_peer
 @given(data=st.data(), dtype=st.sampled_from([np.float32, np.float64]))
-def test_precision_and_awkward_inputs(kind, data, dtype):
+def test_precision_and_non_contiguous_inputs(kind, data, dtype):
     """Read-only and strided inputs are accepted and left alone; the precision is kept, in the gradients too."""
     case = data.draw(peer_cases(kind))
     x, params = case.x(dtype), case.params(dtype)
-    odd = map_tree(awkward, params)
-    y, trace = run(case, awkward(x), odd)
+    odd = map_tree(non_contiguous, params)
+    y, trace = run(case, non_contiguous(x), odd)
     assert y.dtype == dtype
     assert_agree(y, run(case, x, params)[0], 1e-4 if dtype == np.float32 else 1e-11)
-    grad_x, grads = ATTENTIONS[type(case.config)].vjp(awkward(y), trace, odd, case.config)
+    grad_x, grads = ATTENTIONS[type(case.config)].vjp(non_contiguous(y), trace, odd, case.config)
     assert grad_x.dtype == dtype
     assert flatten(grads).keys() == flatten(params).keys()
     for name, grad in flatten(grads).items():
@@ -301,7 +301,7 @@ def test_wrong_channels_are_refused_by_name(config):
         (lambda: MultiScaleDeformableConfig(6, 3, scoring="keys"), "scoring: expected 'query' or 'dot_product'"),
         (lambda: PerQueryAttentionConfig(6, 3, 2), "groups: expected a divisor of heads=3, got 2"),
         (lambda: PerQueryAttentionConfig(6, 3, 3, 2), "kernel_size: expected an odd number"),
-        (lambda: SwapInAttentionConfig(6, 3, 0), "points: expected >= 1, got 0"),
+        (lambda: DATDCNAttentionConfig(6, 3, 0), "points: expected >= 1, got 0"),
     ],
 )
 def test_impossible_configurations_are_refused(make, message):
@@ -309,10 +309,10 @@ def test_impossible_configurations_are_refused(make, message):
         make()
 
 
-def test_swap_in_has_no_references_on_a_single_row():
-    config = SwapInAttentionConfig(6, 3)
+def test_dat_dcn_has_no_references_on_a_single_row():
+    config = DATDCNAttentionConfig(6, 3)
     with pytest.raises(ConfigError, match="convention: DATPP2023 has no references on a map of one row"):
-        ATTENTIONS[SwapInAttentionConfig].forward(np.zeros((1, 6, 1, 5)), init_params(config, 0), config)
+        ATTENTIONS[DATDCNAttentionConfig].forward(np.zeros((1, 6, 1, 5)), init_params(config, 0), config)
 
 
 # ------------------------------------------------------------------------------------------------ first values
@@ -320,7 +320,7 @@ def test_swap_in_has_no_references_on_a_single_row():
 
 def test_ring_is_the_released_one():
     """Eight heads look into eight directions; point p lies p pixels away, measured along the longer axis."""
-    offsets = ring(8, 2, 3)
+    offsets = ring_offsets(8, 2, 3)
     assert offsets.shape == (8, 2, 3, 2)
     assert_agree(offsets[0, :, :, :], np.broadcast_to([[1, 0], [2, 0], [3, 0]], (2, 3, 2)), 1e-12)
     assert_agree(offsets[1, 0], [[1, 1], [2, 2], [3, 3]], 1e-12)
@@ -335,18 +335,18 @@ def test_first_values_are_the_released_ones():
     _, trace = ATTENTIONS[DeformableConvConfig].forward(x, init_params(convolution, 0, dtype=np.float64), convolution)
     assert not trace.offset.any()
     assert (trace.mask == 0.5).all()
-    for config in (MultiScaleDeformableConfig(12, 4, 3), SwapInAttentionConfig(12, 4, 3)):
+    for config in (MultiScaleDeformableConfig(12, 4, 3), DATDCNAttentionConfig(12, 4, 3)):
         params = init_params(config, 0, dtype=np.float64)
         _, trace = ATTENTIONS[type(config)].forward(x, params, config)
         assert_agree(trace.attention, np.full(trace.attention.shape, 1 / 3), 1e-15)
-        assert_agree(params["offset"]["bias"], ring(4, 1, 3).ravel(), 1e-15)
+        assert_agree(params["offset"]["bias"], ring_offsets(4, 1, 3).ravel(), 1e-15)
         assert params["value"]["weight"].any()
 
 
-def test_swap_in_starts_mostly_outside_the_map():
+def test_dat_dcn_starts_mostly_outside_the_map():
     """The ring in half maps: with 4 points on 14 x 14, 12 heads, far more than half of the samples are zero."""
-    config = SwapInAttentionConfig(24, 12, 4)
-    _, trace = ATTENTIONS[SwapInAttentionConfig].forward(numbers(0, 1, 24, 14, 14), init_params(config, 0), config)
+    config = DATDCNAttentionConfig(24, 12, 4)
+    _, trace = ATTENTIONS[DATDCNAttentionConfig].forward(numbers(0, 1, 24, 14, 14), init_params(config, 0), config)
     assert (trace.sampled == 0).all(axis=-1).mean() == pytest.approx(0.86, abs=0.01)
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from helpers.agreement import assert_agree
-from helpers.checks import SAMPLER_CHECKS, sampling_is_map_coordinates, sampling_is_the_loops
+from helpers.checks import SAMPLER_CHECKS, sampling_matches_loops, sampling_matches_map_coordinates
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import sampling as loops
-from strategies import awkward, map_sizes, numbers, points_px, seeds
+from strategies import map_sizes, non_contiguous, numbers, points_px, seeds
 
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 
@@ -29,13 +29,13 @@ def test_named_checks(check):
 @given(samplings())
 def test_equals_map_coordinates(case):
     """Sampling equals scipy.ndimage.map_coordinates(order=1, prefilter=False, mode="grid-constant")."""
-    sampling_is_map_coordinates(bilinear_sample, *case)
+    sampling_matches_map_coordinates(bilinear_sample, *case)
 
 
 @given(samplings())
 def test_equals_scalar_loops(case):
     """Sampling equals the sum over all pixels, one scalar at a time."""
-    sampling_is_the_loops(bilinear_sample, *case)
+    sampling_matches_loops(bilinear_sample, *case)
 
 
 @given(samplings(maps=1))
@@ -114,16 +114,16 @@ def test_nan_pixel_reaches_whoever_reads_it():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_precision_and_awkward_inputs(dtype):
+def test_precision_and_non_contiguous_inputs(dtype):
     """Read-only, strided, reversed inputs are accepted and not modified; the precision is kept."""
     x, points = numbers(1, 2, 3, 5, 4, dtype=dtype), numbers(2, 2, 6, 2, dtype=dtype) + 2
-    odd_x, odd_points = awkward(x), awkward(points)
+    odd_x, odd_points = non_contiguous(x), non_contiguous(points)
     sampled = bilinear_sample(odd_x, odd_points)
     assert sampled.dtype == dtype
     np.testing.assert_array_equal(sampled, bilinear_sample(x, points))
     np.testing.assert_array_equal(odd_x, x)
     np.testing.assert_array_equal(odd_points, points)
-    grads = bilinear_sample_vjp(awkward(sampled), odd_x, odd_points)
+    grads = bilinear_sample_vjp(non_contiguous(sampled), odd_x, odd_points)
     assert grads.x.dtype == grads.points_px.dtype == dtype
 
 

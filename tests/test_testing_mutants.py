@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from dat_ref import Convention
-from dat_ref.testing import SUBJECTS, Mutant, Setting, Skip, Stage, check_subject
+from dat_ref.testing import OPS, Mutant, Setting, Skip, Stage, check_op
+from dat_ref.testing.context import CheckContext, gradients_by_name
 from dat_ref.testing.diagnosis import diagnose
-from dat_ref.testing.run import check_one
+from dat_ref.testing.ops import ATTENTION, BIAS, LAYER, SAMPLER
+from dat_ref.testing.ops.layer_steps import LayerSteps, layer_in_steps
+from dat_ref.testing.ops.sampler_mutants import sample_at
+from dat_ref.testing.ops.steps import Steps, attend_in_steps, bias_in_steps, replace_steps
+from dat_ref.testing.run import run_check
 from dat_ref.testing.snippet import snippet
-from dat_ref.testing.subjects import ATTENTION, BIAS, LAYER, SAMPLER
-from dat_ref.testing.subjects.layer_steps import LayerSteps, run_layer
-from dat_ref.testing.subjects.sampler_mutants import at
-from dat_ref.testing.subjects.steps import Steps, attend_with_bias, exchange, read_bias
-from dat_ref.testing.trial import Trial, by_name
 
-MUTANTS = [(subject, mutant) for subject in SUBJECTS for mutant in subject.mutants]
+MUTANTS = [(op, mutant) for op in OPS for mutant in op.mutants]
 
 # What ports get wrong, with words that the names of the mutants share.
 COMMON_MISTAKES = {
@@ -43,23 +43,23 @@ COMMON_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("subject", "mutant"), MUTANTS, ids=lambda each: each.name)
-def test_each_mutant_is_rejected_by_the_check_named_for_it(subject, mutant, monkeypatch):
+@pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=lambda each: each.name)
+def test_each_mutant_is_rejected_by_the_check_named_for_it(op, mutant, monkeypatch):
     """The first check that fails is the one it names, the diagnosis is the mutant, and the program shows it."""
-    port = replace(mutant.apply(subject.reference), name=f"port:{subject.function}")
-    trial = Trial(port, subject, Setting(max_examples=3))
-    results = (check_one(trial, check, shrink=False) for check in subject.checks)
+    port = replace(mutant.apply(op.reference), name=f"port:{op.function}")
+    ctx = CheckContext(port, op, Setting(max_examples=3))
+    results = (run_check(ctx, check, shrink=False) for check in op.checks)
     first = next(result for result in results if result.failure)
     assert first.check.name == mutant.check
-    assert diagnose(trial, [first.failure.case]) == [mutant.name]
-    program = snippet(trial, first.failure.case, first.failure.mismatch, first.check.stage)
-    assert shows_a_difference(program, trial, first.check.stage, monkeypatch)
+    assert diagnose(ctx, [first.failure.case]) == [mutant.name]
+    program = snippet(ctx, first.failure.case, first.failure.mismatch, first.check.stage)
+    assert shows_a_difference(program, ctx, first.check.stage, monkeypatch)
 
 
-def shows_a_difference(program, trial, stage, monkeypatch):
+def shows_a_difference(program, ctx, stage, monkeypatch):
     """Run a snippet, and return whether what it prints is wrong."""
-    module, subject, printed = ModuleType("port"), trial.subject, []
-    calls = {subject.function: trial.implementation.forward, f"{subject.function}_vjp": trial.implementation.vjp}
+    module, op, printed = ModuleType("port"), ctx.op, []
+    calls = {op.function: ctx.implementation.forward, f"{op.function}_vjp": ctx.implementation.vjp}
     for name, function in calls.items():
         setattr(
             module, name, lambda *given, function=function, **options: (function(*given, **options), given, options)
@@ -70,10 +70,11 @@ def shows_a_difference(program, trial, stage, monkeypatch):
     ((result, given, options),) = printed
     if stage is Stage.GRADIENTS:
         got, right = (
-            by_name(each, subject.differentiable) for each in (result, subject.reference.vjp(*given, **options))
+            gradients_by_name(each, op.differentiable_arguments)
+            for each in (result, op.reference.vjp(*given, **options))
         )
         return any(over(got[name], right[name]) for name in right)
-    return over(subject.result(result), subject.result(subject.reference.forward(*given, **options)))
+    return over(op.select_output(result), op.select_output(op.reference.forward(*given, **options)))
 
 
 def over(got, expected):
@@ -91,31 +92,31 @@ def unchanged(step):
 
 
 @pytest.mark.parametrize(
-    ("subject", "compute", "steps", "exchanged"),
+    ("op", "compute", "steps", "replaced"),
     [
-        (BIAS, read_bias, Steps(), "displace"),
-        (ATTENTION, attend_with_bias, Steps(), "attend"),
-        (LAYER, run_layer, LayerSteps(), "bound"),
+        (BIAS, bias_in_steps, Steps(), "table_positions"),
+        (ATTENTION, attend_in_steps, Steps(), "attend"),
+        (LAYER, layer_in_steps, LayerSteps(), "bound"),
     ],
     ids=lambda each: getattr(each, "name", ""),
 )
 @pytest.mark.parametrize("convention", Convention)
-def test_without_a_mistake_the_steps_are_the_reference(subject, compute, steps, exchanged, convention):
+def test_without_a_mistake_the_steps_are_the_reference(op, compute, steps, replaced, convention):
     """What the mutants are made of is right: only the exchanged step can be what a check sees."""
-    same = Mutant("nothing", "", exchange(compute, steps, **{exchanged: unchanged}))
+    same = Mutant("nothing", "", replace_steps(compute, steps, **{replaced: unchanged}))
     setting = Setting(convention)
-    trial = Trial(same.apply(subject.reference), subject, setting)
-    for check in subject.checks:
+    ctx = CheckContext(same.apply(op.reference), op, setting)
+    for check in op.checks:
         if check.stage in (Stage.SHAPES, Stage.VALUES):
             for case in check.cases(setting):
                 with suppress(Skip):
-                    check.test(trial, case)
+                    check.test(ctx, case)
 
 
 def test_a_report_names_the_first_failure_and_the_mistake():
     """All checks of one mutant, with the smallest counter-example."""
     mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalised by the height")
-    report = check_subject(mutant.apply(BIAS.reference), BIAS, Setting(max_examples=10))
+    report = check_op(mutant.apply(BIAS.reference), BIAS, Setting(max_examples=10))
     assert not report.passed
     assert report.failed()[0].check.name == "not_square"
     assert report.diagnosis == ["x is normalised by the height"]
@@ -123,19 +124,17 @@ def test_a_report_names_the_first_failure_and_the_mistake():
 
 def test_mistakes_that_make_up_for_each_other_are_not_named():
     """Edges for centers and centers for edges cancel, but for a single row, where points would be held."""
-    held = Mutant("held", "single_row", at(lambda points, size, last: np.where(size == 1, 0.0, points)))
-    report = check_subject(held.apply(SAMPLER.reference), SAMPLER, Setting(max_examples=5))
+    held = Mutant("held", "single_row", sample_at(lambda points, size, last: np.where(size == 1, 0.0, points)))
+    report = check_op(held.apply(SAMPLER.reference), SAMPLER, Setting(max_examples=5))
     assert report.failed()[0].check.name == "single_row"
     assert report.diagnosis == []
 
 
 def test_names_are_unique_and_mutants_name_checks():
     """A name means one thing; every mutant's check exists."""
-    assert (
-        len({subject.name for subject in SUBJECTS}) == len({subject.function for subject in SUBJECTS}) == len(SUBJECTS)
-    )
-    for subject in SUBJECTS:
-        checks, mutants = [check.name for check in subject.checks], [mutant.name for mutant in subject.mutants]
+    assert len({op.name for op in OPS}) == len({op.function for op in OPS}) == len(OPS)
+    for op in OPS:
+        checks, mutants = [check.name for check in op.checks], [mutant.name for mutant in op.mutants]
         assert len(set(checks)) == len(checks)
         assert len(set(mutants)) == len(mutants)
-        assert {mutant.check for mutant in subject.mutants} <= set(checks)
+        assert {mutant.check for mutant in op.mutants} <= set(checks)

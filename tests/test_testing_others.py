@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dat_ref.testing import Setting, Stage, check, text
-from dat_ref.testing.subject import with_mistakes
-from dat_ref.testing.subjects import MULTI_SCALE
+from dat_ref.testing import Setting, Stage, check, format_report
+from dat_ref.testing.op_spec import apply_mutants
+from dat_ref.testing.ops import MULTI_SCALE
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 WRITTEN = json.loads((FIGURES / "others.json").read_text(encoding="utf-8"))
@@ -27,9 +27,7 @@ def others():
     return module
 
 
-@pytest.mark.parametrize(
-    "number", range(len(WRITTEN)), ids=lambda number: "{target}-{subject}".format(**WRITTEN[number])
-)
+@pytest.mark.parametrize("number", range(len(WRITTEN)), ids=lambda number: "{target}-{op}".format(**WRITTEN[number]))
 def test_what_is_written_of_a_package_is_what_the_kit_finds(number, others):
     """A few cases a check are enough: every failure is seen in a named one."""
     written, row = WRITTEN[number], others.ROWS[number]
@@ -65,7 +63,7 @@ def test_deformable_attention_with_its_two_mistakes_mended(monkeypatch):
 
     monkeypatch.setattr(adapter.module, "normalize_grid", normalize_grid)
     (report,) = check(adapter, ["sampler"], max_examples=3)
-    assert [result.check.name for result in report.failed()] == ["shapes"], text(report)
+    assert [result.check.name for result in report.failed()] == ["shapes"], format_report(report)
     assert report.diagnosis == []
 
 
@@ -80,10 +78,10 @@ def test_discrete_sampling_of_rt_detr_v2_is_the_reference_with_three_differences
         "half a pixel down and right: pixel = location · W",
     )
     known = {mutant.name: mutant for mutant in MULTI_SCALE.mutants}
-    wrong = with_mistakes(MULTI_SCALE.reference, [known[name] for name in names])
-    for promise in MULTI_SCALE.checks:
-        for case in promise.cases(Setting()) if promise.stage is Stage.VALUES else ():
-            given = case.arguments.values()
+    wrong = apply_mutants(MULTI_SCALE.reference, [known[name] for name in names])
+    for each in MULTI_SCALE.checks:
+        for case in each.cases(Setting()) if each.stage is Stage.VALUES else ():
+            arguments = case.arguments.values()
             np.testing.assert_allclose(
-                rt_detr_v2_discrete.multi_scale_deformable_attention(*given), wrong.forward(*given), atol=1e-12
+                rt_detr_v2_discrete.multi_scale_deformable_attention(*arguments), wrong.forward(*arguments), atol=1e-12
             )

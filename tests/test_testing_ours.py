@@ -14,9 +14,9 @@ from hypothesis import settings
 from torch.func import functional_call
 
 from dat_ref import Convention, OffsetBound
-from dat_ref.testing import Stage, check, from_torch, text
+from dat_ref.testing import Stage, check, format_report, from_torch
+from dat_ref.testing.ops.layer_cases import config_of
 from dat_ref.testing.pytest import conformance_tests
-from dat_ref.testing.subjects.layer_cases import config_of
 from dat_ref.torch import DeformableAttention, functional
 from dat_ref.torch.functional import backends
 
@@ -24,11 +24,11 @@ FEW = max(settings.default.max_examples // 8, 1)  # 3 of a check in the profile 
 DTYPES = ["float64", "float32"]
 
 
-def holds(target, subject, *, besides="", **options):
+def holds(target, op, *, besides="", **options):
     """Require every promise but one that is not made, the gradients' among them."""
-    reports = check(target, [subject], **{"max_examples": FEW, **options})
+    reports = check(target, [op], **{"max_examples": FEW, **options})
     for report in reports:
-        assert {result.check.name for result in report.failed()} <= {besides}, text(report)
+        assert {result.check.name for result in report.failed()} <= {besides}, format_report(report)
         gradients = [result for result in report.results if result.check.stage is Stage.GRADIENTS]
         assert not any("no gradient was given" in result.skipped for result in gradients)
     return reports
@@ -38,24 +38,24 @@ def holds(target, subject, *, besides="", **options):
 
 SPEC = {
     "sampler": "dat_ref.ops.sampling",
-    "reference_grid": "dat_ref.testing.subjects.reference_grid",
-    "offset_bound": "dat_ref.testing.subjects.offset_bound",
+    "reference_grid": "dat_ref.testing.ops.reference_grid",
+    "offset_bound": "dat_ref.testing.ops.offset_bound",
     "bias": "dat_ref.ops.bias",
     "attention": "dat_ref.ops.attention",
-    "layer": "dat_ref.testing.subjects.layer",
+    "layer": "dat_ref.testing.ops.layer",
     "multi_scale": "dat_ref.peers.multi_scale",
     "deform_conv": "dat_ref.peers.deform_conv",
-    "neighborhood": "dat_ref.testing.subjects.neighborhood",
+    "neighborhood": "dat_ref.testing.ops.neighborhood",
 }
 FOR_EACH_CONVENTION = {"reference_grid", "offset_bound", "bias", "attention", "layer"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("subject", SPEC)
-def test_the_spec(subject, dtype):
+@pytest.mark.parametrize("op", SPEC)
+def test_the_spec(op, dtype):
     """The NumPy spec, under every convention where that matters; memory is measured, too."""
-    reports = holds(SPEC[subject], subject, dtype=dtype)
-    assert len(reports) == (len(Convention) if subject in FOR_EACH_CONVENTION else 1)
+    reports = holds(SPEC[op], op, dtype=dtype)
+    assert len(reports) == (len(Convention) if op in FOR_EACH_CONVENTION else 1)
     assert all(
         result.status == "pass" for report in reports for result in report.results if result.check.name == "memory"
     )
@@ -101,16 +101,16 @@ OPERATIONS = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("subject", "function", "besides"), OPERATIONS)
-def test_operations_in_torch(subject, function, besides, dtype):
+@pytest.mark.parametrize(("op", "function", "besides"), OPERATIONS)
+def test_operations_in_torch(op, function, besides, dtype):
     """The functions of `dat_ref.torch.functional`."""
-    holds(from_torch(function), subject, dtype=dtype, besides=besides)
+    holds(from_torch(function), op, dtype=dtype, besides=besides)
 
 
 def test_reference_grid_in_torch():
     """It takes no arrays, so that there is no precision to choose and no gradient."""
     for report in check(from_torch(reference_pixels), ["reference_grid"], max_examples=FEW):
-        assert report.passed, text(report)
+        assert report.passed, format_report(report)
 
 
 # ------------------------------------------------------------------------------------------------ torch, the core
@@ -215,10 +215,10 @@ PEERS = {
 @pytest.mark.parametrize("name", PEERS)
 def test_the_peers_in_torch(name, dtype):
     """The functions that the peers' modules call."""
-    subject, _, backend = name.partition(", ")
+    op, _, backend = name.partition(", ")
     if backend and backend not in backends():
         pytest.skip(backends(missing=True)[backend])
-    holds(PEERS[name], subject, dtype=dtype)
+    holds(PEERS[name], op, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------ as other people do

@@ -46,7 +46,7 @@ def outcomes(printed):
     return {word: int(count) for count, word in counts}
 
 
-PLUGIN = ("-p", "dat_ref.testing.pytest", "--conformance", "port", "--conformance-subject", "sampler")
+PLUGIN = ("-p", "dat_ref.testing.pytest", "--conformance", "port", "--conformance-op", "sampler")
 
 
 def test_as_a_plugin(project):

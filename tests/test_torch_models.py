@@ -108,10 +108,14 @@ def test_walk_and_trace_are_the_spec_s(name):
     spec = dat_ref.DAT(config, params)
     with torch.no_grad():
         for ours, theirs in zip(model.walk(torch.from_numpy(x)), spec.walk(x), strict=True):
-            assert (ours.stage, ours.block, len(ours.entering)) == (theirs.stage, theirs.block, len(theirs.entering))
+            assert (ours.stage, ours.block, len(ours.embeddings)) == (
+                theirs.stage,
+                theirs.block,
+                len(theirs.embeddings),
+            )
             assert_close(ours.output, theirs.output)
             assert_close(ours.trace.mlp.activated, theirs.trace.mlp.activated)
-            for mine, other in zip(ours.entering, theirs.entering, strict=True):
+            for mine, other in zip(ours.embeddings, theirs.embeddings, strict=True):
                 assert_close(mine.projected, other.projected)
         logits, trace = model(torch.from_numpy(x), return_trace=True)
         assert_close(logits, spec(x))

@@ -78,8 +78,6 @@ def assert_trace(ours, theirs):
     assert type(ours) is type(theirs)
     for field in fields(theirs):
         actual, expected = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.name == "log_bias":
-            continue  # the network's inside, which torch keeps to itself
         if isinstance(expected, np.ndarray):
             if np.isfinite(expected).all():
                 assert_close(actual, expected, what=field.name)
@@ -221,6 +219,21 @@ def test_deformable_attention_is_the_spec_s(drawn, batch, seed, backend):
     else:
         assert_layer(module, x, cotangent, spec)
     assert_layer(module, x, cotangent, spec, return_trace=True)
+
+
+@pytest.mark.parametrize("kind", BiasKind)
+def test_traces_have_the_spec_s_fields_for_every_bias(kind):
+    """The same intermediates are there, and the same are None."""
+    config = DeformableAttentionConfig(dim=8, heads=4, groups=2, size=(5, 4), bias=kind)
+    x = np.random.default_rng(2).standard_normal((2, 8, 5, 4))
+    (_, expected, _, _), module, _ = run_both(config, random_params(shapes_of(config), 2), x)
+    _, actual = module(torch.from_numpy(x), return_trace=True)
+    present = [
+        {field.name for field in fields(each) if getattr(each, field.name) is not None} for each in (actual, expected)
+    ]
+    assert present[0] == present[1]
+    assert ("log_bias" in present[0]) == (kind is BiasKind.LOG_CPB)
+    assert_trace(actual, expected)
 
 
 @given(st.sampled_from([(1, 0), (3, 0), (4, 2), (5, 3)]), st.integers(1, 11), st.integers(1, 11), seeds)

@@ -11,7 +11,7 @@ from strategies import map_sizes, numbers, seeds
 
 torch = pytest.importorskip("torch")
 from helpers.tensors import assert_close, assert_trees_close, rejects, tensor  # noqa: E402
-from helpers.torch_peers import CONFIGS, ScaledGradient, assert_peer, built  # noqa: E402
+from helpers.torch_peers import CONFIGS, ScaledGradient, assert_peer, build_peer  # noqa: E402
 
 import dat_ref  # noqa: E402
 import dat_ref.torch as dt  # noqa: E402
@@ -28,22 +28,22 @@ from dat_ref.complexity.formulas import attention_terms, total  # noqa: E402
 from dat_ref.params import flatten  # noqa: E402
 from dat_ref.peers import (  # noqa: E402
     ATTENTIONS,
-    SWAPS,
+    REPLACEMENTS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
-    SwapInAttentionConfig,
-    reach,
-    swap_attention,
+    receptive_field,
+    replace_attention,
 )
 from dat_ref.torch import functional  # noqa: E402
 from dat_ref.torch.block import attention_module  # noqa: E402
 from dat_ref.torch.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from dat_ref.torch.functional import deform_conv as torch_functional_conv  # noqa: E402
+from dat_ref.torch.peers import dat_dcn as torch_dat_dcn  # noqa: E402
 from dat_ref.torch.peers import deform_conv as torch_deform_conv  # noqa: E402
 from dat_ref.torch.peers import ms_deform_attn as torch_ms_deform_attn  # noqa: E402
 from dat_ref.torch.peers import per_query as torch_per_query  # noqa: E402
-from dat_ref.torch.peers import swap_in as torch_swap_in  # noqa: E402
 
 each_peer = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -77,9 +77,9 @@ def test_every_peer_that_samples_has_a_choice_of_samplers():
         DeformableConvConfig,
         MultiScaleDeformableConfig,
         PerQueryAttentionConfig,
-        SwapInAttentionConfig,
+        DATDCNAttentionConfig,
     }
-    model = dt.DAT(swap_attention(tiny("cvpr2022"), "ms_deform"))
+    model = dt.DAT(replace_attention(tiny("cvpr2022"), "ms_deform"))
     model.set_backend(sampler="grid_sample")
     chosen = [module.sampler for module in model.modules() if hasattr(module, "sampler")]
     assert chosen
@@ -114,14 +114,14 @@ def test_names_and_initialization_are_those_of_the_spec(config):
 
 
 @each_peer
-def test_reach_of_a_torch_trace(config):
+def test_receptive_field_of_a_torch_trace(config):
     """What a query sees follows from a torch pass as from NumPy's."""
-    module, params = built(config)
+    module, params = build_peer(config)
     x = numbers(1, 2, config.dim, 5, 7)
     _, trace = ATTENTIONS[type(config)].forward(x, params, config)
     _, ours = module(torch.from_numpy(x), return_trace=True)
-    seen = reach((2, 4), (5, 7), config, dt.as_numpy(ours), image=1)
-    np.testing.assert_array_equal(seen, reach((2, 4), (5, 7), config, trace, image=1))
+    seen = receptive_field((2, 4), (5, 7), config, dt.as_numpy(ours), image=1)
+    np.testing.assert_array_equal(seen, receptive_field((2, 4), (5, 7), config, trace, image=1))
 
 
 @each_peer
@@ -146,7 +146,7 @@ def test_matrix_products_are_those_of_the_formula(config):
 
 @each_peer
 def test_one_graph_without_breaks(config):
-    module, _ = built(config, dtype=torch.float32)
+    module, _ = build_peer(config, dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="eager", dynamic=False)
     x = torch.randn(2, config.dim, 4, 5, requires_grad=True)
     y = compiled(x)
@@ -159,7 +159,7 @@ def test_one_graph_without_breaks(config):
 @each_peer
 def test_layouts_and_low_precision(config):
     """channels_last and strided maps give the same numbers; geometry is float32 under autocast and in bfloat16."""
-    module, _ = built(config, dtype=torch.float32)
+    module, _ = build_peer(config, dtype=torch.float32)
     x = torch.randn(2, config.dim, 5, 7)
     y, expected = module(x), None
     strided = torch.empty(2, 2 * config.dim, 7, 5)[:, ::2].transpose(2, 3).copy_(x)
@@ -181,7 +181,7 @@ def rms(x):
 # ------------------------------------------------------------------------------------------------ in a backbone
 
 
-@pytest.mark.parametrize("kind", SWAPS)
+@pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_create_model_with_every_kind(kind):
     """Forward, backward, features of another size than the built one, names of the spec."""
     match = "macs" if kind == "deform_conv" else "keys"  # as many taps as DAT has keys would be 13 × 13 of them
@@ -195,17 +195,17 @@ def test_create_model_with_every_kind(kind):
     assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in model.parameters())
     with torch.device("meta"):
         whole = dt.create_model("dat_tiny", attention=kind, match=match)
-    config = swap_attention(dat_ref.config("dat_tiny"), kind, match)
+    config = replace_attention(dat_ref.config("dat_tiny"), kind, match)
     assert whole.config == config
     assert {name: tuple(leaf.shape) for name, leaf in whole.state_dict().items()} == flatten(dat_shapes(config))
     assert not any(isinstance(module, dt.DeformableAttention) for module in whole.modules())
 
 
-@pytest.mark.parametrize("kind", SWAPS)
+@pytest.mark.parametrize("kind", REPLACEMENTS)
 @pytest.mark.parametrize("release", ["cvpr2022", "datpp2023"])
 def test_swapped_backbone_is_the_spec(kind, release):
     """Logits and all gradients in float64."""
-    config = swap_attention(tiny(release), kind, "macs" if kind == "deform_conv" else "keys")
+    config = replace_attention(tiny(release), kind, "macs" if kind == "deform_conv" else "keys")
     params = tiny_params(config, 0)
     x, cotangent = numbers(1, 2, 3, 64, 96), numbers(2, 2, 5)
     y, pullback = DAT(config, params).vjp(x)
@@ -234,7 +234,7 @@ def test_create_model_names_near_kinds_and_takes_other_options():
 
 def test_checkpoint_of_a_swapped_backbone(tmp_path):
     """Our own names go through a file; a released file does not fit."""
-    config = swap_attention(tiny("cvpr2022"), "swap_in")
+    config = replace_attention(tiny("cvpr2022"), "dat_dcn")
     models = [dt.DAT(config) for _ in range(2)]
     save_checkpoint(models[0], tmp_path / "weights.npz")
     load_checkpoint(models[1], tmp_path / "weights.npz")
@@ -273,11 +273,13 @@ WRONG = {
         lambda right: lambda *args: ScaledGradient.apply(right(*args)),
     ),
     "border held": (
-        "swap_in",
-        torch_swap_in,
+        "dat_dcn",
+        torch_dat_dcn,
         "sample_levels",
-        lambda right: lambda value, points, shapes, **options: right(
-            value, points.clamp(0, min(shapes[0]) - 1), shapes, **options
+        lambda right: (
+            lambda value, points, shapes, **options: right(
+                value, points.clamp(0, min(shapes[0]) - 1), shapes, **options
+            )
         ),
     ),
     "groups in the wrong order": (

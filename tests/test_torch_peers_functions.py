@@ -9,7 +9,7 @@ from strategies import map_sizes, numbers, seeds
 
 torch = pytest.importorskip("torch")
 from helpers.tensors import assert_close, pull_back, rejects, tensor  # noqa: E402
-from helpers.torch_peers import ScaledGradient, built  # noqa: E402
+from helpers.torch_peers import ScaledGradient, build_peer  # noqa: E402
 
 from dat_ref import (  # noqa: E402
     BiasKind,
@@ -198,7 +198,7 @@ def test_checker_rejects_wrong_functions():
 
 
 def multi_head(dim=6, heads=3, seed=0):
-    module, params = built(MultiHeadAttentionConfig(dim, heads), seed)
+    module, params = build_peer(MultiHeadAttentionConfig(dim, heads), seed)
     return module, params
 
 
@@ -254,7 +254,7 @@ def test_deformable_convolution_without_offsets_is_a_convolution():
 def test_per_query_keys_that_all_queries_share_are_dats(size, seed):
     """Attention at points of every query's own, the same for all, is attention to shared keys."""
     config = DeformableAttentionConfig(12, 4, 2, offset_bound=OffsetBound.RAW, bias=BiasKind.NONE, kernel_size=3)
-    layer, params = built(config, seed)
+    layer, params = build_peer(config, seed)
     x = torch.from_numpy(numbers(seed, 2, 12, *size))
     y, trace = layer(x, return_trace=True)
     shared = trace.points_px.flatten(2, 3)[:, :, None].expand(-1, -1, size[0] * size[1], -1, -1)

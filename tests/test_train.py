@@ -60,9 +60,12 @@ def test_cross_entropy_names_what_is_wrong(logits, labels, message):
 
 
 def torch_adamw(leaves: dict[str, torch.Tensor], optimizer: train.AdamW) -> torch.optim.AdamW:
-    """Return torch's optimiser with the same settings, and without decay for the parameters that `decays` exempts."""
+    """Return torch's optimiser with the same settings, without decay where `has_weight_decay` says so."""
     groups = [
-        {"params": [leaf for name, leaf in leaves.items() if train.decays(name, leaf) is decay], "weight_decay": rate}
+        {
+            "params": [leaf for name, leaf in leaves.items() if train.has_weight_decay(name, leaf) is decay],
+            "weight_decay": rate,
+        }
         for decay, rate in ((True, optimizer.weight_decay), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, betas=optimizer.betas, eps=optimizer.epsilon)
@@ -87,7 +90,7 @@ def test_adamw_is_torchs_on_a_quadratic(rates, weight_decay, betas, epsilon, dty
     leaves = {name: torch.tensor(leaf, requires_grad=True) for name, leaf in drawn["start"].items()}
     params, curvature, target = (unflatten(drawn[kind]) for kind in ("start", "curvature", "target"))
     optimizer = train.AdamW(weight_decay, betas, epsilon)
-    reference, state = torch_adamw(leaves, optimizer), optimizer.start(params)
+    reference, state = torch_adamw(leaves, optimizer), optimizer.init(params)
     for rate in rates:
         grads = map_tree(lambda c, p, a: c * (p - a), curvature, params, target)
         for name, grad in flatten(grads).items():  # the same gradients, so that rounding does not pile up
@@ -106,7 +109,7 @@ def test_adamw_is_torchs_on_a_quadratic(rates, weight_decay, betas, epsilon, dty
 def test_adamw_leaves_its_arguments_alone():
     params, grads = {"weight": np.ones((2, 2))}, {"weight": np.full((2, 2), 3.0)}
     optimizer = train.AdamW()
-    state = optimizer.start(params)
+    state = optimizer.init(params)
     optimizer.step(params, grads, state, 0.1)
     assert (params["weight"] == 1).all()
     assert (state.mean["weight"] == 0).all()
@@ -114,15 +117,17 @@ def test_adamw_leaves_its_arguments_alone():
 
 def test_only_weights_decay():
     params = dat_ref.init_params(train.digits_config(), seed=0)
-    exempt = {name.rpartition(".")[2] for name, leaf in flatten(params).items() if not train.decays(name, leaf)}
-    decaying = {name for name, leaf in flatten(params).items() if train.decays(name, leaf)}
+    exempt = {
+        name.rpartition(".")[2] for name, leaf in flatten(params).items() if not train.has_weight_decay(name, leaf)
+    }
+    decaying = {name for name, leaf in flatten(params).items() if train.has_weight_decay(name, leaf)}
     assert exempt == {"bias", "table", "weight"}  # the one-dimensional weights are those of norms
     assert all(name.endswith(".weight") and "norm" not in name for name in decaying)
     assert "stages.1.blocks.0.attention.offset_network.pointwise.weight" in decaying
 
 
 def test_rate_rises_then_falls():
-    rates = [train.scheduled_rate(step, 50, 2.0, warm_up=10) for step in range(50)]
+    rates = [train.scheduled_rate(step, 50, 2.0, warmup_steps=10) for step in range(50)]
     assert rates[:10] == pytest.approx(np.linspace(0.2, 2.0, 10))
     assert (np.diff(rates[10:]) < 0).all()
     assert 0 < rates[-1] < 0.02
@@ -157,7 +162,7 @@ def test_enlarging_agrees_with_torch():
     images = np.random.default_rng(0).standard_normal((2, 3, 5, 7))
     padded = torch.nn.functional.pad(torch.tensor(images), (1, 1, 1, 1))  # what lies outside is zero
     larger = torch.nn.functional.interpolate(padded, scale_factor=3, mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(train.enlarge(images, (15, 21)), larger[:, :, 3:-3, 3:-3], atol=1e-12)
+    np.testing.assert_allclose(train.upsample(images, (15, 21)), larger[:, :, 3:-3, 3:-3], atol=1e-12)
 
 
 def test_every_image_comes_once_an_epoch():
@@ -231,8 +236,8 @@ def test_offsets_learn():
 
     trained, _ = train.fit(start, images, labels, epochs=15, batch_size=32)
     for before, after in zip(start.walk(images[:8]), trained.walk(images[:8]), strict=True):
-        moved = np.abs(after.trace.attention.points_px - before.trace.attention.points_px)
-        assert moved.max() > 0.05  # pixels of the map
+        displacement = np.abs(after.trace.attention.points_px - before.trace.attention.points_px)
+        assert displacement.max() > 0.05  # pixels of the map
         reach = np.abs(after.trace.attention.points_px - after.trace.attention.reference_px)
         assert reach.max() <= before.trace.x.shape[2] / before.trace.attention.points.shape[2]  # one key cell
 
@@ -240,13 +245,13 @@ def test_offsets_learn():
 # ------------------------------------------------------------------------------------------------ the same run in torch
 
 
-def train_in_torch(params, images, labels, chosen, rates) -> list[float]:
+def train_in_torch(params, images, labels, indices, rates) -> list[float]:
     """Return the losses of `fit`'s steps done by torch alone: module, autograd and optimiser."""
     model = dat_ref.torch.DAT(train.digits_config()).to(getattr(torch, images.dtype.name)).train()
     model.load_numpy(params)
     reference = torch_adamw(dict(model.named_parameters()), train.AdamW())
     losses = []
-    for batch, rate in zip(chosen, rates, strict=True):
+    for batch, rate in zip(indices, rates, strict=True):
         loss = torch.nn.functional.cross_entropy(model(torch.tensor(images[batch])), torch.tensor(labels[batch]))
         reference.zero_grad()
         loss.backward()
@@ -265,8 +270,8 @@ def test_the_loss_curve_is_torchs(dtype, tolerance):
     start = fresh_model(dtype=dtype)
     _, history = train.fit(start, images, labels, epochs=2, batch_size=32, seed=5)
     rng = np.random.default_rng(5)
-    chosen = [batch for _ in range(2) for batch in train.batches(rng, len(images), 32)]
-    losses = train_in_torch(start.params, images, labels, chosen, history.learning_rates)
+    indices = [batch for _ in range(2) for batch in train.batches(rng, len(images), 32)]
+    losses = train_in_torch(start.params, images, labels, indices, history.learning_rates)
     assert len(losses) == 20
     assert losses[-1] < 0.9 * losses[0]
     np.testing.assert_allclose(history.losses, losses, rtol=tolerance)

@@ -11,7 +11,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 
 from dat_ref import viz  # noqa: E402
-from dat_ref.viz import figures, geometry, marks, style  # noqa: E402
+from dat_ref.viz import artists, figures, geometry, style  # noqa: E402
 
 
 def make_trace(batch=1, heads=6, groups=3, size=(5, 7), keys=(3, 4), spread=0.5, seed=0):
@@ -84,7 +84,7 @@ def test_key_importance_rejects_groups_that_do_not_divide_the_heads():
 
 
 def test_attention_map_puts_whole_cells_whole_and_shares_the_rest():
-    heat = viz.window_attention_map([0.5, 0.25, 0.25], [(0, 3), (1.5, 2.25), (-0.5, 0)], (3, 4))
+    heat = viz.attention_map([0.5, 0.25, 0.25], [(0, 3), (1.5, 2.25), (-0.5, 0)], (3, 4))
     expected = np.zeros((3, 4))
     expected[0, 3] = 0.5
     expected[1:, 2], expected[1:, 3] = 0.25 * 0.5 * 0.75, 0.25 * 0.5 * 0.25
@@ -99,30 +99,30 @@ def test_attention_map_is_the_transpose_of_bilinear_sampling():
     cells = rng.uniform(-3, 8, (200, 2))
     weights, features = rng.standard_normal(200), rng.standard_normal((4, 6))
     sampled = map_coordinates(np.pad(features, 5), cells.T + 5, order=1)  # zeros outside
-    laid = viz.window_attention_map(weights, cells, (4, 6))
+    laid = viz.attention_map(weights, cells, (4, 6))
     assert np.vdot(laid, features) == pytest.approx(np.vdot(weights, sampled), rel=1e-12)
 
 
 def test_attention_map_of_points_far_outside_is_zero():
     far = [(1e30, 0), (0, -1e30), (np.inf, 1)]
-    assert not viz.window_attention_map([1, 1, 1], far, (3, 4)).any()
+    assert not viz.attention_map([1, 1, 1], far, (3, 4)).any()
 
 
-def test_deformable_attended_takes_the_querys_row_and_sums_to_one():
+def test_deformable_query_attention_takes_the_querys_row_and_sums_to_one():
     trace = make_trace(batch=2)
-    attended = viz.deformable_attended(trace, (3, 2), batch=1)
+    attended = viz.deformable_query_attention(trace, (3, 2), batch=1)
     assert attended.weights.sum() == pytest.approx(1)
     row = trace.attention[1, :, 3 * 7 + 2]  # heads 2 and 3 are group 1
     np.testing.assert_allclose(attended.weights[12:24], (row[2] + row[3]) / 2 / 3)
-    np.testing.assert_array_equal(attended.cells_px[12:24], trace.points_px[1, 1].reshape(-1, 2))
+    np.testing.assert_array_equal(attended.keys_px[12:24], trace.points_px[1, 1].reshape(-1, 2))
     with pytest.raises(ValueError, match="5×7 map"):
-        viz.deformable_attended(trace, (5, 0))
+        viz.deformable_query_attention(trace, (5, 0))
     with pytest.raises(ValueError, match="batch of 2"):
-        viz.deformable_attended(trace, (0, 0), batch=2)
+        viz.deformable_query_attention(trace, (0, 0), batch=2)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_window_attended_finds_the_querys_window(shift):
+def test_window_query_attention_finds_the_querys_window(shift):
     from dat_ref.config import WindowAttentionConfig
     from dat_ref.peers.window import window_attention, window_shapes
 
@@ -133,15 +133,15 @@ def test_window_attended_finds_the_querys_window(shift):
         for name, leaves in window_shapes(config).items()
     }
     _, trace = window_attention(rng.standard_normal((2, 4, 5, 7)), params, config)
-    attended = viz.window_attended(trace, (3, 4), batch=1)
+    attended = viz.window_query_attention(trace, (3, 4), batch=1)
     # windows of three start at 0 and 3, or at 1 and 4 when shifted; the map has 5 rows and 7 columns
     rows, columns = ((3, 4), (3, 4, 5)) if shift == 0 else ((1, 2, 3), (4, 5, 6))
-    assert {tuple(cell) for cell in attended.cells_px} == {(y, x) for y in rows for x in columns}
+    assert {tuple(cell) for cell in attended.keys_px} == {(y, x) for y in rows for x in columns}
     assert attended.weights.sum() <= 1 + 1e-12
 
 
 @pytest.mark.parametrize(("size", "expected"), [((5, 7), 9), ((2, 7), 9)])
-def test_neighborhood_attended_is_around_the_query(size, expected):
+def test_neighborhood_query_attention_is_around_the_query(size, expected):
     from dat_ref.config import NeighborhoodAttentionConfig
     from dat_ref.peers.neighborhood import neighborhood_attention, neighborhood_shapes
 
@@ -152,9 +152,9 @@ def test_neighborhood_attended_is_around_the_query(size, expected):
         for name, leaves in neighborhood_shapes(config).items()
     }
     _, trace = neighborhood_attention(rng.standard_normal((2, 4, *size)), params, config)
-    attended = viz.neighborhood_attended(trace, (1, 4), batch=1)
+    attended = viz.neighborhood_query_attention(trace, (1, 4), batch=1)
     assert attended.weights.sum() == pytest.approx(1)
-    assert {x for _, x in attended.cells_px} == {3, 4, 5}
+    assert {x for _, x in attended.keys_px} == {3, 4, 5}
     assert len(attended.weights) <= expected
 
 
@@ -183,7 +183,7 @@ def test_the_patch_is_bright_under_the_mark_in_the_written_picture(tmp_path):
 
     photo = np.zeros((30, 50, 3))
     photo[20:25, 10:15] = 1  # cell (4, 2) of a 6 × 10 map
-    one = viz.Attended(np.ones(1), np.array([[4.0, 2.0]]))
+    one = viz.QueryAttention(np.ones(1), np.array([[4.0, 2.0]]))
     figure = viz.draw_attention(photo, [(4, 2)], [one], [one], map_size=(6, 10))
     picture = imread(viz.save(figure, tmp_path / "a.png"))[..., :3]
     box = figure.axes[0].get_position()
@@ -223,13 +223,13 @@ def test_points_outside_the_map_stay_in_view(spread):
     trace = make_trace(spread=spread, seed=4)
     photo = make_photo(50, 63)
     figure = viz.draw_points(photo, trace)
-    points = np.concatenate([drawn(figure, "points"), drawn(figure, "far points")])
+    points = np.concatenate([drawn(figure, "points"), drawn(figure, "clipped points")])
     assert len(points) == 3 * 12
     assert (points < -0.5).any()
     axes = figure.axes[0]
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     assert ((points > (top, left)) & (points < (bottom, right))).all()
-    assert right - left <= 63 * (1 + 2 * marks.WIDEST_MARGIN) + 1
+    assert right - left <= 63 * (1 + 2 * artists.WIDEST_MARGIN) + 1
     circles = drawn(viz.draw_key_importance(photo, trace), "keys")
     assert len(circles) == 3 * 12
     assert np.isfinite(circles).all()
@@ -251,7 +251,7 @@ def test_circle_area_is_proportional_to_the_attention_received():
 
 def test_attention_heat_colours_the_keys_and_only_them():
     cells = np.array([(1, 4), (1, 5), (2, 4), (2, 5)], dtype=float)
-    window = viz.Attended(np.array([0.1, 0.2, 0.3, 0.4]), cells)
+    window = viz.QueryAttention(np.array([0.1, 0.2, 0.3, 0.4]), cells)
     figure = viz.draw_attention(make_photo(40, 63), [(1, 4)], [window], [window], map_size=(4, 7))
     layer = figure.axes[2].images[1].get_array()
     assert layer.shape == (4, 7, 4)
@@ -261,7 +261,7 @@ def test_attention_heat_colours_the_keys_and_only_them():
 def test_outline_runs_around_the_keys():
     mask = np.zeros((3, 5), dtype=bool)
     mask[1, 2:4] = True
-    segments = {tuple(sorted(map(tuple, segment))) for segment in marks._borders(mask).tolist()}
+    segments = {tuple(sorted(map(tuple, segment))) for segment in artists._borders(mask).tolist()}
     assert segments == {
         ((0.5, 1.5), (0.5, 2.5)),
         ((0.5, 2.5), (0.5, 3.5)),
@@ -286,7 +286,7 @@ def test_offset_field_shows_lengths_in_pixels_of_the_map():
 
 @pytest.mark.parametrize("factor", [0.013, 0.7, 1.0, 1.7, 42.0, 1e12])
 def test_round_factor_is_the_largest_below(factor):
-    rounded = figures._nice(factor)
+    rounded = figures._round_down(factor)
     assert rounded <= factor * (1 + 1e-9) < rounded * 2.01
 
 
@@ -309,7 +309,7 @@ SHAPES = {
 def test_every_figure_is_written_for_odd_shapes(shape, tmp_path):
     trace = make_trace(batch=2, **SHAPES[shape])
     photo = make_photo(90, 41)
-    attended = [viz.deformable_attended(trace, (0, 0), batch=1)]
+    attended = [viz.deformable_query_attention(trace, (0, 0), batch=1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = {
@@ -347,7 +347,7 @@ def test_an_infinite_reference_is_drawn_at_its_point():
         field = viz.draw_offset_field(photo, trace)
     np.testing.assert_allclose(drawn(figure, "references")[::2], drawn(figure, "points"))
     np.testing.assert_array_equal(field.axes[1].images[0].get_array(), 0)
-    np.testing.assert_array_equal(geometry.references_of(trace, 0), trace.points_px[0])
+    np.testing.assert_array_equal(geometry.item_references(trace, 0), trace.points_px[0])
 
 
 def test_groups_share_a_panel_only_while_they_can_be_read():
@@ -357,7 +357,7 @@ def test_groups_share_a_panel_only_while_they_can_be_read():
 
 
 def test_queries_and_maps_must_match():
-    one = viz.Attended(np.ones(1), np.zeros((1, 2)))
+    one = viz.QueryAttention(np.ones(1), np.zeros((1, 2)))
     with pytest.raises(ValueError, match="got 2, 1 and 1"):
         viz.draw_attention(make_photo(5, 5), [(0, 0), (1, 1)], [one], [one], map_size=(4, 4))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import neighborhood as neighborhood_loops
 from oracle import windows as window_loops
-from strategies import awkward, neighborhood_cases, numbers, window_cases
+from strategies import neighborhood_cases, non_contiguous, numbers, window_cases
 
 from dat_ref import NeighborhoodAttentionConfig, WindowAttentionConfig
 from dat_ref.block import ATTENTIONS
@@ -89,7 +89,7 @@ def test_windows_do_not_leak(case, data):
 
 
 @given(window_cases(batches=(1,)), st.integers(1, 3), st.sampled_from([0, 1]))
-def test_filling_keys_are_invisible(case, more, axis):
+def test_padding_keys_are_invisible(case, more, axis):
     """Outputs of the windows that stay the same do not hear of rows or columns added beyond them."""
     config, size = case.config, case.size
     if config.shift:
@@ -175,14 +175,14 @@ def test_padding_of_a_small_map_takes_part_as_released():
 
 
 @given(EITHER, st.sampled_from([np.float32, np.float64]))
-def test_precision_and_awkward_inputs(case, dtype):
+def test_precision_and_non_contiguous_inputs(case, dtype):
     """Read-only and strided inputs are accepted and left alone; the precision is kept, in the gradients too."""
     x, params = case.x(dtype), case.params(dtype)
-    odd = map_tree(awkward, params)
-    y, trace = run(case, awkward(x), odd)
+    odd = map_tree(non_contiguous, params)
+    y, trace = run(case, non_contiguous(x), odd)
     assert y.dtype == dtype
     assert_agree(y, run(case, x, params)[0], 1e-5 if dtype == np.float32 else 1e-11)
-    grad_x, grads = ATTENTIONS[type(case.config)].vjp(awkward(y), trace, odd, case.config)
+    grad_x, grads = ATTENTIONS[type(case.config)].vjp(non_contiguous(y), trace, odd, case.config)
     assert grad_x.dtype == dtype
     for name, grad in flatten(grads).items():
         assert grad.dtype == dtype, name

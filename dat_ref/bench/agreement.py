@@ -25,34 +25,36 @@ WHOLE_GRADIENT_FLOOR = 2.0**-8
 
 
 class Disagreement(Exception):
-    """A contender does not compute what the reference does."""
+    """An implementation does not compute what the reference does."""
 
 
-def check(name: str, actual: Results, expected: Results, plain: Results, dtype: torch.dtype) -> float:
+def check(name: str, actual: Results, expected: Results, yardstick: Results, dtype: torch.dtype) -> float:
     """Compare all outputs and gradients; return the largest error in parts of what it is an error of.
 
     Args:
-        name: of the contender, for the message.
+        name: of the implementation, for the message.
         expected: the reference, in float32.
-        plain: what the reference's formulation gives in `dtype`.
+        yardstick: what the reference's formulation gives in `dtype`.
 
     Raises:
         Disagreement: if a tensor is missing or over its budget.
     """
     if actual.keys() != expected.keys():
         raise Disagreement(f"{name}: gives {', '.join(actual)}, expected {', '.join(expected)}")
-    worst, over = 0.0, []
-    for part, tensor in expected.items():
-        size, floor = (norm, WHOLE_GRADIENT_FLOOR) if part == WHOLE_GRADIENT else (largest, FLOOR[dtype])
-        scale = size(tensor)
-        budget = FACTOR * size(difference(plain[part], tensor)) + floor * scale
-        off = size(difference(actual[part], tensor))
-        if not off <= budget:  # NaN is over any budget
-            over.append(f"{part} by {off:.1e} (allowed {budget:.1e}, of {scale:.1e})")
-        worst = max(worst, off / scale if scale else 0.0)
-    if over:
-        raise Disagreement(f"{name} differs: {'; '.join(over)}")
-    return worst
+    largest_error, violations = 0.0, []
+    for name_of_tensor, tensor in expected.items():
+        norm_of, floor = (
+            (l2_norm, WHOLE_GRADIENT_FLOOR) if name_of_tensor == WHOLE_GRADIENT else (max_abs, FLOOR[dtype])
+        )
+        scale = norm_of(tensor)
+        budget = FACTOR * norm_of(difference(yardstick[name_of_tensor], tensor)) + floor * scale
+        error = norm_of(difference(actual[name_of_tensor], tensor))
+        if not error <= budget:  # NaN is over any budget
+            violations.append(f"{name_of_tensor} by {error:.1e} (allowed {budget:.1e}, of {scale:.1e})")
+        largest_error = max(largest_error, error / scale if scale else 0.0)
+    if violations:
+        raise Disagreement(f"{name} differs: {'; '.join(violations)}")
+    return largest_error
 
 
 def difference(actual: Tensor, expected: Tensor) -> Tensor:
@@ -62,11 +64,11 @@ def difference(actual: Tensor, expected: Tensor) -> Tensor:
     return actual.to(expected.dtype) - expected
 
 
-def largest(tensor: Tensor) -> float:
+def max_abs(tensor: Tensor) -> float:
     """Return the largest magnitude, 0 if there are no elements."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def norm(tensor: Tensor) -> float:
+def l2_norm(tensor: Tensor) -> float:
     """Return the root of the sum of squares."""
     return float(torch.linalg.vector_norm(tensor))

@@ -23,7 +23,7 @@ class CoreCase:
     depth: int = 32
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """Return the case in words."""
         height, width = self.size
         year = ", step of 2022" if self.convention is Convention.CVPR2022 else ""
@@ -42,7 +42,7 @@ class NeighborhoodCase:
     depth: int = 32
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """Return the case in words."""
         height, width = self.size
         return f"batch {self.batch}, {height}×{width}, {self.heads} heads, {self.kernel}×{self.kernel} neighbors"
@@ -57,7 +57,7 @@ class ModelCase:
     image: int = 224
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         """Return the case in words."""
         return f"batch {self.batch}, {self.image}×{self.image}"
 
@@ -87,7 +87,7 @@ DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}  # of attention 
 def cases(names: tuple[str, ...], device: str) -> list[Case]:
     """Return the cases of these names, in the order of `SHAPES`.
 
-    >>> [case.what for case in cases(("C",), "cpu")]
+    >>> [case.description for case in cases(("C",), "cpu")]
     ['batch 1, 56×56, 2 heads, 49 keys']
     """
     known: list[Case] = [*_CORE, *_NEIGHBORHOOD]

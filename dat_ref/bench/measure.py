@@ -13,25 +13,25 @@ import torch
 
 from .agreement import Results, check
 from .cases import Case, CoreCase, ModelCase, resolutions
-from .contenders import (
+from .implementations import (
     BACKWARD,
     EAGER,
     FORWARD,
     SDPA,
     AttentionCase,
-    Contender,
-    Data,
-    contender,
-    draw,
+    Implementation,
+    Inputs,
+    draw_inputs,
     eager_bytes,
     free_bytes,
-    objection,
-    small,
+    make_implementation,
+    unsupported_reason,
+    warmup_case,
 )
 from .memory import extra_bytes
-from .models import COMPILED, OPTIMIZED, RELEASED, model_contenders
-from .profile import shares
-from .timing import medians
+from .models import COMPILED, OPTIMIZED, RELEASED, model_implementations
+from .profile import time_shares
+from .timing import median_seconds
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Options:
 Comparison = dict[str, Any]
 
 
-def comparisons(cases: list[Case], options: Options, tell: Callable[[str], None]) -> Iterator[Comparison]:
+def compare_cases(cases: list[Case], options: Options, log: Callable[[str], None]) -> Iterator[Comparison]:
     """Yield what is to be said about each case and dtype, as JSON can say it.
 
     Raises:
-        Disagreement: if a contender does not compute what it should; nothing is said of that case then.
+        Disagreement: if an implementation does not compute what it should; nothing is said of that case then.
     """
     for case in cases:
         if isinstance(case, ModelCase):
-            tell(f"{case.name}, {case.what}")
+            log(f"{case.name}, {case.description}")
             yield _models(case, options)
             continue
         for dtype in options.dtypes:
-            tell(f"{case.name}, {case.what}, {name_of(dtype)}")
+            log(f"{case.name}, {case.description}, {dtype_name(dtype)}")
             yield _attention(case, dtype, options, (FORWARD, BACKWARD))
 
 
-def curve(sides: tuple[int, ...], options: Options, tell: Callable[[str], None]) -> Iterator[Comparison]:
+def resolution_sweep(sides: tuple[int, ...], options: Options, log: Callable[[str], None]) -> Iterator[Comparison]:
     """Yield the forward pass of the core on maps of growing size, in the first of the dtypes."""
     for case in resolutions(sides):
-        tell(f"resolution {case.what}")
+        log(f"resolution {case.description}")
         yield {"side": case.size[0], **_attention(case, options.dtypes[0], options, (FORWARD,))}
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
@@ -83,43 +83,43 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _attention(case: AttentionCase, dtype: torch.dtype, options: Options, kinds: tuple[str, ...]) -> Comparison:
-    data = draw(case, dtype, options.device, secrets.randbits(32))
+    data = draw_inputs(case, dtype, options.device, secrets.randbits(32))
     names = [EAGER, *(name for name in options.backends if name != EAGER)]
     names += [SDPA] if isinstance(case, CoreCase) else []
-    skipped = {name: reason for name in names if (reason := objection(name, case, data))}
+    skipped = {name: reason for name in names if (reason := unsupported_reason(name, case, data))}
     needed, free = eager_bytes(case, BACKWARD in kinds), free_bytes(options.device)
     if needed > free:
         skipped[EAGER] = f"would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-    plain = None if EAGER in skipped else _references(EAGER, case, data, kinds)
-    formulation = EAGER
-    if plain is None:
-        formulation, plain = "blockwise", _references("blockwise", case, data, kinds)
+    reference_results = None if EAGER in skipped else _reference_results(EAGER, case, data, kinds)
+    reference = EAGER
+    if reference_results is None:
+        reference, reference_results = "blockwise", _reference_results("blockwise", case, data, kinds)
         skipped.setdefault(EAGER, "ran out of memory")
-    assert plain is not None
-    present = [contender(name, case, data) for name in names if name not in skipped]
-    rows = _rows(present, formulation, plain, options, kinds)
+    assert reference_results is not None
+    candidates = [make_implementation(name, case, data) for name in names if name not in skipped]
+    rows = _rows(candidates, reference, reference_results, options, kinds)
     for row in rows:
         for kind in kinds:
             row["bytes"][kind] = _extra_bytes(options, attention_runs, case, row["name"], dtype, options.device, kind)
     return {
         "case": case.name,
         "kind": "core" if isinstance(case, CoreCase) else "neighborhood",
-        "what": case.what,
-        "dtype": name_of(dtype),
+        "description": case.description,
+        "dtype": dtype_name(dtype),
         "queries": case.batch * case.size[0] * case.size[1],
-        "checked_against": f"{formulation} in float32",
+        "checked_against": f"{reference} in float32",
         "rows": rows,
         "skipped": skipped,
     }
 
 
-def _references(
-    formulation: str, case: AttentionCase, data: Data, kinds: tuple[str, ...]
+def _reference_results(
+    reference: str, case: AttentionCase, data: Inputs, kinds: tuple[str, ...]
 ) -> dict[torch.dtype, Results] | None:
     """Return what a formulation gives in float32 and in the dtype of the data; None if that takes too much memory."""
     dtypes = dict.fromkeys((torch.float32, data.dtype))
     try:
-        return {dtype: contender(formulation, case, data.to(dtype)).results(kinds) for dtype in dtypes}
+        return {dtype: make_implementation(reference, case, data.to(dtype)).results(kinds) for dtype in dtypes}
     except torch.OutOfMemoryError:
         return None
 
@@ -128,7 +128,10 @@ def attention_runs(
     case: AttentionCase, name: str, dtype: torch.dtype, device: str, kind: str
 ) -> list[Callable[[], object]]:
     """Return a small run and the run itself, for `extra_bytes`."""
-    return [contender(name, each, draw(each, dtype, device, 0)).run(kind) for each in (small(case), case)]
+    return [
+        make_implementation(name, candidate, draw_inputs(candidate, dtype, device, 0)).run(kind)
+        for candidate in (warmup_case(case), case)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -138,73 +141,88 @@ def _models(case: ModelCase, options: Options) -> Comparison:
     compiled = case.name in options.compiled
     names = [RELEASED, *options.model_backends, *([OPTIMIZED] if options.device == "cpu" else [])]
     dtypes = dict.fromkeys((torch.float32, *options.model_dtypes))
-    present = model_contenders(case, names, list(dtypes), options.device, secrets.randbits(32), compiled)
-    plain = {each.dtype: each.results() for each in present if each.name == RELEASED}
-    rows = _rows(present, RELEASED, plain, options, (FORWARD, BACKWARD))
+    candidates = model_implementations(case, names, list(dtypes), options.device, secrets.randbits(32), compiled)
+    reference_results = {candidate.dtype: candidate.results() for candidate in candidates if candidate.name == RELEASED}
+    rows = _rows(candidates, RELEASED, reference_results, options, (FORWARD, BACKWARD))
     for row in rows:
         if COMPILED in row["name"] or (options.device == "cpu" and row["dtype"] != "float32"):
             continue  # a process for each would take longer than all the rest
         for kind in row["seconds"]:
-            make = (model_runs, case, row["name"], getattr(torch, row["dtype"]), options.device, kind)
-            row["bytes"][kind] = _extra_bytes(options, *make)
-    fast = [each for each in present if each.name == OPTIMIZED]
+            factory = (model_runs, case, row["name"], getattr(torch, row["dtype"]), options.device, kind)
+            row["bytes"][kind] = _extra_bytes(options, *factory)
+    optimized = [candidate for candidate in candidates if candidate.name == OPTIMIZED]
     return {
         "case": case.name,
         "kind": "model",
-        "what": case.what,
+        "description": case.description,
         "batch": case.batch,
         "checked_against": f"{RELEASED} in float32",
         "rows": rows,
         "skipped": {},
-        "shares": {name_of(each.dtype): shares(each.forward) for each in fast},
+        "shares": {dtype_name(candidate.dtype): time_shares(candidate.forward) for candidate in optimized},
     }
 
 
 def model_runs(case: ModelCase, name: str, dtype: torch.dtype, device: str, kind: str) -> list[Callable[[], object]]:
     """Return a small run and the run itself, for `extra_bytes`."""
     sizes = (replace(case, batch=1, image=64), case)
-    return [model_contenders(each, [name], [dtype], device, 0, compiled=False)[0].run(kind) for each in sizes]
+    return [
+        model_implementations(candidate, [name], [dtype], device, 0, compiled=False)[0].run(kind) for candidate in sizes
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ both
 
 
 def _rows(
-    contenders: list[Contender],
-    formulation: str,
-    plain: dict[torch.dtype, Results],
+    implementations: list[Implementation],
+    reference: str,
+    reference_results: dict[torch.dtype, Results],
     options: Options,
     kinds: tuple[str, ...],
 ) -> list[dict[str, Any]]:
     """Check all, then time all.
 
     Args:
-        formulation: the contender whose results in float32 are the reference.
-        plain: its results, in every dtype that takes part.
+        reference: the implementation whose results in float32 are the reference.
+        reference_results: its results, in every dtype that takes part.
     """
     rows: list[dict[str, Any]] = []
-    for one in contenders:
-        dtype, expected = one.dtype, plain[torch.float32]
-        if one.backward is None:
+    for implementation in implementations:
+        dtype, expected = implementation.dtype, reference_results[torch.float32]
+        if implementation.backward is None:
             expected = {"forward": expected["forward"]}
         error = None
-        if one.checked:
-            results = plain[dtype] if one.name == formulation else one.results(kinds)
-            error = check(f"{one.name} in {name_of(dtype)}", results, expected, plain[dtype], dtype)
+        if implementation.comparable:
+            results = reference_results[dtype] if implementation.name == reference else implementation.results(kinds)
+            error = check(
+                f"{implementation.name} in {dtype_name(dtype)}", results, expected, reference_results[dtype], dtype
+            )
         rows.append(
-            {"name": one.name, "dtype": name_of(dtype), "error": error, "seconds": {}, "rounds": {}, "bytes": {}}
+            {
+                "name": implementation.name,
+                "dtype": dtype_name(dtype),
+                "error": error,
+                "seconds": {},
+                "rounds": {},
+                "bytes": {},
+            }
         )
     for kind in kinds:
-        runs = {place: one.run(kind) for place, one in enumerate(contenders) if kind == FORWARD or one.backward}
-        seconds, rounds = medians(runs, options.rounds, options.device)
-        for place, median in seconds.items():
-            rows[place]["seconds"][kind], rows[place]["rounds"][kind] = median, rounds
+        runs = {
+            index: implementation.run(kind)
+            for index, implementation in enumerate(implementations)
+            if kind == FORWARD or implementation.backward
+        }
+        seconds, rounds = median_seconds(runs, options.rounds, options.device)
+        for index, median in seconds.items():
+            rows[index]["seconds"][kind], rows[index]["rounds"][kind] = median, rounds
     return rows
 
 
-def _extra_bytes(options: Options, make: Callable[..., Any], *arguments: Any) -> int | None:
+def _extra_bytes(options: Options, factory: Callable[..., Any], *arguments: Any) -> int | None:
     try:
-        return extra_bytes(options.device, options.threads, make, *arguments)
+        return extra_bytes(options.device, options.threads, factory, *arguments)
     except (BrokenProcessPool, torch.OutOfMemoryError) as error:
         print(f"memory of {arguments[1]}: {type(error).__name__}", file=sys.stderr)
         return None

@@ -17,30 +17,30 @@ T = TypeVar("T")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 Run = Callable[[], object]
-Make = Callable[..., list[Run]]
+RunFactory = Callable[..., list[Run]]
 
 
-def extra_bytes(device: str, threads: int, make: Make, *arguments: Any) -> int | None:
+def extra_bytes(device: str, threads: int, factory: RunFactory, *arguments: Any) -> int | None:
     """Return the most memory a call takes at once beyond what is there before it.
 
     Args:
         device: on ``"cpu"`` a process is started for it, whose high-water mark is read.
         threads: of that process.
-        make: ``make(*arguments)`` returns a small run, for what only a first call needs, and the run to measure. Both
-            it and the arguments must be picklable.
+        factory: ``factory(*arguments)`` returns a small run, for what only a first call needs, and the run to measure.
+            Both it and the arguments must be picklable.
 
     Returns:
         bytes, or None where the system does not tell.
     """
     if device == "cuda":
-        return _on_cuda(*make(*arguments))
+        return _on_cuda(*factory(*arguments))
     if not (_STATUS.exists() and _CLEAR.exists()):
         return None
-    return fresh_process(_measure, threads, make, *arguments)
+    return fresh_process(_measure, threads, factory, *arguments)
 
 
-def _on_cuda(small: Run, run: Run) -> int:
-    small()
+def _on_cuda(warmup: Run, run: Run) -> int:
+    warmup()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -59,19 +59,19 @@ def fresh_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def _measure(threads: int, make: Make, *arguments: Any) -> int:
+def _measure(threads: int, factory: RunFactory, *arguments: Any) -> int:
     torch.set_num_threads(threads)
-    small, run = make(*arguments)
-    small()
+    warmup, run = factory(*arguments)
+    warmup()
     gc.collect()
-    _give_back()
+    _trim_heap()
     _CLEAR.write_text(_RESET_PEAK)
     before = _kilobytes("VmRSS")
     run()
     return max(_kilobytes("VmHWM") - before, 0) << 10
 
 
-def _give_back() -> None:
+def _trim_heap() -> None:
     """Return freed memory to the system: the run would take it again unseen."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:

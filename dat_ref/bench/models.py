@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from ..torch import DAT, create_model, optimize_for_inference
 from .agreement import WHOLE_GRADIENT, Results
 from .cases import ModelCase
-from .contenders import Contender
-from .released import as_released
+from .implementations import Implementation
+from .released import released_formulation
 
 RELEASED = "released"  # what the others are compared with, in float32
 OPTIMIZED = "optimized"  # `optimize_for_inference`, which has no training step
 COMPILED = ", compiled"
 
 
-def model_contenders(
+def model_implementations(
     case: ModelCase, names: list[str], dtypes: list[torch.dtype], device: str, seed: int, compiled: bool
-) -> list[Contender]:
+) -> list[Implementation]:
     """Return the backbone with the same random weights and images in every way asked for.
 
     Args:
@@ -35,21 +35,21 @@ def model_contenders(
     original = create_model(case.name, drop_path_rate=0.0).eval().to(device)
     images = torch.randn(case.batch, 3, case.image, case.image, device=device)
     labels = torch.randint(original.num_classes, (case.batch,), device=device)
-    found = []
+    implementations = []
     for dtype in dtypes:
         for name in names:
-            found.append(_contender(name, original, images, labels, dtype, compiled=False))
+            implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=False))
             if compiled and name != OPTIMIZED and dtype == dtypes[-1]:
-                found.append(_contender(name, original, images, labels, dtype, compiled=True))
-    return found
+                implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=True))
+    return implementations
 
 
-def _contender(
+def _model_implementation(
     name: str, original: DAT, images: Tensor, labels: Tensor, dtype: torch.dtype, compiled: bool
-) -> Contender:
-    plain = _variant(name, original, dtype)
-    parameters = list(plain.parameters())
-    model: Callable[[Tensor], Tensor] = torch.compile(plain) if compiled else plain
+) -> Implementation:
+    module = _variant(name, original, dtype)
+    parameters = list(module.parameters())
+    model: Callable[[Tensor], Tensor] = torch.compile(module) if compiled else module
     images = images.to(dtype) if name == OPTIMIZED else images
 
     def forward() -> Tensor:
@@ -63,12 +63,12 @@ def _contender(
         grads = torch.autograd.grad(loss, parameters)
         return {"logits": logits.detach(), WHOLE_GRADIENT: torch.cat([grad.flatten() for grad in grads])}
 
-    return Contender(name + COMPILED * compiled, dtype, forward, None if name == OPTIMIZED else backward)
+    return Implementation(name + COMPILED * compiled, dtype, forward, None if name == OPTIMIZED else backward)
 
 
 def _variant(name: str, original: DAT, dtype: torch.dtype) -> nn.Module:
     if name == RELEASED:
-        return as_released(original)
+        return released_formulation(original)
     model = copy.deepcopy(original)
     if name == OPTIMIZED:
         return optimize_for_inference(model.to(dtype))

@@ -20,27 +20,27 @@ OTHER = "all else"
 KINDS = (*_KINDS, OTHER)
 
 
-def shares(forward: Callable[[], object]) -> dict[str, float]:
+def time_shares(forward: Callable[[], object]) -> dict[str, float]:
     """Return the share of each kind in the time of all operations on a CPU, with what they call counted as theirs.
 
     The call has run before.
     """
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         forward()
-    spent: Counter[str] = Counter()
-    for event in seen.events() or ():
+    times: Counter[str] = Counter()
+    for event in profiler.events() or ():
         if event.cpu_parent is None:
-            _add(event, spent)
-    total = sum(spent.values())
-    return {kind: spent[kind] / total for kind in KINDS}
+            _add(event, times)
+    total = sum(times.values())
+    return {kind: times[kind] / total for kind in KINDS}
 
 
-def _add(event: torch.autograd.profiler_util.FunctionEvent, spent: Counter[str]) -> None:
+def _add(event: torch.autograd.profiler_util.FunctionEvent, times: Counter[str]) -> None:
     """Count an operation of a known kind whole; of any other what it does itself, and look at what it calls."""
     kind = next((kind for kind, names in _KINDS.items() if any(name in event.name for name in names)), None)
     if kind is not None:
-        spent[kind] += event.cpu_time_total
+        times[kind] += event.cpu_time_total
         return
-    spent[OTHER] += event.self_cpu_time_total
+    times[OTHER] += event.self_cpu_time_total
     for child in event.cpu_children:
-        _add(child, spent)
+        _add(child, times)

@@ -26,7 +26,7 @@ class PointwiseConvolution(nn.Linear):
         return (convolved if x.ndim == 4 else convolved[:, :, 0]).movedim(1, -1)
 
 
-class WrittenOutWindows(WindowAttention):
+class ExplicitWindowAttention(WindowAttention):
     """Window attention whose weights are written out."""
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class WrittenOutWindows(WindowAttention):
         return functional.window_reverse(merged, size, config.window_size, config.shift).permute(0, 3, 1, 2)
 
 
-def as_released(model: DAT) -> DAT:
+def released_formulation(model: DAT) -> DAT:
     """Return a copy of a backbone, with the same parameters by the same names, that computes as released."""
     model = copy.deepcopy(model)
     model.set_backend("eager", "grid_sample")
@@ -51,7 +51,7 @@ def as_released(model: DAT) -> DAT:
                 setattr(module, name, _as(PointwiseConvolution, getattr(module, name)))
         for name, child in module.named_children():
             if isinstance(child, WindowAttention):
-                windows = WrittenOutWindows(child.config)
+                windows = ExplicitWindowAttention(child.config)
                 windows._modules = child._modules
                 setattr(module, name, windows)
     return model

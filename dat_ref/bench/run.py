@@ -18,20 +18,28 @@ from .. import __version__
 from ..torch.functional import backends
 from .agreement import Disagreement
 from .cases import Case, ModelCase
-from .contenders import BACKWARD, FORWARD, AttentionCase, contender, draw, objection, small
-from .measure import Options, comparisons, curve, name_of
+from .implementations import (
+    BACKWARD,
+    FORWARD,
+    AttentionCase,
+    draw_inputs,
+    make_implementation,
+    unsupported_reason,
+    warmup_case,
+)
+from .measure import Options, compare_cases, dtype_name, resolution_sweep
 from .memory import fresh_process
 
-Found = dict[str, Any]
-Tell = Callable[[str], None]
+Results = dict[str, Any]
+Log = Callable[[str], None]
 
 KERNELS = ("cpu", "triton")  # backends that are compiled at first use
-_BESIDE = ("numba", "triton")  # whose versions matter beside torch's
+_EXTRA_PACKAGES = ("numba", "triton")  # whose versions matter beside torch's
 
 
 def benchmark(
-    cases: list[Case], sides: tuple[int, ...], options: Options, *, command: str, save: Path | None, tell: Tell
-) -> Found:
+    cases: list[Case], sides: tuple[int, ...], options: Options, *, command: str, save: Path | None, log: Log
+) -> Results:
     """Measure everything.
 
     Args:
@@ -39,37 +47,37 @@ def benchmark(
         sides: of the maps on which the forward pass is timed; none if empty.
         command: that was typed, for the record.
         save: a JSON file, written anew after every comparison.
-        tell: is told what comes next.
+        log: is told what comes next.
 
     Raises:
-        Disagreement: if a contender computes something else; the file is then removed.
+        Disagreement: if an implementation computes something else; the file is then removed.
     """
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
-    found = nothing(options, command)
+    results = empty_results(options, command)
     try:
-        for kind, some in (
-            ("comparisons", comparisons(cases, options, tell)),
-            ("resolutions", curve(sides, options, tell)),
+        for kind, comparisons in (
+            ("comparisons", compare_cases(cases, options, log)),
+            ("resolutions", resolution_sweep(sides, options, log)),
         ):
-            for each in some:
-                found[kind].append(each)
-                write(found, save)
+            for comparison in comparisons:
+                results[kind].append(comparison)
+                save_results(results, save)
     except Disagreement:
         if save is not None:
             save.unlink(missing_ok=True)
         raise
-    return found
+    return results
 
 
-def nothing(options: Options, command: str) -> Found:
+def empty_results(options: Options, command: str) -> Results:
     """Return results with nothing in them yet."""
     return {"machine": machine(options, command), "comparisons": [], "resolutions": [], "first_use": []}
 
 
-def write(found: Found, path: Path | None) -> None:
+def save_results(results: Results, path: Path | None) -> None:
     """Write JSON, if there is somewhere to."""
     if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ where it ran
@@ -78,7 +86,7 @@ def write(found: Found, path: Path | None) -> None:
 def machine(options: Options, command: str) -> dict[str, Any]:
     """Return what the numbers depend on."""
     versions = {"dat_ref": __version__, "torch": torch.__version__, "Python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _BESIDE if importlib.util.find_spec(name)}
+    versions |= {name: importlib.metadata.version(name) for name in _EXTRA_PACKAGES if importlib.util.find_spec(name)}
     if options.device == "cuda":
         versions["CUDA"] = str(torch.version.cuda)
     return {
@@ -107,28 +115,34 @@ def _processor() -> str:
 # ------------------------------------------------------------------------------------------------ first use
 
 
-def first_use(cases: list[Case], options: Options, tell: Tell) -> Iterator[Found]:
+def first_use(cases: list[Case], options: Options, log: Log) -> Iterator[Results]:
     """Yield how long the first calls of a process take: once, and again when what was compiled is on disk.
 
     All cases are run, so that every kernel they need is compiled and kept. On a CPU small ones do.
     """
-    attentions = [case for case in cases if not isinstance(case, ModelCase)]
+    attention_cases = [case for case in cases if not isinstance(case, ModelCase)]
     for backend in KERNELS:
         for dtype in options.dtypes:
-            able = [
-                case for case in attentions if not objection(backend, case, draw(small(case), dtype, options.device, 0))
+            supported = [
+                case
+                for case in attention_cases
+                if not unsupported_reason(backend, case, draw_inputs(warmup_case(case), dtype, options.device, 0))
             ]
-            if backend not in options.backends or not able:
+            if backend not in options.backends or not supported:
                 continue
-            tell(f"first use of {backend} in {name_of(dtype)}")
-            ran = [fresh_process(_call, options.threads, backend, able, dtype, options.device) for _ in range(2)]
-            yield {"backend": backend, "dtype": name_of(dtype), "first": ran[0], "again": ran[1]}
+            log(f"first use of {backend} in {dtype_name(dtype)}")
+            seconds = [
+                fresh_process(_call, options.threads, backend, supported, dtype, options.device) for _ in range(2)
+            ]
+            yield {"backend": backend, "dtype": dtype_name(dtype), "first": seconds[0], "again": seconds[1]}
 
 
 def _call(threads: int, backend: str, cases: list[AttentionCase], dtype: torch.dtype, device: str) -> float:
     torch.set_num_threads(threads)
-    inputs = [(case, draw(case, dtype, device, 0)) for case in (cases if device == "cuda" else map(small, cases))]
+    inputs = [
+        (case, draw_inputs(case, dtype, device, 0)) for case in (cases if device == "cuda" else map(warmup_case, cases))
+    ]
     start = time.perf_counter()
     for case, data in inputs:
-        contender(backend, case, data).results((FORWARD, BACKWARD))
+        make_implementation(backend, case, data).results((FORWARD, BACKWARD))
     return time.perf_counter() - start

@@ -11,8 +11,9 @@ Checks count and compute; none takes the time. ``dat-ref claims`` runs them all,
 is no longer the one that follows from the figures.
 """
 
+from .._deprecation import deprecated_names
 from . import comparison, cost, equal_keys, geometry, offsets, space
-from .claim import Claim, Figure, Figures, Finding, Outcome, Source, Sure, Verdict, run
+from .claim import Claim, Figure, Figures, Finding, Outcome, Source, SourceAccess, Verdict, run
 from .page import markdown, table
 
 LEDGER: tuple[Claim, ...] = tuple(
@@ -30,9 +31,11 @@ __all__ = [
     "Finding",
     "Outcome",
     "Source",
-    "Sure",
+    "SourceAccess",
     "Verdict",
     "markdown",
     "run",
     "table",
 ]
+
+__getattr__ = deprecated_names(__name__, {"Sure": "SourceAccess"})

@@ -33,8 +33,8 @@ class Verdict:
     def __str__(self) -> str:
         if not self.condition:
             return self.outcome.value
-        joint = ", because " if self.outcome is Outcome.UNTESTABLE else " "
-        return f"{self.outcome.value}{joint}{self.condition}"
+        conjunction = ", because " if self.outcome is Outcome.UNTESTABLE else " "
+        return f"{self.outcome.value}{conjunction}{self.condition}"
 
 
 HOLDS = Verdict(Outcome.HOLDS)
@@ -82,7 +82,7 @@ class Figure:
 Figures = Mapping[str, Figure]
 
 
-class Sure(Enum):
+class SourceAccess(Enum):
     """How well a source is known to us."""
 
     READ = "read there"
@@ -95,11 +95,11 @@ class Sure(Enum):
 class Source:
     """Where a claim stands, and how sure we are that it stands there."""
 
-    place: str
-    sure: Sure
+    location: str
+    access: SourceAccess
 
     def __str__(self) -> str:
-        return f"{self.place} ({self.sure.value})"
+        return f"{self.location} ({self.access.value})"
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,22 @@ class Claim:
     Args:
         number: its place in the ledger.
         title: a few words.
-        words: what the source says, in our words.
+        statement: what the source says, in our words.
         sources: where it says so.
         measure: runs the spec and returns figures by key.
         judge: the verdict that follows from the figures.
         verdict: the verdict on record.
-        because: why, with ``{key}`` where a figure belongs.
+        reason: why, with ``{key}`` where a figure belongs.
     """
 
     number: int
     title: str
-    words: str
+    statement: str
     sources: tuple[Source, ...]
     measure: Callable[[], Figures]
     judge: Callable[[Figures], Verdict]
     verdict: Verdict
-    because: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Finding:
     @property
     def explanation(self) -> str:
         """Why, with the figures found."""
-        return self.claim.because.format(**self.figures)
+        return self.claim.reason.format(**self.figures)
 
 
 def run(claim: Claim) -> Finding:

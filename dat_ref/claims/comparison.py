@@ -15,7 +15,7 @@ from ..initialization import init_params
 from ..layer import LayerTrace
 from ..ops.basic import linear
 from ..ops.grid import Size
-from ..peers.deform_conv import Sliding, deform_conv2d
+from ..peers.deform_conv import ConvGeometry, deform_conv2d
 from ..peers.ms_deform_attn import (
     MultiScaleDeformableConfig,
     cell_centers,
@@ -24,10 +24,10 @@ from ..peers.ms_deform_attn import (
 )
 from ..peers.multi_scale import multi_scale_deformable_attention
 from ..peers.per_query import attend_at_points
-from ..peers.visibility import reach
+from ..peers.receptive_field import receptive_field
 from ..peers.window import WindowTrace
 from ..presets import PRESETS
-from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict, holds_if, not_testable
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict, holds_if, not_testable
 from .space import SUMMARY, noise, random_params
 
 GIB = 2**30
@@ -48,8 +48,8 @@ def measure_predicted_weights() -> Figures:
         return multi_scale_deformable(query, value, references, [size], params, config)[1].attention
 
     def change(scoring: Any, query_after: Array, value_after: Array) -> float:
-        gap = weights(scoring, query_after, value_after) - weights(scoring, query, value)
-        return float(np.abs(gap).max())
+        difference = weights(scoring, query_after, value_after) - weights(scoring, query, value)
+        return float(np.abs(difference).max())
 
     return {
         "other_map": Figure(change("query", query, other), "largest change of a weight, another map"),
@@ -60,8 +60,8 @@ def measure_predicted_weights() -> Figures:
 
 def judge_predicted_weights(figures: Figures) -> Verdict:
     """The map must not matter, the query must; and the measure must see it where keys are compared."""
-    seen = figures["dot_product"].value != 0 and figures["other_query"].value != 0
-    return HOLDS if seen and figures["other_map"].value == 0 else REFUTED
+    sensitive = figures["dot_product"].value != 0 and figures["other_query"].value != 0
+    return HOLDS if sensitive and figures["other_map"].value == 0 else REFUTED
 
 
 # ------------------------------------------------------------------------------------------------ sigmoid
@@ -79,22 +79,22 @@ def measure_sigmoid() -> Figures:
 
     tokens = value.reshape(1, heads, depth, pixels).transpose(0, 3, 1, 2)
     locations = ((points + 0.5) / (height, width))[..., ::-1]
-    attended = multi_scale_deformable_attention(tokens, [(height, width)], locations, weights)
-    detr = linear(attended.swapaxes(1, 2).reshape(x.shape), output)
+    attention_out = multi_scale_deformable_attention(tokens, [(height, width)], locations, weights)
+    detr = linear(attention_out.swapaxes(1, 2).reshape(x.shape), output)
 
-    sliding = Sliding((1, taps), (1, 1), (0, taps // 2), (1, 1))
-    of_taps = points[0, :, :, 0].transpose(1, 2, 0, 3).reshape(heads, taps, height, width, 2)
-    offset = (of_taps - sliding.lattice((height, width))).transpose(0, 1, 4, 2, 3).reshape(1, -1, height, width)
+    geometry = ConvGeometry((1, taps), (1, 1), (0, taps // 2), (1, 1))
+    tap_points = points[0, :, :, 0].transpose(1, 2, 0, 3).reshape(heads, taps, height, width, 2)
+    offset = (tap_points - geometry.lattice((height, width))).transpose(0, 1, 4, 2, 3).reshape(1, -1, height, width)
     mask = weights[0, :, :, 0].transpose(1, 2, 0).reshape(1, heads * taps, height, width)
-    tied = np.repeat(output[:, :, None, None], taps, axis=3)  # every tap the same matrix
-    free = tied + rng.standard_normal(tied.shape)
+    shared_kernel = np.repeat(output[:, :, None, None], taps, axis=3)  # every tap the same matrix
+    separate_kernels = shared_kernel + rng.standard_normal(shared_kernel.shape)
 
     def error(kernel: Array) -> float:
         return float(np.abs(deform_conv2d(value, offset, kernel, padding=(0, taps // 2), mask=mask) - detr).max())
 
     return {
-        "same": Figure(error(tied) < 1e-10, "equal with one matrix for all taps, an offset group a head"),
-        "apart": Figure(error(free) > 0.1, "different once taps have matrices of their own"),
+        "same": Figure(error(shared_kernel) < 1e-10, "equal with one matrix for all taps, an offset group a head"),
+        "apart": Figure(error(separate_kernels) > 0.1, "different once taps have matrices of their own"),
         "largest": Figure(float(weights[0].sum(axis=-1).max()), "largest sum of a query's sigmoid weights", digits=2),
     }
 
@@ -108,9 +108,9 @@ def judge_sigmoid(figures: Figures) -> Verdict:
     return holds_if("all taps of the kernel share one matrix, with one offset group a head")
 
 
-# ------------------------------------------------------------------------------------------------ out of reach
+# ------------------------------------------------------------------------------------------------ memory limit
 
-REACH = 80 * GIB  # the memory of one large accelerator
+ACCELERATOR_BYTES = 80 * GIB  # the memory of one large accelerator
 TRAINING_BATCH = 128  # images on each, 4096 over 32
 
 
@@ -119,7 +119,7 @@ def _key_bytes(queries: int, keys: int, dim: int) -> int:
     return 2 * queries * keys * dim * 4
 
 
-def measure_reach_of_memory() -> Figures:
+def measure_memory_limit() -> Figures:
     """Bytes of per-query keys and values: counted on a small map, and by the same product at the sizes of use."""
     x, points = noise(8, (3, 5)), np.random.default_rng(0).uniform(0, 4, (1, 1, 15, 6, 2))
     names = {name: {"weight": (8, 8), "bias": (8,)} for name in ("key", "value")}
@@ -141,21 +141,21 @@ def measure_reach_of_memory() -> Figures:
         ),
         "training": Figure(training(196, 49) / GIB, f"dat_tiny, 224², batch {TRAINING_BATCH}, keys as pixels", "GiB"),
         "training_few": Figure(training(16, 16) / GIB, "the same with 16 keys a query", "GiB"),
-        "reach": Figure(REACH // GIB, "memory of one accelerator", "GiB"),
+        "accelerator": Figure(ACCELERATOR_BYTES // GIB, "memory of one accelerator", "GiB"),
     }
 
 
-def judge_reach_of_memory(figures: Figures) -> Verdict:
+def judge_memory_limit(figures: Figures) -> Verdict:
     """Out of reach everywhere, or only where keys are as many as pixels and the image is large, or nowhere."""
     if not figures["exact"].value:
         return REFUTED
-    limit = float(figures["reach"].value)
-    beyond = {
+    limit = float(figures["accelerator"].value)
+    exceeds = {
         key: float(figures[key].value) > limit for key in ("detection_all", "detection_few", "training", "training_few")
     }
-    if all(beyond.values()):
+    if all(exceeds.values()):
         return HOLDS
-    if beyond == {"detection_all": True, "detection_few": False, "training": False, "training_few": False}:
+    if exceeds == {"detection_all": True, "detection_few": False, "training": False, "training_few": False}:
         return holds_if("queries have as many keys as the map has pixels, on images as large as in detection")
     return REFUTED
 
@@ -166,8 +166,8 @@ def judge_reach_of_memory(figures: Figures) -> Verdict:
 def _window_distance(trace: WindowTrace) -> float:
     """Return the mean distance in pixels between a query and what it attends to, over heads and queries."""
     cells = trace.cells.astype(np.float64)  # (nW, w², 2); whole windows, so all of them in the map
-    apart = np.linalg.norm(cells[:, :, None] - cells[:, None], axis=-1)  # (nW, w², w²)
-    return float((trace.attention * apart[:, None]).sum(axis=-1).mean())
+    distances = np.linalg.norm(cells[:, :, None] - cells[:, None], axis=-1)  # (nW, w², w²)
+    return float((trace.attention * distances[:, None]).sum(axis=-1).mean())
 
 
 def _deformable_distance(trace: LayerTrace) -> float:
@@ -176,34 +176,33 @@ def _deformable_distance(trace: LayerTrace) -> float:
     height, width = trace.x.shape[2:]
     queries = np.stack(np.divmod(np.arange(height * width), width), axis=-1)  # (HW, 2)
     points = trace.points_px.reshape(len(trace.x), groups, 1, rows * columns, 2)
-    apart = np.linalg.norm(queries[:, None] - points, axis=-1)  # (B, G, HW, Ns)
+    distances = np.linalg.norm(queries[:, None] - points, axis=-1)  # (B, G, HW, Ns)
     heads = trace.attention.shape[1] // groups
-    return float((trace.attention * apart.repeat(heads, axis=1)).sum(axis=-1).mean())
+    return float((trace.attention * distances.repeat(heads, axis=1)).sum(axis=-1).mean())
 
 
 def measure_locality() -> Figures:
-    """How many pixels queries see in each stage of dat_tiny, and how far they attend, with seeded weights on "
-    "noise."""
+    """How many pixels queries see in each stage of dat_tiny, and how far they attend (seeded weights, noise)."""
     config = PRESETS["dat_tiny"]
     model = DAT(config, init_params(config, 0))
-    seen: dict[str, list[int]] = {}
+    visible: dict[str, list[int]] = {}
     distance: dict[str, list[float]] = {}
     for step in model.walk(noise(3, (224, 224)).astype(np.float32)):
         layer, trace = config.stages[step.stage][step.block].attention, step.trace.attention
         size: Size = step.output.shape[2:]
         key = f"{layer.kind}_{step.stage + 1}"
         corners = [(row, column) for row in (0, size[0] // 2, size[0] - 1) for column in (0, size[1] // 2)]
-        seen.setdefault(key, []).extend(int(reach(pixel, size, layer, trace).sum()) for pixel in corners)
+        visible.setdefault(key, []).extend(int(receptive_field(pixel, size, layer, trace).sum()) for pixel in corners)
         if isinstance(layer, WindowAttentionConfig) and isinstance(trace, WindowTrace):
             distance.setdefault(key, []).append(_window_distance(trace))
         elif isinstance(layer, DeformableAttentionConfig) and isinstance(trace, LayerTrace):
             distance.setdefault(key, []).append(_deformable_distance(trace))
     return {
-        "window_3": Figure(max(seen["window_3"]), "most pixels that a query sees: window, stage 3 (196 pixels)"),
-        "shifted_2": Figure(max(seen["shifted_window_2"]), "the same: shifted window, stage 2 (784 pixels)"),
-        "window_4": Figure(max(seen["window_4"]), "the same: window, stage 4 (49 pixels)"),
-        "deformable_3": Figure(min(seen["deformable_3"]), "fewest pixels that a query sees: DAT, stage 3"),
-        "deformable_4": Figure(min(seen["deformable_4"]), "the same: DAT, stage 4"),
+        "window_3": Figure(max(visible["window_3"]), "most pixels that a query sees: window, stage 3 (196 pixels)"),
+        "shifted_2": Figure(max(visible["shifted_window_2"]), "the same: shifted window, stage 2 (784 pixels)"),
+        "window_4": Figure(max(visible["window_4"]), "the same: window, stage 4 (49 pixels)"),
+        "deformable_3": Figure(min(visible["deformable_3"]), "fewest pixels that a query sees: DAT, stage 3"),
+        "deformable_4": Figure(min(visible["deformable_4"]), "the same: DAT, stage 4"),
         "near": Figure(float(np.mean(distance["window_3"])), "mean attention distance, window, stage 3", "pixels", 2),
         "far": Figure(float(np.mean(distance["deformable_3"])), "mean attention distance, DAT, stage 3", "pixels", 2),
         "near_4": Figure(float(np.mean(distance["window_4"])), "mean attention distance, window, stage 4", "pixels", 2),
@@ -253,12 +252,12 @@ CLAIMS = (
     Claim(
         number=13,
         title="Deformable DETR predicts its weights from the query alone",
-        words="Deformable DETR's attention weights are a projection of the query; keys take no part.",
-        sources=(Source("Deformable DETR's code", Sure.READ), Source(SUMMARY, Sure.SUMMARY)),
+        statement="Deformable DETR's attention weights are a projection of the query; keys take no part.",
+        sources=(Source("Deformable DETR's code", SourceAccess.READ), Source(SUMMARY, SourceAccess.SUMMARY)),
         measure=measure_predicted_weights,
         judge=judge_predicted_weights,
         verdict=HOLDS,
-        because=(
+        reason=(
             "Another map under the same queries changes no weight ({other_map}); other queries do ({other_query}). "
             "With dot products another map changes them as well ({dot_product})."
         ),
@@ -266,15 +265,15 @@ CLAIMS = (
     Claim(
         number=14,
         title="With a sigmoid, it is modulated deformable convolution",
-        words=(
+        statement=(
             "If the softmax over a query's weights is replaced by a sigmoid, what is left is modulated deformable "
             "convolution."
         ),
-        sources=(Source(SUMMARY, Sure.SUMMARY),),
+        sources=(Source(SUMMARY, SourceAccess.SUMMARY),),
         measure=measure_sigmoid,
         judge=judge_sigmoid,
         verdict=holds_if("all taps of the kernel share one matrix, with one offset group a head"),
-        because=(
+        reason=(
             "Deformable DETR with sigmoid weights equals deform_conv2d on the projected values, the weights as its "
             "mask, W_o repeated for every tap, one offset group a head. A deformable convolution in general has a "
             "matrix for each tap, and then the two differ. Softmax weights would do as a mask too; the sigmoid lets "
@@ -284,30 +283,32 @@ CLAIMS = (
     Claim(
         number=15,
         title="Dot products with each query's own keys are out of memory reach",
-        words="Dot-product attention in which every query has its own sampled keys takes more memory than can be had.",
-        sources=(Source(SUMMARY, Sure.SUMMARY),),
-        measure=measure_reach_of_memory,
-        judge=judge_reach_of_memory,
+        statement=(
+            "Dot-product attention in which every query has its own sampled keys takes more memory than can be had."
+        ),
+        sources=(Source(SUMMARY, SourceAccess.SUMMARY),),
+        measure=measure_memory_limit,
+        judge=judge_memory_limit,
         verdict=holds_if("queries have as many keys as the map has pixels, on images as large as in detection"),
-        because=(
+        reason=(
             "There the keys and values of dat_tiny's three layers of stage 3 take {detection_all} GiB an image, "
-            "against {reach} on a large accelerator; with 16 keys a query, {detection_few}. Training at 224² with a "
-            "batch of 128 would need {training} GiB for keys and values alone, or {training_few} with 16 keys: "
+            "against {accelerator} on a large accelerator; with 16 keys a query, {detection_few}. Training at 224² "
+            "with a batch of 128 would need {training} GiB for keys and values alone, or {training_few} with 16 keys: "
             "dear, and out of reach of an accelerator half as large, but not of this one."
         ),
     ),
     Claim(
         number=19,
         title="Swin's attention is local, DAT's is not",
-        words="A window confines what a query can attend to; DAT's keys lie all over the map.",
+        statement="A window confines what a query can attend to; DAT's keys lie all over the map.",
         sources=(
-            Source("DAT article, introduction and the figures of attention maps", Sure.QUOTED),
-            Source("code of both releases", Sure.READ),
+            Source("DAT article, introduction and the figures of attention maps", SourceAccess.QUOTED),
+            Source("code of both releases", SourceAccess.READ),
         ),
         measure=measure_locality,
         judge=judge_locality,
         verdict=holds_if("the map is larger than the window"),
-        because=(
+        reason=(
             "In stage 3 a query sees {window_3} of 196 pixels through a window and at least {deformable_3} through "
             "DAT; attention lies {near} and {far} pixels away on average (seeded weights, so nearly uniform: this "
             "is what the structure allows, not what training makes of it). In stage 4 a 7 × 7 window is the whole "
@@ -317,12 +318,12 @@ CLAIMS = (
     Claim(
         number=20,
         title="Sixteen keys a query cost 1.4 points of accuracy",
-        words="With Deformable DETR's attention and 16 keys a query, ImageNet-1K accuracy falls by 1.4 points.",
-        sources=(Source(SUMMARY, Sure.SUMMARY),),
+        statement="With Deformable DETR's attention and 16 keys a query, ImageNet-1K accuracy falls by 1.4 points.",
+        sources=(Source(SUMMARY, SourceAccess.SUMMARY),),
         measure=measure_accuracy,
         judge=judge_accuracy,
         verdict=not_testable("it takes training runs on ImageNet-1K, and the ledger trains nothing"),
-        because=(
+        reason=(
             "One training of dat_tiny is {training}·10¹² multiply-adds, and a comparison needs several. The "
             "difference itself would be plain to see: an accuracy measured on 50,000 images has a standard error of "
             "{error} points. The code that DAT's authors left for such a comparison starts with most of its points "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
 from ..complexity.counter import Counts
-from ..complexity.counter import count as count_what_runs
+from ..complexity.counter import count as count_run
 from ..complexity.formulas import backbone_cost
+from ..complexity.published import PUBLISHED
 from ..config import DATConfig, DeformableAttentionConfig, WindowAttentionConfig
 from ..conventions import Convention
 from ..initialization import init_params
@@ -20,7 +20,7 @@ from ..ops.grid import Size, key_grid_size
 from ..params import count
 from ..peers.window import window_attention_macs
 from ..presets import PRESETS
-from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict, holds_if
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict, holds_if
 
 MACS = "multiply-adds"
 COMPLEXITY = "DAT article, the paragraph on computational complexity"
@@ -29,8 +29,7 @@ COMPLEXITY = "DAT article, the paragraph on computational complexity"
 
 
 def omega(size: Size, samples: int, channels: int, kernel: int) -> dict[str, int]:
-    """Return the article's formula term by term: attention, dense projections, projections of keys, offset "
-    "network."""
+    """Return the article's formula by term: attention, dense projections, projections of keys, offset network."""
     pixels = size[0] * size[1]
     return {
         "2 HW Ns C": 2 * pixels * samples * channels,
@@ -40,10 +39,10 @@ def omega(size: Size, samples: int, channels: int, kernel: int) -> dict[str, int
     }
 
 
-def _pass(config: DeformableAttentionConfig, size: Size) -> Counts:
+def _count_layer(config: DeformableAttentionConfig, size: Size) -> Counts:
     """Run one layer and count what it does."""
     x = np.random.default_rng(0).standard_normal((1, config.dim, *size))
-    return count_what_runs(deformable_layer, x, init_params(config, 0, dtype=np.float64), config)
+    return count_run(deformable_layer, x, init_params(config, 0, dtype=np.float64), config)
 
 
 # Sides and strides with nothing in common: (H, W), C, heads, groups, r, k.
@@ -57,18 +56,18 @@ ODD_LAYERS = (
 
 def measure_formula() -> Figures:
     """Count the layer's four terms as they run, on maps of odd sizes, and compare them with the formula."""
-    equal, left_out = 0, 0
+    equal, uncounted = 0, 0
     for size, dim, heads, groups, stride, kernel in ODD_LAYERS:
         config = DeformableAttentionConfig(dim, heads, groups, stride, kernel, size=size)
         keys = key_grid_size(size, kernel, stride, config.convention)
-        ran = _pass(config, size)
-        reads = ran.within("bilinear_sample").macs
-        equal += ran.macs - reads == sum(omega(size, keys[0] * keys[1], dim, kernel).values())
-        left_out += reads
+        counts = _count_layer(config, size)
+        sampling_macs = counts.within("bilinear_sample").macs
+        equal += counts.macs - sampling_macs == sum(omega(size, keys[0] * keys[1], dim, kernel).values())
+        uncounted += sampling_macs
     return {
         "layers": Figure(len(ODD_LAYERS), "layers run and counted"),
         "equal": Figure(equal, "layers whose count equals the formula"),
-        "left_out": Figure(left_out, "bilinear reads in the same passes", MACS),
+        "left_out": Figure(uncounted, "bilinear reads in the same passes", MACS),
     }
 
 
@@ -93,8 +92,8 @@ def measure_example() -> Figures:
     size = (14, 14)
     terms = omega(size, 49, EXAMPLE.dim, EXAMPLE.kernel_size)
     total = sum(terms.values()) - terms["(k² + 2) Ns C"]
-    ran = _pass(EXAMPLE, size)
-    offset = ran.within("offset_network").macs
+    counts = _count_layer(EXAMPLE, size)
+    offset = counts.within("offset_network").macs
     return {
         "total": Figure(total, "the first three terms", MACS),
         "offset": Figure(offset, "the offset network, as it ran", MACS),
@@ -102,8 +101,8 @@ def measure_example() -> Figures:
         "percent": Figure(100 * offset / total, "its share of the first three terms", "%", digits=2),
         "quoted": Figure(5_080_000, "the offset network, as the article quotes it", MACS),
         "slip": Figure(5_080_000 / offset, "the quoted number over the counted one"),
-        "sampling": Figure(ran.within("_sample_groups").macs, "left out: sampling the features", MACS),
-        "bias": Figure(ran.within("table_bias").macs, "left out: reading the bias table", MACS),
+        "sampling": Figure(counts.within("_sample_groups").macs, "left out: sampling the features", MACS),
+        "bias": Figure(counts.within("table_bias").macs, "left out: reading the bias table", MACS),
         "window": Figure(
             window_attention_macs(1, size, WindowAttentionConfig(384, 12, 7)), "a 7×7 window attention there", MACS
         ),
@@ -122,16 +121,16 @@ def judge_example(figures: Figures) -> Verdict:
 
 def measure_growth_in_channels() -> Figures:
     """Multiply-adds and parameters of the offset network at four widths, and its share of a layer."""
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     for dim in (96, 192, 384, 768):
         config = replace(EXAMPLE, dim=dim, heads=dim // 32)
         macs = deformable_layer_macs(1, (14, 14), config)
-        ours = sum(macs.values()) - macs["sampling"] - macs["bias"]
+        omega_macs = sum(macs.values()) - macs["sampling"] - macs["bias"]
         weights = count(deformable_shapes(config)["offset_network"])
-        found[f"macs_{dim}"] = Figure(macs["offset network"], f"offset network at C = {dim}", MACS)
-        found[f"weights_{dim}"] = Figure(weights, f"its parameters at C = {dim}, three groups")
-        found[f"share_{dim}"] = Figure(100 * macs["offset network"] / ours, f"its share of Ω at C = {dim}", "%")
-    return found
+        figures[f"macs_{dim}"] = Figure(macs["offset network"], f"offset network at C = {dim}", MACS)
+        figures[f"weights_{dim}"] = Figure(weights, f"its parameters at C = {dim}, three groups")
+        figures[f"share_{dim}"] = Figure(100 * macs["offset network"] / omega_macs, f"its share of Ω at C = {dim}", "%")
+    return figures
 
 
 def judge_growth_in_channels(figures: Figures) -> Verdict:
@@ -147,52 +146,36 @@ def judge_growth_in_channels(figures: Figures) -> Verdict:
 # ------------------------------------------------------------------------------------------------ the eight models
 
 
-class Published(NamedTuple):
-    """Parameters in millions and "FLOPs" (multiply-adds) in billions, as printed."""
-
-    params: float
-    macs: float
-
-
-PUBLISHED = {
-    "dat_tiny": Published(29, 4.6),
-    "dat_small": Published(50, 9.0),
-    "dat_base": Published(88, 15.8),
-    "dat_base_384": Published(88, 49.8),
-    "dat_pp_tiny": Published(24, 4.3),
-    "dat_pp_small": Published(53, 9.4),
-    "dat_pp_base": Published(93, 16.6),
-    "dat_pp_base_384": Published(93, 49.7),
-}
-CLOSE = 3.0  # percent
+TOLERANCE = 3.0  # percent
 
 
 def measure_models() -> Figures:
     """Parameters and multiply-adds of the eight released models, and how far they are from what is printed."""
-    found: dict[str, Figure] = {}
-    apart: dict[str, list[float]] = {"params": [], "macs": []}
-    to_the_digit = 0
+    figures: dict[str, Figure] = {}
+    errors: dict[str, list[float]] = {"params": [], "macs": []}
+    exact = 0
     for name, printed in PUBLISHED.items():
-        side = 384 if name.endswith("384") else 224
-        cost = backbone_cost(1, (side, side), PRESETS[name]).total
+        cost = backbone_cost(1, (printed.side, printed.side), PRESETS[name]).total
         params, macs = cost.parameters / 1e6, cost.products / 1e9
-        found[f"{name}_params"] = Figure(params, f"{name}: parameters (printed: {printed.params:g} M)", "M", digits=4)
-        found[f"{name}_macs"] = Figure(macs, f"{name}: {MACS} (printed: {printed.macs:g} G)", "G", digits=4)
-        apart["params"].append(100 * abs(params / printed.params - 1))
-        apart["macs"].append(100 * abs(macs / printed.macs - 1))
-        to_the_digit += (round(params) == printed.params) + (round(macs, 1) == printed.macs)
-    found["apart_params"] = Figure(max(apart["params"]), "largest difference, parameters", "%", digits=2)
-    found["apart_macs"] = Figure(max(apart["macs"]), f"largest difference, {MACS}", "%", digits=2)
-    found["to_the_digit"] = Figure(to_the_digit, "of the 16 numbers, those that round to the printed digit")
-    return found
+        figures[f"{name}_params"] = Figure(
+            params, f"{name}: parameters (printed: {printed.parameters:g} M)", "M", digits=4
+        )
+        figures[f"{name}_macs"] = Figure(macs, f"{name}: {MACS} (printed: {printed.macs:g} G)", "G", digits=4)
+        errors["params"].append(100 * abs(params / printed.parameters - 1))
+        errors["macs"].append(100 * abs(macs / printed.macs - 1))
+        exact += (round(params) == printed.parameters) + (round(macs, 1) == printed.macs)
+    figures["apart_params"] = Figure(max(errors["params"]), "largest difference, parameters", "%", digits=2)
+    figures["apart_macs"] = Figure(max(errors["macs"]), f"largest difference, {MACS}", "%", digits=2)
+    figures["to_the_digit"] = Figure(exact, "of the 16 numbers, those that round to the printed digit")
+    return figures
 
 
 def judge_models(figures: Figures) -> Verdict:
     """Sixteen numbers to the digit hold; close ones hold if close is enough."""
     if figures["to_the_digit"].value == 2 * len(PUBLISHED):
         return HOLDS
-    apart = max(float(figures["apart_params"].value), float(figures["apart_macs"].value))
-    return holds_if(f"{CLOSE:g} % is close enough") if apart <= CLOSE else REFUTED
+    largest = max(float(figures["apart_params"].value), float(figures["apart_macs"].value))
+    return holds_if(f"{TOLERANCE:g} % is close enough") if largest <= TOLERANCE else REFUTED
 
 
 # ------------------------------------------------------------------------------------------------ how many samples
@@ -200,18 +183,18 @@ def judge_models(figures: Figures) -> Verdict:
 
 def _samples(config: DATConfig) -> str:
     """Return Ns of each deformable stage of a preset at 224²."""
-    found = {}
+    descriptions = {}
     for stage, blocks in enumerate(config.stages):
         for block in blocks:
             layer = block.attention
             if isinstance(layer, DeformableAttentionConfig):
                 side = 224 // config.reductions[stage]
                 keys = key_grid_size((side, side), layer.kernel_size, layer.stride, layer.convention)
-                found[stage + 1] = f"stage {stage + 1}: r = {layer.stride}, Ns = {keys[0] * keys[1]}"
-    return "; ".join(found.values())
+                descriptions[stage + 1] = f"stage {stage + 1}: r = {layer.stride}, Ns = {keys[0] * keys[1]}"
+    return "; ".join(descriptions.values())
 
 
-def _stage3_stride(stride: int) -> float:
+def _macs_with_stage3_stride(stride: int) -> float:
     """Return dat_tiny's multiply-adds, in billions, with another stride in the third stage."""
     config = PRESETS["dat_tiny"]
     blocks = tuple(
@@ -220,8 +203,8 @@ def _stage3_stride(stride: int) -> float:
         else block
         for block in config.stages[2]
     )
-    changed = replace(config, stages=(*config.stages[:2], blocks, config.stages[3]))
-    return backbone_cost(1, (224, 224), changed).total.products / 1e9
+    new_config = replace(config, stages=(*config.stages[:2], blocks, config.stages[3]))
+    return backbone_cost(1, (224, 224), new_config).total.products / 1e9
 
 
 def measure_samples() -> Figures:
@@ -248,9 +231,12 @@ def measure_samples() -> Figures:
         "others_equal": Figure(equal[False], "of these, with Ns = HW/r²"),
         "rounded_up": Figure(rounded_up[False], "of these, with ⌈H/r⌉·⌈W/r⌉"),
         "stride_1": Figure(
-            _stage3_stride(1), "dat_tiny, r = 1 in stage 3, as released (printed: 4.6 and 4.59 G)", "G", digits=4
+            _macs_with_stage3_stride(1),
+            "dat_tiny, r = 1 in stage 3, as released (printed: 4.6 and 4.59 G)",
+            "G",
+            digits=4,
         ),
-        "stride_2": Figure(_stage3_stride(2), "dat_tiny, r = 2 in stage 3", "G", digits=4),
+        "stride_2": Figure(_macs_with_stage3_stride(2), "dat_tiny, r = 2 in stage 3", "G", digits=4),
         "dat_2022": Figure(_samples(PRESETS["dat_tiny"]), "dat_tiny at 224², as released"),
         "dat_2023": Figure(_samples(PRESETS["dat_pp_tiny"]), "dat_pp_tiny at 224², as released"),
     }
@@ -269,12 +255,12 @@ CLAIMS = (
     Claim(
         number=5,
         title="The formula of the layer's cost",
-        words="Deformable multi-head attention costs Ω = 2HW·Ns·C + 2HW·C² + 2Ns·C² + (k² + 2)·Ns·C.",
-        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        statement="Deformable multi-head attention costs Ω = 2HW·Ns·C + 2HW·C² + 2Ns·C² + (k² + 2)·Ns·C.",
+        sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_formula,
         judge=judge_formula,
         verdict=holds_if("matrix products and convolutions are what is counted, without the bilinear reads"),
-        because=(
+        reason=(
             "Counted while {layers} layers of odd sizes ran, the four terms come out to the unit in {equal}. What "
             "is counted are multiply-adds, although they are called FLOPs. The same passes spend {left_out} more on "
             "bilinear reads of features and bias table, which the formula leaves out, as it does norm, GELU and "
@@ -284,15 +270,15 @@ CLAIMS = (
     Claim(
         number=6,
         title="The worked example: 79.63 M, and 5.08 M for the offsets",
-        words=(
+        statement=(
             "With H = W = 14, Ns = 49, C = 384 and k = 5 a block costs 79.63 M, of which the offset network is 5.08 "
             "M, about 6 %."
         ),
-        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_example,
         judge=judge_example,
         verdict=REFUTED,
-        because=(
+        reason=(
             "The first number is right: {total}. The second is ten times too large, a slipped decimal point: the "
             "offset network costs {offset}, or {percent} %, so the article undersells itself. The example also "
             "leaves out the reading of the bias table, {bias}, about as much as the offset network, and of the "
@@ -303,12 +289,12 @@ CLAIMS = (
     Claim(
         number=7,
         title="The offset network grows linearly with C",
-        words="The offset network's cost is linear in the channels, so it matters little beside the attention.",
-        sources=(Source(COMPLEXITY, Sure.QUOTED),),
+        statement="The offset network's cost is linear in the channels, so it matters little beside the attention.",
+        sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_growth_in_channels,
         judge=judge_growth_in_channels,
         verdict=HOLDS,
-        because=(
+        reason=(
             "Twice the channels cost twice the multiply-adds ({macs_384} at C = 384, {macs_768} at 768) and take "
             "twice the parameters, exactly, while the projections grow with C²: its share falls from {share_96} % "
             "at C = 96 to {share_768} % at 768."
@@ -317,18 +303,18 @@ CLAIMS = (
     Claim(
         number=17,
         title="Parameters and FLOPs of the eight models",
-        words=(
+        statement=(
             "DAT-T, S, B and B at 384²: 29 M and 4.6 G, 50 M and 9.0 G, 88 M and 15.8 G, 88 M and 49.8 G. DAT++ T, "
             "S, B and B at 384²: 24 M and 4.3 G, 53 M and 9.4 G, 93 M and 16.6 G, 93 M and 49.7 G."
         ),
         sources=(
-            Source("DAT article, table of ImageNet-1K results", Sure.COPIED),
-            Source("DAT++ article, the same table, by way of benchmark listings", Sure.QUOTED),
+            Source("DAT article, table of ImageNet-1K results", SourceAccess.COPIED),
+            Source("DAT++ article, the same table, by way of benchmark listings", SourceAccess.QUOTED),
         ),
         measure=measure_models,
         judge=judge_models,
         verdict=holds_if("3 % is close enough"),
-        because=(
+        reason=(
             "{to_the_digit} of the 16 numbers round to the printed digit. Parameters differ by at most "
             "{apart_params} % (DAT-T has {dat_tiny_params} M, as the article's own ablation table says; 29 is not "
             "its rounding), multiply-adds of products and convolutions by at most {apart_macs} %. The parameters "
@@ -338,15 +324,17 @@ CLAIMS = (
     Claim(
         number=18,
         title="The number of sampling points",
-        words="A grid coarser than the map by the factor r has Ns = HW/r² points.",
+        statement="A grid coarser than the map by the factor r has Ns = HW/r² points.",
         sources=(
-            Source("DAT article, the paragraphs on the deformable attention module and its complexity", Sure.QUOTED),
-            Source("released configurations of both releases", Sure.READ),
+            Source(
+                "DAT article, the paragraphs on the deformable attention module and its complexity", SourceAccess.QUOTED
+            ),
+            Source("released configurations of both releases", SourceAccess.READ),
         ),
         measure=measure_samples,
         judge=judge_samples,
         verdict=holds_if("r divides H and W"),
-        because=(
+        reason=(
             "Where r divides both sides, {equal} of {cases} layers have exactly HW/r² points; elsewhere "
             "{others_equal} of {others} do, and {rounded_up} have ⌈H/r⌉·⌈W/r⌉. In the 2022 release r is 1, so "
             "nothing is thinned out ({dat_2022}), and the printed 4.59 G agree with that: {stride_1} G, against "

@@ -17,7 +17,7 @@ from ..ops.offsets import bound_offsets_vjp, offset_limit, offset_network
 from ..ops.sampling import bilinear_sample
 from ..params import flatten
 from ..presets import PRESETS
-from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict, holds_if
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict, holds_if
 
 MAP: Size = (14, 14)  # stage 3 at 224²
 SEEDS = 20
@@ -54,29 +54,31 @@ def measure_compulsory_shift() -> Figures:
     """Measure the shift that all points share at start, with and without a last bias, and build one without it."""
     config = _stage3()
     limit = offset_limit(config.offset_range, MAP, config.convention) * pixels_per_unit(MAP, config.convention)
-    shared, shared_with_bias, own = [], [], []
+    shared_shifts, shared_shifts_with_bias, individual_shifts = [], [], []
     for seed in range(SEEDS):
         raw = _raw_offsets(config, init_params(config, seed, dtype=np.float64), seed)
-        moved = limit * np.tanh(raw)
-        shared.append(moved.mean(axis=0))
-        own.append(moved - shared[-1])
+        offsets_px = limit * np.tanh(raw)
+        shared_shifts.append(offsets_px.mean(axis=0))
+        individual_shifts.append(offsets_px - shared_shifts[-1])
         # A bias and its opposite are equally likely; taking both keeps chance out of the comparison.
         last_bias = np.random.default_rng(1000 + seed).uniform(-1, 1, 2) / np.sqrt(config.group_dim)
-        shared_with_bias += [(limit * np.tanh(raw + sign * last_bias)).mean(axis=0) for sign in (-1, 1)]
-    built, spread = _built_shift(config, limit)
+        shared_shifts_with_bias += [(limit * np.tanh(raw + sign * last_bias)).mean(axis=0) for sign in (-1, 1)]
+    constructed, spread = _constructed_shift(config, limit)
     return {
         "without": Figure(
-            _rms(np.array(shared)), f"shift that all points share at start, {SEEDS} seeds, rms", "pixels"
+            _rms(np.array(shared_shifts)), f"shift that all points share at start, {SEEDS} seeds, rms", "pixels"
         ),
-        "with_bias": Figure(_rms(np.array(shared_with_bias)), "the same with a bias in the last layer, rms", "pixels"),
-        "own": Figure(_rms(np.array(own)), "what each point moves by itself, rms", "pixels"),
-        "built": Figure(built, "shift built from the other two biases, smaller component", "pixels"),
+        "with_bias": Figure(
+            _rms(np.array(shared_shifts_with_bias)), "the same with a bias in the last layer, rms", "pixels"
+        ),
+        "own": Figure(_rms(np.array(individual_shifts)), "what each point moves by itself, rms", "pixels"),
+        "built": Figure(constructed, "shift built from the other two biases, smaller component", "pixels"),
         "built_alike": Figure(spread < 1e-12, "every point of every map has exactly that shift"),
         "limit": Figure(float(limit[0]), "largest shift that the bound allows", "pixels"),
     }
 
 
-def _built_shift(config: DeformableAttentionConfig, limit: Array) -> tuple[float, float]:
+def _constructed_shift(config: DeformableAttentionConfig, limit: Array) -> tuple[float, float]:
     """Silence a network's view of the queries and let the biases of its convolution and its norm speak.
 
     Returns:
@@ -86,13 +88,12 @@ def _built_shift(config: DeformableAttentionConfig, limit: Array) -> tuple[float
     network = params["offset_network"]
     network["depthwise"]["weight"][:] = 0  # windows of any map are the bias alone
     network["norm"]["bias"][:] = 10 * np.sign(network["pointwise"]["weight"].sum(axis=0))
-    moved = limit * np.tanh(_raw_offsets(config, params, seed=0))
-    return float(np.abs(moved).min()), float(np.ptp(moved, axis=0).max())
+    offsets_px = limit * np.tanh(_raw_offsets(config, params, seed=0))
+    return float(np.abs(offsets_px).min()), float(np.ptp(offsets_px, axis=0).max())
 
 
 def judge_compulsory_shift(figures: Figures) -> Verdict:
-    """Holds if nothing is shared at start and nothing can be built; holds as "lessens" if a last bias would add to "
-    "it."""
+    """Holds if nothing is shared at start and nothing can be built; as "lessens" if a last bias would add to it."""
     without, with_bias = float(figures["without"].value), float(figures["with_bias"].value)
     can_be_built = bool(figures["built_alike"].value) and float(figures["built"].value) > 0.1
     if without < 1e-3 and not can_be_built:
@@ -119,18 +120,18 @@ def measure_groups() -> Figures:
 
     def change(weight: Array, channels: slice) -> float:
         before, after = (linear(features, weight, params["key"]["bias"]) for features in (trace.sampled, moved))
-        gap = np.linalg.norm((after - before)[:, channels])
-        return float(gap / np.linalg.norm(before[:, channels]))
+        difference = np.linalg.norm((after - before)[:, channels])
+        return float(difference / np.linalg.norm(before[:, channels]))
 
     dense = params["key"]["weight"]
     try:
         DeformableAttentionConfig(dim=24, heads=4, groups=3, size=MAP)
-        refused = False
+        rejected = False
     except ConfigError:
-        refused = True
+        rejected = True
     features_kept = bool((moved[:, others] == trace.sampled[:, others]).all())
     return {
-        "refused": Figure(refused, "heads that are no multiple of groups are refused"),
+        "refused": Figure(rejected, "heads that are no multiple of groups are refused"),
         "features_kept": Figure(features_kept, "sampled features of the other groups stay as they are"),
         "own_keys": Figure(
             100 * change(dense, slice(config.dim - group, None)), "change of the moved group's keys", "%", 2
@@ -154,34 +155,34 @@ def judge_groups(figures: Figures) -> Verdict:
 # ------------------------------------------------------------------------------------------------ first values
 
 
-def measure_first_values() -> Figures:
+def measure_initialization() -> Figures:
     """Look what the released loop visits, what the weights start from, and how many offsets the clamp silences."""
     shapes = flatten(dat_shapes(PRESETS["dat_tiny"]))
     visited = sum(isinstance(leaf, Mapping) for leaf in shapes.values())
-    start = flatten(init_params(PRESETS["dat_tiny"], 0, dtype=np.float64))
+    initial = flatten(init_params(PRESETS["dat_tiny"], 0, dtype=np.float64))
     largest, smallest, zero_biases = 0.0, np.inf, 0
-    for name, leaf in start.items():
+    for name, leaf in initial.items():
         layer = name.removesuffix("weight") + "bias"
         if name.endswith("weight") and leaf.ndim > 1:
-            reach = float(np.abs(leaf).max() * np.sqrt(np.prod(leaf.shape[1:])))
-            largest, smallest = max(largest, reach), min(smallest, reach)
-            zero_biases += int(layer in start and not start[layer].any())
+            scaled_max = float(np.abs(leaf).max() * np.sqrt(np.prod(leaf.shape[1:])))
+            largest, smallest = max(largest, scaled_max), min(smallest, scaled_max)
+            zero_biases += int(layer in initial and not initial[layer].any())
     return {
         "tensors": Figure(len(shapes), "parameters of dat_tiny that the released loop visits"),
         "visited": Figure(visited, "of these, modules: the only things it would change"),
         "smallest": Figure(smallest, "largest |w|·√fan_in of a weight, the smallest of all weights"),
         "largest": Figure(largest, "the same, the largest of all weights (PyTorch's default: at most 1)"),
         "zero_biases": Figure(zero_biases, "biases of linear layers and convolutions that start at zero"),
-        **_silenced(),
+        **_zero_gradient_offsets(),
     }
 
 
-def _silenced() -> dict[str, Figure]:
+def _zero_gradient_offsets() -> dict[str, Figure]:
     """Run dat_pp_tiny on noise and count offset components through whose bound no gradient comes."""
     config = PRESETS["dat_pp_tiny"]
     model = DAT(config, init_params(config, 0))
     image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    silent, last_row = [], []
+    zero_gradient, last_row = [], []
     for step in model.walk(image):
         layer = config.stages[step.stage][step.block].attention
         trace = step.trace.attention
@@ -195,9 +196,9 @@ def _silenced() -> dict[str, Figure]:
                 offset_range=layer.offset_range,
                 convention=layer.convention,
             )
-            silent.append((gradient == 0).ravel())
+            zero_gradient.append((gradient == 0).ravel())
             last_row.append((gradient[..., -1, :, 0] == 0).ravel())
-    whole, row = np.concatenate(silent), np.concatenate(last_row)
+    whole, row = np.concatenate(zero_gradient), np.concatenate(last_row)
     return {
         "components": Figure(len(whole), "offset components of dat_pp_tiny's 14 deformable blocks, at start"),
         "silent": Figure(100 * float(whole.mean()), "of these, without gradient", "%", digits=2),
@@ -205,7 +206,7 @@ def _silenced() -> dict[str, Figure]:
     }
 
 
-def judge_first_values(figures: Figures) -> Verdict:
+def judge_initialization(figures: Figures) -> Verdict:
     """The loop visits no module, the weights fill PyTorch's default bounds, and some offsets are silent."""
     untouched = figures["visited"].value == 0 and figures["zero_biases"].value == 0
     default = float(figures["smallest"].value) > 0.9 and float(figures["largest"].value) <= 1
@@ -216,15 +217,17 @@ CLAIMS = (
     Claim(
         number=10,
         title="No last bias, no compulsory shift",
-        words="The last convolution of the offset network has no bias, to alleviate a compulsory shift of all points.",
+        statement=(
+            "The last convolution of the offset network has no bias, to alleviate a compulsory shift of all points."
+        ),
         sources=(
-            Source("code of both releases: the last 1×1 convolution has no bias", Sure.READ),
-            Source("DAT article, the paragraph on offset generation: the reason", Sure.SUMMARY),
+            Source("code of both releases: the last 1×1 convolution has no bias", SourceAccess.READ),
+            Source("DAT article, the paragraph on offset generation: the reason", SourceAccess.SUMMARY),
         ),
         measure=measure_compulsory_shift,
         judge=judge_compulsory_shift,
         verdict=holds_if("to alleviate is to lessen, not to prevent"),
-        because=(
+        reason=(
             "At start all points of dat_tiny's stage 3 share a shift of {without} pixels (each moves {own} by "
             "itself): GELU's output is positive on average, so the last layer has a mean to pass on without any "
             "bias. With a last bias of PyTorch's size the shift would be {with_bias}: leaving it out changes "
@@ -235,18 +238,18 @@ CLAIMS = (
     Claim(
         number=11,
         title="A group's heads see its own points",
-        words=(
+        statement=(
             "The channels form G offset groups; the number of heads is a multiple of G, and the heads of a group "
             "get their keys and values from that group's points."
         ),
         sources=(
-            Source("DAT article, the paragraph on offset groups", Sure.QUOTED),
-            Source("code of both releases", Sure.READ),
+            Source("DAT article, the paragraph on offset groups", SourceAccess.QUOTED),
+            Source("code of both releases", SourceAccess.READ),
         ),
         measure=measure_groups,
         judge=judge_groups,
         verdict=holds_if("W_k and W_v are split into groups, which in both releases they are not"),
-        because=(
+        reason=(
             "Moving the points of one of three groups leaves the others' sampled features alone, but their keys "
             "change by {other_keys} % (the moved group's: {own_keys} %): dense projections mix the groups right "
             "after sampling. With W_k split into groups the change is {split_keys} %. The position bias of a head "
@@ -256,18 +259,18 @@ CLAIMS = (
     Claim(
         number=21,
         title="First values: the released reset does nothing, and the clamp silences offsets",
-        words=(
+        statement=(
             "The released reset_parameters changes no weight, so models start from PyTorch's defaults; the clamp of "
             "the 2023 release leaves a share of offsets without gradient at start."
         ),
         sources=(
-            Source("code of both releases, and one run of it: no tensor changed", Sure.READ),
-            Source("2023 release, the offset's clamp", Sure.READ),
+            Source("code of both releases, and one run of it: no tensor changed", SourceAccess.READ),
+            Source("2023 release, the offset's clamp", SourceAccess.READ),
         ),
-        measure=measure_first_values,
-        judge=judge_first_values,
+        measure=measure_initialization,
+        judge=judge_initialization,
         verdict=HOLDS,
-        because=(
+        reason=(
             "The reset loops over parameters() and asks each whether it is a linear layer or a convolution; "
             "parameters are tensors, so of {tensors} it changes {visited}. Our first values are the default's: "
             "every weight fills ±1/√fan_in ({smallest} to {largest} of it), no bias is zero. Then, of {components} "

@@ -34,8 +34,8 @@ read a sentence in the article itself, the source says how we know it.
 def summary(findings: Sequence[Finding]) -> str:
     """Return one line: how many claims have which verdict, and whether all are as recorded."""
     counts = [
-        f"{sum(finding.verdict.outcome is outcome for finding in findings)} {words}"
-        for outcome, words in (
+        f"{sum(finding.verdict.outcome is outcome for finding in findings)} {label}"
+        for outcome, label in (
             (Outcome.HOLDS, "hold"),
             (Outcome.CONDITIONAL, "hold under a condition"),
             (Outcome.REFUTED, "refuted by arithmetic"),
@@ -54,15 +54,15 @@ def table(findings: Sequence[Finding]) -> str:
         claim = finding.claim
         lines.append(f"{claim.number:>3}  {claim.title}")
         if not finding.matches:
-            lines += _indented(f"MISMATCH: recorded: {claim.verdict}; found: {finding.verdict}")
+            lines += _indent(f"MISMATCH: recorded: {claim.verdict}; found: {finding.verdict}")
         else:
-            lines += _indented(f"{finding.verdict}")
-        lines += _indented(finding.explanation)
+            lines += _indent(f"{finding.verdict}")
+        lines += _indent(finding.explanation)
         lines.append("")
     return "\n".join([*lines, summary(findings)])
 
 
-def _indented(text: str) -> list[str]:
+def _indent(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 5)
 
 
@@ -90,7 +90,7 @@ def _section(finding: Finding) -> str:
         [
             f"## {claim.number}. {claim.title} {{#{anchor(claim.number)}}}",
             "",
-            f"> {claim.words}",
+            f"> {claim.statement}",
             "",
             f"Source: {sources}.",
             "",

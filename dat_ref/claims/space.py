@@ -24,9 +24,9 @@ from ..peers.ms_deform_attn import (
 )
 from ..peers.per_query import attend_at_points
 from ..presets import PRESETS
-from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, Sure, Verdict
+from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict
 
-NUMBERS = "numbers"
+ELEMENTS = "numbers"
 SUMMARY = "a summary of the DAT article's appendix, from which this project started"
 MOTIVATION = "DAT article, the opening of the section on deformable attention"
 
@@ -43,8 +43,7 @@ def noise(dim: int, size: Size, seed: int = 0) -> Array:
 
 
 def exponent(amount: Callable[[int], int], side: int) -> float:
-    """Return the power of the side with which an amount grows: log₂ of what doubling the side multiplies it "
-    "with."""
+    """Return the power of the side with which an amount grows: log₂ of its ratio at twice the side."""
     return math.log2(amount(2 * side) / amount(side))
 
 
@@ -66,9 +65,9 @@ def measure_convolution() -> Figures:
     return {
         "cases": Figure(len(cases), "maps sampled"),
         "equal": Figure(equal, "of these, with exactly 9HWC sampled numbers"),
-        "columns": Figure(_columns(384, (14, 14)), "sampled at C = 384 on 14 × 14", NUMBERS),
-        "map": Figure(384 * 14 * 14, "the map itself", NUMBERS),
-        "offsets": Figure(2 * 9 * 14 * 14, "its offsets, 18HW, not in the count", NUMBERS),
+        "columns": Figure(_columns(384, (14, 14)), "sampled at C = 384 on 14 × 14", ELEMENTS),
+        "map": Figure(384 * 14 * 14, "the map itself", ELEMENTS),
+        "offsets": Figure(2 * 9 * 14 * 14, "its offsets, 18HW, not in the count", ELEMENTS),
     }
 
 
@@ -80,7 +79,7 @@ def judge_convolution(figures: Figures) -> Verdict:
 # ------------------------------------------------------------------------------------------------ keys of one's own
 
 
-def _own_keys(side: int, dim: int = 8) -> int:
+def _per_query_keys(side: int, dim: int = 8) -> int:
     """Return how many numbers the keys take if every query samples as many as the map has pixels."""
     pixels = side * side
     x = noise(dim, (side, side))
@@ -90,20 +89,20 @@ def _own_keys(side: int, dim: int = 8) -> int:
     return trace.k.size
 
 
-def measure_own_keys() -> Figures:
+def measure_per_query_keys() -> Figures:
     """Give every query as many keys of its own as there are pixels, on maps of 3², 6² and 12²."""
     pixels, dim = 14 * 14, 384
     return {
-        "keys": Figure(_own_keys(6), "keys at C = 8 on 6 × 6, as they ran", NUMBERS),
-        "product": Figure(36 * 36 * 8, "N_q·N_k·C there", NUMBERS),
-        "power": Figure(exponent(_own_keys, 6), "power of the side with which they grow, 6² to 12²"),
-        "power_small": Figure(exponent(_own_keys, 3), "the same, 3² to 6²"),
-        "stage3": Figure(pixels * pixels * dim, "N_q·N_k·C at C = 384 on 14 × 14", NUMBERS),
-        "shared": Figure(pixels * dim, "N_s·C there, for shared keys", NUMBERS),
+        "keys": Figure(_per_query_keys(6), "keys at C = 8 on 6 × 6, as they ran", ELEMENTS),
+        "product": Figure(36 * 36 * 8, "N_q·N_k·C there", ELEMENTS),
+        "power": Figure(exponent(_per_query_keys, 6), "power of the side with which they grow, 6² to 12²"),
+        "power_small": Figure(exponent(_per_query_keys, 3), "the same, 3² to 6²"),
+        "stage3": Figure(pixels * pixels * dim, "N_q·N_k·C at C = 384 on 14 × 14", ELEMENTS),
+        "shared": Figure(pixels * dim, "N_s·C there, for shared keys", ELEMENTS),
     }
 
 
-def judge_own_keys(figures: Figures) -> Verdict:
+def judge_per_query_keys(figures: Figures) -> Verdict:
     """The product exactly, and the fourth power."""
     fourth = figures["power"].value == figures["power_small"].value == 4
     return HOLDS if fourth and figures["keys"].value == figures["product"].value else REFUTED
@@ -126,8 +125,8 @@ def measure_four_keys() -> Figures:
         return multi_scale_deformable_layer_macs(1, (side, side), config)
 
     return {
-        "sampled": Figure(_four_keys(14), "sampled at C = 16 on 14 × 14, as they ran", NUMBERS),
-        "product": Figure(14 * 14 * 4 * 16, "N_q·4·C there", NUMBERS),
+        "sampled": Figure(_four_keys(14), "sampled at C = 16 on 14 × 14, as they ran", ELEMENTS),
+        "product": Figure(14 * 14 * 4 * 16, "N_q·4·C there", ELEMENTS),
         "power": Figure(exponent(_four_keys, 14), "power of the side with which they grow, 14² to 28²"),
         "power_small": Figure(exponent(_four_keys, 7), "the same, 7² to 14²"),
         "macs": Figure(macs(14), "multiply-adds at C = 384 on 14 × 14"),
@@ -144,7 +143,7 @@ def judge_four_keys(figures: Figures) -> Verdict:
 # ------------------------------------------------------------------------------------------------ shared keys
 
 
-def _shared(side: int, stride: int = 1) -> LayerTrace:
+def _shared_keys_trace(side: int, stride: int = 1) -> LayerTrace:
     """Run dat_tiny's first deformable layer on a map of another side."""
     released = PRESETS["dat_tiny"].stages[2][1].attention
     assert isinstance(released, DeformableAttentionConfig)
@@ -155,17 +154,20 @@ def _shared(side: int, stride: int = 1) -> LayerTrace:
 
 def measure_shared_keys() -> Figures:
     """Run DAT's layer with shared keys on maps of 7² and 14², and look what its arrays take."""
-    found, coarse = _shared(14), _shared(14, stride=2)
-    small = _shared(7)
+    stride1, stride2 = _shared_keys_trace(14), _shared_keys_trace(14, stride=2)
+    half_side = _shared_keys_trace(7)
     return {
-        "sampled": Figure(found.sampled.size, "sampled at C = 384 on 14 × 14, stride 1", NUMBERS),
-        "coarse": Figure(coarse.sampled.size, "the same with stride 2", NUMBERS),
-        "product": Figure(196 * 384, "N_s·C at stride 1", NUMBERS),
-        "coarse_product": Figure(49 * 384, "N_s·C at stride 2", NUMBERS),
-        "power": Figure(math.log2(found.sampled.size / small.sampled.size), "power of the side with which they grow"),
-        "weights": Figure(found.attention.size, "attention weights of the 12 heads, stride 1", NUMBERS),
+        "sampled": Figure(stride1.sampled.size, "sampled at C = 384 on 14 × 14, stride 1", ELEMENTS),
+        "coarse": Figure(stride2.sampled.size, "the same with stride 2", ELEMENTS),
+        "product": Figure(196 * 384, "N_s·C at stride 1", ELEMENTS),
+        "coarse_product": Figure(49 * 384, "N_s·C at stride 2", ELEMENTS),
+        "power": Figure(
+            math.log2(stride1.sampled.size / half_side.sampled.size), "power of the side with which they grow"
+        ),
+        "weights": Figure(stride1.attention.size, "attention weights of the 12 heads, stride 1", ELEMENTS),
         "weights_power": Figure(
-            math.log2(found.attention.size / small.attention.size), "power of the side with which the weights grow"
+            math.log2(stride1.attention.size / half_side.attention.size),
+            "power of the side with which the weights grow",
         ),
     }
 
@@ -182,12 +184,12 @@ CLAIMS = (
     Claim(
         number=1,
         title="A deformable convolution takes 9HWC",
-        words="A 3 × 3 deformable convolution on a map of H × W × C takes 9HWC space.",
-        sources=(Source(f"{MOTIVATION}, by way of a summary", Sure.SUMMARY),),
+        statement="A 3 × 3 deformable convolution on a map of H × W × C takes 9HWC space.",
+        sources=(Source(f"{MOTIVATION}, by way of a summary", SourceAccess.SUMMARY),),
         measure=measure_convolution,
         judge=judge_convolution,
         verdict=HOLDS,
-        because=(
+        reason=(
             "Every pixel samples nine points of C channels: {columns} numbers at C = 384 on 14 × 14, nine times the "
             "map's {map}. That is what an implementation holds that writes sampled features down; offsets come on "
             "top ({offsets})."
@@ -196,15 +198,15 @@ CLAIMS = (
     Claim(
         number=2,
         title="Deforming each query's keys takes N_q·N_k·C",
-        words=(
+        statement=(
             "Giving every query of an attention its own shifted keys in the same way takes N_q·N_k·C space; with as "
             "many keys as queries that is biquadratic in the side of the map."
         ),
-        sources=(Source(MOTIVATION, Sure.QUOTED),),
-        measure=measure_own_keys,
-        judge=judge_own_keys,
+        sources=(Source(MOTIVATION, SourceAccess.QUOTED),),
+        measure=measure_per_query_keys,
+        judge=judge_per_query_keys,
         verdict=HOLDS,
-        because=(
+        reason=(
             "The keys take {keys} numbers on a small map, N_q·N_k·C exactly, and grow with power {power} of the "
             "side. On dat_tiny's stage 3 they would be {stage3}; shared ones are {shared}. Values take as much "
             "again."
@@ -213,15 +215,15 @@ CLAIMS = (
     Claim(
         number=3,
         title="Deformable DETR with four keys is linear",
-        words="Deformable DETR brings the cost down by giving each query only N_k = 4 keys a scale.",
+        statement="Deformable DETR brings the cost down by giving each query only N_k = 4 keys a scale.",
         sources=(
-            Source(MOTIVATION, Sure.QUOTED),
-            Source("Deformable DETR's code", Sure.READ),
+            Source(MOTIVATION, SourceAccess.QUOTED),
+            Source("Deformable DETR's code", SourceAccess.READ),
         ),
         measure=measure_four_keys,
         judge=judge_four_keys,
         verdict=HOLDS,
-        because=(
+        reason=(
             "With four points a query, sampled numbers ({sampled}, N_q·4·C exactly) and multiply-adds both grow "
             "with power {power} of the side: linear in the number of pixels."
         ),
@@ -229,12 +231,12 @@ CLAIMS = (
     Claim(
         number=4,
         title="Sharing the shifted keys takes N_s·C",
-        words="If all queries share the shifted keys, they take N_s·C.",
-        sources=(Source(MOTIVATION, Sure.QUOTED),),
+        statement="If all queries share the shifted keys, they take N_s·C.",
+        sources=(Source(MOTIVATION, SourceAccess.QUOTED),),
         measure=measure_shared_keys,
         judge=judge_shared_keys,
         verdict=HOLDS,
-        because=(
+        reason=(
             "dat_tiny's stage 3 samples {sampled} numbers, N_s·C exactly ({coarse} at stride 2), growing with power "
             "{power} of the side. What is not saved are the attention weights: {weights} numbers for 12 heads, "
             "which at a fixed stride still grow with power {weights_power}."

@@ -27,8 +27,8 @@ from ..layer import LayerTrace
 from ..params import map_tree
 from ..presets import config as preset
 from .explanation import check_request
-from .photo import add_photo_arguments, fed_size, load_photo, normalise, resize
-from .weights import chosen_weights
+from .photo import add_photo_arguments, input_size, load_photo, normalise, resize
+from .weights import select_weights
 
 FLOAT64_BUDGET = 1e-9
 FLOAT32_FACTOR = 4.0
@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardResult:
     """What is compared of one run."""
 
     maps: list[Array]  # one a stage
@@ -66,27 +66,29 @@ class Pass:
     point_dtype: str
 
 
-def numpy_pass(config: DATConfig, params: Tree, image: Array, rounding: Callable[[Array], Array] = np.asarray) -> Pass:
-    """Run the spec, with every map `rounding`-ed before it enters a block, a downsampling or the head."""
+def run_numpy(
+    config: DATConfig, params: Tree, image: Array, round_map: Callable[[Array], Array] = np.asarray
+) -> ForwardResult:
+    """Run the spec, with every map `round_map`-ed before it enters a block, a downsampling or the head."""
     maps: list[Array] = []
     points: dict[int, list[Array]] = {}
-    started = time.perf_counter()
+    start = time.perf_counter()
     y, _ = embed_image(image, params["patch_embedding"])
     for stage, blocks in enumerate(config.stages):
         if stage:
-            y, _ = embed(rounding(y), **params["downsamples"][stage - 1])
+            y, _ = embed(round_map(y), **params["downsamples"][stage - 1])
         for block_config, block_params in zip(blocks, params["stages"][stage]["blocks"], strict=True):
-            y, trace = block(rounding(y), block_params, block_config)
+            y, trace = block(round_map(y), block_params, block_config)
             if isinstance(trace.attention, LayerTrace):
                 points.setdefault(stage, []).append(trace.attention.points_px)
         maps.append(y)
     model = DAT(config, params)
-    logits = model.classify(model.pool(rounding(y)))
-    seconds = time.perf_counter() - started
-    return Pass(maps, points, logits, seconds, _dtype_of(points))
+    logits = model.classify(model.pool(round_map(y)))
+    seconds = time.perf_counter() - start
+    return ForwardResult(maps, points, logits, seconds, _point_dtype(points))
 
 
-def torch_pass(config: DATConfig, params: Tree, image: Array, precision: str) -> Pass:
+def run_torch(config: DATConfig, params: Tree, image: Array, precision: str) -> ForwardResult:
     """Run the module: the maps and logits as its users get them, the points from a traced run."""
     import torch
 
@@ -97,39 +99,39 @@ def torch_pass(config: DATConfig, params: Tree, image: Array, precision: str) ->
     x = torch.from_numpy(image).to(next(model.parameters()).dtype)
     points: dict[int, list[Array]] = {}
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        started = time.perf_counter()
+        start = time.perf_counter()
         normed, maps = model.forward_intermediates(x)
         logits = model.forward_head(normed)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         for step in model.walk(x):
             if isinstance(step.trace.attention, LayerTrace):
                 traced: Any = step.trace.attention.points_px
                 points.setdefault(step.stage, []).append(traced.numpy())
-    widened = [each.double().numpy() for each in (*maps, logits)]
-    return Pass(widened[:-1], points, widened[-1], seconds, _dtype_of(points))
+    float64_arrays = [each.double().numpy() for each in (*maps, logits)]
+    return ForwardResult(float64_arrays[:-1], points, float64_arrays[-1], seconds, _point_dtype(points))
 
 
-def _dtype_of(points: dict[int, list[Array]]) -> str:
+def _point_dtype(points: dict[int, list[Array]]) -> str:
     return "+".join(sorted({str(each.dtype) for blocks in points.values() for each in blocks}))
 
 
 # ------------------------------------------------------------------------------------------------ comparison
 
 
-def errors(found: Pass, truth: Pass) -> Errors:
+def compute_errors(actual: ForwardResult, reference: ForwardResult) -> Errors:
     """Return the largest error of every quantity."""
-    largest: Errors = {}
-    for stage, (ours, true) in enumerate(zip(found.maps, truth.maps, strict=True)):
-        largest[f"stage {stage + 1} map"] = _largest(ours, true) / float(np.abs(true).max())
-        if stage in truth.points:
-            pairs = zip(found.points[stage], truth.points[stage], strict=True)
-            largest[f"stage {stage + 1} points"] = float(np.max([_largest(a, b) for a, b in pairs]))
-    largest["logits"] = _largest(found.logits, truth.logits) / float(np.abs(truth.logits).max())
-    return largest
+    max_errors: Errors = {}
+    for stage, (ours, expected) in enumerate(zip(actual.maps, reference.maps, strict=True)):
+        max_errors[f"stage {stage + 1} map"] = _max_error(ours, expected) / float(np.abs(expected).max())
+        if stage in reference.points:
+            pairs = zip(actual.points[stage], reference.points[stage], strict=True)
+            max_errors[f"stage {stage + 1} points"] = float(np.max([_max_error(a, b) for a, b in pairs]))
+    max_errors["logits"] = _max_error(actual.logits, reference.logits) / float(np.abs(reference.logits).max())
+    return max_errors
 
 
-def _largest(found: Array, truth: Array) -> float:
-    return float(np.abs(found.astype(np.float64) - truth).max())
+def _max_error(actual: Array, reference: Array) -> float:
+    return float(np.abs(actual.astype(np.float64) - reference).max())
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ class Comparison:
     @property
     def excess(self) -> list[str]:
         """What is beyond its budget; NaN is."""
-        beyond = [name for name, error in self.errors.items() if not error <= self.allowed[name]]
-        narrow = self.point_dtype not in ("float32", "float64")
-        return beyond + ([f"points are computed in {self.point_dtype}"] if narrow else [])
+        over_budget = [name for name, error in self.errors.items() if not error <= self.allowed[name]]
+        low_precision_points = self.point_dtype not in ("float32", "float64")
+        return over_budget + ([f"points are computed in {self.point_dtype}"] if low_precision_points else [])
 
 
 def compare(config: DATConfig, params: Tree, image: Array) -> list[Comparison]:
@@ -159,29 +161,29 @@ def compare(config: DATConfig, params: Tree, image: Array) -> list[Comparison]:
         image: (1, channels, H, W).
     """
     exact = _cast(params, np.float64)
-    truth = numpy_pass(config, exact, image.astype(np.float64))
-    single = numpy_pass(config, _cast(params, np.float32), image.astype(np.float32))
-    coarse = map_tree(round_to_bfloat16, exact)
-    rounded = numpy_pass(config, coarse, round_to_bfloat16(image), round_to_bfloat16)
-    sides = {f"stage {stage + 1} points": max(truth.maps[stage].shape[2:]) for stage in truth.points}
-    tiny = {name: FLOAT64_BUDGET * sides.get(name, 1) for name in errors(truth, truth)}
+    reference = run_numpy(config, exact, image.astype(np.float64))
+    float32_result = run_numpy(config, _cast(params, np.float32), image.astype(np.float32))
+    bfloat16_params = map_tree(round_to_bfloat16, exact)
+    bfloat16_result = run_numpy(config, bfloat16_params, round_to_bfloat16(image), round_to_bfloat16)
+    sides = {f"stage {stage + 1} points": max(reference.maps[stage].shape[2:]) for stage in reference.points}
+    float64_allowed = {name: FLOAT64_BUDGET * sides.get(name, 1) for name in compute_errors(reference, reference)}
     allowed = {
-        "float64": tiny,
-        "float32": _scaled(errors(single, truth), FLOAT32_FACTOR),
-        "bfloat16": _scaled(errors(rounded, truth), BFLOAT16_FACTOR),
+        "float64": float64_allowed,
+        "float32": _scale_errors(compute_errors(float32_result, reference), FLOAT32_FACTOR),
+        "bfloat16": _scale_errors(compute_errors(bfloat16_result, reference), BFLOAT16_FACTOR),
     }
-    spec = {"float64": truth, "float32": single, "bfloat16": truth}
+    spec = {"float64": reference, "float32": float32_result, "bfloat16": reference}
     comparisons = []
     for precision in PRECISIONS:
-        run_by_torch = torch_pass(config, exact, image, precision)
+        torch_result = run_torch(config, exact, image, precision)
         comparisons.append(
             Comparison(
                 precision=precision,
-                errors=errors(run_by_torch, truth),
+                errors=compute_errors(torch_result, reference),
                 allowed=allowed[precision],
                 numpy_seconds=spec[precision].seconds,
-                torch_seconds=run_by_torch.seconds,
-                point_dtype=run_by_torch.point_dtype,
+                torch_seconds=torch_result.seconds,
+                point_dtype=torch_result.point_dtype,
             )
         )
     return comparisons
@@ -202,8 +204,8 @@ def _cast(params: Tree, dtype: Any) -> Tree:
     return map_tree(lambda leaf: leaf.astype(dtype), params)
 
 
-def _scaled(found: Errors, factor: float) -> Errors:
-    return {name: factor * error for name, error in found.items()}
+def _scale_errors(errors: Errors, factor: float) -> Errors:
+    return {name: factor * error for name, error in errors.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -214,17 +216,17 @@ def run(options: argparse.Namespace) -> int:
     _require_torch()
     photo = load_photo(options.photo)
     height, width = photo.shape[:2]
-    image_size = fed_size((height, width), options.size)
+    image_size = input_size((height, width), options.size)
     config = preset(options.model)
-    check_request(config, _a_deformable_stage(config), image_size, (height, width), [])
-    config, params, weights = chosen_weights(options)
+    check_request(config, _first_deformable_stage(config), image_size, (height, width), [])
+    config, params, weights = select_weights(options)
     image = normalise(resize(photo, image_size))
     comparisons = compare(config, params, image)
     agrees = not any(comparison.excess for comparison in comparisons)
 
     name = "the photograph that ships" if options.photo is None else str(options.photo)
     if options.json:
-        print(json.dumps(_facts(comparisons, options.model, weights, name, image_size), indent=2))
+        print(json.dumps(_to_json(comparisons, options.model, weights, name, image_size), indent=2))
     else:
         print(f"{options.model} on {name}, {height}×{width} fed at {image_size[0]}×{image_size[1]}")
         print(f"{weights}\n\n{table(comparisons)}\n\n{verdict(comparisons)}")
@@ -238,13 +240,13 @@ def _require_torch() -> None:
         raise ConfigError("torch is needed to compare with it: pip install 'dat-ref[torch]'") from error
 
 
-def _a_deformable_stage(config: DATConfig) -> int:
+def _first_deformable_stage(config: DATConfig) -> int:
     """Return the number of the first stage with deformable attention, from one."""
     kinds = [{type(block.attention) for block in blocks} for blocks in config.stages]
-    return next(stage for stage, found in enumerate(kinds, start=1) if DeformableAttentionConfig in found)
+    return next(stage for stage, stage_kinds in enumerate(kinds, start=1) if DeformableAttentionConfig in stage_kinds)
 
 
-def _facts(
+def _to_json(
     comparisons: list[Comparison], model: str, weights: str, photograph: str, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     return {
@@ -259,19 +261,19 @@ def _facts(
 
 def table(comparisons: list[Comparison]) -> str:
     """Return errors and budgets as lines of text: a row for each quantity, two columns for each precision."""
-    first, cell = 16, 9
+    title_width, cell_width = 16, 9
 
     def line(title: str, cells: Callable[[Comparison], tuple[str, str]]) -> str:
-        parts = [f"{a:>{cell}} {b:>{cell}}" for a, b in map(cells, comparisons)]
-        return (f"{title:<{first}}" + "   ".join(parts)).rstrip()
+        parts = [f"{a:>{cell_width}} {b:>{cell_width}}" for a, b in map(cells, comparisons)]
+        return (f"{title:<{title_width}}" + "   ".join(parts)).rstrip()
 
-    def numbers(name: str) -> Callable[[Comparison], tuple[str, str]]:
+    def error_cells(name: str) -> Callable[[Comparison], tuple[str, str]]:
         return lambda each: (f"{each.errors[name]:.1e}", f"{each.allowed[name]:.1e}")
 
     lines = [
         line("", lambda each: (each.precision, "")),
         line("", lambda _: ("error", "allowed")),
-        *(line(name, numbers(name)) for name in comparisons[0].errors),
+        *(line(name, error_cells(name)) for name in comparisons[0].errors),
         line("", lambda _: ("NumPy", "torch")),
         line("seconds", lambda each: (f"{each.numpy_seconds:.1f}", f"{each.torch_seconds:.1f}")),
     ]

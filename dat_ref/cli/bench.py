@@ -52,25 +52,25 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigError("torch is needed to measure it: pip install 'dat-ref[torch]'") from error
     from ..bench.agreement import Disagreement
-    from ..bench.report import markdown, text
+    from ..bench.report import format_markdown, format_text
 
     for path in (options.json, options.markdown, options.plot):
         if path is not None:
             make_folder(path.parent)
     try:
-        found = json.loads(options.read.read_text(encoding="utf-8")) if options.read else _measured(options)
+        results = json.loads(options.read.read_text(encoding="utf-8")) if options.read else _measure(options)
     except Disagreement as error:
         print(f"dat-ref bench: {error}\nno speed is told of what computes something else", file=sys.stderr)
         return 1
-    print(text(found))
+    print(format_text(results))
     if options.markdown:
-        options.markdown.write_text(markdown(found), encoding="utf-8")
+        options.markdown.write_text(format_markdown(results), encoding="utf-8")
     if options.plot:
-        _draw(found, options.plot)
+        _draw(results, options.plot)
     return 0
 
 
-def _measured(options: argparse.Namespace) -> dict[str, Any]:
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..bench import run as bench
@@ -82,66 +82,66 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--device: there is no CUDA device here")
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = _names(options.shapes, device)
-    how = Options(
+    names = _select_shapes(options.shapes, device)
+    measure_options = Options(
         device=device,
         threads=torch.get_num_threads(),
         rounds=options.rounds,
-        backends=_backends(options.backends),
-        dtypes=_dtypes(options.dtypes or DTYPES[device]),
-        model_backends=_backends(options.backends) if options.backends else ("auto",),
-        model_dtypes=_dtypes(options.dtypes or ("float32", "bfloat16")),
+        backends=_select_backends(options.backends),
+        dtypes=_select_dtypes(options.dtypes or DTYPES[device]),
+        model_backends=_select_backends(options.backends) if options.backends else ("auto",),
+        model_dtypes=_select_dtypes(options.dtypes or ("float32", "bfloat16")),
         compiled=tuple(options.compile),
     )
     command = " ".join(["dat-ref", *sys.argv[1:]])
-    chosen = cases(names, device)
+    selected_cases = cases(names, device)
     if options.warm:
-        found = bench.nothing(how, command)
-        found["first_use"] += bench.first_use(chosen, how, _tell)
-        bench.write(found, options.json)
-        return found
+        results = bench.empty_results(measure_options, command)
+        results["first_use"] += bench.first_use(selected_cases, measure_options, _log)
+        bench.save_results(results, options.json)
+        return results
     sides = SIDES[device] if CURVE in names else ()
-    return bench.benchmark(chosen, sides, how, command=command, save=options.json, tell=_tell)
+    return bench.benchmark(selected_cases, sides, measure_options, command=command, save=options.json, log=_log)
 
 
-def _tell(what: str) -> None:
-    print(f"… {what}", file=sys.stderr, flush=True)
+def _log(description: str) -> None:
+    print(f"… {description}", file=sys.stderr, flush=True)
 
 
-def _names(given: Sequence[str] | None, device: str) -> tuple[str, ...]:
+def _select_shapes(requested: Sequence[str] | None, device: str) -> tuple[str, ...]:
     from ..bench.cases import DEFAULT_SHAPES, SHAPES
 
     known = (*SHAPES, CURVE)
-    for name in given or ():
+    for name in requested or ():
         if name not in known:
             raise ConfigError(f"--shapes: expected some of {', '.join(known)}, got {name!r}")
-    return tuple(given) if given else (*DEFAULT_SHAPES[device], CURVE)
+    return tuple(requested) if requested else (*DEFAULT_SHAPES[device], CURVE)
 
 
-def _backends(given: Sequence[str] | None) -> tuple[str, ...]:
+def _select_backends(requested: Sequence[str] | None) -> tuple[str, ...]:
     from ..torch import backends
 
     available = tuple(backends())
-    for name in given or ():
+    for name in requested or ():
         if name not in available:
             raise ConfigError(f"--backends: expected some of {', '.join(available)}, got {name!r}")
-    return tuple(given) if given else tuple(name for name in available if name != "matmul")
+    return tuple(requested) if requested else tuple(name for name in available if name != "matmul")
 
 
-def _dtypes(given: Sequence[str]) -> tuple[Any, ...]:
+def _select_dtypes(requested: Sequence[str]) -> tuple[Any, ...]:
     import torch
 
-    for name in given:
+    for name in requested:
         if name not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"--dtypes: expected float32, bfloat16 or float16, got {name!r}")
-    return tuple(getattr(torch, name) for name in given)
+    return tuple(getattr(torch, name) for name in requested)
 
 
-def _draw(found: dict[str, Any], path: Path) -> None:
+def _draw(results: dict[str, Any], path: Path) -> None:
     try:
         from ..viz.speed import draw_speed, save
     except ImportError as error:
         raise ConfigError("matplotlib is needed to draw: pip install 'dat-ref[viz]'") from error
-    if not found["resolutions"]:
+    if not results["resolutions"]:
         raise ConfigError(f"--plot: needs the shape {CURVE!r}")
-    save(draw_speed(found), path)
+    save(draw_speed(results), path)

@@ -30,9 +30,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a verdict is no longer the one on record."""
-    findings = [run_claim(claim) for claim in chosen(LEDGER, options.only)]
+    findings = [run_claim(claim) for claim in select_claims(LEDGER, options.only)]
     if options.json:
-        print(json.dumps([as_data(finding) for finding in findings], indent=2, ensure_ascii=False))
+        print(json.dumps([to_json(finding) for finding in findings], indent=2, ensure_ascii=False))
     elif options.markdown:
         print(markdown(findings), end="")
     else:
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     return int(not all(finding.matches for finding in findings))
 
 
-def chosen(ledger: Sequence[Claim], numbers: Sequence[int] | None) -> list[Claim]:
+def select_claims(ledger: Sequence[Claim], numbers: Sequence[int] | None) -> list[Claim]:
     """Return the claims with these numbers, in the ledger's order; all of them for None.
 
     Raises:
@@ -55,14 +55,14 @@ def chosen(ledger: Sequence[Claim], numbers: Sequence[int] | None) -> list[Claim
     return [claim for claim in ledger if claim.number in numbers]
 
 
-def as_data(finding: Finding) -> dict[str, Any]:
+def to_json(finding: Finding) -> dict[str, Any]:
     """Return a finding as JSON can say it."""
     claim = finding.claim
     return {
         "number": claim.number,
         "title": claim.title,
-        "words": claim.words,
-        "sources": [{"place": source.place, "sure": source.sure.value} for source in claim.sources],
+        "statement": claim.statement,
+        "sources": [{"location": source.location, "access": source.access.value} for source in claim.sources],
         "recorded": str(claim.verdict),
         "found": str(finding.verdict),
         "matches": finding.matches,

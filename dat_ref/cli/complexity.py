@@ -23,9 +23,9 @@ from ..complexity import (
     doubling,
     total,
 )
-from ..complexity.contenders import keys_at
+from ..complexity.curves import keys_at
 from ..config import DeformableAttentionConfig
-from ..peers.swap import SWAPS, swap_attention
+from ..peers.matching import REPLACEMENTS, replace_attention, resolve_kind
 from ..presets import PRESETS
 from .explain import make_folder
 from .photo import parse_size
@@ -49,9 +49,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--attention",
-        choices=SWAPS,
+        type=resolve_kind,
+        choices=REPLACEMENTS,
         metavar="NAME",
-        help=f"in the place of the deformable layers, matched in keys: {', '.join(SWAPS)}",
+        help=f"in the place of the deformable layers, matched in keys: {', '.join(REPLACEMENTS)}",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("complexity"), metavar="DIR", help="folder for the figure (complexity)"
@@ -62,19 +63,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    of_article = PUBLISHED[options.model]
-    size = _image_size(options.size or of_article.side)
+    reference = PUBLISHED[options.model]
+    size = _image_size(options.size or reference.side)
     original = preset(options.model)
-    config = original if options.attention is None else swap_attention(original, options.attention)
+    config = original if options.attention is None else replace_attention(original, options.attention)
     cost = backbone_cost(1, size, config)
-    comparable = options.attention is None and size == (of_article.side, of_article.side)
-    published = of_article if comparable else None
+    comparable = options.attention is None and size == (reference.side, reference.side)
+    published = reference if comparable else None
     make_folder(options.out)
-    grown = _curves(original)
-    figure = _draw(grown, options)
+    growth_curves = _curves(original)
+    figure = _draw(growth_curves, options)
 
     if options.json:
-        print(json.dumps(_facts(cost, options, published, grown, figure), indent=2))
+        print(json.dumps(_report(cost, options, published, growth_curves, figure), indent=2))
         return 0
     print(f"{_title(options)} on one image of {size[0]}×{size[1]}, float32\n")
     print(table(cost))
@@ -94,8 +95,8 @@ def _image_size(size: Size | int) -> Size:
 
 
 def _title(options: argparse.Namespace) -> str:
-    instead = "" if options.attention is None else f" with {options.attention} attention for deformable"
-    return f"{options.model}{instead}"
+    replacement = "" if options.attention is None else f" with {options.attention} attention for deformable"
+    return f"{options.model}{replacement}"
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -108,40 +109,42 @@ def table(cost: BackboneCost) -> str:
     """Return the cost as text: parts in the order in which they run, equal blocks of a stage as one, and sums."""
     rows: list[Row] = [HEADER]
     stage = 0
-    for part, times in _merged(cost.parts):
+    for part, times in _merge_repeats(cost.parts):
         if part.stage > stage:
             rows += [(), (f"stage {part.stage}",)]
             stage = part.stage
         elif part.stage == 0:
             rows.append(())
-        of_part = total([part.total] * times)
+        part_total = total([part.total] * times)
         name = part.kind.replace("_", " ") + (f" ×{times}" if times > 1 else "")
         map_size = "{}×{}".format(*part.size)
-        rows.append((f"  {name}", map_size, *_amounts(of_part), _megabytes(part.peak)))
+        rows.append((f"  {name}", map_size, *_format_amounts(part_total), _megabytes(part.peak)))
         if len(part.terms) > 1:
-            rows += [(f"    {term}", "", *_amounts(total([amount] * times))) for term, amount in part.terms.items()]
+            rows += [
+                (f"    {term}", "", *_format_amounts(total([amount] * times))) for term, amount in part.terms.items()
+            ]
     rows += [(), ("all, by term",)]
-    rows += [(f"    {term}", "", *_amounts(amount)) for term, amount in cost.terms.items()]
-    rows += [("all", "{}×{}".format(*cost.image_size), *_amounts(cost.total), _megabytes(cost.peak))]
-    return _aligned(rows)
+    rows += [(f"    {term}", "", *_format_amounts(amount)) for term, amount in cost.terms.items()]
+    rows += [("all", "{}×{}".format(*cost.image_size), *_format_amounts(cost.total), _megabytes(cost.peak))]
+    return _align_columns(rows)
 
 
-def _merged(parts: Iterable[BlockCost]) -> list[tuple[BlockCost, int]]:
+def _merge_repeats(parts: Iterable[BlockCost]) -> list[tuple[BlockCost, int]]:
     """Return the parts without repetitions, and how often each occurs in its stage."""
     times: dict[str, tuple[BlockCost, int]] = {}
     for part in parts:
-        same = repr(replace(part, block=0))
-        times[same] = (part, times.get(same, (part, 0))[1] + 1)
+        key = repr(replace(part, block=0))
+        times[key] = (part, times.get(key, (part, 0))[1] + 1)
     return list(times.values())
 
 
-def _amounts(term: Term) -> Row:
+def _format_amounts(term: Term) -> Row:
     return (
         _millions(term.parameters),
         _millions(term.products),
         _millions(term.interpolated),
         _millions(term.gathers),
-        _megabytes(term.kept),
+        _megabytes(term.saved_bytes),
     )
 
 
@@ -153,7 +156,7 @@ def _megabytes(amount: int) -> str:
     return f"{amount / 1e6:,.2f} MB" if amount else "·"
 
 
-def _aligned(rows: list[Row]) -> str:
+def _align_columns(rows: list[Row]) -> str:
     widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(len(HEADER))]
     lines = []
     for row in rows:
@@ -165,10 +168,10 @@ def _aligned(rows: list[Row]) -> str:
 
 def verdict(cost: BackboneCost, published: Published | None) -> str:
     """Return one line with the totals, beside the article's where it has any."""
-    found = f"{cost.total.parameters / 1e6:.2f} M parameters, {cost.total.products / 1e9:.3f} G multiply-adds"
+    summary = f"{cost.total.parameters / 1e6:.2f} M parameters, {cost.total.products / 1e9:.3f} G multiply-adds"
     if published is None:
-        return found
-    return f"{found} (the article: {published.parameters} M, {published.macs} G)"
+        return summary
+    return f"{summary} (the article: {published.parameters} M, {published.macs} G)"
 
 
 # ------------------------------------------------------------------------------------------------ the figure
@@ -190,32 +193,36 @@ def _curves(config: DATConfig) -> list[Curve]:
     return curves(layer, doubling(first, times))
 
 
-def _draw(grown: list[Curve], options: argparse.Namespace) -> Path:
+def _draw(growth_curves: list[Curve], options: argparse.Namespace) -> Path:
     try:
         from ..viz.cost import draw_cost, save
     except ImportError as error:
         raise ConfigError("matplotlib is needed to draw the curves: pip install 'dat-ref[viz]'") from error
     layer, reduction = _layer(preset(options.model))
     label = f"One layer of {options.model}, stage 3 (C = {layer.dim}, {layer.heads} heads)"
-    figure = draw_cost(grown, reduction=reduction, label=label, keys=keys_at(layer, grown[0].sides[0]))
+    figure = draw_cost(growth_curves, reduction=reduction, label=label, keys=keys_at(layer, growth_curves[0].sides[0]))
     return save(figure, options.out / f"{options.model}_growth.png")
 
 
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-def _facts(
-    cost: BackboneCost, options: argparse.Namespace, published: Published | None, grown: list[Curve], figure: Path
+def _report(
+    cost: BackboneCost,
+    options: argparse.Namespace,
+    published: Published | None,
+    growth_curves: list[Curve],
+    figure: Path,
 ) -> dict[str, Any]:
     return {
         "model": options.model,
         "attention": options.attention or "deformable",
         "image_size": list(cost.image_size),
         "batch": cost.batch,
-        "total": _exact(cost.total),
+        "total": _to_json(cost.total),
         "peak": cost.peak,
         "published": None if published is None else published._asdict(),
-        "terms": {name: _exact(term) for name, term in cost.terms.items()},
+        "terms": {name: _to_json(term) for name, term in cost.terms.items()},
         "parts": [
             {
                 "stage": part.stage,
@@ -223,14 +230,14 @@ def _facts(
                 "kind": part.kind,
                 "map_size": list(part.size),
                 "peak": part.peak,
-                "terms": {name: _exact(term) for name, term in part.terms.items()},
+                "terms": {name: _to_json(term) for name, term in part.terms.items()},
             }
             for part in cost.parts
         ],
-        "curves": [asdict(curve) for curve in grown],
+        "curves": [asdict(curve) for curve in growth_curves],
         "figures": [str(figure)],
     }
 
 
-def _exact(term: Term) -> dict[str, int]:
+def _to_json(term: Term) -> dict[str, int]:
     return {**asdict(term), "products": term.products}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._checks import CheckpointError
-from ..checkpoints import LoadReport, fit_state, official_state, recognise_model, with_ends_of
+from ..checkpoints import LoadReport, detect_preset, fit_state, official_state, with_channels_and_classes
 from ..params import unflatten
 from ..presets import PRESETS
 from ..presets import config as preset
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
     """Convert, and print what became of every array."""
     source, target = options.source, options.target
     if target.exists() and (not options.force or target.samefile(source)):
-        mend = "choose another name" if target.samefile(source) else "choose another name, or --force to replace it"
-        raise CheckpointError(f"{target}: is there already; {mend}")
+        advice = "choose another name" if target.samefile(source) else "choose another name, or --force to replace it"
+        raise CheckpointError(f"{target}: is there already; {advice}")
     name, report = convert(source, target, options.model, options.to)
     print(f"{source}: {name}, {report}")
     print(f"{target}: written with {'the released' if options.to == 'official' else 'our'} names")
@@ -48,12 +48,12 @@ def convert(source: Path, target: Path, model: str | None, naming: str) -> tuple
     Raises:
         CheckpointError: if a file cannot be read or written, or is not of the model; nothing is written then.
     """
-    state, others = select_backbone(read_arrays(source), str(source))
-    found = recognise_model(state) if model is None else (model, with_ends_of(preset(model), state))
-    if found is None:
+    state, ignored = select_backbone(read_arrays(source), str(source))
+    detected = detect_preset(state) if model is None else (model, with_channels_and_classes(preset(model), state))
+    if detected is None:
         raise CheckpointError(f"{source}: its shapes are of none of {', '.join(PRESETS)}; name one with --model")
-    name, config = found
+    name, config = detected
     fit = fit_state(state, config, source=str(source))
     params = unflatten(fit.arrays)
     save_state(target, official_state(params, config) if naming == "official" else fit.arrays)
-    return name, replace(fit.report, ignored=fit.report.ignored + others)
+    return name, replace(fit.report, ignored=fit.report.ignored + ignored)

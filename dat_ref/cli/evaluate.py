@@ -9,7 +9,7 @@ from typing import Any
 
 from .._checks import ConfigError
 from ..train_config import TrainConfig, config_path
-from .train import data_sets, import_torch, told
+from .train import format_scores, import_torch
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,15 +38,15 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size: expected 1 or more, got {options.batch_size}")
     import_torch()
     from ..torch.checkpoints import load_checkpoint
-    from ..torch.train import ImageFolder, build_model, evaluate
+    from ..torch.train import ImageFolder, build_datasets, build_model, evaluate
 
     if options.data:
         held_out = ImageFolder(Path(options.data) / "val", config.image_size, classes=classes_of(options.weights))
     else:
-        _, held_out = data_sets(config)
+        _, held_out = build_datasets(config)
     model = build_model(config, len(held_out.classes))
     load_checkpoint(model, options.weights)  # type: ignore[arg-type]
-    print(told(evaluate(model, held_out, batch_size=options.batch_size)))
+    print(format_scores(evaluate(model, held_out, batch_size=options.batch_size)))
     return 0
 
 
@@ -60,9 +60,9 @@ def classes_of(weights: Path) -> list[str]:
 
     try:
         with safe_open(weights, "np") as file:
-            told = (file.metadata() or {}).get("classes")
+            classes = (file.metadata() or {}).get("classes")
     except SafetensorError as error:
         raise ConfigError(f"{weights}: cannot be read: {error}") from error
-    if told is None:
+    if classes is None:
         raise ConfigError(f"{weights}: does not name its classes, so they cannot be compared with those of --data")
-    return list(json.loads(told))
+    return list(json.loads(classes))

@@ -22,8 +22,8 @@ from ..ops.grid import pixels_per_unit
 from ..ops.offsets import offset_limit
 from . import scene
 from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
-from .photo import DEFAULT_MODEL, add_photo_arguments, fed_size, load_photo, normalise, parse_seed, resize
-from .weights import chosen_weights
+from .photo import DEFAULT_MODEL, add_photo_arguments, input_size, load_photo, normalise, parse_seed, resize
+from .weights import select_weights
 
 PICTURE_SIDE = 896  # short side at which figures show the photograph
 
@@ -96,8 +96,10 @@ def make_folder(folder: Path) -> None:
 def default_queries(photo: Cell) -> list[tuple[float, float]]:
     """Return three pixels along the middle of the longer side."""
     height, width = photo
-    along = (0.25, 0.5, 0.75)
-    return [(height / 2, width * at) if width >= height else (height * at, width / 2) for at in along]
+    fractions = (0.25, 0.5, 0.75)
+    return [
+        (height / 2, width * fraction) if width >= height else (height * fraction, width / 2) for fraction in fractions
+    ]
 
 
 def draw(explanation: Explanation, photo: Array, cells: list[Cell], stage: int, folder: Path) -> list[Path]:
@@ -107,9 +109,11 @@ def draw(explanation: Explanation, photo: Array, cells: list[Cell], stage: int, 
     trace, config = explanation.trace, explanation.config
     label = f"Stage {stage}, block {explanation.block}"
     map_size: Cell = trace.x.shape[2:]
-    deformable = [viz.deformable_attended(trace, cell) for cell in cells]
-    attended = {"neighborhood": viz.neighborhood_attended}.get(explanation.local_kind or "", viz.window_attended)
-    local = [attended(explanation.local_trace, cell) for cell in cells] if explanation.local_kind else []
+    deformable = [viz.deformable_query_attention(trace, cell) for cell in cells]
+    query_attention = {"neighborhood": viz.neighborhood_query_attention}.get(
+        explanation.local_kind or "", viz.window_query_attention
+    )
+    local = [query_attention(explanation.local_trace, cell) for cell in cells] if explanation.local_kind else []
     local_name = (explanation.local_kind or "").replace("_", " ").capitalize() + " attention"
     figures = {
         "points": viz.draw_points(photo, trace, label=label),
@@ -128,9 +132,11 @@ def draw(explanation: Explanation, photo: Array, cells: list[Cell], stage: int, 
     return [viz.save(figure, folder / f"stage{stage}_{name}.png") for name, figure in figures.items()]
 
 
-def _cell_of(query: tuple[float, float], photo: Cell, map_size: Cell) -> Cell:
+def _query_cell(query: tuple[float, float], photo: Cell, map_size: Cell) -> Cell:
     """Return the map cell that holds a pixel of the photograph."""
-    y, x = (min(int(at * cells / pixels), cells - 1) for at, pixels, cells in zip(query, photo, map_size))
+    y, x = (
+        min(int(coordinate * cells / pixels), cells - 1) for coordinate, pixels, cells in zip(query, photo, map_size)
+    )
     return y, x
 
 
@@ -151,28 +157,28 @@ def run(options: argparse.Namespace) -> int:
     photo = load_photo(options.photo)
     height, width = photo.shape[:2]
     queries = options.query or default_queries((height, width))
-    image_size = fed_size((height, width), options.size)
+    image_size = input_size((height, width), options.size)
     check_request(preset(options.model), options.stage, image_size, (height, width), queries)
     backend = choose_backend(options.backend)
-    config, params, weights = chosen_weights(options)
+    config, params, weights = select_weights(options)
     if options.checkpoint is None:
         weights += ": the figures show geometry, not what was learned"
     model = DAT(config, params)
     make_folder(options.out)
     image = normalise(resize(photo, image_size))
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     explanation = explain(
         _with_progress(walk(model, image, backend), model.config, options.json), model.config, options.stage
     )
-    seconds = time.perf_counter() - started
-    cells = [_cell_of(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
-    figures = draw(explanation, _for_figures(photo), cells, options.stage, options.out)
+    seconds = time.perf_counter() - start
+    cells = [_query_cell(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
+    figures = draw(explanation, _limit_size(photo), cells, options.stage, options.out)
 
     # Beside the photograph that ships, which an untrained network looks at, the trained one and a scene of its own.
-    by_default = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
-    trained = scene.explain_scene(options.scene) if by_default else None
-    of_scene = scene.draw(trained, options.out) if trained else []
+    show_scene = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
+    trained = scene.explain_scene(options.scene) if show_scene else None
+    scene_figures = scene.draw(trained, options.out) if trained else []
 
     name = "the photograph that ships" if options.photo is None else str(options.photo)
     if options.json:
@@ -188,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
             "figures": [str(path) for path in figures],
         }
         if trained:
-            facts["scene"] = {**scene.facts(trained), "figures": [str(path) for path in of_scene]}
+            facts["scene"] = {**scene.facts(trained), "figures": [str(path) for path in scene_figures]}
         print(json.dumps(facts, indent=2))
         return 0
     sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
@@ -200,7 +206,7 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(str(path) for path in figures))
     if trained:
         print(f"\n{scene.text(trained)}\n")
-        print("\n".join(str(path) for path in of_scene))
+        print("\n".join(str(path) for path in scene_figures))
     return 0
 
 
@@ -238,7 +244,7 @@ def _with_progress(steps: Iterator[Step], config: DATConfig, quiet: bool) -> Ite
     return iter(tqdm(steps, total=total, unit="block", leave=False, disable=True if quiet else None))
 
 
-def _for_figures(photo: Array) -> Array:
+def _limit_size(photo: Array) -> Array:
     """Return the photograph no larger than figures can show."""
     height, width = photo.shape[:2]
     factor = min(PICTURE_SIDE / min(height, width), 1.0)

@@ -43,40 +43,40 @@ def check_request(config: DATConfig, stage: int, image: Cell, photo: Cell, queri
             raise ConfigError(f"--query: expected y,x inside the {photo[0]}×{photo[1]} photograph, got {y:g},{x:g}")
     if min(image) < 32:
         raise ConfigError(f"--size: expected at least 32 pixels on each side, got {image[0]}×{image[1]}")
-    needed = max(_attention_bytes(config, number, image) for number in deformable)
-    if needed > MEMORY_LIMIT:
+    required_bytes = max(_attention_bytes(config, number, image) for number in deformable)
+    if required_bytes > MEMORY_LIMIT:
         raise ConfigError(
-            f"--size: {image[0]}×{image[1]} would need {needed / 2**30:.0f} GiB for the attention of one block, "
-            "which the reference materialises; choose a smaller size"
+            f"--size: {image[0]}×{image[1]} would need {required_bytes / 2**30:.0f} GiB for the attention of one "
+            "block, which the reference materialises; choose a smaller size"
         )
 
 
 def _attention_bytes(config: DATConfig, number: int, image: Cell) -> int:
     """Bytes of float32 bias positions, bias, logits and weights of the largest deformable block in a stage."""
     size = tuple(-(-side // config.reductions[number - 1]) for side in image)
-    needed = 0
+    required_bytes = 0
     for block in config.stages[number - 1]:
         attention = block.attention
         if isinstance(attention, DeformableAttentionConfig):
             keys = key_grid_size((size[0], size[1]), attention.kernel_size, attention.stride, attention.convention)
             pairs = size[0] * size[1] * keys[0] * keys[1]
-            needed = max(needed, 4 * pairs * (6 * attention.groups + 4 * attention.heads))
-    return needed
+            required_bytes = max(required_bytes, 4 * pairs * (6 * attention.groups + 4 * attention.heads))
+    return required_bytes
 
 
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def choose_backend(wanted: str) -> str:
+def choose_backend(requested: str) -> str:
     """Return ``"numpy"`` or ``"torch"``.
 
     Raises:
         ConfigError: if torch is asked for and not installed.
     """
     installed = find_spec("torch") is not None
-    if wanted == "torch" and not installed:
+    if requested == "torch" and not installed:
         raise ConfigError("--backend: torch is not installed: pip install 'dat-ref[torch]', or choose numpy")
-    return "torch" if installed and wanted != "numpy" else "numpy"
+    return "torch" if installed and requested != "numpy" else "numpy"
 
 
 def walk(model: DAT, image: Array, backend: str) -> Iterator[Step]:
@@ -133,9 +133,9 @@ def block_report(step: Step, config: DeformableAttentionConfig, seconds: float) 
     trace = step.trace.attention
     assert isinstance(trace, LayerTrace)
     map_size, key_grid = trace.x.shape[2:], trace.points.shape[2:4]
-    moved = trace.points_px - np.where(np.isfinite(trace.reference_px), trace.reference_px, trace.points_px)
-    lengths = np.linalg.norm(moved, axis=-1)
-    beyond = (trace.points_px < -0.5) | (trace.points_px > np.asarray(map_size) - 0.5)
+    displacements = trace.points_px - np.where(np.isfinite(trace.reference_px), trace.reference_px, trace.points_px)
+    lengths = np.linalg.norm(displacements, axis=-1)
+    outside = (trace.points_px < -0.5) | (trace.points_px > np.asarray(map_size) - 0.5)
     reference = trace.reference[0, 0]
     bound: dict[str, Any] = {"offset_range": config.offset_range, "convention": config.convention}
     return BlockReport(
@@ -149,7 +149,7 @@ def block_report(step: Step, config: DeformableAttentionConfig, seconds: float) 
         offset_mean_px=float(lengths.mean()),
         offset_max_px=float(lengths.max()),
         share_at_bound=share_at_bound(trace.offsets, reference, config.offset_bound, **bound),
-        share_outside=float(beyond.any(axis=-1).mean()),
+        share_outside=float(outside.any(axis=-1).mean()),
         seconds=seconds,
     )
 
@@ -163,32 +163,32 @@ def explain(steps: Iterator[Step], config: DATConfig, stage: int, block: int | N
         block: and of its block, a deformable one; the last of these if None.
     """
     reports: list[BlockReport] = []
-    drawn: Step | None = None
+    selected: Step | None = None
     local: Step | None = None
-    started = time.perf_counter()
+    start = time.perf_counter()
     for step in steps:
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        attention = _attention(config, step)
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        attention = _attention_config(config, step)
         deformable = isinstance(attention, DeformableAttentionConfig)
         if isinstance(attention, DeformableAttentionConfig):
             reports.append(block_report(step, attention, seconds))
         if step.stage + 1 == stage and deformable and block in (None, step.block + 1):
-            drawn = step
+            selected = step
         elif step.stage + 1 == stage and not deformable:
             local = step
-    assert drawn is not None, "check_request has seen to it"
-    drawn_config, drawn_trace = _attention(config, drawn), drawn.trace.attention
-    assert isinstance(drawn_config, DeformableAttentionConfig)
-    assert isinstance(drawn_trace, LayerTrace)
+    assert selected is not None, "check_request has seen to it"
+    selected_config, selected_trace = _attention_config(config, selected), selected.trace.attention
+    assert isinstance(selected_config, DeformableAttentionConfig)
+    assert isinstance(selected_trace, LayerTrace)
     return Explanation(
         reports=reports,
-        block=drawn.block + 1,
-        config=drawn_config,
-        trace=drawn_trace,
-        local_kind=None if local is None else _attention(config, local).kind,
+        block=selected.block + 1,
+        config=selected_config,
+        trace=selected_trace,
+        local_kind=None if local is None else _attention_config(config, local).kind,
         local_trace=None if local is None else local.trace.attention,
     )
 
 
-def _attention(config: DATConfig, step: Step) -> AttentionConfig:
+def _attention_config(config: DATConfig, step: Step) -> AttentionConfig:
     return config.stages[step.stage][step.block].attention

@@ -41,28 +41,28 @@ def load_photo(path: Path | None) -> Array:
                 values = np.asarray(upright, dtype=np.float64)
                 white = 65535 if upright.mode.startswith("I;16") else max(values.max(), 1.0)
                 return np.repeat(np.clip(values / white, 0, 1)[..., None], 3, axis=2)
-            layered = upright.convert("RGBA")
-            page = Image.new("RGBA", layered.size, "white")
-            return np.asarray(Image.alpha_composite(page, layered).convert("RGB"), dtype=np.float64) / 255
+            rgba = upright.convert("RGBA")
+            background = Image.new("RGBA", rgba.size, "white")
+            return np.asarray(Image.alpha_composite(background, rgba).convert("RGB"), dtype=np.float64) / 255
     except Image.DecompressionBombError as error:
         raise ConfigError(f"PHOTO: {file} is too large to open; make a smaller copy") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"PHOTO: expected a picture (JPEG, PNG, …), cannot read {file}: {error}") from error
 
 
-def fed_size(photo_size: tuple[int, int], wanted: tuple[int, int] | int) -> tuple[int, int]:
+def input_size(photo_size: tuple[int, int], target: tuple[int, int] | int) -> tuple[int, int]:
     """Return the size an image is fed at: (H, W) exactly, or a short side with the shape of the photograph kept.
 
     Sides are rounded to multiples of 32; a long side is never more than three short ones.
 
-    >>> fed_size((300, 451), 224)
+    >>> input_size((300, 451), 224)
     (224, 352)
     """
-    if not isinstance(wanted, int):
-        return wanted
+    if not isinstance(target, int):
+        return target
     short, long = sorted(photo_size)
-    long_side = round(min(long / short, 3.0) * wanted / MULTIPLE) * MULTIPLE
-    short_side = max(round(wanted / MULTIPLE), 1) * MULTIPLE
+    long_side = round(min(long / short, 3.0) * target / MULTIPLE) * MULTIPLE
+    short_side = max(round(target / MULTIPLE), 1) * MULTIPLE
     return (short_side, long_side) if photo_size[0] <= photo_size[1] else (long_side, short_side)
 
 
@@ -76,13 +76,13 @@ def resize(photo: Array, size: tuple[int, int]) -> Array:
 
 def normalise(photo: Array) -> Array:
     """Return a photograph (H, W, 3) in [0, 1] as a backbone takes it: (1, 3, H, W), float32, ImageNet's statistics."""
-    standard = (photo - PIXEL_MEAN) / PIXEL_DEVIATION
-    return np.ascontiguousarray(standard.transpose(2, 0, 1)[None], dtype=np.float32)
+    standardized = (photo - PIXEL_MEAN) / PIXEL_DEVIATION
+    return np.ascontiguousarray(standardized.transpose(2, 0, 1)[None], dtype=np.float32)
 
 
-def prepare(photo: Array, wanted: tuple[int, int] | int) -> Array:
-    """Return a photograph as a backbone takes it, at the size of `fed_size`."""
-    return normalise(resize(photo, fed_size(photo.shape[:2], wanted)))
+def prepare(photo: Array, target: tuple[int, int] | int) -> Array:
+    """Return a photograph as a backbone takes it, at the size of `input_size`."""
+    return normalise(resize(photo, input_size(photo.shape[:2], target)))
 
 
 def parse_size(text: str) -> tuple[int, int] | int:

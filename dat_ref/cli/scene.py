@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import numpy as np
 from .. import DAT
 from .. import config as preset
 from ..checkpoints import load_params
-from ..data import network_path
+from ..data import NETWORK, network_card, network_path
 from ..scenes import KINDS, Scene, Scenes
 from ..scenes.measures import shares_of_layer
 from .explanation import Explanation, explain
 from .photo import normalise, resize
 
-NAME = "dat_nano"
+NAME = NETWORK
 SIDE = 64  # pixels of the scenes that it was trained on
 STAGE, BLOCK = 2, 4  # which is drawn: the last of its stage, where attention finds the object most
 SHOWN = 512  # pixels at which figures show a scene
@@ -36,12 +35,6 @@ class SceneExplanation:
     at_rest: float  # the same for the reference points
     attended: float  # share of all queries' attention that points on the object get
     explanation: Explanation
-
-
-def card() -> dict[str, Any]:
-    """Return how the network was trained, and how good it is."""
-    found: dict[str, Any] = json.loads(network_path(NAME).with_suffix(".json").read_text(encoding="utf-8"))
-    return found
 
 
 def explain_scene(number: int) -> SceneExplanation:
@@ -88,8 +81,8 @@ def figures(found: SceneExplanation) -> dict[str, Any]:
         "attention": viz.draw_attention(
             picture,
             np.array(queries, dtype=float),
-            [viz.deformable_attended(trace, query) for query in queries],
-            [viz.window_attended(found.explanation.local_trace, query) for query in queries],
+            [viz.deformable_query_attention(trace, query) for query in queries],
+            [viz.window_query_attention(found.explanation.local_trace, query) for query in queries],
             map_size=map_size,
             label=label,
             names=("Deformable attention", "Window attention"),
@@ -107,7 +100,7 @@ def facts(found: SceneExplanation) -> dict[str, Any]:
         "points_on_object": found.on_object,
         "reference_points_on_object": found.at_rest,
         "attention_on_object": found.attended,
-        "trained": card(),
+        "trained": network_card(),
     }
 
 
@@ -115,7 +108,7 @@ def text(found: SceneExplanation) -> str:
     """Return what was found, for people."""
     best = sorted(found.answers.items(), key=lambda answer: -answer[1])[:NAMED]
     sees = ", ".join(f"{kind} {share:.0%}" for kind, share in best)
-    there, right = found.scene.objects[0].kind, card()["accuracy"]
+    there, right = found.scene.objects[0].kind, network_card()["accuracy"]
     points = f"{found.on_object:.0%} lie on the object ({found.at_rest:.0%} before they moved)"
     return (
         f"{NAME}, trained, on held-out scene {found.number}: it sees {sees}\n"

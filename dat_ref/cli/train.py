@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected 1 or more, got {options.threads}")
     torch = import_torch()
-    from ..torch.train import fit, init_distributed
+    from ..torch.train import build_datasets, fit, init_distributed
 
     if options.threads:
         torch.set_num_threads(options.threads)
     with init_distributed() as context:
-        train, held_out = data_sets(config)
+        train, held_out = build_datasets(config)
         try:
             result = fit(
                 config,
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"dat-ref train: {error}", file=sys.stderr)
             return 1
         if context.is_main:
-            print(told(result.scores))
+            print(format_scores(result.scores))
             print(f"best weights: {options.out / 'best.safetensors'} ({100 * result.best:.1f} %)")
     return 0
 
@@ -93,17 +93,6 @@ def import_torch() -> Any:
     return torch
 
 
-def data_sets(config: TrainConfig) -> tuple[Any, Any]:
-    """Return what a config trains on, and what is held out."""
-    from ..scenes import Scenes
-    from ..torch.train import SceneImages, train_and_val
-
-    if config.data != "scenes":
-        return train_and_val(config.data, config.image_size, config.seed)
-    train = Scenes(config.task, "train", config.image_size, config.seed, config.scenes_per_epoch)
-    return SceneImages(train, fresh=True), SceneImages(Scenes(config.task, "held_out", config.image_size))
-
-
-def told(scores: Any) -> str:
+def format_scores(scores: Any) -> str:
     """Return scores for people."""
     return f"held out, {scores.images} images: {100 * scores.accuracy:.1f} % right, loss {scores.loss:.4f}"

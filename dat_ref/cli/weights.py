@@ -7,10 +7,10 @@ import argparse
 from .. import DATConfig, init_params
 from .. import config as preset
 from .._checks import Tree
-from ..checkpoints import load_params, read_state, with_ends_of
+from ..checkpoints import load_params, read_state, with_channels_and_classes
 
 
-def chosen_weights(options: argparse.Namespace) -> tuple[DATConfig, Tree, str]:
+def select_weights(options: argparse.Namespace) -> tuple[DATConfig, Tree, str]:
     """Return configuration, parameters, and a line that says where they come from.
 
     A checkpoint brings its own number of classes and of image channels.
@@ -18,6 +18,6 @@ def chosen_weights(options: argparse.Namespace) -> tuple[DATConfig, Tree, str]:
     config = preset(options.model)
     if options.checkpoint is None:
         return config, init_params(config, options.seed), f"seeded weights (seed {options.seed}), untrained"
-    config = with_ends_of(config, read_state(options.checkpoint))
+    config = with_channels_and_classes(config, read_state(options.checkpoint))
     params, report = load_params(options.checkpoint, config)
     return config, params, f"weights from {options.checkpoint} ({report.release})"

@@ -4,14 +4,15 @@
 - `counter`: multiply-adds, gathers and bytes of a forward pass of the spec, counted while it runs.
 - `torch_counter`: the same for a torch module, through torch's own hooks.
 - `growth`: exponents fitted on counts.
-- `contenders`: the systems that are compared.
+- `curves`: the systems that are compared.
 
 Counts equal the formulas as integers, for every attention and for whole backbones. `torch_counter` needs torch and is
 imported by name.
 """
 
-from .contenders import Curve, curves, lineup
-from .counter import Allocation, Counts, allocated, count, counting, held_bytes, watched
+from .._deprecation import deprecated_names
+from .counter import Allocation, Counts, count, counting, mark_as_data, measure_allocation, retained_bytes
+from .curves import Curve, compared_systems, curves
 from .formulas import BackboneCost, BlockCost, Term, attention_terms, backbone_cost, block_cost, total
 from .growth import Growth, doubling, growth
 from .published import PUBLISHED, Published
@@ -26,17 +27,27 @@ __all__ = [
     "Growth",
     "Published",
     "Term",
-    "allocated",
     "attention_terms",
     "backbone_cost",
     "block_cost",
+    "compared_systems",
     "count",
     "counting",
     "curves",
     "doubling",
     "growth",
-    "held_bytes",
-    "lineup",
+    "mark_as_data",
+    "measure_allocation",
+    "retained_bytes",
     "total",
-    "watched",
 ]
+
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "allocated": "measure_allocation",
+        "held_bytes": "retained_bytes",
+        "lineup": "compared_systems",
+        "watched": "mark_as_data",
+    },
+)

@@ -22,15 +22,17 @@ from ..config import (
 from ..layer import BIAS_KERNEL, deformable_layer_macs
 from ..ops.basic import linear_macs
 from ..ops.grid import Size, key_grid_size, offset_padding
+from ..peers.dat_dcn import DATDCNAttentionConfig
 from ..peers.deform_conv import DeformableConvConfig
 from ..peers.mhsa import MultiHeadAttentionConfig
 from ..peers.ms_deform_attn import MultiScaleDeformableConfig
-from ..peers.neighborhood import axis_kernel
+from ..peers.neighborhood import axis_kernel, padded_size
 from ..peers.per_query import PerQueryAttentionConfig
 from ..peers.pyramid import PyramidAttentionConfig
-from ..peers.swap_in import SwapInAttentionConfig
-from .memory import INDEX, Macs, Tape, depthwise_needs, sampling_needs
+from .memory import INDEX, Macs, Tape, depthwise_workspace, sampling_workspace
 from .peer_formulas import (
+    dat_dcn_memory,
+    dat_dcn_terms,
     deformable_conv_memory,
     deformable_conv_terms,
     multi_head_memory,
@@ -41,8 +43,6 @@ from .peer_formulas import (
     per_query_terms,
     pyramid_memory,
     pyramid_terms,
-    swap_in_memory,
-    swap_in_terms,
 )
 
 
@@ -53,19 +53,19 @@ class Formula(NamedTuple):
         macs: (batch, size, config) → multiply-adds by term.
         memory: takes the steps of the forward after its input, on a tape.
         interpolated: (config) → the terms of `macs` that interpolate.
-        moves: (config) → whether it interpolates at points that depend on the data.
-        keeps_input: (config) → whether the trace holds the input (or else a copy of it).
+        data_dependent_points: (config) → whether it interpolates at points that depend on the data.
+        saves_input: (config) → whether the trace holds the input (or else a copy of it).
     """
 
     macs: Callable[[int, Size, Any], Macs]
     memory: Callable[[Tape, int, Size, Any], None]
     interpolated: Callable[[Any], set[str]] = lambda config: set()
-    moves: Callable[[Any], bool] = lambda config: True
-    keeps_input: Callable[[Any], bool] = lambda config: True
+    data_dependent_points: Callable[[Any], bool] = lambda config: True
+    saves_input: Callable[[Any], bool] = lambda config: True
 
 
 # Which term a parameter belongs to, by the first part of its name; others are terms of their own.
-OWNERS = {
+TERM_OF_PARAMETER = {
     "query": "query and output",
     "output": "query and output",
     "key": "key and value",
@@ -96,15 +96,17 @@ def deformable_memory(tape: Tape, batch: int, size: Size, config: DeformableAtte
     if config.average_pool:
         tape.step("sampling", samples)
     else:
-        needs = sampling_needs(batch * config.groups * keys, config.group_dim, tape.itemsize)
-        tape.step("sampling", samples, queries + needs)  # beside the map as rows
+        workspace = sampling_workspace(batch * config.groups * keys, config.group_dim, tape.itemsize)
+        tape.step("sampling", samples, queries + workspace)  # beside the map as rows
     tape.step("key and value", 2 * samples)
     _bias_memory(tape, batch, pixels * keys, config)
     tape.attend(batch * config.heads * pixels * keys)
-    with tape.borrowed(queries):  # heads, before they are merged
+    with tape.temporary(queries):  # heads, before they are merged
         if config.bias is BiasKind.DEPTHWISE:
-            needs = depthwise_needs(batch * config.dim, size, BIAS_KERNEL, 1, SAME_3X3)
-            tape.step("attention", queries, queries + needs)  # beside the convolution and the merged heads without it
+            workspace = depthwise_workspace(batch * config.dim, size, BIAS_KERNEL, 1, SAME_3X3)
+            tape.step(
+                "attention", queries, queries + workspace
+            )  # beside the convolution and the merged heads without it
         else:
             tape.step("attention", queries)
         tape.step("query and output", queries)
@@ -115,13 +117,15 @@ def _points_memory(tape: Tape, batch: int, size: Size, keys: int, config: Deform
     samples, coordinates = batch * keys * config.dim, 2 * batch * config.groups * keys
     if config.offset_bound is not OffsetBound.NONE:
         padding = offset_padding(size, config.kernel_size, config.stride, config.convention)
-        needs = depthwise_needs(batch * config.dim, size, config.kernel_size, config.stride, padding)
-        tape.step("offset network", samples, needs)
+        workspace = depthwise_workspace(batch * config.dim, size, config.kernel_size, config.stride, padding)
+        tape.step("offset network", samples, workspace)
         tape.step("offset network", samples, samples)  # layer norm
         tape.step("offset network", samples, samples)  # GELU
     # The offsets are numbers of their own, or those that the network put out.
-    own = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_CELLS)
-    tape.step("offset network", coordinates * (4 if own else 3))  # network's output, offsets, points, points in pixels
+    separate = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_CELLS)
+    tape.step(
+        "offset network", coordinates * (4 if separate else 3)
+    )  # network's output, offsets, points, points in pixels
     tape.step("offset network", 2 * 2 * keys)  # the reference, normalised and in pixels
 
 
@@ -129,9 +133,9 @@ def _bias_memory(tape: Tape, batch: int, pairs: int, config: DeformableAttention
     """Take the steps of the bias on the logits, for `pairs` = queries · keys."""
     positions = batch * config.groups * pairs
     if config.bias is BiasKind.TABLE:
-        in_order = batch == 1 or config.groups == 1  # else the positions are copied to bring each group together
-        needs = sampling_needs(positions, config.heads // config.groups, tape.itemsize)
-        tape.step("bias", batch * config.heads * pairs, (2 if in_order else 4) * positions + needs)
+        contiguous = batch == 1 or config.groups == 1  # else the positions are copied to bring each group together
+        workspace = sampling_workspace(positions, config.heads // config.groups, tape.itemsize)
+        tape.step("bias", batch * config.heads * pairs, (2 if contiguous else 4) * positions + workspace)
     elif config.bias is BiasKind.LOG_CPB:
         tape.step("bias", 2 * positions, 2 * positions)  # displacement
         tape.step("bias", 2 * positions, 2 * 2 * positions)  # log-scaled
@@ -160,57 +164,52 @@ def window_terms(batch: int, size: Size, config: WindowAttentionConfig) -> Macs:
 
 def window_memory(tape: Tape, batch: int, size: Size, config: WindowAttentionConfig) -> None:
     """Take the steps of `window_attention`."""
-    places = config.window_size**2
+    window_area = config.window_size**2
     windows = math.prod(-(-length // config.window_size) for length in size)
-    pixels, cut = batch * math.prod(size) * config.dim, batch * windows * places * config.dim
-    hides = config.shift > 0 or any(length % config.window_size for length in size)
-    logits = batch * windows * config.heads * places**2
-    pairs = windows * places**2
+    pixels, window_elements = batch * math.prod(size) * config.dim, batch * windows * window_area * config.dim
+    masked = config.shift > 0 or any(length % config.window_size for length in size)
+    logits = batch * windows * config.heads * window_area**2
+    pairs = windows * window_area**2
 
-    tape.step("attention", 2 * windows * places, itemsize=INDEX)  # the pixel of each place
-    tape.step("query and output", cut)
+    tape.step("attention", 2 * windows * window_area, itemsize=INDEX)  # the pixel of each place
+    tape.step("query and output", window_elements)
     tape.step(
-        "key and value", 2 * cut, 3 * pixels + 3 * cut
+        "key and value", 2 * window_elements, 3 * pixels + 3 * window_elements
     )  # beside the projected map, and its windows in another order
     # Where keys are hidden, each window has a bias of its own, and a mask of numbers beside that of booleans.
-    with tape.borrowed(pairs // tape.itemsize + (logits + pairs if hides else config.heads * places**2)):
+    with tape.temporary(pairs // tape.itemsize + (logits + pairs if masked else config.heads * window_area**2)):
         tape.attend(logits)
-        with tape.borrowed(cut):  # heads, before they are merged
-            tape.step("attention", pixels, 2 * cut)  # beside the heads joined, and their pixels that lie in the map
+        with tape.temporary(window_elements):  # heads, before they are merged
+            tape.step(
+                "attention", pixels, 2 * window_elements
+            )  # beside the heads joined, and their pixels that lie in the map
             tape.step("query and output", pixels)
-
-
-def _padded(size: Size, config: NeighborhoodAttentionConfig) -> Size:
-    if config.small_map == "shrink":
-        return size
-    least = config.kernel_size * config.dilation
-    return max(size[0], least), max(size[1], least)
 
 
 def neighborhood_terms(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> Macs:
     """Cut `neighborhood_attention_macs` into terms, over the padded map where there is padding."""
-    size = _padded(size, config)
+    size = padded_size(size, config)
     return _projected_macs(batch * math.prod(size), batch, size, config)
 
 
 def neighborhood_memory(tape: Tape, batch: int, size: Size, config: NeighborhoodAttentionConfig) -> None:
     """Take the steps of `neighborhood_attention`."""
-    size = _padded(size, config)
+    size = padded_size(size, config)
     pixels = math.prod(size)
     keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
-    numbers = batch * pixels * config.dim
+    elements = batch * pixels * config.dim
 
     if config.small_map == "pad":
-        tape.step("query and output", numbers)  # the padded map, a copy even where there is nothing to fill
-    with tape.borrowed(pixels * keys * INDEX // tape.itemsize):  # where in the table each displacement stands
+        tape.step("query and output", elements)  # the padded map, a copy even where there is nothing to fill
+    with tape.temporary(pixels * keys * INDEX // tape.itemsize):  # where in the table each displacement stands
         tape.step("attention", pixels * keys, itemsize=INDEX)
-        tape.step("query and output", numbers)
-        tape.step("key and value", 2 * numbers + 2 * numbers * keys)  # projected, then gathered for each query
-        with tape.borrowed(config.heads * pixels * keys):  # bias
+        tape.step("query and output", elements)
+        tape.step("key and value", 2 * elements + 2 * elements * keys)  # projected, then gathered for each query
+        with tape.temporary(config.heads * pixels * keys):  # bias
             tape.attend(batch * config.heads * pixels * keys)
-            with tape.borrowed(numbers):
-                tape.step("attention", numbers)
-                tape.step("query and output", numbers)
+            with tape.temporary(elements):
+                tape.step("attention", elements)
+                tape.step("query and output", elements)
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -225,20 +224,23 @@ FORMULAS: dict[type, Formula] = {
         deformable_layer_macs,
         deformable_memory,
         interpolated=_deformable_interpolated,
-        moves=lambda config: config.offset_bound is not OffsetBound.NONE,
+        data_dependent_points=lambda config: config.offset_bound is not OffsetBound.NONE,
     ),
     WindowAttentionConfig: Formula(window_terms, window_memory),
     NeighborhoodAttentionConfig: Formula(
         neighborhood_terms,
         neighborhood_memory,
-        keeps_input=lambda config: config.small_map == "shrink",
+        saves_input=lambda config: config.small_map == "shrink",
     ),
     MultiHeadAttentionConfig: Formula(
-        multi_head_terms, multi_head_memory, interpolated=lambda config: {"bias"}, moves=lambda config: False
+        multi_head_terms,
+        multi_head_memory,
+        interpolated=lambda config: {"bias"},
+        data_dependent_points=lambda config: False,
     ),
     PyramidAttentionConfig: Formula(pyramid_terms, pyramid_memory),
     DeformableConvConfig: Formula(deformable_conv_terms, deformable_conv_memory, _samples),
     MultiScaleDeformableConfig: Formula(multi_scale_deformable_terms, multi_scale_deformable_memory, _samples),
-    SwapInAttentionConfig: Formula(swap_in_terms, swap_in_memory, _samples),
+    DATDCNAttentionConfig: Formula(dat_dcn_terms, dat_dcn_memory, _samples),
     PerQueryAttentionConfig: Formula(per_query_terms, per_query_memory, _samples),
 }

@@ -39,7 +39,7 @@ NOT_THE_SPEC = ("complexity", "torch", "viz", "cli", "testing", "data")
 # Functions of NumPy whose result does not depend on the numbers in their arguments, only on the shape.
 SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "shape", "ndim", "size", "result_type"}
 # Operations that multiply and add in ways for which no rule is written: refused, so that no count is silently short.
-UNKNOWN = {"dot", "vdot", "inner", "outer", "kron", "convolve", "correlate", "cross", "interp", "trapezoid"}
+UNSUPPORTED = {"dot", "vdot", "inner", "outer", "kron", "convolve", "correlate", "cross", "interp", "trapezoid"}
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Counts:
         """
         return Counts(
             *(
-                Counter({path: amount for path, amount in booked.items() if set(names) & set(path)})
-                for booked in (self.macs_by_path, self.gathers_by_path, self.lookups_by_path)
+                Counter({path: amount for path, amount in counter.items() if set(names) & set(path)})
+                for counter in (self.macs_by_path, self.gathers_by_path, self.lookups_by_path)
             )
         )
 
@@ -83,60 +83,64 @@ class Counts:
 # ------------------------------------------------------------------------------------------------ the counting array
 
 
-class Counted(np.ndarray):
+class CountingArray(np.ndarray):
     """An array that reports what is done with it to the open `Counts`."""
 
-    depends: bool  # on the input or the parameters, rather than on shapes alone
+    data_dependent: bool  # on the input or the parameters, rather than on shapes alone
     product: bool  # whether each element is a fresh product, which becomes a multiply-add once it is summed
 
     def __array_finalize__(self, parent: Any) -> None:
-        self.depends = getattr(parent, "depends", False)
+        self.data_dependent = getattr(parent, "data_dependent", False)
         self.product = getattr(parent, "product", False)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         out = kwargs.get("out", ())
         if out:
-            kwargs["out"] = tuple(_plain(array) for array in out)
-        result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+            kwargs["out"] = tuple(_unwrap(array) for array in out)
+        result = getattr(ufunc, method)(*map(_unwrap, inputs), **kwargs)
         if ufunc.signature is not None:
-            _book("macs_by_path", _contraction(ufunc, inputs))
+            _record("macs_by_path", _contraction(ufunc, inputs))
         elif ufunc is np.add and (summed := _summed_products(method, inputs, out)):
-            _book("macs_by_path", summed)
-        return _report(
+            _record("macs_by_path", summed)
+        return _as_counting(
             result,
             out,
-            depends=any(_depends(array) for array in inputs),
+            data_dependent=any(_is_data_dependent(array) for array in inputs),
             product=ufunc is np.multiply and method == "__call__",
         )
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         name = function.__name__
         module = getattr(function, "__module__", "") or ""
-        if name in UNKNOWN or "linalg" in module or "fft" in module:
+        if name in UNSUPPORTED or "linalg" in module or "fft" in module:
             raise NotImplementedError(f"counting: no rule says what {module}.{name} counts")
-        result = function(*_plain(list(args)), **_plain(kwargs))
+        result = function(*_unwrap(list(args)), **_unwrap(kwargs))
         if name == "einsum":
-            _book("macs_by_path", _einsum(*args))
+            _record("macs_by_path", _einsum(*args))
         elif name == "tensordot":
-            _book("macs_by_path", _tensordot(result, *args, **kwargs))
-        depends = name not in SHAPE_ONLY and (_depends(list(args)) or _depends(list(kwargs.values())))
+            _record("macs_by_path", _tensordot(result, *args, **kwargs))
+        data_dependent = name not in SHAPE_ONLY and (
+            _is_data_dependent(list(args)) or _is_data_dependent(list(kwargs.values()))
+        )
         if name in ("take", "take_along_axis", "choose", "compress", "extract"):
-            _book_reads(result, depends=_depends(list(args[1:])) or _depends(list(kwargs.values())))
-        return _report(result, (), depends=depends, product=False)
+            _record_reads(
+                result, data_dependent=_is_data_dependent(list(args[1:])) or _is_data_dependent(list(kwargs.values()))
+            )
+        return _as_counting(result, (), data_dependent=data_dependent, product=False)
 
     def __getitem__(self, key: Any) -> Any:
         parts = key if isinstance(key, tuple) else (key,)
         indices = [part for part in parts if isinstance(part, (np.ndarray, list))]
-        value = super().__getitem__(_plain(key))
+        value = super().__getitem__(_unwrap(key))
         if indices:
-            _book_reads(value, depends=_depends(indices))
-            if isinstance(value, Counted):
-                value.depends = value.depends or _depends(indices)
+            _record_reads(value, data_dependent=_is_data_dependent(indices))
+            if isinstance(value, CountingArray):
+                value.data_dependent = value.data_dependent or _is_data_dependent(indices)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(_plain(key), _plain(value))
-        self.depends = self.depends or _depends(value)
+        super().__setitem__(_unwrap(key), _unwrap(value))
+        self.data_dependent = self.data_dependent or _is_data_dependent(value)
         self.product = False
 
     def take(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,38 +150,38 @@ class Counted(np.ndarray):
         raise NotImplementedError("counting: no rule says what ndarray.dot counts; write @")
 
 
-def _plain(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     """Return arrays, in nested lists, tuples and dicts too, as plain arrays."""
-    if isinstance(value, Counted):
+    if isinstance(value, CountingArray):
         return value.view(np.ndarray)
     if isinstance(value, (list, tuple)):
-        plain = [_plain(item) for item in value]
+        plain = [_unwrap(item) for item in value]
         return plain if isinstance(value, list) else tuple(plain)
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _unwrap(item) for name, item in value.items()}
     return value
 
 
-def _report(result: Any, out: tuple[Any, ...], *, depends: bool, product: bool) -> Any:
+def _as_counting(result: Any, out: tuple[Any, ...], *, data_dependent: bool, product: bool) -> Any:
     """Return a result as counting arrays, with what is known of them."""
     if isinstance(result, (list, tuple)):
-        reported = [_report(item, (), depends=depends, product=product) for item in result]
-        return reported if isinstance(result, list) else tuple(reported)
+        items = [_as_counting(item, (), data_dependent=data_dependent, product=product) for item in result]
+        return items if isinstance(result, list) else tuple(items)
     if not isinstance(result, np.ndarray):
         return result
     if out:
-        if isinstance(out[0], Counted):
-            out[0].depends, out[0].product = out[0].depends or depends, product
+        if isinstance(out[0], CountingArray):
+            out[0].data_dependent, out[0].product = out[0].data_dependent or data_dependent, product
         return out[0]
-    counted = result.view(Counted)
-    counted.depends, counted.product = depends, product
+    counted = result.view(CountingArray)
+    counted.data_dependent, counted.product = data_dependent, product
     return counted
 
 
-def _depends(value: Any) -> bool:
+def _is_data_dependent(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(_depends(item) for item in value)
-    return isinstance(value, Counted) and value.depends
+        return any(_is_data_dependent(item) for item in value)
+    return isinstance(value, CountingArray) and value.data_dependent
 
 
 # ------------------------------------------------------------------------------------------------ the rules
@@ -215,28 +219,28 @@ def _summed_products(method: str, inputs: tuple[Any, ...], out: tuple[Any, ...])
     """Products that an addition adds to a running sum: the right side of ``+=``, or the elements of ``.sum()``."""
     in_place = method == "__call__" and bool(out) and out[0] is inputs[0]
     summand = inputs[1] if in_place else inputs[0]
-    if not (in_place or method == "reduce") or not (isinstance(summand, Counted) and summand.product):
+    if not (in_place or method == "reduce") or not (isinstance(summand, CountingArray) and summand.product):
         return 0
     summand.product = False  # counted once
     return int(summand.size)
 
 
-def _book_reads(values: Any, *, depends: bool) -> None:
-    _book("gathers_by_path" if depends else "lookups_by_path", int(np.size(values)))
+def _record_reads(values: Any, *, data_dependent: bool) -> None:
+    _record("gathers_by_path" if data_dependent else "lookups_by_path", int(np.size(values)))
 
 
 # ------------------------------------------------------------------------------------------------ the context
 
 
-_OPEN: list[Counts] = []
+_ACTIVE: list[Counts] = []
 
 
-def _book(kind: str, amount: int) -> None:
-    if _OPEN:
-        getattr(_OPEN[-1], kind)[_running()] += amount
+def _record(kind: str, amount: int) -> None:
+    if _ACTIVE:
+        getattr(_ACTIVE[-1], kind)[_call_path()] += amount
 
 
-def _running() -> Path:
+def _call_path() -> Path:
     """Return the names of the spec's functions on the call stack, outermost first."""
     names = []
     frame: FrameType | None = sys._getframe(1)
@@ -261,13 +265,17 @@ class _CountingNumPy:
             return value
         if name in ("asarray", "ascontiguousarray"):
             # These give a plain array, whatever they are given: the same numbers, with what was known of them.
-            return lambda array, *args, **kwargs: _report(
-                value(_plain(array), *args, **kwargs), (), depends=_depends(array), product=False
+            return lambda array, *args, **kwargs: _as_counting(
+                value(_unwrap(array), *args, **kwargs), (), data_dependent=_is_data_dependent(array), product=False
             )
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
-            return result if isinstance(result, Counted) else _report(result, (), depends=False, product=False)
+            return (
+                result
+                if isinstance(result, CountingArray)
+                else _as_counting(result, (), data_dependent=False, product=False)
+            )
 
         return call
 
@@ -276,12 +284,12 @@ class _CountingNumPy:
 def counting() -> Iterator[Counts]:
     """Count what the spec computes while the context is open.
 
-    Only arrays that `watched` returned, and what is computed from them, are known to depend on the data. Counting
+    Only arrays that `mark_as_data` returned, and what is computed from them, are known to depend on the data. Counting
     is for one thread: all of the process's calls of the spec are counted.
 
     >>> from dat_ref.ops.basic import linear
     >>> with counting() as counts:
-    ...     y = linear(watched(np.ones((1, 3, 4))), watched(np.ones((2, 3))))
+    ...     y = linear(mark_as_data(np.ones((1, 3, 4))), mark_as_data(np.ones((2, 3))))
     >>> counts.macs
     24
     """
@@ -289,7 +297,7 @@ def counting() -> Iterator[Counts]:
         module for name, module in list(sys.modules.items()) if _is_spec(name) and getattr(module, "np", None) is np
     ]
     counts = Counts()
-    _OPEN.append(counts)
+    _ACTIVE.append(counts)
     for module in modules:
         module.np = _CountingNumPy()  # type: ignore[attr-defined]
     try:
@@ -297,39 +305,39 @@ def counting() -> Iterator[Counts]:
     finally:
         for module in modules:
             module.np = np  # type: ignore[attr-defined]
-        _OPEN.remove(counts)
+        _ACTIVE.remove(counts)
 
 
-def watched(tree: Tree) -> Tree:
+def mark_as_data(tree: Tree) -> Tree:
     """Return a tree of arrays (or one array) whose numbers are data: the input or the parameters."""
 
-    def watch(leaf: Any) -> Any:
-        counted = np.asarray(leaf).view(Counted)
-        counted.depends, counted.product = True, False
+    def mark(leaf: Any) -> Any:
+        counted = np.asarray(leaf).view(CountingArray)
+        counted.data_dependent, counted.product = True, False
         return counted
 
-    return map_tree(watch, tree)
+    return map_tree(mark, tree)
 
 
 def count(function: Callable[..., Any], x: Array, params: Tree, *args: Any, **kwargs: Any) -> Counts:
     """Run ``function(x, params, ...)``, such as `deformable_layer` or `block`, and return what it did."""
     with counting() as counts:
-        function(watched(x), watched(params), *args, **kwargs)
+        function(mark_as_data(x), mark_as_data(params), *args, **kwargs)
     return counts
 
 
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def held_bytes(tree: Any, without: Any = ()) -> int:
+def retained_bytes(tree: Any, exclude: Any = ()) -> int:
     """Return the bytes of the distinct arrays in a tree, a trace or a list of them; views of one array count once.
 
     Args:
         tree: nested dataclasses, tuples, lists and dicts of arrays.
-        without: a tree of arrays that were there before.
+        exclude: a tree of arrays that were there before.
     """
-    before = _owners(without)
-    return sum(owner.nbytes for key, owner in _owners(tree).items() if key not in before)
+    excluded = _owners(exclude)
+    return sum(owner.nbytes for key, owner in _owners(tree).items() if key not in excluded)
 
 
 def _owners(tree: Any) -> dict[int, Array]:
@@ -353,11 +361,11 @@ class Allocation(NamedTuple):
     """What a call reserved, in bytes, and what it returned."""
 
     peak: int  # the most that was reserved at once, above what was there before
-    left: int  # what is still reserved when it returns: its result
+    retained: int  # what is still reserved when it returns: its result
     result: Any
 
 
-def allocated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Allocation:
+def measure_allocation(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Allocation:
     """Run a function and return what tracemalloc saw it reserve: NumPy reports to it, torch does not.
 
     Python's own objects are in these numbers, so they carry meaning for arrays that are larger than those.
@@ -366,11 +374,11 @@ def allocated(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Alloca
     if not was_tracing:
         tracemalloc.start()
     try:
-        before, _ = tracemalloc.get_traced_memory()
+        start, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         result = function(*args, **kwargs)
-        now, peak = tracemalloc.get_traced_memory()
+        end, peak = tracemalloc.get_traced_memory()
     finally:
         if not was_tracing:
             tracemalloc.stop()
-    return Allocation(peak - before, now - before, result)
+    return Allocation(peak - start, end - start, result)

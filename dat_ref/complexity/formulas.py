@@ -24,8 +24,8 @@ from ..config import BlockConfig, DATConfig
 from ..ops.basic import depthwise_conv2d_macs, linear_macs
 from ..ops.grid import Size
 from ..params import count, flatten
-from .attentions import FORMULAS, OWNERS, Formula
-from .memory import Tape, depthwise_needs
+from .attentions import FORMULAS, TERM_OF_PARAMETER, Formula
+from .memory import Tape, depthwise_workspace
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Term:
         interpolated: those of `macs` that weight the four pixels around a point. They are neither matrix products nor
             convolutions, and FLOP counters (and the articles' totals) leave them out.
         gathers: values read at addresses that depend on the data.
-        kept: bytes held for the backward.
+        saved_bytes: bytes held for the backward.
     """
 
     parameters: int = 0
     macs: int = 0
     interpolated: int = 0
     gathers: int = 0
-    kept: int = 0
+    saved_bytes: int = 0
 
     def __add__(self, other: Term) -> Term:
         return Term(
@@ -53,7 +53,7 @@ class Term:
             self.macs + other.macs,
             self.interpolated + other.interpolated,
             self.gathers + other.gathers,
-            self.kept + other.kept,
+            self.saved_bytes + other.saved_bytes,
         )
 
     @property
@@ -112,15 +112,15 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
     macs = formula.macs(batch, size, config)
     parameters = _parameters(ATTENTIONS[type(config)].shapes(config))
     interpolated = {name: macs[name] for name in formula.interpolated(config) if name in macs}
-    gathers = interpolated if formula.moves(config) else {}
-    names = dict.fromkeys([*macs, *parameters, *tape.kept])  # in this order, each once
+    gathers = interpolated if formula.data_dependent_points(config) else {}
+    names = dict.fromkeys([*macs, *parameters, *tape.saved_bytes])  # in this order, each once
     return {
         name: Term(
             parameters.get(name, 0),
             macs.get(name, 0),
             interpolated.get(name, 0),
             gathers.get(name, 0),
-            tape.kept[name],
+            tape.saved_bytes[name],
         )
         for name in names
     }
@@ -128,10 +128,10 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
 
 def _parameters(shapes: Tree) -> dict[str, int]:
     """Return parameters by term; a joint projection ``qkv`` is the queries' to a third."""
-    found: dict[str, int] = {}
+    parameters: dict[str, int] = {}
 
     def add(term: str, amount: int) -> None:
-        found[term] = found.get(term, 0) + amount
+        parameters[term] = parameters.get(term, 0) + amount
 
     for name, shape in flatten(shapes).items():
         part = name.split(".")[0]
@@ -139,8 +139,8 @@ def _parameters(shapes: Tree) -> dict[str, int]:
             add("query and output", math.prod(shape) // 3)
             add("key and value", math.prod(shape) // 3 * 2)
         else:
-            add(OWNERS.get(part, part.replace("_", " ")), math.prod(shape))
-    return found
+            add(TERM_OF_PARAMETER.get(part, part.replace("_", " ")), math.prod(shape))
+    return parameters
 
 
 # ------------------------------------------------------------------------------------------------ the block
@@ -190,37 +190,37 @@ def block_cost(
     parameters["norms and sums"] = sum(
         count(tree) for name, tree in shapes.items() if name.startswith(("norm", "layer_scale"))
     )
-    own: Terms = {
-        name: Term(parameters[name], macs.get(name, 0), kept=tape.kept[name])
+    block_terms: Terms = {
+        name: Term(parameters[name], macs.get(name, 0), saved_bytes=tape.saved_bytes[name])
         for name in ("local perception", "mlp", "norms and sums")
         if name in parameters
     }
-    return BlockCost(stage, block, config.attention.kind, size, {**attention, **own}, tape.peak)
+    return BlockCost(stage, block, config.attention.kind, size, {**attention, **block_terms}, tape.peak)
 
 
 def _block_memory(tape: Tape, batch: int, size: Size, config: BlockConfig) -> None:
     """Take the steps of `block`."""
-    numbers = batch * math.prod(size) * config.dim
-    hidden = config.mlp_ratio * numbers
-    scaled = numbers if config.layer_scale is not None else 0
+    elements = batch * math.prod(size) * config.dim
+    hidden = config.mlp_ratio * elements
+    layer_scale_elements = elements if config.layer_scale is not None else 0
     if config.local_perception:
-        tape.step("local perception", numbers, depthwise_needs(batch * config.dim, size, 3, 1, SAME_3X3))
+        tape.step("local perception", elements, depthwise_workspace(batch * config.dim, size, 3, 1, SAME_3X3))
     formula = formula_of(config.attention)
-    if formula.keeps_input(config.attention):
-        tape.step("norms and sums", numbers, numbers)  # norm
+    if formula.saves_input(config.attention):
+        tape.step("norms and sums", elements, elements)  # norm
         formula.memory(tape, batch, size, config.attention)
     else:
-        with tape.borrowed(numbers, needs=numbers):
+        with tape.temporary(elements, workspace=elements):
             formula.memory(tape, batch, size, config.attention)
-    tape.step("norms and sums", numbers, scaled)  # sum
-    tape.step("norms and sums", numbers, numbers)  # norm
+    tape.step("norms and sums", elements, layer_scale_elements)  # sum
+    tape.step("norms and sums", elements, elements)  # norm
     tape.step("mlp", hidden)
     if config.mlp != "linear":
         maps = batch * config.dim * config.mlp_ratio
-        tape.step("mlp", hidden, depthwise_needs(maps, size, 3, 1, SAME_3X3))
+        tape.step("mlp", hidden, depthwise_workspace(maps, size, 3, 1, SAME_3X3))
     tape.step("mlp", hidden, hidden)  # GELU
-    tape.step("mlp", numbers)
-    tape.step("norms and sums", numbers, scaled)  # sum
+    tape.step("mlp", elements)
+    tape.step("norms and sums", elements, layer_scale_elements)  # sum
 
 
 # ------------------------------------------------------------------------------------------------ the backbone
@@ -251,15 +251,15 @@ class BackboneCost:
 
         While a block runs, the trace of the one before is still there, and that of what led into the stage.
         """
-        most = entering = before = stage = 0
+        peak = stage_input = previous_block = stage = 0
         for part in self.parts:
-            most = max(most, part.peak + (entering + before if part.stage else 0))
+            peak = max(peak, part.peak + (stage_input + previous_block if part.stage else 0))
             if part.block:
-                before = part.total.kept
+                previous_block = part.total.saved_bytes
             else:
-                entering = part.total.kept + (entering if part.stage == stage else 0)
+                stage_input = part.total.saved_bytes + (stage_input if part.stage == stage else 0)
             stage = part.stage
-        return most
+        return peak
 
 
 def backbone_cost(batch: int, size: Size, config: DATConfig, *, itemsize: int = 4) -> BackboneCost:
@@ -273,7 +273,7 @@ def backbone_cost(batch: int, size: Size, config: DATConfig, *, itemsize: int = 
     shapes, image_size = dat_shapes(config), size
     parts: list[BlockCost] = []
     for number, part in enumerate(shapes["patch_embedding"]):
-        cost = _embed_cost(batch, size, part, itemsize, 1, "patch embedding", activated=number > 0)
+        cost = _embed_cost(batch, size, part, itemsize, 1, "patch embedding", with_gelu=number > 0)
         parts.append(cost)
         size = cost.size
     for index, blocks in enumerate(config.stages):
@@ -288,29 +288,31 @@ def backbone_cost(batch: int, size: Size, config: DATConfig, *, itemsize: int = 
 
 
 def _embed_cost(
-    batch: int, size: Size, shapes: Tree, itemsize: int, stage: int, kind: str, activated: bool = False
+    batch: int, size: Size, shapes: Tree, itemsize: int, stage: int, kind: str, with_gelu: bool = False
 ) -> BlockCost:
-    """Cost of a strided convolution and its norm; `activated` if a GELU comes first."""
+    """Cost of a strided convolution and its norm; `with_gelu` if a GELU comes first."""
     channels_out, channels_in, kernel, _ = shapes["projection"]["weight"]
-    macs, made = embed_macs(batch, size, channels_in, channels_out, kernel)
-    outputs = batch * math.prod(made)
+    macs, output_size = embed_macs(batch, size, channels_in, channels_out, kernel)
+    outputs = batch * math.prod(output_size)
     tape = Tape(itemsize)
-    if activated:
+    if with_gelu:
         tape.step(kind, batch * channels_in * math.prod(size), batch * channels_in * math.prod(size))
-    columns = batch * channels_in * math.prod(size) + outputs * (channels_in + channels_out)
-    tape.step(kind, outputs * channels_out, columns)
+    workspace = batch * channels_in * math.prod(size) + outputs * (channels_in + channels_out)
+    tape.step(kind, outputs * channels_out, workspace)
     tape.step(kind, outputs * channels_out, outputs * channels_out)
-    terms = {kind: Term(count(shapes), macs, kept=tape.kept[kind])}
-    return BlockCost(stage, 0, kind, made, terms, tape.peak)
+    terms = {kind: Term(count(shapes), macs, saved_bytes=tape.saved_bytes[kind])}
+    return BlockCost(stage, 0, kind, output_size, terms, tape.peak)
 
 
 def _head_cost(batch: int, size: Size, config: DATConfig, shapes: Tree, itemsize: int) -> BlockCost:
     dim = config.dims[-1]
-    numbers = batch * dim * math.prod(size)
+    elements = batch * dim * math.prod(size)
     tape = Tape(itemsize)
-    tape.step("head", numbers, numbers)  # norm
+    tape.step("head", elements, elements)  # norm
     tape.step("head", batch * dim)  # mean
     tape.step("head", batch * config.num_classes)
     parameters = count(shapes["norm"]) + count(shapes.get("head", {}))
     macs = linear_macs(batch, dim, config.num_classes)
-    return BlockCost(0, 0, "head", size, {"head": Term(parameters, macs, kept=tape.kept["head"])}, tape.peak)
+    return BlockCost(
+        0, 0, "head", size, {"head": Term(parameters, macs, saved_bytes=tape.saved_bytes["head"])}, tape.peak
+    )

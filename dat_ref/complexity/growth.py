@@ -29,7 +29,7 @@ class Growth:
     def __post_init__(self) -> None:
         if len(self.sides) < 2 or len(self.sides) != len(self.counts):
             raise ValueError(f"counts: expected one for each of at least two sides, got {self.counts} at {self.sides}")
-        if any(after != 2 * before for before, after in zip(self.sides, self.sides[1:])):
+        if any(following != 2 * previous for previous, following in zip(self.sides, self.sides[1:])):
             raise ValueError(f"sides: expected each to be twice the one before, got {self.sides}")
         if min(self.counts) <= 0:
             raise ValueError(f"counts: expected positive numbers, got {self.counts}")
@@ -43,7 +43,7 @@ class Growth:
     @property
     def steps(self) -> tuple[float, ...]:
         """Exponent of each doubling: log₂ of how many times the count grew."""
-        return tuple(math.log2(after / before) for before, after in zip(self.counts, self.counts[1:]))
+        return tuple(math.log2(following / previous) for previous, following in zip(self.counts, self.counts[1:]))
 
 
 def doubling(first: int, times: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Two numbers come out, both of arrays alone:
 
 - **kept**: the bytes of the distinct arrays that a pass makes and its trace holds on to, with its output; views of
   one array count once, the input and the parameters not at all. An integer, equal to what
-  `dat_ref.complexity.held_bytes` measures.
+  `dat_ref.complexity.retained_bytes` measures.
 - **peak**: the most bytes that arrays take at any moment of the pass, kept ones included. What a step needs beside
   its result is written with the step. Small index and grid arrays are left out, so tracemalloc agrees within a few
   percent where maps are large, not to the byte.
@@ -34,36 +34,36 @@ class Tape:
     """Adds up a pass, step by step: what each keeps, by term, and the most that is held at once.
 
     >>> tape = Tape(itemsize=4)
-    >>> tape.step("attention", keeps=10, needs=20)
-    >>> with tape.borrowed(5):
-    ...     tape.step("output", keeps=1)
-    >>> dict(tape.kept), tape.held, tape.peak
+    >>> tape.step("attention", saved=10, workspace=20)
+    >>> with tape.temporary(5):
+    ...     tape.step("output", saved=1)
+    >>> dict(tape.saved_bytes), tape.live, tape.peak
     ({'attention': 40, 'output': 4}, 44, 120)
     """
 
     itemsize: int
-    kept: Counter[str] = field(default_factory=Counter)  # bytes by term
-    held: int = 0  # bytes there are now: kept, or borrowed for more than one step
+    saved_bytes: Counter[str] = field(default_factory=Counter)  # bytes by term
+    live: int = 0  # bytes there are now: kept, or borrowed for more than one step
     peak: int = 0
 
-    def step(self, term: str, keeps: int, needs: int = 0, *, itemsize: int | None = None) -> None:
-        """Make an array of `keeps` numbers that stays, with `needs` numbers beside it that do not."""
-        result = keeps * (itemsize or self.itemsize)
-        self.peak = max(self.peak, self.held + result + needs * self.itemsize)
-        self.kept[term] += result
-        self.held += result
+    def step(self, term: str, saved: int, workspace: int = 0, *, itemsize: int | None = None) -> None:
+        """Make an array of `saved` numbers that stays, with `workspace` numbers beside it that do not."""
+        result = saved * (itemsize or self.itemsize)
+        self.peak = max(self.peak, self.live + result + workspace * self.itemsize)
+        self.saved_bytes[term] += result
+        self.live += result
 
     def attend(self, logits: int) -> None:
         """Take the step of `ops.attention.attend` that makes the weights, what softmax needs beside them."""
         self.step("attention", logits, 2 * logits)
 
     @contextmanager
-    def borrowed(self, numbers: int, needs: int = 0) -> Iterator[None]:
-        """Take numbers that outlive a step but are not kept, made with `needs` numbers beside them."""
-        self.held += numbers * self.itemsize
-        self.peak = max(self.peak, self.held + needs * self.itemsize)
+    def temporary(self, elements: int, workspace: int = 0) -> Iterator[None]:
+        """Take numbers that outlive a step but are not kept, made with `workspace` numbers beside them."""
+        self.live += elements * self.itemsize
+        self.peak = max(self.peak, self.live + workspace * self.itemsize)
         yield
-        self.held -= numbers * self.itemsize
+        self.live -= elements * self.itemsize
 
 
 def padded_pixels(size: Size, padding: Padding) -> int:
@@ -71,18 +71,20 @@ def padded_pixels(size: Size, padding: Padding) -> int:
     return math.prod(length + sum(pad) for length, pad in zip(size, padding, strict=True))
 
 
-def depthwise_needs(maps: int, size: Size, kernel: int, stride: int, padding: Padding) -> int:
+def depthwise_workspace(maps: int, size: Size, kernel: int, stride: int, padding: Padding) -> int:
     """Numbers beside the result of `depthwise_conv2d` over `maps` = B·C: the padded map, and one tap's products."""
     return maps * (padded_pixels(size, padding) + math.prod(conv_size(size, kernel, stride, padding)))
 
 
-def conv_needs(batch: int, channels: tuple[int, int], size: Size, kernel: int, stride: int, padding: Padding) -> int:
+def conv_workspace(
+    batch: int, channels: tuple[int, int], size: Size, kernel: int, stride: int, padding: Padding
+) -> int:
     """Numbers beside the result of `conv2d`: the padded map, and one tap's pixels with what becomes of them."""
-    made = math.prod(conv_size(size, kernel, stride, padding))
-    return batch * (channels[0] * (padded_pixels(size, padding) + made) + channels[1] * made)
+    outputs = math.prod(conv_size(size, kernel, stride, padding))
+    return batch * (channels[0] * (padded_pixels(size, padding) + outputs) + channels[1] * outputs)
 
 
-def sampling_needs(points: int, channels: int, itemsize: int) -> int:
+def sampling_workspace(points: int, channels: int, itemsize: int) -> int:
     """Numbers beside the result of `bilinear_sample`, but for the map as rows.
 
     A point has its two coordinates clipped, their floors and distances, both rows and both columns with their

@@ -9,18 +9,18 @@ from ..ops.basic import conv2d_macs, depthwise_conv2d_macs, linear_macs
 from ..ops.bias import table_bias_macs
 from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample_macs
+from ..peers.dat_dcn import DATDCNAttentionConfig, dat_dcn_attention_macs
 from ..peers.deform_conv import DeformableConvConfig, deformable_conv_macs
 from ..peers.mhsa import MultiHeadAttentionConfig, multi_head_attention_macs
 from ..peers.ms_deform_attn import MultiScaleDeformableConfig, multi_scale_deformable_layer_macs
 from ..peers.per_query import PerQueryAttentionConfig, per_query_attention_macs
 from ..peers.pyramid import PyramidAttentionConfig, pyramid_attention_macs
-from ..peers.swap_in import SwapInAttentionConfig, swap_in_attention_macs
-from .memory import Macs, Tape, conv_needs, depthwise_needs, sampling_needs
+from .memory import Macs, Tape, conv_workspace, depthwise_workspace, sampling_workspace
 
 
-def _rest(name: str, whole: int, parts: Macs) -> Macs:
+def _with_remainder(name: str, total_macs: int, parts: Macs) -> Macs:
     """Return the parts with what is left of the whole as another term, first."""
-    return {name: whole - sum(parts.values()), **parts}
+    return {name: total_macs - sum(parts.values()), **parts}
 
 
 # ------------------------------------------------------------------------------------------------ the whole map
@@ -33,23 +33,23 @@ def multi_head_terms(batch: int, size: Size, config: MultiHeadAttentionConfig) -
     parts = {"query and output": projections, "key and value": projections}
     if config.size is not None:
         parts["bias"] = table_bias_macs(1, config.heads, pixels, pixels)
-    return _rest("attention", multi_head_attention_macs(batch, size, config), parts)
+    return _with_remainder("attention", multi_head_attention_macs(batch, size, config), parts)
 
 
 def multi_head_memory(tape: Tape, batch: int, size: Size, config: MultiHeadAttentionConfig) -> None:
     """Take the steps of `multi_head_attention`; a bias is the same for every image, and not kept."""
     pixels = math.prod(size)
-    numbers, pairs = batch * pixels * config.dim, pixels**2
-    tape.step("query and output", numbers)
-    tape.step("key and value", 2 * numbers)
-    bias, needs = 0, 0
+    elements, pairs = batch * pixels * config.dim, pixels**2
+    tape.step("query and output", elements)
+    tape.step("key and value", 2 * elements)
+    bias, workspace = 0, 0
     if config.size is not None:
-        bias, needs = config.heads * pairs, 2 * pairs + sampling_needs(pairs, config.heads, tape.itemsize)
-    with tape.borrowed(bias, needs):
+        bias, workspace = config.heads * pairs, 2 * pairs + sampling_workspace(pairs, config.heads, tape.itemsize)
+    with tape.temporary(bias, workspace):
         tape.attend(batch * config.heads * pairs)
-        with tape.borrowed(numbers):
-            tape.step("attention", numbers)
-            tape.step("query and output", numbers)
+        with tape.temporary(elements):
+            tape.step("attention", elements)
+            tape.step("query and output", elements)
 
 
 def pyramid_terms(batch: int, size: Size, config: PyramidAttentionConfig) -> Macs:
@@ -62,7 +62,7 @@ def pyramid_terms(batch: int, size: Size, config: PyramidAttentionConfig) -> Mac
     }
     if cell > 1:
         parts["reduction"] = conv2d_macs(keys, config.dim, config.dim, cell)
-    return _rest("attention", pyramid_attention_macs(batch, size, config), parts)
+    return _with_remainder("attention", pyramid_attention_macs(batch, size, config), parts)
 
 
 def _reduced(size: Size, cell: int) -> int:
@@ -72,18 +72,18 @@ def _reduced(size: Size, cell: int) -> int:
 def pyramid_memory(tape: Tape, batch: int, size: Size, config: PyramidAttentionConfig) -> None:
     """Take the steps of `pyramid_attention`."""
     cell, pixels, keys = config.reduction, math.prod(size), _reduced(size, config.reduction)
-    numbers, reduced = batch * pixels * config.dim, batch * keys * config.dim
+    elements, reduced = batch * pixels * config.dim, batch * keys * config.dim
     if cell > 1:
         bottom, right = (-length % cell for length in size)
-        needs = conv_needs(batch, (config.dim, config.dim), size, cell, cell, ((0, bottom), (0, right)))
-        tape.step("reduction", reduced, needs)
+        workspace = conv_workspace(batch, (config.dim, config.dim), size, cell, cell, ((0, bottom), (0, right)))
+        tape.step("reduction", reduced, workspace)
         tape.step("reduction", reduced, reduced)  # layer norm
-    tape.step("query and output", numbers)
+    tape.step("query and output", elements)
     tape.step("key and value", 2 * reduced)
     tape.attend(batch * config.heads * pixels * keys)
-    with tape.borrowed(numbers):
-        tape.step("attention", numbers)
-        tape.step("query and output", numbers)
+    with tape.temporary(elements):
+        tape.step("attention", elements)
+        tape.step("query and output", elements)
 
 
 # ------------------------------------------------------------------------------------------------ moved taps
@@ -92,12 +92,12 @@ def pyramid_memory(tape: Tape, batch: int, size: Size, config: PyramidAttentionC
 def deformable_conv_terms(batch: int, size: Size, config: DeformableConvConfig) -> Macs:
     """Cut `deformable_conv_macs` into terms."""
     pixels = batch * math.prod(size)
-    predicted = (3 if config.modulated else 2) * config.offset_groups * config.taps
+    channels = (3 if config.modulated else 2) * config.offset_groups * config.taps
     parts = {
-        "offset network": conv2d_macs(pixels, config.dim, predicted, config.kernel_size),
+        "offset network": conv2d_macs(pixels, config.dim, channels, config.kernel_size),
         "sampling": bilinear_sample_macs(pixels * config.taps, config.dim),
     }
-    return _rest("convolution", deformable_conv_macs(batch, size, config), parts)
+    return _with_remainder("convolution", deformable_conv_macs(batch, size, config), parts)
 
 
 def deformable_conv_memory(tape: Tape, batch: int, size: Size, config: DeformableConvConfig) -> None:
@@ -107,13 +107,13 @@ def deformable_conv_memory(tape: Tape, batch: int, size: Size, config: Deformabl
     padding = ((half, half), (half, half))
     for number in (2, 1) if config.modulated else (2,):  # offsets, modulation
         channels = (config.dim, number * config.offset_groups * config.taps)
-        needs = conv_needs(batch, channels, size, config.kernel_size, 1, padding)
-        tape.step("offset network", number * points, needs)
-    numbers, found = pixels * config.dim, pixels * config.taps * config.dim
-    sampling = numbers + found + sampling_needs(points, config.dim // config.offset_groups, tape.itemsize)
-    weighing = (3 if config.modulated else 2) * found
-    with tape.borrowed(2 * points, max(sampling, weighing)):
-        tape.step("convolution", numbers, numbers)
+        workspace = conv_workspace(batch, channels, size, config.kernel_size, 1, padding)
+        tape.step("offset network", number * points, workspace)
+    elements, gathered = pixels * config.dim, pixels * config.taps * config.dim
+    sampling = elements + gathered + sampling_workspace(points, config.dim // config.offset_groups, tape.itemsize)
+    weighting = (3 if config.modulated else 2) * gathered
+    with tape.temporary(2 * points, max(sampling, weighting)):
+        tape.step("convolution", elements, elements)
     tape.step("offset network", 2 * points)
 
 
@@ -122,43 +122,43 @@ def deformable_conv_memory(tape: Tape, batch: int, size: Size, config: Deformabl
 
 def multi_scale_deformable_terms(batch: int, size: Size, config: MultiScaleDeformableConfig) -> Macs:
     """Cut `multi_scale_deformable_layer_macs` into terms: one level, every pixel a query and a value."""
-    pixels, compared = batch * math.prod(size), config.scoring == "dot_product"
-    projections = linear_macs(pixels, config.dim, config.dim) * (2 if compared else 1)
+    pixels, by_dot_product = batch * math.prod(size), config.scoring == "dot_product"
+    projections = linear_macs(pixels, config.dim, config.dim) * (2 if by_dot_product else 1)
     parts = {
         "query and output": projections,
         "key and value": projections,
         "offset network": linear_macs(pixels, config.dim, 2 * config.samples),
-        "sampling": bilinear_sample_macs(pixels * config.points, config.dim) * (2 if compared else 1),
+        "sampling": bilinear_sample_macs(pixels * config.points, config.dim) * (2 if by_dot_product else 1),
     }
-    return _rest("attention", multi_scale_deformable_layer_macs(batch, size, config), parts)
+    return _with_remainder("attention", multi_scale_deformable_layer_macs(batch, size, config), parts)
 
 
 def multi_scale_deformable_memory(tape: Tape, batch: int, size: Size, config: MultiScaleDeformableConfig) -> None:
     """Take the steps of `multi_scale_deformable_layer`."""
     pixels = batch * math.prod(size)
-    numbers, points = pixels * config.dim, pixels * config.samples
+    elements, points = pixels * config.dim, pixels * config.samples
     tape.step("offset network", 3 * 2 * points + 2 * math.prod(size))  # offsets, locations, pixels; the references
-    tape.step("key and value", numbers)
+    tape.step("key and value", elements)
     _sample_tokens(tape, batch, size, config)
     if config.scoring == "dot_product":
-        tape.step("query and output", numbers)
-        tape.step("key and value", numbers)
+        tape.step("query and output", elements)
+        tape.step("key and value", elements)
         _sample_tokens(tape, batch, size, config)
     tape.step("attention", points, 3 * points)
-    tape.step("attention", numbers)
-    tape.step("query and output", numbers)
+    tape.step("attention", elements)
+    tape.step("query and output", elements)
 
 
 def _sample_tokens(tape: Tape, batch: int, size: Size, config: Any) -> None:
     """Take the step of `sample_tokens`, one level: map and points laid out by head, sampled, and laid back."""
     pixels = batch * math.prod(size)
-    points, found = pixels * config.heads * config.points, pixels * config.points * config.dim
-    needs = sampling_needs(points, config.dim // config.heads, tape.itemsize)
-    tape.step("sampling", found, found + 2 * points + pixels * config.dim + needs)
+    points, gathered = pixels * config.heads * config.points, pixels * config.points * config.dim
+    workspace = sampling_workspace(points, config.dim // config.heads, tape.itemsize)
+    tape.step("sampling", gathered, gathered + 2 * points + pixels * config.dim + workspace)
 
 
-def swap_in_terms(batch: int, size: Size, config: SwapInAttentionConfig) -> Macs:
-    """Cut `swap_in_attention_macs` into terms."""
+def dat_dcn_terms(batch: int, size: Size, config: DATDCNAttentionConfig) -> Macs:
+    """Cut `dat_dcn_attention_macs` into terms."""
     pixels = batch * math.prod(size)
     parts = {
         "query and output": linear_macs(pixels, config.dim, config.dim),
@@ -166,20 +166,20 @@ def swap_in_terms(batch: int, size: Size, config: SwapInAttentionConfig) -> Macs
         "offset network": linear_macs(pixels, config.dim, 2 * config.heads * config.points),
         "sampling": bilinear_sample_macs(pixels * config.points, config.dim),
     }
-    return _rest("attention", swap_in_attention_macs(batch, size, config), parts)
+    return _with_remainder("attention", dat_dcn_attention_macs(batch, size, config), parts)
 
 
-def swap_in_memory(tape: Tape, batch: int, size: Size, config: SwapInAttentionConfig) -> None:
-    """Take the steps of `swap_in_attention`."""
+def dat_dcn_memory(tape: Tape, batch: int, size: Size, config: DATDCNAttentionConfig) -> None:
+    """Take the steps of `dat_dcn_attention`."""
     pixels = batch * math.prod(size)
-    numbers, points = pixels * config.dim, pixels * config.heads * config.points
-    with tape.borrowed(2 * points):  # offsets
+    elements, points = pixels * config.dim, pixels * config.heads * config.points
+    with tape.temporary(2 * points):  # offsets
         tape.step("offset network", 2 * 2 * points)
         tape.step("attention", points, 2 * points)
-        tape.step("key and value", numbers)
+        tape.step("key and value", elements)
         _sample_tokens(tape, batch, size, config)
-        tape.step("attention", numbers)
-        tape.step("query and output", numbers)
+        tape.step("attention", elements)
+        tape.step("query and output", elements)
 
 
 def per_query_terms(batch: int, size: Size, config: PerQueryAttentionConfig) -> Macs:
@@ -193,27 +193,27 @@ def per_query_terms(batch: int, size: Size, config: PerQueryAttentionConfig) -> 
         "offset network": offsets + linear_macs(pixels, config.dim, 2 * config.keys),
         "sampling": config.groups * bilinear_sample_macs(pixels * config.keys, 2 * config.dim),
     }
-    return _rest("attention", per_query_attention_macs(batch, size, config), parts)
+    return _with_remainder("attention", per_query_attention_macs(batch, size, config), parts)
 
 
 def per_query_memory(tape: Tape, batch: int, size: Size, config: PerQueryAttentionConfig) -> None:
     """Take the steps of `per_query_attention`: N keys and values for every pixel are kept."""
     pixels, half = batch * math.prod(size), config.offset_kernel_size // 2
-    numbers, points = pixels * config.dim, pixels * config.keys
+    elements, points = pixels * config.dim, pixels * config.keys
     padding = ((half, half), (half, half))
-    tape.step("query and output", numbers)
-    needs = depthwise_needs(batch * config.dim, size, config.offset_kernel_size, 1, padding)
-    tape.step("offset network", numbers, needs)
-    tape.step("offset network", numbers, numbers)  # layer norm
-    tape.step("offset network", numbers, numbers)  # GELU
+    tape.step("query and output", elements)
+    workspace = depthwise_workspace(batch * config.dim, size, config.offset_kernel_size, 1, padding)
+    tape.step("offset network", elements, workspace)
+    tape.step("offset network", elements, elements)  # layer norm
+    tape.step("offset network", elements, elements)  # GELU
     tape.step("offset network", 2 * 2 * points * config.groups)  # offsets, points
-    projected = 2 * numbers
+    projected = 2 * elements
     tape.step("key and value", config.groups * projected, config.groups * projected)  # beside the parts to be stacked
-    sampled = 2 * numbers * config.keys
-    before = sampled if config.groups > 1 else 0  # the sum over the groups so far
-    needs = projected + before + sampling_needs(points, 2 * config.dim, tape.itemsize)
-    tape.step("sampling", sampled, needs)
+    sampled = 2 * elements * config.keys
+    partial_sum = sampled if config.groups > 1 else 0  # the sum over the groups so far
+    workspace = projected + partial_sum + sampling_workspace(points, 2 * config.dim, tape.itemsize)
+    tape.step("sampling", sampled, workspace)
     tape.attend(points * config.heads)
-    with tape.borrowed(numbers):
-        tape.step("attention", numbers)
-        tape.step("query and output", numbers)
+    with tape.temporary(elements):
+        tape.step("attention", elements)
+        tape.step("query and output", elements)

@@ -61,18 +61,18 @@ def torch_macs_of_shapes(module: nn.Module, *shapes: tuple[int, ...], **kwargs: 
         return torch_macs(functional_call, module, fake, tuple(map(torch.empty, shapes)), kwargs)
 
 
-def saved_bytes(function: Callable[..., Any], *args: Any, without: Iterable[Tensor] = (), **kwargs: Any) -> int:
+def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tensor] = (), **kwargs: Any) -> int:
     """Run a function and return the bytes of the distinct storages that autograd saves for the backward.
 
     Args:
-        without: tensors that were there before, such as the input and the parameters.
+        exclude: tensors that were there before, such as the input and the parameters.
     """
-    before = {tensor.untyped_storage()._cdata for tensor in without}
+    excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
-        if key not in before:
+        if key not in excluded:
             saved[key] = tensor  # held, so that the storage is not given to another tensor
         return tensor
 
@@ -87,32 +87,32 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known: set[int] = set()
-        self.held = 0
+        self.tracked: set[int] = set()
+        self.live = 0
         self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
+        input_storages = {
             leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)
         }
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage(), given)
+                self._track(leaf.untyped_storage(), input_storages)
         return result
 
-    def _follow(self, storage: Any, given: set[int]) -> None:
+    def _track(self, storage: Any, input_storages: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.known or key in given:
+        if key in self.tracked or key in input_storages:
             return
-        self.known.add(key)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._forget, key, size)
+        self.tracked.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.held -= size
+    def _release(self, key: int, size: int) -> None:
+        self.tracked.discard(key)
+        self.live -= size
 
 
 def torch_peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_DEVIATION = (0.229, 0.224, 0.225)
 
+NETWORK = "dat_nano"  # the trained network that ships
+
 _FOLDER = Path(__file__).parent
 
 
@@ -46,15 +48,25 @@ def photograph_path(name: str = "chelsea") -> Path:
     return _FOLDER / str(_row(name)["file"])
 
 
-def network_path(name: str = "dat_nano") -> Path:
+def network_path(name: str = NETWORK) -> Path:
     """Return the path of the weights of a network that ships; how it was trained stands in a JSON file beside them.
 
     >>> network_path().name
     'dat_nano.safetensors'
     """
-    if name != "dat_nano":
-        raise ValueError(f"name: expected 'dat_nano', got {name!r}")
+    if name != NETWORK:
+        raise ValueError(f"name: expected {NETWORK!r}, got {name!r}")
     return _FOLDER / f"{name}.safetensors"
+
+
+def network_card(name: str = NETWORK) -> dict[str, Any]:
+    """Return how a network that ships was trained, and its accuracy.
+
+    >>> network_card()["recipe"]["image_size"]
+    64
+    """
+    card: dict[str, Any] = json.loads(network_path(name).with_suffix(".json").read_text(encoding="utf-8"))
+    return card
 
 
 def provenance(name: str) -> dict[str, Any]:

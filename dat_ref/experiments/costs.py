@@ -16,12 +16,12 @@ import torch
 
 from .. import __version__
 from ..bench.memory import extra_bytes
-from ..bench.timing import medians
+from ..bench.timing import median_seconds
 from ..complexity import backbone_cost
 from ..torch.train.evaluate import per_sample_loss
 from ..torch.train.optimizer import create_optimizer
-from . import keep
-from .small import SIDE, variants
+from . import save_results
+from .models import SIDE, variants
 from .study import RECIPE, Plan
 
 ROUNDS = 25
@@ -43,7 +43,7 @@ def training_step(name: str, batch: int) -> Callable[[], object]:
     return step
 
 
-def small_and_whole(name: str) -> list[Callable[[], object]]:
+def warmup_and_step(name: str) -> list[Callable[[], object]]:
     """Return a step of one image, for what only a first step needs, and the study's."""
     return [training_step(name, 1), training_step(name, RECIPE.batch_size)]
 
@@ -55,14 +55,14 @@ def measure() -> dict[str, Any]:
     steps = {name: training_step(name, RECIPE.batch_size) for name in networks}
     for step in steps.values():
         step()
-    seconds, rounds = medians(steps, ROUNDS, "cpu")
+    seconds, rounds = median_seconds(steps, ROUNDS, "cpu")
     rows = {}
     for name, variant in networks.items():
         cost = backbone_cost(1, (SIDE, SIDE), variant.config)
         rows[name] = {
             "parameters": cost.total.parameters,
             "macs": cost.total.macs,
-            "bytes": extra_bytes("cpu", 1, small_and_whole, name),
+            "bytes": extra_bytes("cpu", 1, warmup_and_step, name),
             "seconds": seconds[name],
         }
     return {
@@ -76,4 +76,4 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    keep("costs", measure())
+    save_results("costs", measure())

@@ -14,18 +14,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..viz.style import GROUP_COLORS, HAIRLINE, INK, QUIET, save, styled
-from . import measured
+from ..viz.style import GROUP_COLORS, HAIRLINE, INK, QUIET, save, with_style
+from . import load_results
+from .models import BASE
 from .pages import peers
-from .pages.points import of_layer
-from .pages.words import accuracy
-from .small import BASE
+from .pages.formatting import accuracy
+from .pages.points import layer_values
 
 BLUE, VERMILION, GREEN = GROUP_COLORS[:3]
 SHARES = {"attention": (VERMILION, "attention that the points on it get"), "points": (BLUE, "points on the object")}
 
 
-@styled
+@with_style
 def draw_accuracies(study: Mapping[str, Any], names: Sequence[str]) -> Figure:
     """Draw how accurate networks are: a dot for each seed, a bar for the interval of the mean.
 
@@ -36,11 +36,11 @@ def draw_accuracies(study: Mapping[str, Any], names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(7.6, 0.9 + 0.26 * len(names)), layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(names):
-        found = accuracy(study, name)
+        estimate = accuracy(study, name)
         color = BLUE if name == BASE else INK
-        ends = np.clip([found["mean"] - found["half_width"], found["mean"] + found["half_width"]], 0, 1)
+        ends = np.clip([estimate["mean"] - estimate["half_width"], estimate["mean"] + estimate["half_width"]], 0, 1)
         axes.plot(ends, [row, row], color=color, lw=5, alpha=0.16, solid_capstyle="butt")
-        axes.plot(found["mean"], row, "|", color=color, ms=11, mew=1.8)
+        axes.plot(estimate["mean"], row, "|", color=color, ms=11, mew=1.8)
         seeds = [run["accuracy"] for run in study["runs"][name].values()]
         axes.plot(seeds, [row] * len(seeds), "o", color=color, ms=3.4, mec="white", mew=0.4)
     axes.axvline(accuracy(study, BASE)["mean"], color=BLUE, lw=0.8, dashes=(4, 3))
@@ -55,24 +55,24 @@ def draw_accuracies(study: Mapping[str, Any], names: Sequence[str]) -> Figure:
     return figure
 
 
-@styled
-def draw_learning(learning: Mapping[str, Any]) -> Figure:
+@with_style
+def draw_training(training: Mapping[str, Any]) -> Figure:
     """Draw the share of points, and of attention, on the object while a network learns: a line for each seed.
 
     Args:
-        learning: of `looks`, one network's: seed → step → layer → groups.
+        training: of `attention_maps`, one network's: seed → step → layer → groups.
     """
-    steps = {seed: [int(step) for step in found] for seed, found in learning.items()}
-    layers = list(next(iter(next(iter(learning.values())).values())))
+    steps = {seed: [int(step) for step in results] for seed, results in training.items()}
+    layers = list(next(iter(next(iter(training.values())).values())))
     figure = Figure(figsize=(9.4, 2.9), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, sharex=True)
     for axes, layer in zip(panels, layers):
         for measure, (color, label) in SHARES.items():
-            for number, (seed, found) in enumerate(learning.items()):
-                values = of_layer(found, layer, measure)
+            for number, (seed, results) in enumerate(training.items()):
+                values = layer_values(results, layer, measure)
                 axes.plot(steps[seed], values, color=color, lw=1.3, alpha=0.85, label=None if number else label)
-        rest = np.mean([of_layer(found, layer, "at_rest") for found in learning.values()])
-        axes.axhline(rest, color=QUIET, lw=0.9, dashes=(3, 2), label="points at rest")
+        reference = np.mean([layer_values(results, layer, "reference") for results in training.values()])
+        axes.axhline(reference, color=QUIET, lw=0.9, dashes=(3, 2), label="points at rest")
         axes.set_title(layer)
         axes.set_xlabel("training steps")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -87,11 +87,11 @@ def draw_learning(learning: Mapping[str, Any]) -> Figure:
 def main(folder: Path) -> None:
     """Draw all figures of the site."""
     folder.mkdir(parents=True, exist_ok=True)
-    study = measured("study")
+    study = load_results("study")
     save(draw_accuracies(study, peers.names(study)), folder / "peers.svg")
-    others = [name for name, each in study["about"].items() if each["part"] != "peers"]
+    others = [name for name, each in study["variants"].items() if each["part"] != "peers"]
     save(draw_accuracies(study, others), folder / "ablations.svg")
-    save(draw_learning(measured("looks")["learning"][BASE]), folder / "learning.svg")
+    save(draw_training(load_results("attention_maps")["training"][BASE]), folder / "learning.svg")
 
 
 if __name__ == "__main__":

@@ -31,15 +31,15 @@ def distance_to_mask(points_px: Array, mask: Array, reduction: float) -> Array:
     """
     if not mask.any():
         raise ValueError("mask: expected a pixel at least, got none")
-    places = on_image(points_px, reduction)
-    apart: Array = np.linalg.norm(places[..., None, :] - np.argwhere(mask), axis=-1)
-    return apart.min(-1)
+    positions = on_image(points_px, reduction)
+    distances: Array = np.linalg.norm(positions[..., None, :] - np.argwhere(mask), axis=-1)
+    return distances.min(-1)
 
 
-COLUMNS = ("points", "at_rest", "attention", "distance", "distance_at_rest")
+COLUMNS = ("points", "reference", "attention", "distance", "reference_distance")
 
 
-def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[float, ...]]:
+def group_metrics(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[float, ...]]:
     """Return `COLUMNS` for each group: shares on the object, then mean distances to it.
 
     Args:
@@ -50,17 +50,17 @@ def group_rows(trace: LayerTrace, mask: Array, reduction: float) -> list[tuple[f
     reference = np.broadcast_to(trace.reference_px[0], points.shape)
     return [
         (
-            share_on_mask(moved, mask, reduction),
-            share_on_mask(rest, mask, reduction),
-            share_on_mask(moved, mask, reduction, weights),
-            float(distance_to_mask(moved, mask, reduction).mean()),
-            float(distance_to_mask(rest, mask, reduction).mean()),
+            share_on_mask(group, mask, reduction),
+            share_on_mask(unmoved, mask, reduction),
+            share_on_mask(group, mask, reduction, weights),
+            float(distance_to_mask(group, mask, reduction).mean()),
+            float(distance_to_mask(unmoved, mask, reduction).mean()),
         )
-        for moved, rest, weights in zip(points, reference, received(trace))
+        for group, unmoved, weights in zip(points, reference, received(trace))
     ]
 
 
-def one_shift(offsets: Array) -> float:
+def shift_fraction(offsets: Array) -> float:
     """Return what share of offsets is one shift of each group, the same at all places of all scenes.
 
         |mean offset|² / mean |offset|²,        the means over scenes and places, then over groups
@@ -68,7 +68,7 @@ def one_shift(offsets: Array) -> float:
     Args:
         offsets: (scenes, G, Hk, Wk, 2).
 
-    >>> one_shift(np.array([1.0, 0.0, 3.0, 0.0]).reshape(1, 1, 1, 2, 2))
+    >>> shift_fraction(np.array([1.0, 0.0, 3.0, 0.0]).reshape(1, 1, 1, 2, 2))
     0.8
     """
     squares = (offsets**2).sum(-1).mean()
@@ -90,7 +90,7 @@ def interval(values: Array) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "half_width": float(half)}
 
 
-def apart(ours: Array, theirs: Array) -> dict[str, float]:
+def welch_difference(ours: Array, theirs: Array) -> dict[str, float]:
     """Return the difference of two means, and the half-width of its 95 % interval by Welch's t.
 
         half-width = t(0.975; ν) · e,    e² = s₁²/n₁ + s₂²/n₂,    ν = e⁴ / (s₁⁴/(n₁² (n₁ - 1)) + s₂⁴/(n₂² (n₂ - 1)))
@@ -98,7 +98,7 @@ def apart(ours: Array, theirs: Array) -> dict[str, float]:
     Args:
         ours, theirs: (n,), n ≥ 2 and not always the same, all independent of each other.
 
-    >>> found = apart(np.array([2.0, 4.0]), np.array([1.0, 3.0]))
+    >>> found = welch_difference(np.array([2.0, 4.0]), np.array([1.0, 3.0]))
     >>> found["mean"], round(found["half_width"], 4)
     (1.0, 6.0849)
     """

@@ -4,7 +4,7 @@
     python -m dat_ref.experiments.study runs --collect
 
 Each run leaves ``result.json``, ``weights.safetensors`` and, of the networks that are looked at while they learn, their
-weights after some steps, in ``runs/NAME/SEED``. What they say is measured by `looks` and told by `pages`.
+weights after some steps, in ``runs/NAME/SEED``. What they say is measured by `attention_maps` and told by `pages`.
 
 All runs see the same scenes, each seed in an order of its own: a seed decides first weights and order.
 """
@@ -31,21 +31,21 @@ from torch import Tensor
 from .. import __version__
 from .._checks import ConfigError
 from ..scenes import Scenes
-from ..state_files import replacing
+from ..state_files import atomic_write
 from ..torch import DAT
 from ..torch.checkpoints import save_checkpoint
 from ..torch.functional.sampling import Sampler
 from ..torch.train import SceneImages, fit
 from ..torch.train.data import normalised
 from ..train_config import TrainConfig
-from . import keep, measured
-from .small import BASE, SEVERAL, SIDE, STILL, variants
+from . import load_results, save_results
+from .models import BASE, MULTI_OBJECT, NO_OFFSETS, SIDE, variants
 
 SEEDS = 3  # of each network, but for those that follow
-MORE_SEEDS = {BASE: 8, STILL: 8}  # the two that tell whether offsets help
-LARGE, SMALL = (0.15, 0.25), (0.13, 0.17)  # radius of one object; of up to four, which must find room
+EXTRA_SEEDS = {BASE: 8, NO_OFFSETS: 8}  # the two that tell whether offsets help
+SINGLE_RADIUS, MULTI_RADIUS = (0.15, 0.25), (0.13, 0.17)  # radius of one object; of up to four, which must find room
 RECIPE = TrainConfig(
-    model="dat_ref.experiments.small",
+    model="dat_ref.experiments.models",
     image_size=SIDE,
     epochs=5,
     scenes_per_epoch=12800,
@@ -53,8 +53,8 @@ RECIPE = TrainConfig(
     learning_rate=2e-3,
     warmup_epochs=0.5,
 )
-LOOKED_AT = (100, 200, 400, 800, 1200, 1600, 2000, 2800, 4000)  # steps after which weights are kept
-LEARNING = (BASE, BASE + SEVERAL)  # of what weights are kept while it learns
+CHECKPOINT_STEPS = (100, 200, 400, 800, 1200, 1600, 2000, 2800, 4000)  # steps after which weights are kept
+CHECKPOINTED_RUNS = (BASE, BASE + MULTI_OBJECT)  # of what weights are kept while it learns
 
 
 class StoredScenes(SceneImages):
@@ -82,26 +82,26 @@ class StoredScenes(SceneImages):
 
 def _draw(scenes: Scenes, count: int, images: Path, labels: Path) -> None:
     """Draw scenes into files; the labels come last, and say that all is there."""
-    kept = open_memmap(images, mode="w+", dtype=np.uint8, shape=(count, scenes.size, scenes.size, 3))
-    answers = []
+    stored = open_memmap(images, mode="w+", dtype=np.uint8, shape=(count, scenes.size, scenes.size, 3))
+    scene_labels = []
     for number in range(count):
         scene = scenes.scene(number)
-        kept[number] = scene.image
-        answers.append(scene.label)
-    kept.flush()
-    with replacing(labels) as place, open(place, "wb") as file:
-        np.save(file, np.array(answers))
+        stored[number] = scene.image
+        scene_labels.append(scene.label)
+    stored.flush()
+    with atomic_write(labels) as path, open(path, "wb") as file:
+        np.save(file, np.array(scene_labels))
 
 
-def data_sets(recipe: TrainConfig, folder: Path) -> tuple[StoredScenes, StoredScenes]:
+def build_datasets(recipe: TrainConfig, folder: Path) -> tuple[StoredScenes, StoredScenes]:
     """Return what is trained on and what is held out."""
-    train = scenes_of(recipe.task, "train", recipe.scenes_per_epoch)
-    return StoredScenes(train, folder, recipe.epochs), StoredScenes(scenes_of(recipe.task, "held_out"), folder)
+    train = study_scenes(recipe.task, "train", recipe.scenes_per_epoch)
+    return StoredScenes(train, folder, recipe.epochs), StoredScenes(study_scenes(recipe.task, "held_out"), folder)
 
 
-def scenes_of(task: str, split: str, length: int | None = None) -> Scenes:
+def study_scenes(task: str, split: str, length: int | None = None) -> Scenes:
     """Return the scenes of the study."""
-    return Scenes(task, split, SIDE, length=length, radius=LARGE if task == "which" else SMALL)
+    return Scenes(task, split, SIDE, length=length, radius=SINGLE_RADIUS if task == "which" else MULTI_RADIUS)
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class Plan:
     @property
     def variant(self) -> str:
         """The network's name."""
-        return self.name.removesuffix(SEVERAL)
+        return self.name.removesuffix(MULTI_OBJECT)
 
     @property
     def recipe(self) -> TrainConfig:
         """What is done; twice as long where there are several objects, which takes longer to learn."""
-        several = {"task": "which_all", "epochs": 2 * RECIPE.epochs} if self.name.endswith(SEVERAL) else {}
-        return TrainConfig.from_mapping(asdict(RECIPE) | {"seed": self.seed} | several)
+        changes = {"task": "which_all", "epochs": 2 * RECIPE.epochs} if self.name.endswith(MULTI_OBJECT) else {}
+        return TrainConfig.from_mapping(asdict(RECIPE) | {"seed": self.seed} | changes)
 
     def folder(self, runs: Path) -> Path:
         """Where the run is."""
@@ -137,29 +137,29 @@ class Plan:
 
 def plans() -> list[Plan]:
     """Return all runs, in the order in which they are made: one seed of everything before the next."""
-    seeds = {name: MORE_SEEDS.get(name, SEEDS) for name in (*variants(), BASE + SEVERAL)}
+    seeds = {name: EXTRA_SEEDS.get(name, SEEDS) for name in (*variants(), BASE + MULTI_OBJECT)}
     return [Plan(name, seed) for seed in range(max(seeds.values())) for name in seeds if seed < seeds[name]]
 
 
 def train(plan: Plan, runs: Path) -> None:
     """Make a run, or go on with it."""
     torch.set_num_threads(1)
-    folder, began = plan.folder(runs), time.perf_counter()
+    folder, start = plan.folder(runs), time.perf_counter()
     if (folder / "result.json").exists():
         return
     recipe, model = plan.recipe, plan.network()
-    train_set, held_out_set = data_sets(recipe, runs / "scenes")
-    keep = _keeper(model, folder) if plan.name in LEARNING else None
-    result = fit(recipe, train_set, held_out_set, folder, model=model, on_step=keep, quiet=True)
+    train_set, held_out_set = build_datasets(recipe, runs / "scenes")
+    on_step = _checkpointer(model, folder) if plan.name in CHECKPOINTED_RUNS else None
+    result = fit(recipe, train_set, held_out_set, folder, model=model, on_step=on_step, quiet=True)
     save_checkpoint(model, folder / "weights.safetensors")
-    found = asdict(plan) | {"accuracy": result.scores.accuracy, "loss": result.scores.loss}
-    with replacing(folder / "result.json") as place:
-        place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    seconds = time.perf_counter() - began
-    print(f"{plan.name}, seed {plan.seed}: {found['accuracy']:.1%} after {seconds:.0f} s", flush=True)
+    results = asdict(plan) | {"accuracy": result.scores.accuracy, "loss": result.scores.loss}
+    with atomic_write(folder / "result.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - start
+    print(f"{plan.name}, seed {plan.seed}: {results['accuracy']:.1%} after {seconds:.0f} s", flush=True)
 
 
-def collected(runs: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def collect(runs: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what all runs found, by network and seed.
 
     Args:
@@ -171,43 +171,43 @@ def collected(runs: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """
     if record and record["recipe"] != asdict(RECIPE):
         raise ConfigError(f"record: expected runs of the recipe {RECIPE}, got {record['recipe']}")
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for plan in plans():
-        place = plan.folder(runs) / "result.json"
-        result = json.loads(place.read_text(encoding="utf-8")) if place.exists() else on_record(record, "runs", plan)
-        found.setdefault(plan.name, {})[str(plan.seed)] = {name: result[name] for name in ("accuracy", "loss")}
+        path = plan.folder(runs) / "result.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else from_record(record, "runs", plan)
+        results.setdefault(plan.name, {})[str(plan.seed)] = {name: result[name] for name in ("accuracy", "loss")}
     return {
         "command": "python -m dat_ref.experiments.study runs --jobs 2",
         "recipe": asdict(RECIPE),
-        "radius": LARGE,
-        "held_out": len(scenes_of("which", "held_out")),
+        "radius": SINGLE_RADIUS,
+        "held_out": len(study_scenes("which", "held_out")),
         "versions": {"dat_ref": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "about": {name: {"part": each.part, "about": each.about} for name, each in variants().items()},
-        "runs": found,
+        "variants": {name: {"part": each.part, "description": each.description} for name, each in variants().items()},
+        "runs": results,
     }
 
 
-def on_record(record: Mapping[str, Any], what: str, plan: Plan) -> Any:
+def from_record(record: Mapping[str, Any], experiment: str, plan: Plan) -> Any:
     """Return what was measured before of a run that is not in the folder of runs.
 
     Raises:
         ConfigError: if nothing was.
     """
     try:
-        return record[what][plan.name][str(plan.seed)]
+        return record[experiment][plan.name][str(plan.seed)]
     except KeyError:
         raise ConfigError(f"runs: expected the run {plan.name!r} with seed {plan.seed}, or one on record") from None
 
 
-def _keeper(model: DAT, folder: Path) -> Callable[[int, float], None]:
+def _checkpointer(model: DAT, folder: Path) -> Callable[[int, float], None]:
     """Return what keeps weights after the steps that are looked at."""
 
-    def keep(step: int, loss: float) -> None:
-        if step + 1 in LOOKED_AT:
+    def on_step(step: int, loss: float) -> None:
+        if step + 1 in CHECKPOINT_STEPS:
             save_checkpoint(model, folder / f"after-{step + 1:05}.safetensors")
 
-    return keep
+    return on_step
 
 
 def main(arguments: Any = None) -> None:
@@ -219,15 +219,15 @@ def main(arguments: Any = None) -> None:
     parser.add_argument("--collect", action="store_true", help="make none; write down what those that are there found")
     options = parser.parse_args(arguments)
     if options.collect:
-        keep("study", collected(options.runs, measured("study")))
+        save_results("study", collect(options.runs, load_results("study")))
         return
-    chosen = [plan for plan in plans() if not options.only or plan.name in options.only]
-    for plan in chosen:
-        data_sets(plan.recipe, options.runs / "scenes")  # before several processes want to draw them
+    selected = [plan for plan in plans() if not options.only or plan.name in options.only]
+    for plan in selected:
+        build_datasets(plan.recipe, options.runs / "scenes")  # before several processes want to draw them
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for made in [pool.submit(train, plan, options.runs) for plan in chosen]:
-            made.result()
+        for future in [pool.submit(train, plan, options.runs) for plan in selected]:
+            future.result()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ offsets and modulation from the map, with convolutions that start at zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit
@@ -29,7 +29,7 @@ Pair = int | tuple[int, int]  # one number for both axes, or (y, x)
 # ------------------------------------------------------------------------------------------------ the operation
 
 
-class Sliding(NamedTuple):
+class ConvGeometry(NamedTuple):
     """How the kernel moves over the map, and what follows: every part is (y, x)."""
 
     kernel: Size
@@ -60,7 +60,7 @@ def _pair(value: Pair) -> Size:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def deform_points(offset: Array, sliding: Sliding) -> Array:
+def deform_points(offset: Array, geometry: ConvGeometry) -> Array:
     """Return where the taps look, in pixels.
 
     Args:
@@ -70,10 +70,12 @@ def deform_points(offset: Array, sliding: Sliding) -> Array:
         (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x.
     """
     batch, _, height, width = offset.shape
-    taps = sliding.kernel[0] * sliding.kernel[1]
-    moves = offset.reshape(batch, offset.shape[1] // (2 * taps), taps, 2, height, width).transpose(0, 1, 2, 4, 5, 3)
-    moves = moves.astype(np.result_type(offset.dtype, np.float32), copy=False)
-    return moves + sliding.lattice((height, width)).astype(moves.dtype)
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    displacements = offset.reshape(batch, offset.shape[1] // (2 * taps), taps, 2, height, width).transpose(
+        0, 1, 2, 4, 5, 3
+    )
+    displacements = displacements.astype(np.result_type(offset.dtype, np.float32), copy=False)
+    return displacements + geometry.lattice((height, width)).astype(displacements.dtype)
 
 
 def deform_conv2d(
@@ -103,8 +105,8 @@ def deform_conv2d(
     Raises:
         ShapeError, ConfigError: if the shapes do not go together.
     """
-    sliding = _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    columns = _columns(x, deform_points(offset, sliding), mask)  # (B, C, K, H'·W')
+    geometry = _check(x, offset, weight, bias, mask, stride, padding, dilation)
+    columns = _columns(x, deform_points(offset, geometry), mask)  # (B, C, K, H'·W')
     y = _group_weight(weight, x) @ _by_group(columns, x.shape[1] // weight.shape[1])  # (B, G, O/G, H'·W')
     y = y.reshape(len(x), len(weight), *offset.shape[2:])
     return y if bias is None else y + bias[:, None, None]
@@ -119,11 +121,11 @@ def _check(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-) -> Sliding:
+) -> ConvGeometry:
     check_array("x", x, {"B": None, "C": None, "H": None, "W": None})
     check_array("weight", weight, {"O": None, "C/G": None, "k_y": None, "k_x": None})
-    sliding = Sliding((weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation))
-    height, width = sliding.output_size((x.shape[2], x.shape[3]))
+    geometry = ConvGeometry((weight.shape[2], weight.shape[3]), _pair(stride), _pair(padding), _pair(dilation))
+    height, width = geometry.output_size((x.shape[2], x.shape[3]))
     if min(height, width) < 1:
         raise ShapeError(f"weight: expected a kernel that fits into the padded map, got {weight.shape} on {x.shape}")
     check_divides("weight.shape[1] (channels a group)", weight.shape[1], "C", x.shape[1])
@@ -138,7 +140,7 @@ def _check(
         check_array("bias", bias, {"O": len(weight)})
     if mask is not None:
         check_array("mask", mask, {"B": len(x), "G_o·k_y·k_x": groups * taps, "H'": height, "W'": width})
-    return sliding
+    return geometry
 
 
 def _sample(x: Array, points: Array) -> Array:
@@ -150,7 +152,7 @@ def _sample(x: Array, points: Array) -> Array:
     return sampled.reshape(batch, groups, x.shape[1] // groups, taps, pixels)
 
 
-def _weigh(sampled: Array, mask: Array | None) -> Array:
+def _apply_mask(sampled: Array, mask: Array | None) -> Array:
     if mask is None:
         return sampled
     batch, groups, _, taps, pixels = sampled.shape
@@ -159,8 +161,8 @@ def _weigh(sampled: Array, mask: Array | None) -> Array:
 
 def _columns(x: Array, points: Array, mask: Array | None) -> Array:
     """Return what each tap finds, weighed: (B, C, K, H'·W')."""
-    weighed = _weigh(_sample(x, points), mask)
-    return weighed.reshape(len(x), x.shape[1], *weighed.shape[3:])
+    modulated = _apply_mask(_sample(x, points), mask)
+    return modulated.reshape(len(x), x.shape[1], *modulated.shape[3:])
 
 
 def _by_group(columns: Array, groups: int) -> Array:
@@ -198,14 +200,14 @@ def deform_conv2d_vjp(
 ) -> DeformConvGradients:
     """With s what the taps find and c = m s: ∂L/∂W = Σ ∂L/∂y cᵀ, ∂L/∂c = Wᵀ ∂L/∂y, ∂L/∂m = Σ_c s ∂L/∂c, and from
     ∂L/∂s = m ∂L/∂c the gradients of the map and of the offsets, through the sampling."""
-    sliding = _check(x, offset, weight, bias, mask, stride, padding, dilation)
-    points = deform_points(offset, sliding)
+    geometry = _check(x, offset, weight, bias, mask, stride, padding, dilation)
+    points = deform_points(offset, geometry)
     batch, groups, taps, height, width, _ = points.shape
     sampled = _sample(x, points)
     weight_groups = x.shape[1] // weight.shape[1]
 
     grad_y = cotangent.reshape(batch, weight_groups, len(weight) // weight_groups, height * width)
-    columns = _by_group(_weigh(sampled, mask).reshape(batch, x.shape[1], taps, height * width), weight_groups)
+    columns = _by_group(_apply_mask(sampled, mask).reshape(batch, x.shape[1], taps, height * width), weight_groups)
     grad_weight = np.einsum("bgop,bgcp->goc", grad_y, columns, optimize=True).reshape(weight.shape)
     grad_columns = (_group_weight(weight, x).swapaxes(1, 2) @ grad_y).reshape(sampled.shape)
     grad_mask = None
@@ -214,7 +216,7 @@ def deform_conv2d_vjp(
 
     maps = x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
     grads = bilinear_sample_vjp(
-        _weigh(grad_columns, mask).reshape(batch * groups, maps.shape[1], taps * height * width),
+        _apply_mask(grad_columns, mask).reshape(batch * groups, maps.shape[1], taps * height * width),
         maps,
         points.reshape(batch * groups, taps * height * width, 2),
     )
@@ -274,7 +276,7 @@ def deformable_conv_shapes(config: DeformableConvConfig) -> Tree:
     return shapes
 
 
-def deformable_conv_start(params: Tree, config: DeformableConvConfig, rng: np.random.Generator) -> None:
+def deformable_conv_init(params: Tree, config: DeformableConvConfig, rng: np.random.Generator) -> None:
     """Set first values as released: no offsets, and every modulation σ(0) = 1/2."""
     for name in ("offset", "modulation"):
         for leaf in params.get(name, {}).values():
@@ -291,26 +293,22 @@ class DeformableConvTrace:
     points_px: Array  # (B, G_o, K, H, W, 2), (y, x), in pixels of the map
 
 
-def _same(config: DeformableConvConfig) -> Padding:
+def _same_padding(config: DeformableConvConfig) -> Padding:
     half = config.kernel_size // 2
     return (half, half), (half, half)
-
-
-def _geometry(config: DeformableConvConfig) -> dict[str, Any]:
-    return {"padding": config.kernel_size // 2}
 
 
 def deformable_conv(x: Array, params: Tree, config: DeformableConvConfig) -> tuple[Array, DeformableConvTrace]:
     """Predict offsets (and modulation) and convolve: (B, C, H, W) → (B, C, H, W), and the trace."""
     x = check_map("x", x, config.dim)
-    offset = conv2d(x, **params["offset"], padding=_same(config))
+    offset = conv2d(x, **params["offset"], padding=_same_padding(config))
     mask = None
     if config.modulated:
-        mask = expit(conv2d(x, **params["modulation"], padding=_same(config)))
-    y = deform_conv2d(x, offset, **params["convolution"], mask=mask, **_geometry(config))
-    sides = (config.kernel_size, config.kernel_size)
-    sliding = Sliding(sides, (1, 1), (config.kernel_size // 2,) * 2, (1, 1))
-    return y, DeformableConvTrace(x, offset, mask, deform_points(offset, sliding))
+        mask = expit(conv2d(x, **params["modulation"], padding=_same_padding(config)))
+    half = config.kernel_size // 2
+    y = deform_conv2d(x, offset, **params["convolution"], padding=half, mask=mask)
+    geometry = ConvGeometry((config.kernel_size, config.kernel_size), (1, 1), (half, half), (1, 1))
+    return y, DeformableConvTrace(x, offset, mask, deform_points(offset, geometry))
 
 
 def deformable_conv_vjp(
@@ -318,9 +316,9 @@ def deformable_conv_vjp(
 ) -> tuple[Array, Tree]:
     """Return (∂L/∂x, ∂L/∂params): x gains through the sampling, the offsets and the modulation (σ' = σ (1 - σ))."""
     grads = deform_conv2d_vjp(
-        cotangent, trace.x, trace.offset, **params["convolution"], mask=trace.mask, **_geometry(config)
+        cotangent, trace.x, trace.offset, **params["convolution"], padding=config.kernel_size // 2, mask=trace.mask
     )
-    offset = conv2d_vjp(grads.offset, trace.x, **params["offset"], padding=_same(config))
+    offset = conv2d_vjp(grads.offset, trace.x, **params["offset"], padding=_same_padding(config))
     grad_x = grads.x + offset.x
     grad_params: dict[str, Tree] = {
         "convolution": {"weight": grads.weight, "bias": grads.bias},
@@ -328,7 +326,7 @@ def deformable_conv_vjp(
     }
     if trace.mask is not None:
         grad_logits = grads.mask * trace.mask * (1 - trace.mask)
-        modulation = conv2d_vjp(grad_logits, trace.x, **params["modulation"], padding=_same(config))
+        modulation = conv2d_vjp(grad_logits, trace.x, **params["modulation"], padding=_same_padding(config))
         grad_x, grad_params["modulation"] = grad_x + modulation.x, modulation.params
     return grad_x, grad_params
 

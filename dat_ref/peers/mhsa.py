@@ -84,14 +84,14 @@ def multi_head_attention(x: Array, params: Tree, config: MultiHeadAttentionConfi
     q, k, v = np.split(qkv, 3, axis=1)
     bias = None
     if config.size is not None:
-        points, reading = _reading(x)
-        bias = table_bias(params["position_bias"]["table"], points, **reading)  # (1, heads, H·W, H·W)
+        points, geometry = _table_points(x)
+        bias = table_bias(params["position_bias"]["table"], points, **geometry)  # (1, heads, H·W, H·W)
     attended, attention = attend(q, k, v, bias, config.scale)
     merged = merge_heads(attended, x.shape[2:])
     return linear(merged, **params["output"]), MultiHeadTrace(x, q, k, v, attention, merged)
 
 
-def _reading(x: Array) -> tuple[Array, dict[str, Any]]:
+def _table_points(x: Array) -> tuple[Array, dict[str, Any]]:
     """Return the pixels as points (1, 1, H·W, 2), and how a table is read at them."""
     size: Size = x.shape[2:]
     points = reference_points(size, Convention.CELL_CENTER).astype(np.result_type(x.dtype, np.float32))
@@ -107,10 +107,10 @@ def multi_head_attention_vjp(
     grad_attended = split_heads(output.x, config.heads)
     grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
     if config.size is not None:
-        points, reading = _reading(trace.x)
+        points, geometry = _table_points(trace.x)
         table = params["position_bias"]["table"]
         grad_bias = grads.bias.sum(axis=0, keepdims=True)
-        grad_params["position_bias"] = {"table": table_bias_vjp(grad_bias, table, points, **reading).table}
+        grad_params["position_bias"] = {"table": table_bias_vjp(grad_bias, table, points, **geometry).table}
     grad_qkv = np.concatenate([grads.q, grads.k, grads.v], axis=1)
     qkv = linear_vjp(merge_heads(grad_qkv, trace.x.shape[2:]), trace.x, **params["qkv"])
     return qkv.x, {**grad_params, "qkv": qkv.params}

@@ -23,7 +23,7 @@ import numpy as np
 
 from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_divides, check_map
 from ..config import PeerConfig
-from ..official import Names, Official
+from ..official import NameMapping, ReleasedName
 from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
 from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample_macs
@@ -85,20 +85,22 @@ def multi_scale_deformable_shapes(config: MultiScaleDeformableConfig) -> Tree:
     return {name: {"weight": (rows, dim), "bias": (rows,)} for name, rows in outputs.items()}
 
 
-def multi_scale_deformable_names(config: MultiScaleDeformableConfig) -> Names:
+def multi_scale_deformable_names(config: MultiScaleDeformableConfig) -> NameMapping:
     """Return the released names of the parameters (Deformable DETR's ``MSDeformAttn``)."""
     if config.scoring != "query":
         raise ConfigError("scoring: expected 'query', the only one that was released")
-    places = {
+    released = {
         "offset": "sampling_offsets",
         "weights": "attention_weights",
         "value": "value_proj",
         "output": "output_proj",
     }
-    return {f"{ours}.{leaf}": Official(f"{places[ours]}.{leaf}") for ours in places for leaf in ("weight", "bias")}
+    return {
+        f"{ours}.{leaf}": ReleasedName(f"{released[ours]}.{leaf}") for ours in released for leaf in ("weight", "bias")
+    }
 
 
-def ring(heads: int, levels: int, points: int) -> Array:
+def ring_offsets(heads: int, levels: int, points: int) -> Array:
     """Return the offsets that a query starts from, (heads, levels, points, 2), (x, y): head h looks into direction
     2π h/heads, its points at 1, 2, … P pixels, measured along the longer axis (so for 8 heads they lie on squares)."""
     angles = np.arange(heads) * (2 * np.pi / heads)
@@ -108,7 +110,7 @@ def ring(heads: int, levels: int, points: int) -> Array:
     return np.broadcast_to(directions[:, None, None] * distances[:, None], (heads, levels, points, 2))
 
 
-def multi_scale_deformable_start(params: Tree, config: MultiScaleDeformableConfig, rng: np.random.Generator) -> None:
+def multi_scale_deformable_init(params: Tree, config: MultiScaleDeformableConfig, rng: np.random.Generator) -> None:
     """Set first values as released: a ring of offsets and equal weights, whatever the query; projections by Xavier."""
     for name, leaf in params.items():
         leaf["bias"][:] = 0
@@ -116,7 +118,7 @@ def multi_scale_deformable_start(params: Tree, config: MultiScaleDeformableConfi
             leaf["weight"][:] = 0
         else:
             leaf["weight"][:] = rng.uniform(-1, 1, leaf["weight"].shape) * np.sqrt(3 / config.dim)
-    params["offset"]["bias"][:] = ring(config.heads, config.levels, config.points).ravel()
+    params["offset"]["bias"][:] = ring_offsets(config.heads, config.levels, config.points).ravel()
 
 
 @dataclass(frozen=True)
@@ -139,25 +141,25 @@ class MultiScaleDeformableTrace:
     merged: Array  # (B, Q, C), before the output projection
 
 
-def _dense(tokens: Array, weight: Array, bias: Array) -> Array:
+def _linear_tokens(tokens: Array, weight: Array, bias: Array) -> Array:
     """`linear` on (B, tokens, C)."""
     return linear(tokens.swapaxes(1, 2), weight, bias).swapaxes(1, 2)
 
 
-def _dense_vjp(cotangent: Array, tokens: Array, weight: Array, bias: Array) -> tuple[Array, Tree]:
+def _linear_tokens_vjp(cotangent: Array, tokens: Array, weight: Array, bias: Array) -> tuple[Array, Tree]:
     grads = linear_vjp(cotangent.swapaxes(1, 2), tokens.swapaxes(1, 2), weight, bias)
     return grads.x.swapaxes(1, 2), grads.params
 
 
-def _heads(tokens: Array, heads: int) -> Array:
+def _split_heads(tokens: Array, heads: int) -> Array:
     return tokens.reshape(*tokens.shape[:2], heads, tokens.shape[2] // heads)
 
 
-def _flat(of_heads: Array) -> Array:
-    return of_heads.reshape(*of_heads.shape[:2], int(np.prod(of_heads.shape[2:])))
+def _merge_heads(per_head: Array) -> Array:
+    return per_head.reshape(*per_head.shape[:2], int(np.prod(per_head.shape[2:])))
 
 
-def _offset_unit(reference_points: Array, shapes: Sequence[Size], points: int) -> Array:
+def _offset_scale(reference_points: Array, shapes: Sequence[Size], points: int) -> Array:
     """Return what an offset of one means in locations, (x, y), broadcasting to (B, Q, heads, L, P, 2)."""
     if reference_points.shape[-1] == 4:
         return reference_points[:, :, None, :, None, 2:] / (2 * points)
@@ -189,31 +191,31 @@ def multi_scale_deformable(
     batch, queries, _ = query.shape
     per_point = (batch, queries, config.heads, config.levels, config.points)
     wide = np.result_type(query.dtype, np.float32)
-    offsets = _dense(query, **params["offset"]).reshape(*per_point, 2).astype(wide, copy=False)
+    offsets = _linear_tokens(query, **params["offset"]).reshape(*per_point, 2).astype(wide, copy=False)
     centers = reference_points[:, :, None, :, None, :2]
-    locations = centers + offsets * _offset_unit(reference_points, shapes, config.points)
+    locations = centers + offsets * _offset_scale(reference_points, shapes, config.points)
     points_px = location_pixels(locations, shapes)
-    projected = _heads(_dense(value, **params["value"]), config.heads)
+    projected = _split_heads(_linear_tokens(value, **params["value"]), config.heads)
     sampled = sample_tokens(projected, points_px, shapes)
 
     keys = sampled_keys = projected_query = None
     if config.scoring == "query":
-        logits = _dense(query, **params["weights"]).reshape(per_point)
+        logits = _linear_tokens(query, **params["weights"]).reshape(per_point)
     else:
-        projected_query = _heads(_dense(query, **params["query"]), config.heads)
-        keys = _heads(_dense(value, **params["key"]), config.heads)
+        projected_query = _split_heads(_linear_tokens(query, **params["query"]), config.heads)
+        keys = _split_heads(_linear_tokens(value, **params["key"]), config.heads)
         sampled_keys = sample_tokens(keys, points_px, shapes)
         logits = np.einsum("bqhd,bqhlpd->bqhlp", projected_query, sampled_keys) * query.dtype.type(config.scale)
-    attention = _softmax(logits)
+    attention = _joint_softmax(logits)
     merged = weighted_sum(sampled, attention)
     trace = MultiScaleDeformableTrace(
         query, value, reference_points, shapes, projected, keys, projected_query, offsets, locations, points_px,
         sampled, sampled_keys, attention, merged,
     )  # fmt: skip
-    return _dense(merged, **params["output"]), trace
+    return _linear_tokens(merged, **params["output"]), trace
 
 
-def _softmax(logits: Array) -> Array:
+def _joint_softmax(logits: Array) -> Array:
     """Over levels and points together, (B, Q, heads, L, P)."""
     levels, points = logits.shape[3:]
     return softmax(logits.reshape(*logits.shape[:3], levels * points)).reshape(logits.shape)
@@ -232,8 +234,13 @@ def _check_module(
     check_array("query", query, {"B": None, "Q": None, "C": config.dim})
     total = sum(height * width for height, width in shapes)
     check_array("value", value, {"B": len(query), "S": total, "C": config.dim}, "S = Σ H_l·W_l")
-    last = 4 if np.shape(reference_points)[-1:] == (4,) else 2
-    axes: dict[str, int | None] = {"B": len(query), "Q": query.shape[1], "L": config.levels, "(x, y) or box": last}
+    coordinates = 4 if np.shape(reference_points)[-1:] == (4,) else 2
+    axes: dict[str, int | None] = {
+        "B": len(query),
+        "Q": query.shape[1],
+        "L": config.levels,
+        "(x, y) or box": coordinates,
+    }
     check_array("reference_points", reference_points, axes)
     return shapes
 
@@ -255,37 +262,45 @@ def multi_scale_deformable_vjp(
     Where weights are predicted from the query, the maps gain through the values alone.
     """
     shapes = trace.spatial_shapes
-    grad_merged, output = _dense_vjp(cotangent, trace.merged, **params["output"])
+    grad_merged, output = _linear_tokens_vjp(cotangent, trace.merged, **params["output"])
     grad_params: dict[str, Tree] = {"output": output}
     grad_sampled, grad_attention = weighted_sum_vjp(grad_merged, trace.sampled, trace.attention)
-    grad_logits = _softmax_vjp(grad_attention, trace.attention)
+    grad_logits = _joint_softmax_vjp(grad_attention, trace.attention)
     grad_projected, grad_points = sample_tokens_vjp(grad_sampled, trace.value, trace.points_px, shapes)
-    grad_value, grad_params["value"] = _dense_vjp(_flat(grad_projected), trace.value_input, **params["value"])
+    grad_value, grad_params["value"] = _linear_tokens_vjp(
+        _merge_heads(grad_projected), trace.value_input, **params["value"]
+    )
 
     if trace.keys is None:
-        grad_query, grad_params["weights"] = _dense_vjp(_flat(grad_logits), trace.query, **params["weights"])
+        grad_query, grad_params["weights"] = _linear_tokens_vjp(
+            _merge_heads(grad_logits), trace.query, **params["weights"]
+        )
     else:
         assert trace.sampled_keys is not None
         assert trace.projected_query is not None
         grad_dot = grad_logits * trace.query.dtype.type(config.scale)
         grad_q = np.einsum("bqhlp,bqhlpd->bqhd", grad_dot, trace.sampled_keys)
-        grad_query, grad_params["query"] = _dense_vjp(_flat(grad_q), trace.query, **params["query"])
+        grad_query, grad_params["query"] = _linear_tokens_vjp(_merge_heads(grad_q), trace.query, **params["query"])
         grad_sampled_keys = grad_dot[..., None] * trace.projected_query[:, :, :, None, None]
-        grad_keys, through_keys = sample_tokens_vjp(grad_sampled_keys, trace.keys, trace.points_px, shapes)
-        through, grad_params["key"] = _dense_vjp(_flat(grad_keys), trace.value_input, **params["key"])
-        grad_value, grad_points = grad_value + through, grad_points + through_keys
+        grad_keys, grad_points_keys = sample_tokens_vjp(grad_sampled_keys, trace.keys, trace.points_px, shapes)
+        grad_value_keys, grad_params["key"] = _linear_tokens_vjp(
+            _merge_heads(grad_keys), trace.value_input, **params["key"]
+        )
+        grad_value, grad_points = grad_value + grad_value_keys, grad_points + grad_points_keys
 
     grad_locations = location_gradient(grad_points, shapes)
-    grad_offsets = grad_locations * _offset_unit(trace.reference_points, shapes, config.points)
-    through, grad_params["offset"] = _dense_vjp(_flat(grad_offsets), trace.query, **params["offset"])
+    grad_offsets = grad_locations * _offset_scale(trace.reference_points, shapes, config.points)
+    grad_query_offsets, grad_params["offset"] = _linear_tokens_vjp(
+        _merge_heads(grad_offsets), trace.query, **params["offset"]
+    )
     grad_reference = grad_locations.sum(axis=(2, 4))  # over heads and points: (B, Q, L, 2)
     if trace.reference_points.shape[-1] == 4:
         grad_extent = (grad_locations * trace.offsets).sum(axis=(2, 4)) / (2 * config.points)
         grad_reference = np.concatenate([grad_reference, grad_extent], axis=-1)
-    return MultiScaleDeformableGradients(grad_query + through, grad_value, grad_reference, grad_params)
+    return MultiScaleDeformableGradients(grad_query + grad_query_offsets, grad_value, grad_reference, grad_params)
 
 
-def _softmax_vjp(cotangent: Array, attention: Array) -> Array:
+def _joint_softmax_vjp(cotangent: Array, attention: Array) -> Array:
     flat = (*attention.shape[:3], attention.shape[3] * attention.shape[4])
     return softmax_vjp(cotangent.reshape(flat), attention.reshape(flat)).reshape(attention.shape)
 
@@ -300,12 +315,12 @@ def multi_scale_deformable_macs(
     """
     dim, tokens = config.dim, batch * sum(height * width for height, width in spatial_shapes)
     queries *= batch
-    read = queries * config.levels * config.points  # of all heads together, C channels
-    once = bilinear_sample_macs(read, dim) + read * dim
-    macs = linear_macs(queries + tokens, dim, dim) + linear_macs(queries, dim, 2 * config.samples) + once
+    samples = queries * config.levels * config.points  # of all heads together, C channels
+    sampling = bilinear_sample_macs(samples, dim) + samples * dim
+    macs = linear_macs(queries + tokens, dim, dim) + linear_macs(queries, dim, 2 * config.samples) + sampling
     if config.scoring == "query":
         return macs + linear_macs(queries, dim, config.samples)
-    return macs + linear_macs(queries + tokens, dim, dim) + once
+    return macs + linear_macs(queries + tokens, dim, dim) + sampling
 
 
 # ------------------------------------------------------------------------------------------------ in a block
@@ -317,7 +332,7 @@ def cell_centers(size: Size) -> Array:
     return np.stack(np.meshgrid(columns, rows, indexing="xy"), axis=-1).reshape(-1, 1, 2)
 
 
-def _one_level(config: MultiScaleDeformableConfig) -> None:
+def _require_one_level(config: MultiScaleDeformableConfig) -> None:
     if config.levels != 1:
         raise ConfigError(f"levels: expected 1, a block attends to its own map, got {config.levels}")
 
@@ -334,7 +349,7 @@ def multi_scale_deformable_layer(
     Returns:
         (B, C, H, W) and the trace.
     """
-    _one_level(config)
+    _require_one_level(config)
     x = check_map("x", x, config.dim)
     size: Size = x.shape[2:]
     tokens = x.reshape(len(x), config.dim, size[0] * size[1]).swapaxes(1, 2)
@@ -349,12 +364,12 @@ def multi_scale_deformable_layer_vjp(
 ) -> tuple[Array, Tree]:
     """Return (∂L/∂x, ∂L/∂params): the map gains as query and as value."""
     batch, dim, height, width = cotangent.shape
-    of_tokens = cotangent.reshape(batch, dim, height * width).swapaxes(1, 2)
-    grads = multi_scale_deformable_vjp(of_tokens, trace, params, config)
+    grad_tokens = cotangent.reshape(batch, dim, height * width).swapaxes(1, 2)
+    grads = multi_scale_deformable_vjp(grad_tokens, trace, params, config)
     return (grads.query + grads.value).swapaxes(1, 2).reshape(cotangent.shape), grads.params
 
 
 def multi_scale_deformable_layer_macs(batch: int, size: Size, config: MultiScaleDeformableConfig) -> int:
     """Multiply-adds of the layer on a map of `size`: H·W queries, one level."""
-    _one_level(config)
+    _require_one_level(config)
     return multi_scale_deformable_macs(batch, size[0] * size[1], [size], config)

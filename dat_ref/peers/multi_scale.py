@@ -42,8 +42,8 @@ def sample_tokens(value: Array, points_px: Array, spatial_shapes: Sequence[Size]
     """
     sampled = np.empty((*points_px.shape[:-1], value.shape[3]), dtype=np.result_type(value, points_px))
     for level, maps, points in _by_level(value, points_px, spatial_shapes):
-        read = bilinear_sample(maps, points)  # (B·heads, d, Q·P)
-        sampled[:, :, :, level] = _from_maps(read, points_px.shape)
+        values = bilinear_sample(maps, points)  # (B·heads, d, Q·P)
+        sampled[:, :, :, level] = _from_maps(values, points_px.shape)
     return sampled
 
 
@@ -57,8 +57,8 @@ def sample_tokens_vjp(
     for level, maps, points in _by_level(value, points_px, spatial_shapes):
         grads = bilinear_sample_vjp(_to_maps(cotangent[:, :, :, level]), maps, points)
         pixels = maps.shape[2] * maps.shape[3]
-        of_level = grads.x.reshape(batch, heads, depth, pixels).transpose(0, 3, 1, 2)
-        grad_value[:, start : start + pixels] = of_level
+        grad_maps = grads.x.reshape(batch, heads, depth, pixels).transpose(0, 3, 1, 2)
+        grad_value[:, start : start + pixels] = grad_maps
         grad_points[:, :, :, level] = _from_maps(grads.points_px.swapaxes(1, 2), points_px.shape)
         start += pixels
     return grad_value, grad_points
@@ -75,16 +75,16 @@ def _by_level(value: Array, points_px: Array, spatial_shapes: Sequence[Size]) ->
         start += height * width
 
 
-def _to_maps(of_queries: Array) -> Array:
+def _to_maps(per_query: Array) -> Array:
     """(B, Q, heads, P, n) → (B·heads, n, Q·P)."""
-    batch, queries, heads, points, depth = of_queries.shape
-    return of_queries.transpose(0, 2, 4, 1, 3).reshape(batch * heads, depth, queries * points)
+    batch, queries, heads, points, depth = per_query.shape
+    return per_query.transpose(0, 2, 4, 1, 3).reshape(batch * heads, depth, queries * points)
 
 
-def _from_maps(read: Array, points_shape: tuple[int, ...]) -> Array:
+def _from_maps(values: Array, points_shape: tuple[int, ...]) -> Array:
     """(B·heads, n, Q·P) → (B, Q, heads, P, n)."""
     batch, queries, heads, _, points, _ = points_shape
-    return read.reshape(batch, heads, read.shape[1], queries, points).transpose(0, 3, 1, 4, 2)
+    return values.reshape(batch, heads, values.shape[1], queries, points).transpose(0, 3, 1, 4, 2)
 
 
 def multi_scale_deformable_attention(

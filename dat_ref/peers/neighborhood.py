@@ -16,6 +16,7 @@ part, with the projections' biases as its keys and values.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,21 @@ class NeighborhoodTrace:
 
 def axis_kernel(length: int, kernel: int, dilation: int = 1) -> int:
     """Return how many keys a query of an axis sees: K, or as many as the shortest sub-map has."""
-    return min(kernel, max(length // dilation, 1))
+    return min(kernel, length) if dilation == 1 else min(kernel, max(length // dilation, 1))
+
+
+def neighborhood_padding(size: Size, config: NeighborhoodAttentionConfig) -> tuple[int, int]:
+    """Return the rows and columns of zeros at the bottom and right: up to K δ, or none where neighborhoods shrink."""
+    if config.small_map == "shrink":
+        return 0, 0
+    bottom, right = (max(config.kernel_size * config.dilation - length, 0) for length in size)
+    return bottom, right
+
+
+def padded_size(size: Size, config: NeighborhoodAttentionConfig) -> Size:
+    """Return (H', W'), the size of the map after `neighborhood_padding`."""
+    bottom, right = neighborhood_padding(size, config)
+    return size[0] + bottom, size[1] + right
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1) -> Array:
@@ -65,19 +80,19 @@ def axis_neighbors(length: int, kernel: int, dilation: int = 1) -> Array:
     [[0, 2, 4], [1, 3, 5], [0, 2, 4], [1, 3, 5], [2, 4, 6], [1, 3, 5], [2, 4, 6]]
     """
     kernel = axis_kernel(length, kernel, dilation)
-    place, submap = np.divmod(np.arange(length), dilation)
+    position, submap = np.divmod(np.arange(length), dilation)
     submap_length = -(-(length - submap) // dilation)
-    start = np.clip(place - kernel // 2, 0, submap_length - kernel)
+    start = np.clip(position - kernel // 2, 0, submap_length - kernel)
     return submap[:, None] + dilation * (start[:, None] + np.arange(kernel))
 
 
 def neighbor_index(size: Size, kernel: int, dilation: int = 1) -> tuple[Array, Array]:
     """Return for each query its keys, and where in the (2K-1)² table each displacement stands; both (H·W, K_y·K_x)."""
     rows, columns = (axis_neighbors(length, kernel, dilation) for length in size)
-    row_shift = (rows - np.arange(size[0])[:, None]) // dilation + kernel - 1
-    column_shift = (columns - np.arange(size[1])[:, None]) // dilation + kernel - 1
+    row_offset = (rows - np.arange(size[0])[:, None]) // dilation + kernel - 1
+    column_offset = (columns - np.arange(size[1])[:, None]) // dilation + kernel - 1
     keys = rows[:, None, :, None] * size[1] + columns[None, :, None, :]  # (H, W, K_y, K_x)
-    table = row_shift[:, None, :, None] * (2 * kernel - 1) + column_shift[None, :, None, :]
+    table = row_offset[:, None, :, None] * (2 * kernel - 1) + column_offset[None, :, None, :]
     count = size[0] * size[1]
     return keys.reshape(count, -1), table.reshape(count, -1)
 
@@ -96,24 +111,18 @@ def neighborhood_attention(
     """
     x = check_map("x", x, config.dim)
     height, width = x.shape[2:]
-    padded = _pad_to_kernel(x, config)
-    neighbors, places = neighbor_index(padded.shape[2:], config.kernel_size, config.dilation)
+    bottom, right = neighborhood_padding((height, width), config)
+    padded = x if config.small_map == "shrink" else np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)))
+    neighbors, table_index = neighbor_index(padded.shape[2:], config.kernel_size, config.dilation)
     qkv = split_heads(linear(padded, **params["qkv"]), 3 * config.heads)  # (B, 3·heads, H'·W', d)
     q, k, v = np.split(qkv, 3, axis=1)
     q, k, v = q[:, :, :, None], k[:, :, neighbors], v[:, :, neighbors]
     table = params["neighborhood_bias"]["table"]
-    bias = table.reshape(config.heads, -1)[:, places][:, :, None]  # (heads, H'·W', 1, K²)
+    bias = table.reshape(config.heads, -1)[:, table_index][:, :, None]  # (heads, H'·W', 1, K²)
     attended, attention = attend(q, k, v, bias, config.scale)
     merged = merge_heads(attended[:, :, :, 0], padded.shape[2:])
     y = linear(merged, **params["output"])[:, :, :height, :width]
     return y, NeighborhoodTrace(padded, q, k, v, attention, merged, neighbors, (height, width))
-
-
-def _pad_to_kernel(x: Array, config: NeighborhoodAttentionConfig) -> Array:
-    if config.small_map == "shrink":
-        return x
-    bottom, right = (max(config.kernel_size * config.dilation - length, 0) for length in x.shape[2:])
-    return np.pad(x, ((0, 0), (0, 0), (0, bottom), (0, right)))
 
 
 def neighborhood_attention_vjp(
@@ -137,9 +146,9 @@ def neighborhood_attention_vjp(
     )
     qkv = linear_vjp(merge_heads(grad_qkv, padded_size), trace.padded, **params["qkv"])
     table = params["neighborhood_bias"]["table"]
-    _, places = neighbor_index(padded_size, config.kernel_size, config.dilation)
+    _, table_index = neighbor_index(padded_size, config.kernel_size, config.dilation)
     grad_bias = grads.bias.sum(axis=0).reshape(config.heads, -1)  # (heads, H'·W'·K²)
-    grad_table = scatter_add(grad_bias.T, places.ravel(), table[0].size).T.reshape(table.shape)
+    grad_table = scatter_add(grad_bias.T, table_index.ravel(), table[0].size).T.reshape(table.shape)
     grad_params = {"qkv": qkv.params, "neighborhood_bias": {"table": grad_table}, "output": output.params}
     return qkv.x[:, :, :height, :width], grad_params
 
@@ -153,9 +162,7 @@ def scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
 
 def neighborhood_attention_macs(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> int:
     """Multiply-adds: 4 HW C² + 2 K² HW C, over the padded map where there is padding."""
-    kernel, dilation = config.kernel_size, config.dilation
-    if config.small_map == "pad":
-        size = (max(size[0], kernel * dilation), max(size[1], kernel * dilation))
-    pixels = size[0] * size[1]
-    keys = axis_kernel(size[0], kernel, dilation) * axis_kernel(size[1], kernel, dilation)
+    size = padded_size(size, config)
+    pixels = math.prod(size)
+    keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
     return linear_macs(batch * pixels, config.dim, 4 * config.dim) + attend_macs(batch, pixels, keys, config.dim)

@@ -59,27 +59,27 @@ def attend_at_points(
         (B, C, M), before any output projection, and the trace.
     """
     batch, dim, queries = query.shape
-    count = points_px.shape[3]
+    num_keys = points_px.shape[3]
     projected = _project_groups(x, params, points_px.shape[1])
     sampled = np.concatenate([params["key"]["bias"], params["value"]["bias"]])[:, None]
     for group in range(points_px.shape[1]):
         sampled = sampled + bilinear_sample(projected[:, group], _flat_points(points_px[:, group]))  # (B, 2C, M·N)
-    sampled = sampled.reshape(batch, 2 * heads, dim // heads, queries, count).transpose(0, 1, 3, 4, 2)
+    sampled = sampled.reshape(batch, 2 * heads, dim // heads, queries, num_keys).transpose(0, 1, 3, 4, 2)
     k, v = sampled[:, :heads], sampled[:, heads:]
     q = split_heads(query, heads)[:, :, :, None]
-    of_pairs = None if bias is None else bias[:, :, :, None]
-    attended, attention = attend(q, k, v, of_pairs, (dim // heads) ** -0.5)
+    pair_bias = None if bias is None else bias[:, :, :, None]
+    attended, attention = attend(q, k, v, pair_bias, (dim // heads) ** -0.5)
     merged = attended[:, :, :, 0].swapaxes(2, 3).reshape(batch, dim, queries)
     return merged, PointsTrace(x, points_px, projected, q, k, v, attention)
 
 
-def _stacked(params: Tree) -> Array:
+def _kv_weight(params: Tree) -> Array:
     return np.concatenate([params["key"]["weight"], params["value"]["weight"]])  # (2C, C)
 
 
 def _project_groups(x: Array, params: Tree, groups: int) -> Array:
     """Return W[:, g] x_g for each group, keys and values: (B, G, 2C, H, W)."""
-    weights = np.split(_stacked(params), groups, axis=1)
+    weights = np.split(_kv_weight(params), groups, axis=1)
     parts = np.split(x, groups, axis=1)
     return np.stack([linear(part, weight) for part, weight in zip(parts, weights, strict=True)], axis=1)
 
@@ -102,16 +102,16 @@ class PointsGradients(NamedTuple):
 def attend_at_points_vjp(cotangent: Array, trace: PointsTrace, params: Tree, heads: int) -> PointsGradients:
     """Attention, sampling of each group, projections, backwards; `cotangent` is (B, C, M)."""
     batch, dim, queries = cotangent.shape
-    groups, count = trace.points_px.shape[1], trace.points_px.shape[3]
+    groups, num_keys = trace.points_px.shape[1], trace.points_px.shape[3]
     grad_attended = split_heads(cotangent, heads)[:, :, :, None]
-    core = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, (dim // heads) ** -0.5)
-    grad_query = core.q[:, :, :, 0].swapaxes(2, 3).reshape(batch, dim, queries)
-    grad_sampled = np.concatenate([core.k, core.v], axis=1).transpose(0, 1, 4, 2, 3)
-    grad_sampled = grad_sampled.reshape(batch, 2 * dim, queries * count)
+    attention_grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, (dim // heads) ** -0.5)
+    grad_query = attention_grads.q[:, :, :, 0].swapaxes(2, 3).reshape(batch, dim, queries)
+    grad_sampled = np.concatenate([attention_grads.k, attention_grads.v], axis=1).transpose(0, 1, 4, 2, 3)
+    grad_sampled = grad_sampled.reshape(batch, 2 * dim, queries * num_keys)
 
     grad_points = np.empty_like(trace.points_px)
     grad_parts, grad_weights = [], []
-    parts, weights = (np.split(array, groups, axis=1) for array in (trace.x, _stacked(params)))
+    parts, weights = (np.split(array, groups, axis=1) for array in (trace.x, _kv_weight(params)))
     for group in range(groups):
         points = _flat_points(trace.points_px[:, group])
         sampling = bilinear_sample_vjp(grad_sampled, trace.projected[:, group], points)
@@ -125,7 +125,7 @@ def attend_at_points_vjp(cotangent: Array, trace: PointsTrace, params: Tree, hea
         for name, rows in (("key", slice(0, dim)), ("value", slice(dim, None)))
     }
     return PointsGradients(
-        grad_query, np.concatenate(grad_parts, axis=1), grad_points, grad_params, core.bias[:, :, :, 0]
+        grad_query, np.concatenate(grad_parts, axis=1), grad_points, grad_params, attention_grads.bias[:, :, :, 0]
     )
 
 
@@ -219,13 +219,13 @@ def per_query_attention(x: Array, params: Tree, config: PerQueryAttentionConfig)
     x = check_map("x", x, config.dim)
     batch, dim, height, width = x.shape
     query = linear(x, **params["query"])
-    in_groups = query.reshape(batch * config.groups, dim // config.groups, height, width)
-    raw, network = offset_network(in_groups, params["offset_network"], stride=1, padding=_padding(config))
+    grouped = query.reshape(batch * config.groups, dim // config.groups, height, width)
+    raw, network = offset_network(grouped, params["offset_network"], stride=1, padding=_padding(config))
     raw = raw.reshape(batch, config.groups, config.keys, 2, height * width)
     offsets = raw.transpose(0, 1, 4, 2, 3).astype(np.result_type(raw.dtype, np.float32), copy=False)
     points_px = offsets + lattice((height, width), config.kernel_size).astype(offsets.dtype)
-    flat = query.reshape(batch, dim, height * width)
-    merged, at_points = attend_at_points(flat, x, points_px, params, config.heads)
+    flat_query = query.reshape(batch, dim, height * width)
+    merged, at_points = attend_at_points(flat_query, x, points_px, params, config.heads)
     merged = merged.reshape(x.shape)
     y = linear(merged, **params["output"])
     return y, PerQueryTrace(x, query, network, offsets, points_px, at_points, merged)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .._checks import Array, ConfigError, Tree, check_divides, check_map
 from ..config import PeerConfig
-from ..official import Names, Official
+from ..official import NameMapping, ReleasedName
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
 from ..ops.basic import (
     Padding,
@@ -73,15 +73,15 @@ def pyramid_shapes(config: PyramidAttentionConfig) -> Tree:
     return shapes
 
 
-def pyramid_names(config: PyramidAttentionConfig) -> Names:
+def pyramid_names(config: PyramidAttentionConfig) -> NameMapping:
     """Return the released names of the parameters (``PyramidAttention`` in DAT's own repositories)."""
-    names: Names = {}
+    names: NameMapping = {}
     for ours, theirs in (("query", "q"), ("key_value", "kv"), ("output", "proj")):
-        names[f"{ours}.weight"] = Official(f"{theirs}.weight", "conv1x1")
-        names[f"{ours}.bias"] = Official(f"{theirs}.bias")
+        names[f"{ours}.weight"] = ReleasedName(f"{theirs}.weight", "conv1x1")
+        names[f"{ours}.bias"] = ReleasedName(f"{theirs}.bias")
     if config.reduction > 1:
         for ours, theirs in (("reduction", "proj_ds.0"), ("norm", "proj_ds.1.norm")):
-            names |= {f"{ours}.{leaf}": Official(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
+            names |= {f"{ours}.{leaf}": ReleasedName(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
     return names
 
 
@@ -99,7 +99,7 @@ class PyramidTrace:
     merged: Array  # (B, C, H, W), before the output projection
 
 
-def _filling(size: Size, reduction: int) -> Padding:
+def _padding(size: Size, reduction: int) -> Padding:
     bottom, right = (-length % reduction for length in size)
     return (0, bottom), (0, right)
 
@@ -117,7 +117,7 @@ def pyramid_attention(x: Array, params: Tree, config: PyramidAttentionConfig) ->
     x = check_map("x", x, config.dim)
     convolved = reduced = x
     if config.reduction > 1:
-        padding = _filling(x.shape[2:], config.reduction)
+        padding = _padding(x.shape[2:], config.reduction)
         convolved = conv2d(x, **params["reduction"], stride=config.reduction, padding=padding)
         reduced = layer_norm(convolved, **params["norm"])
     q = split_heads(linear(x, **params["query"]), config.heads)
@@ -143,7 +143,7 @@ def pyramid_attention_vjp(
     if config.reduction == 1:
         return query.x + key_value.x, grad_params
     norm = layer_norm_vjp(key_value.x, trace.convolved, **params["norm"])
-    padding = _filling(size, config.reduction)
+    padding = _padding(size, config.reduction)
     reduction = conv2d_vjp(norm.x, trace.x, **params["reduction"], stride=config.reduction, padding=padding)
     return query.x + reduction.x, {**grad_params, "reduction": reduction.params, "norm": norm.params}
 

@@ -1,7 +1,7 @@
 """Every attention that a block can use, by the type of its configuration: the deformable layer and its peers.
 
 A new one needs a configuration derived from `PeerConfig`, the four functions of `Attention`, a rule in
-`dat_ref.peers.visibility`, and, to take a deformable layer's place in a backbone, one in `dat_ref.peers.swap`.
+`dat_ref.peers.receptive_field`, and, to take a deformable layer's place in a backbone, one in `dat_ref.peers.matching`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ import numpy as np
 from .._checks import Array, Tree
 from ..config import DeformableAttentionConfig, NeighborhoodAttentionConfig, WindowAttentionConfig
 from ..layer import LayerTrace, deformable_layer, deformable_layer_macs, deformable_layer_vjp, deformable_shapes
+from .dat_dcn import (
+    DATDCNAttentionConfig,
+    DATDCNTrace,
+    dat_dcn_attention,
+    dat_dcn_attention_macs,
+    dat_dcn_attention_vjp,
+    dat_dcn_init,
+    dat_dcn_shapes,
+)
 from .deform_conv import (
     DeformableConvConfig,
     DeformableConvTrace,
     deformable_conv,
+    deformable_conv_init,
     deformable_conv_macs,
     deformable_conv_shapes,
-    deformable_conv_start,
     deformable_conv_vjp,
 )
 from .mhsa import (
@@ -34,11 +43,11 @@ from .mhsa import (
 from .ms_deform_attn import (
     MultiScaleDeformableConfig,
     MultiScaleDeformableTrace,
+    multi_scale_deformable_init,
     multi_scale_deformable_layer,
     multi_scale_deformable_layer_macs,
     multi_scale_deformable_layer_vjp,
     multi_scale_deformable_shapes,
-    multi_scale_deformable_start,
 )
 from .neighborhood import (
     NeighborhoodTrace,
@@ -63,15 +72,6 @@ from .pyramid import (
     pyramid_attention_vjp,
     pyramid_shapes,
 )
-from .swap_in import (
-    SwapInAttentionConfig,
-    SwapInTrace,
-    swap_in_attention,
-    swap_in_attention_macs,
-    swap_in_attention_vjp,
-    swap_in_shapes,
-    swap_in_start,
-)
 from .window import (
     WindowTrace,
     window_attention,
@@ -89,7 +89,7 @@ AttentionTrace = (
     | DeformableConvTrace
     | MultiScaleDeformableTrace
     | PerQueryTrace
-    | SwapInTrace
+    | DATDCNTrace
 )
 
 
@@ -100,7 +100,7 @@ class Attention(NamedTuple):
     forward: Callable[..., tuple[Array, Any]]
     vjp: Callable[..., tuple[Array, Tree]]
     macs: Callable[..., int]
-    start: Callable[[Tree, Any, np.random.Generator], None] | None = None
+    init: Callable[[Tree, Any, np.random.Generator], None] | None = None
 
 
 def _deformable_macs(batch: int, size: tuple[int, int], config: DeformableAttentionConfig) -> int:
@@ -118,19 +118,19 @@ ATTENTIONS: dict[type, Attention] = {
     ),
     PyramidAttentionConfig: Attention(pyramid_shapes, pyramid_attention, pyramid_attention_vjp, pyramid_attention_macs),
     DeformableConvConfig: Attention(
-        deformable_conv_shapes, deformable_conv, deformable_conv_vjp, deformable_conv_macs, deformable_conv_start
+        deformable_conv_shapes, deformable_conv, deformable_conv_vjp, deformable_conv_macs, deformable_conv_init
     ),
     MultiScaleDeformableConfig: Attention(
         multi_scale_deformable_shapes,
         multi_scale_deformable_layer,
         multi_scale_deformable_layer_vjp,
         multi_scale_deformable_layer_macs,
-        multi_scale_deformable_start,
+        multi_scale_deformable_init,
     ),
     PerQueryAttentionConfig: Attention(
         per_query_shapes, per_query_attention, per_query_attention_vjp, per_query_attention_macs
     ),
-    SwapInAttentionConfig: Attention(
-        swap_in_shapes, swap_in_attention, swap_in_attention_vjp, swap_in_attention_macs, swap_in_start
+    DATDCNAttentionConfig: Attention(
+        dat_dcn_shapes, dat_dcn_attention, dat_dcn_attention_vjp, dat_dcn_attention_macs, dat_dcn_init
     ),
 }

@@ -44,27 +44,27 @@ def over_budget(result: Array, truth: Array, yardstick: Array, factor: float = B
     for name, array in (("truth", truth), ("yardstick", yardstick)):
         if not np.isfinite(array).all():
             return f"the {name} is not finite"
-    own = np.abs(yardstick - truth)
-    typical = np.sqrt(np.square(own).mean()) if own.size else 0.0
-    budget = factor * (own + typical + np.finfo(result.dtype).eps * np.abs(truth))
+    yardstick_error = np.abs(yardstick - truth)
+    typical = np.sqrt(np.square(yardstick_error).mean()) if yardstick_error.size else 0.0
+    budget = factor * (yardstick_error + typical + np.finfo(result.dtype).eps * np.abs(truth))
     error = np.abs(result - truth)
     wrong = ~(error <= budget)
     if not wrong.any():
         return ""
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.max(error[wrong] / budget[wrong])
-    return f"{wrong.sum()} of {wrong.size} over the budget, up to {share:.3g} times"
+        ratio = np.max(error[wrong] / budget[wrong])
+    return f"{wrong.sum()} of {wrong.size} over the budget, up to {ratio:.3g} times"
 
 
 def assert_agree(actual: ArrayLike, expected: ArrayLike, tolerance: float = 1e-12, what: str = "") -> None:
     """Require equal shapes and |actual - expected| <= tolerance (1 + |expected|) everywhere; NaN never passes."""
-    words = disagreement(actual, expected, tolerance)
-    assert not words, f"{what}: {words}"
+    message = disagreement(actual, expected, tolerance)
+    assert not message, f"{what}: {message}"
 
 
 def assert_within_budget(
     result: Array, truth: Array, yardstick: Array, factor: float = BUDGET_FACTOR, what: str = ""
 ) -> None:
     """Require that a low-precision result is about as good as a plain computation in it; see `over_budget`."""
-    words = over_budget(result, truth, yardstick, factor)
-    assert not words, f"{what}: {words}"
+    message = over_budget(result, truth, yardstick, factor)
+    assert not message, f"{what}: {message}"

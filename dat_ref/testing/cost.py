@@ -1,7 +1,7 @@
 """What an implementation costs in memory: how much more it takes for a larger case.
 
 Only NumPy's memory can be seen from Python; for what is written in another language, or for another library, the
-promise is not put to the test.
+property is not put to the test.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .subject import Case, Mismatch, Skip
-from .trial import Trial
+from .context import CheckContext
+from .op_spec import Case, Mismatch, Skip
 
 
-def grows_by_at_most(trial: Trial, small: Case, large: Case, numbers: int) -> None:
+def memory_grows_by_at_most(ctx: CheckContext, small: Case, large: Case, elements: int) -> None:
     """Require that a larger case takes at most so many float64 numbers more at its peak.
 
     Raises:
         Mismatch: if it takes more.
         Skip: if its memory cannot be seen.
     """
-    if not getattr(trial.implementation.forward, "numpy_memory", True):
+    if not getattr(ctx.implementation.forward, "numpy_memory", True):
         raise Skip("its memory is not NumPy's")
     peaks = []
     for case in (small, large):
-        result, peak = peak_bytes(partial(trial.call, trial.implementation, trial.cast(case)))
+        result, peak = peak_bytes(partial(ctx.call, ctx.implementation, ctx.cast(case)))
         if peak < result.nbytes:
             raise Skip("its memory is not NumPy's")
         peaks.append(peak)
-    more = peaks[1] - peaks[0]
-    if more > 8 * numbers:
-        raise Mismatch(f"it takes {more:,} bytes more; {8 * numbers:,} would be generous", case=large)
+    growth = peaks[1] - peaks[0]
+    if growth > 8 * elements:
+        raise Mismatch(f"it takes {growth:,} bytes more; {8 * elements:,} would be generous", case=large)
 
 
 def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:

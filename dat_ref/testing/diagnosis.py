@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from .._checks import Array
-from .subject import Case, Implementation, Mutant, Stage, with_mistakes
-from .trial import Trial
+from .context import CheckContext
+from .op_spec import Case, Implementation, Mutant, Stage, apply_mutants
 
-CLOSE = {"float64": 1e-7, "float32": 1e-4}  # of the implementation to a mutant: both compute the same wrong thing
+TOLERANCES = {"float64": 1e-7, "float32": 1e-4}  # of the implementation to a mutant: both compute the same wrong thing
 Outputs = Iterable[Array | None]  # None where it raised
 
 
-def diagnose(trial: Trial, failing: Sequence[Case], failed: Collection[str] | None = None) -> list[str]:
+def diagnose(
+    ctx: CheckContext, failing_cases: Sequence[Case], failed_checks: Collection[str] | None = None
+) -> list[str]:
     """Return the names of the mistakes that explain the failures: one, or two at once; empty if none known do.
 
     The named examples of the values stage are compared, first those that are not degenerate: what a formula that
@@ -24,54 +26,54 @@ def diagnose(trial: Trial, failing: Sequence[Case], failed: Collection[str] | No
     taken.
 
     Args:
-        failing: the cases that failed.
-        failed: names of the checks that failed; a mistake whose own check holds was not made, though two that make up
-            for each other may look alike. None where they are not known.
+        failing_cases: the cases that failed.
+        failed_checks: names of the checks that failed; a mistake whose own check holds was not made, though two that
+            make up for each other may look alike. None where they are not known.
     """
-    if not failing:
+    if not failing_cases:
         return []
-    for probes in (_examples(trial, Stage.VALUES, degenerate=False), _examples(trial, Stage.VALUES), failing):
-        forward = list(_outputs(trial, probes, trial.call))
-        pairs = zip(forward, _reference_outputs(trial, [], probes), strict=True)
-        right = [_close(trial, ours, expected) for ours, expected in pairs]
-        if not all(right):
+    for probes in (_examples(ctx, Stage.VALUES, degenerate=False), _examples(ctx, Stage.VALUES), failing_cases):
+        forward = list(_outputs(ctx, probes, ctx.call))
+        pairs = zip(forward, _reference_outputs(ctx, [], probes), strict=True)
+        agrees = [_close(ctx, ours, expected) for ours, expected in pairs]
+        if not all(agrees):
             # First what is wrong: most mutants are right there.
-            order = sorted(range(len(probes)), key=right.__getitem__)
-            candidates = _candidates(trial, failed, "forward")
-            return _first_match(trial, candidates, [forward[i] for i in order], [probes[i] for i in order])
-    return _diagnose_gradient(trial, _candidates(trial, failed, "vjp"))
+            wrong_first = sorted(range(len(probes)), key=agrees.__getitem__)
+            candidates = _candidates(ctx, failed_checks, "forward")
+            return _first_match(ctx, candidates, [forward[i] for i in wrong_first], [probes[i] for i in wrong_first])
+    return _diagnose_gradient(ctx, _candidates(ctx, failed_checks, "vjp"))
 
 
-def _candidates(trial: Trial, failed: Collection[str] | None, part: str) -> list[Mutant]:
-    of_part = [mutant for mutant in trial.subject.mutants if getattr(mutant, part) is not None]
-    return [mutant for mutant in of_part if failed is None or mutant.check in failed]
+def _candidates(ctx: CheckContext, failed_checks: Collection[str] | None, part: str) -> list[Mutant]:
+    mutants = [mutant for mutant in ctx.op.mutants if getattr(mutant, part) is not None]
+    return [mutant for mutant in mutants if failed_checks is None or mutant.check in failed_checks]
 
 
 def _first_match(
-    trial: Trial, candidates: Sequence[Mutant], forward: Sequence[Array | None], probes: Sequence[Case]
+    ctx: CheckContext, candidates: Sequence[Mutant], forward: Sequence[Array | None], probes: Sequence[Case]
 ) -> list[str]:
-    for mistakes in _sets(candidates):
-        if _same(trial, forward, _reference_outputs(trial, mistakes, probes)):
-            return [mutant.name for mutant in mistakes]
+    for mutants in _combinations(candidates):
+        if _all_close(ctx, forward, _reference_outputs(ctx, mutants, probes)):
+            return [mutant.name for mutant in mutants]
     return []
 
 
-def _sets(mutants: Sequence[Mutant]) -> Iterable[tuple[Mutant, ...]]:
+def _combinations(mutants: Sequence[Mutant]) -> Iterable[tuple[Mutant, ...]]:
     yield from ((mutant,) for mutant in mutants)
     yield from permutations(mutants, 2)
 
 
-def _examples(trial: Trial, stage: Stage, *, degenerate: bool = True) -> list[Case]:
-    chosen = [check for check in trial.subject.checks if check.stage is stage and (degenerate or not check.degenerate)]
-    return [case for check in chosen for case in check.cases(trial.setting)]
+def _examples(ctx: CheckContext, stage: Stage, *, degenerate: bool = True) -> list[Case]:
+    chosen = [check for check in ctx.op.checks if check.stage is stage and (degenerate or not check.degenerate)]
+    return [case for check in chosen for case in check.cases(ctx.setting)]
 
 
-def _reference_outputs(trial: Trial, mistakes: Sequence[Mutant], probes: Sequence[Case]) -> Outputs:
-    return _outputs(trial, probes, trial.call, with_mistakes(trial.subject.reference, mistakes))
+def _reference_outputs(ctx: CheckContext, mutants: Sequence[Mutant], probes: Sequence[Case]) -> Outputs:
+    return _outputs(ctx, probes, ctx.call, apply_mutants(ctx.op.reference, mutants))
 
 
 def _outputs(
-    trial: Trial,
+    ctx: CheckContext,
     probes: Sequence[Case],
     run: Callable[[Implementation, Case], Any],
     implementation: Implementation | None = None,
@@ -80,36 +82,36 @@ def _outputs(
     for case in probes:
         try:
             with np.errstate(all="ignore"):
-                output = run(implementation or trial.implementation, trial.cast(case))
+                output = run(implementation or ctx.implementation, ctx.cast(case))
         except Exception:
             output = None
         yield output
 
 
-def _same(trial: Trial, outputs: Outputs, others: Outputs) -> bool:
-    return all(_close(trial, one, other) for one, other in zip(outputs, others, strict=True))
+def _all_close(ctx: CheckContext, outputs: Outputs, others: Outputs) -> bool:
+    return all(_close(ctx, one, other) for one, other in zip(outputs, others, strict=True))
 
 
-def _close(trial: Trial, one: Array | None, other: Array | None) -> bool:
+def _close(ctx: CheckContext, one: Array | None, other: Array | None) -> bool:
     if one is None or other is None:
         return one is other
-    tolerance = CLOSE.get(trial.setting.dtype, 1e-2)
+    tolerance = TOLERANCES.get(ctx.setting.dtype, 1e-2)
     return one.shape == other.shape and np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _diagnose_gradient(trial: Trial, candidates: Sequence[Mutant]) -> list[str]:
+def _diagnose_gradient(ctx: CheckContext, candidates: Sequence[Mutant]) -> list[str]:
     """The same for gradients, where the forward is right."""
-    if trial.implementation.vjp is None or not candidates:
+    if ctx.implementation.vjp is None or not candidates:
         return []
-    probes = _examples(trial, Stage.GRADIENTS)
+    probes = _examples(ctx, Stage.GRADIENTS)
 
     def gradients(implementation: Implementation, case: Case) -> Array:
-        cotangent = np.ones(trial.call(trial.subject.reference, case).shape, dtype=trial.setting.dtype)
-        grads = trial.gradients(implementation, cotangent, case)
-        return np.concatenate([grads[name].ravel() for name in sorted(trial.differentiable(case))])
+        cotangent = np.ones(ctx.call(ctx.op.reference, case).shape, dtype=ctx.setting.dtype)
+        grads = ctx.gradients(implementation, cotangent, case)
+        return np.concatenate([grads[name].ravel() for name in sorted(ctx.differentiable_arrays(case))])
 
-    ours = list(_outputs(trial, probes, gradients))
+    ours = list(_outputs(ctx, probes, gradients))
     for mutant in candidates:
-        if _same(trial, ours, _outputs(trial, probes, gradients, mutant.apply(trial.subject.reference))):
+        if _all_close(ctx, ours, _outputs(ctx, probes, gradients, mutant.apply(ctx.op.reference))):
             return [mutant.name]
     return []

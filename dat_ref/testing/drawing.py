@@ -6,8 +6,8 @@ import numpy as np
 
 from .._checks import Array
 
-LARGEST_SIDE = 9  # larger maps are told, not drawn
-CELL, ROW = 6, 2  # characters a pixel, lines a pixel
+MAX_SIDE = 9  # larger maps are told, not drawn
+CELL_WIDTH, ROW_HEIGHT = 6, 2  # characters a pixel, lines a pixel
 
 
 def draw_map(pixels: Array, points: Array) -> str:
@@ -21,13 +21,13 @@ def draw_map(pixels: Array, points: Array) -> str:
     height, width = pixels.shape
     points = np.round(points, 9) + 0.0  # not -0
     legend = [f"{letter(p)}: (y, x) = ({y:.12g}, {x:.12g})" for p, (y, x) in enumerate(points.tolist())]
-    if max(height, width) > LARGEST_SIDE:
+    if max(height, width) > MAX_SIDE:
         return "\n".join([f"map of {height} × {width}", *legend])
-    lines = [[" "] * (CELL * (width + 4)) for _ in range(ROW * (height + 1) + 1)]
+    lines = [[" "] * (CELL_WIDTH * (width + 4)) for _ in range(ROW_HEIGHT * (height + 1) + 1)]
 
     def write(row: float, column: float, text: str) -> None:
         """Put a text so that it ends where position (row, column) is drawn."""
-        line, end = round(ROW * (row + 1)), round(CELL * (column + 3)) + 1
+        line, end = round(ROW_HEIGHT * (row + 1)), round(CELL_WIDTH * (column + 3)) + 1
         if 0 <= line < len(lines) and len(text) <= end <= len(lines[0]):
             lines[line][end - len(text) : end] = text
 
@@ -37,11 +37,11 @@ def draw_map(pixels: Array, points: Array) -> str:
         write(i, -1.5, f"y={i}")
     for p, (y, x) in enumerate(points.tolist()):
         if np.isfinite([y, x]).all():
-            beside = 1 / CELL if y == round(y) and x == round(x) else 0  # not on top of the pixel's number
-            write(y, x + beside, letter(p))
-    header = "".join(f"{f'x={j}':>{CELL}}" for j in range(width))
-    drawn = [line for line in ("".join(line).rstrip() for line in lines) if line]  # empty lines tell nothing
-    return "\n".join([" " * (2 * CELL + 1) + header, *drawn, *legend])
+            shift = 1 / CELL_WIDTH if y == round(y) and x == round(x) else 0  # not on top of the pixel's number
+            write(y, x + shift, letter(p))
+    header = "".join(f"{f'x={j}':>{CELL_WIDTH}}" for j in range(width))
+    rows = [line for line in ("".join(line).rstrip() for line in lines) if line]  # empty lines tell nothing
+    return "\n".join([" " * (2 * CELL_WIDTH + 1) + header, *rows, *legend])
 
 
 def letter(index: int) -> str:
@@ -58,36 +58,36 @@ def draw_axis(name: str, length: int, expected: Array, got: Array) -> str:
              expected 0 2, got 0.5 2.5
     """
     margin, label = 3, max(len(name) + 1, 6)
-    line = [" "] * (label + margin + CELL * (length + 1))
+    line = [" "] * (label + margin + CELL_WIDTH * (length + 1))
 
-    def place(value: float) -> int:
-        return label + margin + round(CELL * value)
+    def column_of(value: float) -> int:
+        return label + margin + round(CELL_WIDTH * value)
 
     ruler = list(line)
     for pixel in range(length):
-        ruler[place(pixel)] = str(pixel)[-1]
+        ruler[column_of(pixel)] = str(pixel)[-1]
     for values, mark in ((expected, "o"), (got, "x")):
         for value in values[np.isfinite(values)]:
-            at = place(float(np.clip(value, -0.5 - margin / CELL, length)))
-            if 0 <= at < len(line):
-                line[at] = "*" if line[at] == "o" and mark == "x" else mark
+            column = column_of(float(np.clip(value, -0.5 - margin / CELL_WIDTH, length)))
+            if 0 <= column < len(line):
+                line[column] = "*" if line[column] == "o" and mark == "x" else mark
     ruler[: len(name)] = name
     texts = " ".join(f"{value:.4g}" for value in expected), " ".join(f"{value:.4g}" for value in got)
-    told = f"{'':{label + margin}}expected {texts[0]}, got {texts[1]}"
-    return "\n".join(["".join(ruler).rstrip(), "".join(line).rstrip(), told])
+    caption = f"{'':{label + margin}}expected {texts[0]}, got {texts[1]}"
+    return "\n".join(["".join(ruler).rstrip(), "".join(line).rstrip(), caption])
 
 
-def worst(expected: Array, got: Array) -> str:
+def describe_largest_error(expected: Array, got: Array) -> str:
     """Say where two arrays of one shape differ most: ``at [0, 0, 2]: expected 1, got 0.25``."""
     if expected.shape != got.shape:
         return f"expected shape {expected.shape}, got {got.shape}"
     if not expected.size:
         return ""
     error = np.nan_to_num(np.abs(got - expected), nan=np.inf)
-    place = np.unravel_index(int(error.argmax()), error.shape)
-    at = ", ".join(str(int(i)) for i in place)
+    index = np.unravel_index(int(error.argmax()), error.shape)
+    location = ", ".join(str(int(i)) for i in index)
     for digits in (9, 12, 17):  # as many as tell them apart
-        texts = f"{expected[place]:.{digits}g}", f"{got[place]:.{digits}g}"
+        texts = f"{expected[index]:.{digits}g}", f"{got[index]:.{digits}g}"
         if texts[0] != texts[1]:
             break
-    return f"at [{at}]: expected {texts[0]}, got {texts[1]}"
+    return f"at [{location}]: expected {texts[0]}, got {texts[1]}"

@@ -40,18 +40,18 @@ def numerical_gradient(
 ) -> Array:
     """Return d<cotangent, function(array)>/d array, element by element: for small arrays."""
     gradient = np.empty_like(array)
-    for place in np.ndindex(array.shape):
+    for index in np.ndindex(array.shape):
 
-        def loss(h: float, place: tuple[int, ...] = place) -> float:
-            moved = array.copy()
-            moved[place] += h
-            return float(np.vdot(cotangent, function(moved)))
+        def loss(h: float, index: tuple[int, ...] = index) -> float:
+            perturbed = array.copy()
+            perturbed[index] += h
+            return float(np.vdot(cotangent, function(perturbed)))
 
-        gradient[place] = slope(loss, step, one_sided=one_sided)
+        gradient[index] = slope(loss, step, one_sided=one_sided)
     return gradient
 
 
-def unit(direction: Array) -> Array:
+def normalize(direction: Array) -> Array:
     """Return a direction of length one (an empty one as it is)."""
     length = np.linalg.norm(direction)
     return direction / length if length else direction
@@ -98,17 +98,19 @@ def check_vjp(
                 raise WrongGradient(f"{name}: expected shape {array.shape}, got {grads[name].shape}")
         for names in [list(inputs)] if jointly else [[name] for name in inputs]:
             # The whole move has length one, so that many inputs together stay as clear of kinks as one does.
-            moves = {name: unit(draw(name, inputs[name])) / np.sqrt(len(names)) for name in names}
+            deltas = {name: normalize(draw(name, inputs[name])) / np.sqrt(len(names)) for name in names}
 
-            def loss(h: float, moves: Inputs = moves, cotangent: Array = cotangent) -> float:
-                moved = {name: array + h * moves[name] if name in moves else array for name, array in inputs.items()}
-                return float(np.vdot(cotangent, function(**moved)))
+            def loss(h: float, deltas: Inputs = deltas, cotangent: Array = cotangent) -> float:
+                perturbed = {
+                    name: array + h * deltas[name] if name in deltas else array for name, array in inputs.items()
+                }
+                return float(np.vdot(cotangent, function(**perturbed)))
 
-            promised = sum(float(np.vdot(grads[name], moves[name])) for name in names)
+            analytic = sum(float(np.vdot(grads[name], deltas[name])) for name in names)
             squares = [np.square(grads[name]).sum() / max(grads[name].size, 1) for name in names]
-            typical = np.sqrt(np.sum(squares) / len(names))
-            measured = slope(loss, step, one_sided=one_sided)
+            gradient_scale = np.sqrt(np.sum(squares) / len(names))
+            numerical = slope(loss, step, one_sided=one_sided)
             # Rounding of the loss itself, divided by the step, is the floor below which nothing can be measured.
             floor = 1e-15 * (1 + np.abs(cotangent * output).sum()) / step
-            if not abs(promised - measured) <= tolerance * typical + floor:
-                raise WrongGradient(f"{', '.join(names)[:200]}: promised {promised:.12g}, measured {measured:.12g}")
+            if not abs(analytic - numerical) <= tolerance * gradient_scale + floor:
+                raise WrongGradient(f"{', '.join(names)[:200]}: promised {analytic:.12g}, measured {numerical:.12g}")

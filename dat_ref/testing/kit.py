@@ -9,45 +9,47 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .._deprecation import deprecated_keywords
 from ..conventions import Convention
-from .conventions import Following, follows
-from .run import Report, check_subject
-from .subject import Implementation, Setting, Subject
-from .subjects import SUBJECTS
-from .target import implementations, load, owner_of
+from .convention_match import ConventionMatch, infer_convention
+from .op_spec import Implementation, OpSpec, Setting
+from .ops import OPS
+from .run import Report, check_op
+from .target import find_implementations, load, owner_of
 
-Pair = tuple[Subject, Implementation]
+Pair = tuple[OpSpec, Implementation]
 
 
-def choose(target: Any, subjects: Sequence[str] = ()) -> list[Pair]:
-    """Return what a target implements; see `dat_ref.testing.target.implementations`.
+def find_ops(target: Any, ops: Sequence[str] = ()) -> list[Pair]:
+    """Return what a target implements; see `dat_ref.testing.target.find_implementations`.
 
     Args:
         target: ``"package.module:object"``, or the object itself.
-        subjects: names; empty for all that are there.
+        ops: names; empty for all that are there.
     """
     if isinstance(target, str):
-        return implementations(load(target), target, subjects, owner_of(target))
+        return find_implementations(load(target), target, ops, owner_of(target))
     module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", type(target).__name__)
-    return implementations(target, f"{module}:{name}" if module else name, subjects, sys.modules.get(module))
+    return find_implementations(target, f"{module}:{name}" if module else name, ops, sys.modules.get(module))
 
 
 def settings_for(
-    implementation: Implementation, subject: Subject, convention: Convention | None, setting: Setting
-) -> Iterator[tuple[Setting, Following | None]]:
+    implementation: Implementation, op: OpSpec, convention: Convention | None, setting: Setting
+) -> Iterator[tuple[Setting, ConventionMatch | None]]:
     """Yield under what to check: the convention asked for, or each that it can be told, or the one that it follows."""
-    if convention is not None or not subject.conventional:
+    if convention is not None or not op.depends_on_convention:
         yield replace(setting, convention=convention or setting.convention), None
     elif implementation.takes_convention:
         yield from ((replace(setting, convention=each), None) for each in Convention)
     else:
-        found = follows(implementation, subject, setting)
-        yield replace(setting, convention=found.convention), found
+        match = infer_convention(implementation, op, setting)
+        yield replace(setting, convention=match.convention), match
 
 
+@deprecated_keywords(subjects="ops")
 def check(
     target: Any,
-    subjects: Sequence[str] = (),
+    ops: Sequence[str] = (),
     *,
     convention: Convention | None = None,
     dtype: str = "float64",
@@ -58,22 +60,22 @@ def check(
 
     Args:
         target: ``"package.module:object"``, or a function, an instance, a class or a module.
-        subjects: names; empty for all that are there.
+        ops: names; empty for all that are there.
         convention: whose geometry is the truth; None to find out.
         expected_failures: reasons by the name of a check, ``first_pixel`` or ``sampler.first_pixel``.
 
     Returns:
-        a report for each subject, for each convention where it can be told one.
+        a report for each operation, for each convention where it can be told one.
 
     Raises:
         ValueError: if there is nothing to check, or an expected failure is no check.
     """
     setting = Setting(dtype=dtype, max_examples=max_examples)
-    require_checks(expected_failures or {})
+    require_known_checks(expected_failures or {})
     return [
-        check_subject(implementation, subject, each, expected_failures)
-        for subject, implementation in choose(target, subjects)
-        for each, _ in settings_for(implementation, subject, convention, setting)
+        check_op(implementation, op, each, expected_failures)
+        for op, implementation in find_ops(target, ops)
+        for each, _ in settings_for(implementation, op, convention, setting)
     ]
 
 
@@ -91,20 +93,20 @@ def read_expected_failures(path: Path) -> dict[str, str]:
         if not reason:
             raise ValueError(f"--xfails: expected `name  # why` in {path}, line {number}, got {line.strip()!r}")
         listed[name] = reason
-    require_checks(listed, f"--xfails: {path}")
+    require_known_checks(listed, f"--xfails: {path}")
     return listed
 
 
-def require_checks(names: Iterable[str], where: str = "expected_failures") -> None:
+def require_known_checks(names: Iterable[str], where: str = "expected_failures") -> None:
     """Require that all are names of checks, ``first_pixel`` or ``sampler.first_pixel``.
 
     Raises:
         ValueError: for the first that is not.
     """
-    known = {f"{subject.name}.{check.name}" for subject in SUBJECTS for check in subject.checks}
+    known = {f"{op.name}.{check.name}" for op in OPS for check in op.checks}
     known |= {name.partition(".")[2] for name in known}
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; {near[0]!r} is one" if near else ""
+            similar = get_close_matches(name, known, n=1)
+            hint = f"; {similar[0]!r} is one" if similar else ""
             raise ValueError(f"{where}: {name!r} is no check{hint} (dat-ref check --list prints them all)")

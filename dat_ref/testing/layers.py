@@ -33,7 +33,7 @@ def random_params(shapes: Tree, rng: np.random.Generator, dtype: Any = np.float6
 # ------------------------------------------------------------------------------------------------ symmetry
 
 
-def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: Size, keys: Size) -> Tree:
+def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: Size, key_size: Size) -> Tree:
     """Return the parameters of the layer that sees the world in a mirror.
 
     Kernels and tables are flipped along `axis` (0 is y), the offsets along it change sign; a fixed table has its
@@ -53,30 +53,30 @@ def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: Siz
         kernel["weight"] = np.flip(kernel["weight"], 2 + axis)
     elif config.bias is BiasKind.FIXED:
         table = mirrored["position_bias"]["table"]
-        grid = table.reshape(len(table), *size, *keys)
+        grid = table.reshape(len(table), *size, *key_size)
         mirrored["position_bias"]["table"] = np.flip(grid, (1 + axis, 3 + axis)).reshape(table.shape)
     return mirrored
 
 
-def transpose(params: Tree, config: DeformableAttentionConfig, size: Size, keys: Size) -> Tree:
+def transpose(params: Tree, config: DeformableAttentionConfig, size: Size, key_size: Size) -> Tree:
     """Return the parameters of the layer that has y and x exchanged."""
-    turned = map_tree(np.array, params)
+    transposed = map_tree(np.array, params)
     if config.offset_bound is not OffsetBound.NONE:
-        network = turned["offset_network"]
+        network = transposed["offset_network"]
         network["depthwise"]["weight"] = network["depthwise"]["weight"].swapaxes(2, 3)
         network["pointwise"]["weight"] = network["pointwise"]["weight"][::-1]
     if config.bias is BiasKind.TABLE:
-        turned["position_bias"]["table"] = turned["position_bias"]["table"].swapaxes(1, 2)
+        transposed["position_bias"]["table"] = transposed["position_bias"]["table"].swapaxes(1, 2)
     elif config.bias is BiasKind.LOG_CPB:
-        turned["position_bias"]["hidden"]["weight"] = turned["position_bias"]["hidden"]["weight"][:, ::-1]
+        transposed["position_bias"]["hidden"]["weight"] = transposed["position_bias"]["hidden"]["weight"][:, ::-1]
     elif config.bias is BiasKind.DEPTHWISE:
-        kernel = turned["position_bias"]["depthwise"]
+        kernel = transposed["position_bias"]["depthwise"]
         kernel["weight"] = kernel["weight"].swapaxes(2, 3)
     elif config.bias is BiasKind.FIXED:
-        table = turned["position_bias"]["table"]
-        grid = table.reshape(len(table), *size, *keys)
-        turned["position_bias"]["table"] = grid.transpose(0, 2, 1, 4, 3).reshape(table.shape)
-    return turned
+        table = transposed["position_bias"]["table"]
+        grid = table.reshape(len(table), *size, *key_size)
+        transposed["position_bias"]["table"] = grid.transpose(0, 2, 1, 4, 3).reshape(table.shape)
+    return transposed
 
 
 def transposed_config(config: DeformableAttentionConfig) -> DeformableAttentionConfig:
@@ -100,22 +100,22 @@ def kink_distance(trace: LayerTrace, config: DeformableAttentionConfig, table_si
     points move: a layer norm over channels that happen to be nearly equal magnifies every small step.
     """
     if config.offset_bound is OffsetBound.NONE:
-        return _log_bias_distance(trace, moves=False)
-    distance = _log_bias_distance(trace, moves=True)
+        return _log_bias_distance(trace, points_move=False)
+    distance = _log_bias_distance(trace, points_move=True)
     moving = np.ones(trace.points.shape, dtype=bool)
     if config.offset_bound is OffsetBound.CLAMP:
-        beyond = np.abs(trace.reference + trace.raw_offsets) - 1
-        moving = beyond < 0
-        distance = min(distance, float(np.abs(beyond).min(initial=np.inf)))
+        overshoot = np.abs(trace.reference + trace.raw_offsets) - 1
+        moving = overshoot < 0
+        distance = min(distance, float(np.abs(overshoot).min(initial=np.inf)))
     distance = min(distance, lattice_distance(trace.points_px[moving]))
     if config.bias is BiasKind.TABLE:
         flat = trace.points.reshape(*trace.points.shape[:2], -1, 2)
         size = trace.x.shape[2:]
         positions = table_positions(flat, table_size, size, config.convention, config.bias_resolution)
-        which = np.broadcast_to(moving.reshape(flat.shape)[:, :, None], positions.shape)
+        moving_entries = np.broadcast_to(moving.reshape(flat.shape)[:, :, None], positions.shape)
         # A table read at a fixed place whatever the points (one entry on an axis) has no kink there.
-        changes = np.array([table_size[axis] > 1 and size[axis] > 1 for axis in range(2)])
-        distance = min(distance, lattice_distance(positions[which & changes]))
+        readable = np.array([table_size[axis] > 1 and size[axis] > 1 for axis in range(2)])
+        distance = min(distance, lattice_distance(positions[moving_entries & readable]))
     return distance * _norm_deviation(trace)
 
 
@@ -126,10 +126,10 @@ def _norm_deviation(trace: LayerTrace) -> float:
     return 1.0 if windows.shape[1] == 1 else float(windows.std(axis=1).min(initial=1.0))
 
 
-def _log_bias_distance(trace: LayerTrace, moves: bool) -> float:
+def _log_bias_distance(trace: LayerTrace, points_move: bool) -> float:
     if trace.log_bias is None:
         return np.inf
     distance = float(np.abs(trace.log_bias.hidden).min(initial=np.inf))
-    if not moves:
+    if not points_move:
         return distance
     return min(distance, float(np.abs(trace.log_bias.displacement).min(initial=np.inf)))

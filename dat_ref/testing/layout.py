@@ -9,22 +9,24 @@ from typing import Any
 import numpy as np
 
 from .._checks import Array
-from .subject import Argument, Function
-from .target import subject_named
+from .._deprecation import deprecated_keywords
+from .op_spec import Argument, Function
+from .target import op_by_name
 
 
-def with_layout(function: Function, subject: str, returns: str | None = None, **axes: str) -> Function:
+@deprecated_keywords(subject="op")
+def with_layout(function: Function, op: str, returns: str | None = None, **axes: str) -> Function:
     """Return a function that takes and returns the protocol's layouts.
 
     Args:
         function: takes its arguments in the protocol's order, in its own layouts.
-        subject: name of the subject.
+        op: name of the operation.
         returns: axes of its result, a string of the protocol's letters; None where they are the protocol's.
         axes: the same by the protocol's argument names. Where the batch's letter N is missing from all of them, the
             function is called once for each image.
 
     Raises:
-        ValueError: for an argument that the subject does not have, or letters that are not its own.
+        ValueError: for an argument that the operation does not have, or letters that are not its own.
 
     >>> def one_image_channels_last(image, points):  # (H, W, C), (P, 2) -> (P, C)
     ...     return np.zeros((len(points), image.shape[2]))
@@ -32,32 +34,36 @@ def with_layout(function: Function, subject: str, returns: str | None = None, **
     >>> sample(np.zeros((2, 3, 4, 5)), np.zeros((2, 7, 2))).shape
     (2, 3, 7)
     """
-    chosen = subject_named(subject)
-    known = {argument.name: argument for argument in chosen.arguments}
+    op_spec = op_by_name(op)
+    arguments_by_name = {argument.name: argument for argument in op_spec.arguments}
     for name, letters in axes.items():
-        if name not in known:
-            raise ValueError(f"axes: expected names among {', '.join(known)}, got {name!r}")
-        _check_letters(name, letters, known[name].axes)
-    own_returns = chosen.returns if returns is None else returns
-    _check_letters("returns", own_returns, chosen.returns)
-    single = "N" in chosen.returns and "N" not in own_returns
+        if name not in arguments_by_name:
+            raise ValueError(f"axes: expected names among {', '.join(arguments_by_name)}, got {name!r}")
+        _check_letters(name, letters, arguments_by_name[name].axes)
+    result_axes = op_spec.returns if returns is None else returns
+    _check_letters("returns", result_axes, op_spec.returns)
+    image_by_image = "N" in op_spec.returns and "N" not in result_axes
 
     @wraps(function)
-    def adapted(*arguments: Any, **options: Any) -> Array:
-        if not single:
-            moved = [_move(value, known_argument, axes) for value, known_argument in zip(arguments, chosen.arguments)]
-            return transpose(np.asarray(function(*moved, **options)), own_returns, chosen.returns)
-        images = len(next(value for value, each in zip(arguments, chosen.arguments) if "N" in each.axes))
+    def wrapper(*arguments: Any, **options: Any) -> Array:
+        if not image_by_image:
+            converted = [_move(value, argument, axes) for value, argument in zip(arguments, op_spec.arguments)]
+            return transpose(np.asarray(function(*converted, **options)), result_axes, op_spec.returns)
+        images = len(next(value for value, argument in zip(arguments, op_spec.arguments) if "N" in argument.axes))
         results = []
         for n in range(images):
-            one = [value[n] if "N" in each.axes else value for value, each in zip(arguments, chosen.arguments)]
-            moved = [_move(value, each, axes, drop="N") for value, each in zip(one, chosen.arguments)]
+            image_arguments = [
+                value[n] if "N" in argument.axes else value for value, argument in zip(arguments, op_spec.arguments)
+            ]
+            converted = [
+                _move(value, argument, axes, drop="N") for value, argument in zip(image_arguments, op_spec.arguments)
+            ]
             results.append(
-                transpose(np.asarray(function(*moved, **options)), own_returns, chosen.returns.replace("N", ""))
+                transpose(np.asarray(function(*converted, **options)), result_axes, op_spec.returns.replace("N", ""))
             )
-        return np.stack(results) if results else _nothing(arguments, chosen.arguments, chosen.returns)
+        return np.stack(results) if results else _empty_result(arguments, op_spec.arguments, op_spec.returns)
 
-    return adapted
+    return wrapper
 
 
 def _check_letters(name: str, letters: str, expected: str) -> None:
@@ -73,16 +79,16 @@ def _move(value: Any, argument: Argument, axes: Mapping[str, str], drop: str = "
     return transpose(value, argument.axes.replace(drop, "") if drop else argument.axes, axes[argument.name])
 
 
-def transpose(array: Array, have: str, want: str) -> Array:
+def transpose(array: Array, source: str, target: str) -> Array:
     """Return an array with its axes in another order: ``transpose(x, "NCHW", "NHWC")``."""
-    return array.transpose([have.index(letter) for letter in want])
+    return array.transpose([source.index(letter) for letter in target])
 
 
-def _nothing(arguments: Any, declared: Any, returns: str) -> Array:
+def _empty_result(arguments: Any, argument_specs: Any, returns: str) -> Array:
     """The result for no images: its other axes are those that the arguments have."""
     sizes = {
         letter: length
-        for value, argument in zip(arguments, declared)
+        for value, argument in zip(arguments, argument_specs)
         if isinstance(value, np.ndarray)
         for letter, length in zip(argument.axes, value.shape)
     }

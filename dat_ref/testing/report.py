@@ -6,66 +6,70 @@ import textwrap
 
 import numpy as np
 
-from .drawing import worst
+from .context import CheckContext
+from .drawing import describe_largest_error
+from .op_spec import Case, Mismatch, Stage
 from .run import Report, Result
 from .snippet import snippet
-from .subject import Case, Mismatch, Stage
-from .trial import Trial
 
-MARKS = {"pass": "✓", "fail": "✗", "skip": "·", "xfail": "✗", "xpass": "✓"}
+SYMBOLS = {"pass": "✓", "fail": "✗", "skip": "·", "xfail": "✗", "xpass": "✓"}
 WIDTH = 84
 SINGLE_PRECISION = 8 * float(np.finfo(np.float32).eps)
 
 
-def text(report: Report) -> str:
+def format_report(report: Report) -> str:
     """Return the report as text."""
-    parts = [_head(report), table(report)]
+    parts = [_header(report), checks_table(report)]
     if report.diagnosis:
-        parts.append(diagnosis(report))
-    if _as_in_single_precision(report):
+        parts.append(format_diagnosis(report))
+    if _looks_single_precision(report):
         parts.append(
             "Where its numbers are wrong they are nearly right, as in single precision: check it with --dtype float32."
         )
     failed = [result for result in report.results if result.status == "fail"]
     for stage in Stage:
-        of_stage = [result for result in failed if result.check.stage is stage]
-        if of_stage:
-            parts += [failure_text(report.trial, result) for result in of_stage if result in report.shown()]
-            others = [result.check.name for result in of_stage if result not in report.shown()]
+        stage_failures = [result for result in failed if result.check.stage is stage]
+        if stage_failures:
+            parts += [
+                format_failure(report.context, result)
+                for result in stage_failures
+                if result in report.detailed_failures()
+            ]
+            others = [result.check.name for result in stage_failures if result not in report.detailed_failures()]
             if others:
-                parts.append(_wrapped(f"Also fails, perhaps for the same reason: {', '.join(others)}."))
-    parts.append(_verdict(report))
+                parts.append(_wrap(f"Also fails, perhaps for the same reason: {', '.join(others)}."))
+    parts.append(_summary(report))
     return "\n\n".join(parts)
 
 
-def _head(report: Report) -> str:
-    trial, setting = report.trial, report.trial.setting
-    convention = f", convention {setting.convention.name}" if trial.subject.conventional else ""
+def _header(report: Report) -> str:
+    ctx, setting = report.context, report.context.setting
+    convention = f", convention {setting.convention.name}" if ctx.op.depends_on_convention else ""
     return (
-        f"{trial.implementation.name} as {trial.subject.name}: {trial.subject.title}\n"
-        f"{trial.subject.signature}, {setting.dtype}{convention}, {setting.max_examples} drawn cases a check"
+        f"{ctx.implementation.name} as {ctx.op.name}: {ctx.op.title}\n"
+        f"{ctx.op.signature}, {setting.dtype}{convention}, {setting.max_examples} drawn cases a check"
     )
 
 
-def table(report: Report) -> str:
-    """Return one line a check: stage, mark, name and promise, or why it did not run."""
+def checks_table(report: Report) -> str:
+    """Return one line a check: stage, mark, name and property, or why it did not run."""
     lines, stage = [], None
     longest = max(len(result.check.name) for result in report.results)
     for result in report.results:
-        shown = result.check.stage.value if result.check.stage is not stage else ""
+        stage_label = result.check.stage.value if result.check.stage is not stage else ""
         stage = result.check.stage
         note = {
             "skip": f"not run: {result.skipped}",
             "xfail": f"fails as expected: {result.expected_failure}",
             "xpass": "holds, but is on the list of expected failures: take it off",
-        }.get(result.status, result.check.promise)
-        if result.left_out:
-            note += f" (on some cases not run: {result.left_out})"
-        lines.append(f"  {shown:<11}{MARKS[result.status]} {result.check.name:<{longest}}  {note}")
+        }.get(result.status, result.check.property)
+        if result.skipped_cases:
+            note += f" (on some cases not run: {result.skipped_cases})"
+        lines.append(f"  {stage_label:<11}{SYMBOLS[result.status]} {result.check.name:<{longest}}  {note}")
     return "\n".join(lines)
 
 
-def diagnosis(report: Report) -> str:
+def format_diagnosis(report: Report) -> str:
     """Say which known mistake the implementation behaves like."""
     names = report.diagnosis
     count = "one mistake" if len(names) == 1 else f"{len(names)} mistakes"
@@ -73,54 +77,54 @@ def diagnosis(report: Report) -> str:
     return f"It behaves exactly like the reference with {count}:\n{listed}"
 
 
-def _as_in_single_precision(report: Report) -> bool:
+def _looks_single_precision(report: Report) -> bool:
     """Whether float64 was handed over, and every number that differs does so by a few roundings of float32."""
     pairs = [
         (result.failure.mismatch.got, result.failure.mismatch.expected) for result in report.failed() if result.failure
     ]
-    numbers = [(got, expected) for got, expected in pairs if got is not None and expected is not None]
-    near = [
+    comparable = [(got, expected) for got, expected in pairs if got is not None and expected is not None]
+    close = [
         got.shape == expected.shape and np.allclose(got, expected, rtol=SINGLE_PRECISION, atol=SINGLE_PRECISION)
-        for got, expected in numbers
+        for got, expected in comparable
     ]
-    return report.trial.setting.dtype == "float64" and bool(near) and all(near)
+    return report.context.setting.dtype == "float64" and bool(close) and all(close)
 
 
-def failure_text(trial: Trial, result: Result) -> str:
-    """Return what failed: the promise, what it means, the counter-example as a drawing and as a program."""
+def format_failure(ctx: CheckContext, result: Result) -> str:
+    """Return what failed: the property, what it means, the counter-example as a drawing and as a program."""
     failure, check = result.failure, result.check
     assert failure is not None
     mismatch = failure.mismatch
     lines = [
         f"✗ {check.name}",
-        _wrapped(f"promised: {check.promise}", "  "),
-        _wrapped(f"failing means: {check.meaning}", "  "),
+        _wrap(f"promised: {check.property}", "  "),
+        _wrap(f"failing means: {check.explanation}", "  "),
         "",
     ]
-    named = f" ({failure.case.name})" if failure.case.name else ""
-    lines.append(f"  smallest counter-example{named}: {mismatch.words}")
+    case_name = f" ({failure.case.name})" if failure.case.name else ""
+    lines.append(f"  smallest counter-example{case_name}: {mismatch.message}")
     with np.errstate(all="ignore"):
-        lines.append(textwrap.indent(_drawn(trial, failure.case, mismatch), "    "))
+        lines.append(textwrap.indent(_draw_case(ctx, failure.case, mismatch), "    "))
     if mismatch.expected is not None and mismatch.got is not None:
-        lines.append("    " + worst(mismatch.expected, mismatch.got))
+        lines.append("    " + describe_largest_error(mismatch.expected, mismatch.got))
     lines += ["", "  to reproduce:"]
-    lines.append(textwrap.indent(snippet(trial, failure.case, mismatch, check.stage), "    "))
+    lines.append(textwrap.indent(snippet(ctx, failure.case, mismatch, check.stage), "    "))
     return "\n".join(lines)
 
 
-def _drawn(trial: Trial, case: Case, mismatch: Mismatch) -> str:
-    convention = [trial.setting.convention] if trial.subject.conventional else []
-    return trial.subject.draw(case, mismatch, *convention)
+def _draw_case(ctx: CheckContext, case: Case, mismatch: Mismatch) -> str:
+    convention = [ctx.setting.convention] if ctx.op.depends_on_convention else []
+    return ctx.op.draw(case, mismatch, *convention)
 
 
-def _wrapped(words: str, indent: str = "") -> str:
-    return textwrap.fill(words, WIDTH, initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  " * bool(indent))
 
 
-def _verdict(report: Report) -> str:
-    counts = {status: sum(result.status == status for result in report.results) for status in MARKS}
+def _summary(report: Report) -> str:
+    counts = {status: sum(result.status == status for result in report.results) for status in SYMBOLS}
     parts = [f"{counts['pass']} of {len(report.results)} checks hold"]
-    for status, words in (("fail", "fail"), ("xfail", "fail as expected"), ("xpass", "hold unexpectedly")):
-        parts += [f"{counts[status]} {words}"] * bool(counts[status])
+    for status, label in (("fail", "fail"), ("xfail", "fail as expected"), ("xpass", "hold unexpectedly")):
+        parts += [f"{counts[status]} {label}"] * bool(counts[status])
     parts += [f"{counts['skip']} not run"] * bool(counts["skip"])
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Run a subject's checks against an implementation: named examples first, then what Hypothesis draws and shrinks."""
+"""Run an operation's checks against an implementation: named examples first, then what Hypothesis draws and shrinks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 
+from .context import CheckContext
 from .diagnosis import diagnose
-from .subject import (
+from .op_spec import (
     Case,
     Check,
     Implementation,
     Mismatch,
     Mutant,
+    OpSpec,
     Setting,
     Skip,
     Stage,
-    Subject,
-    with_mistakes,
+    apply_mutants,
 )
-from .trial import Trial
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Result:
     Args:
         failure: the counter-example, or None.
         skipped: why it did not run, or "".
-        left_out: why it did not run on some of its cases, or "".
+        skipped_cases: why it did not run on some of its cases, or "".
         expected_failure: the reason on the list of expected failures, or None where it is not on it.
     """
 
     check: Check
     failure: Failure | None = None
     skipped: str = ""
-    left_out: str = ""
+    skipped_cases: str = ""
     expected_failure: str | None = None
 
     @property
@@ -62,9 +62,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one subject; `diagnosis` names the known mistakes that the implementation behaves like."""
+    """All results of one operation; `diagnosis` names the known mistakes that the implementation behaves like."""
 
-    trial: Trial
+    context: CheckContext
     results: list[Result]
     diagnosis: list[str] = field(default_factory=list)
 
@@ -77,94 +77,94 @@ class Report:
         """Return the failures, of one stage or of all, in order; expected ones too."""
         return [result for result in self.results if result.failure and stage in (None, result.check.stage)]
 
-    def mistakes(self) -> list[Mutant]:
+    def matched_mutants(self) -> list[Mutant]:
         """Return the mistakes of the diagnosis."""
-        known = {mutant.name: mutant for mutant in self.trial.subject.mutants}
-        return [known[name] for name in self.diagnosis]
+        by_name = {mutant.name: mutant for mutant in self.context.op.mutants}
+        return [by_name[name] for name in self.diagnosis]
 
-    def shown(self) -> list[Result]:
+    def detailed_failures(self) -> list[Result]:
         """Return the failures to be told in full: the first unexpected one of each stage, and those of the mistakes."""
-        named = {mistake.check for mistake in self.mistakes()}
+        named = {mutant.check for mutant in self.matched_mutants()}
         unexpected = [result for result in self.results if result.status == "fail"]
-        first = {result.check.stage: result for result in reversed(unexpected)}.values()
-        return [result for result in unexpected if result in first or result.check.name in named]
+        first_of_stage = {result.check.stage: result for result in reversed(unexpected)}.values()
+        return [result for result in unexpected if result in first_of_stage or result.check.name in named]
 
 
-def check_subject(
+def check_op(
     implementation: Implementation,
-    subject: Subject,
+    op: OpSpec,
     setting: Setting | None = None,
     expected_failures: Mapping[str, str] | None = None,
     *,
     shrink: bool = True,
 ) -> Report:
-    """Run every check of a subject, in order.
+    """Run every check of an operation, in order.
 
     Args:
         expected_failures: reasons by the name of a check (``first_pixel`` or ``sampler.first_pixel``).
         shrink: whether to look for the smallest counter-example of each stage's first failure.
     """
-    trial = Trial(implementation, subject, setting or Setting())
-    listed = expected_failures or {}
+    ctx = CheckContext(implementation, op, setting or Setting())
+    expected_failures = expected_failures or {}
     results: list[Result] = []
-    for check in subject.checks:
-        reason = listed.get(f"{subject.name}.{check.name}", listed.get(check.name))
-        failed = [result.check.stage for result in results if result.failure]
-        shown = [result.check.stage for result in results if result.status == "fail"]
-        if Stage.SMOKE in failed and check.stage is not Stage.SMOKE:
+    for check in op.checks:
+        reason = expected_failures.get(f"{op.name}.{check.name}", expected_failures.get(check.name))
+        failed_stages = [result.check.stage for result in results if result.failure]
+        stages_shown = [result.check.stage for result in results if result.status == "fail"]
+        if Stage.SMOKE in failed_stages and check.stage is not Stage.SMOKE:
             results.append(Result(check, skipped="a smoke check fails"))
         else:
             # The first unexpected failure of a stage is shown in full, so that one is made small.
-            small = shrink and reason is None and check.stage not in shown
-            results.append(check_one(trial, check, reason, shrink=small))
-    report = Report(trial, results)
+            shrink_case = shrink and reason is None and check.stage not in stages_shown
+            results.append(run_check(ctx, check, reason, shrink=shrink_case))
+    report = Report(ctx, results)
     cases = [result.failure.case for result in report.failed() if result.failure]
-    report.diagnosis.extend(diagnose(trial, cases, [result.check.name for result in report.failed()]))
+    report.diagnosis.extend(diagnose(ctx, cases, [result.check.name for result in report.failed()]))
     if shrink and len(report.diagnosis) > 1:
-        results[:] = [_isolated(trial, result, report.mistakes()) for result in results]
+        results[:] = [_isolate(ctx, result, report.matched_mutants()) for result in results]
     return report
 
 
-def _isolated(trial: Trial, result: Result, mistakes: Sequence[Mutant]) -> Result:
+def _isolate(ctx: CheckContext, result: Result, mutants: Sequence[Mutant]) -> Result:
     """Return a result whose counter-example shows its own mistake: where it would be wrong without the others too."""
-    others = [mistake for mistake in mistakes if mistake.check != result.check.name]
-    if result.failure is None or len(others) == len(mistakes):
+    others = [mutant for mutant in mutants if mutant.check != result.check.name]
+    if result.failure is None or len(others) == len(mutants):
         return result
-    reference = with_mistakes(trial.subject.reference, others)
-    failure = find_failure(replace(trial, subject=replace(trial.subject, reference=reference)), result.check)
+    reference = apply_mutants(ctx.op.reference, others)
+    failure = find_failure(replace(ctx, op=replace(ctx.op, reference=reference)), result.check)
     if failure is None:
         return result
     try:
-        result.check.test(trial, failure.case)
+        result.check.test(ctx, failure.case)
     except Mismatch as mismatch:
         return replace(result, failure=Failure(mismatch.case or failure.case, mismatch))
     return result
 
 
-def check_one(trial: Trial, check: Check, reason: str | None = None, *, shrink: bool = True) -> Result:
+def run_check(ctx: CheckContext, check: Check, reason: str | None = None, *, shrink: bool = True) -> Result:
     """Run one check.
 
     Args:
         reason: why it is expected to fail, or None.
         shrink: whether to look for the smallest counter-example.
     """
-    if check.stage is Stage.GRADIENTS and trial.implementation.vjp is None:
+    if check.stage is Stage.GRADIENTS and ctx.implementation.vjp is None:
         return Result(check, skipped="no gradient was given")
-    left_out: list[Skip] = []
+    skipped_cases: list[Skip] = []
     try:
-        failure = find_failure(trial, check, left_out, shrink=shrink)
+        failure = find_failure(ctx, check, skipped_cases, shrink=shrink)
     except Skip as skip:
         return Result(check, skipped=str(skip))
-    return Result(check, failure, left_out=str(left_out[0]) if left_out else "", expected_failure=reason)
+    return Result(check, failure, skipped_cases=str(skipped_cases[0]) if skipped_cases else "", expected_failure=reason)
 
 
 def find_failure(
-    trial: Trial, check: Check, left_out: list[Skip] | None = None, *, shrink: bool = True
+    ctx: CheckContext, check: Check, skipped_cases: list[Skip] | None = None, *, shrink: bool = True
 ) -> Failure | None:
     """Return a case that the check rejects, the smallest that Hypothesis finds, or else the first example.
 
     Args:
-        left_out: gets the cases that were skipped, where others were not.
+        skipped_cases: gets the cases that were skipped, where others were not.
 
     Raises:
         Skip: if all cases were.
@@ -175,7 +175,7 @@ def find_failure(
     def attempt(case: Case) -> Mismatch | None:
         nonlocal ran
         try:
-            check.test(trial, case)
+            check.test(ctx, case)
         except Mismatch as mismatch:
             ran = True
             return mismatch
@@ -186,17 +186,17 @@ def find_failure(
         return None
 
     found = None
-    for case in check.cases(trial.setting):
+    for case in check.cases(ctx.setting):
         mismatch = attempt(case)
         if mismatch is not None:
             found = Failure(mismatch.case or case, mismatch)
             break
     if check.strategy is not None and (found is None or shrink):
-        found = _search(check.strategy(trial.setting), attempt, trial.setting.max_examples, shrink=shrink) or found
+        found = _search(check.strategy(ctx.setting), attempt, ctx.setting.max_examples, shrink=shrink) or found
     if skips and not ran:
         raise skips[0]
-    if left_out is not None:
-        left_out += skips
+    if skipped_cases is not None:
+        skipped_cases += skips
     return found
 
 

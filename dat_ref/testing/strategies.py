@@ -13,14 +13,17 @@ import numpy as np
 from hypothesis import strategies as st
 
 from .._checks import Array
+from .._deprecation import deprecated_names
 from ..ops.grid import Size
+
+__getattr__ = deprecated_names(__name__, {"awkward": "non_contiguous", "numbers": "integers"})
 
 SIDES = (1, 3, 5, 2, 7, 4)  # odd ones first: failures shrink towards the front
 
 seeds = st.integers(0, 2**16)
 
 
-def numbers(seed: int, *shape: int) -> Array:
+def integers(seed: int, *shape: int) -> Array:
     """Return small whole numbers as float64: 1, 2, 3 … for seed 0, otherwise drawn from -9 … 9."""
     count = int(np.prod(shape))
     if seed == 0:
@@ -28,7 +31,7 @@ def numbers(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).integers(-9, 10, shape).astype(np.float64)
 
 
-def awkward(array: Array) -> Array:
+def non_contiguous(array: Array) -> Array:
     """Return the same numbers, read-only, every second element of a larger array stored back to front."""
     padded = np.full([2 * length for length in array.shape], np.nan, dtype=array.dtype)
     view = padded[tuple(slice(None, None, 2) for _ in array.shape)][..., ::-1]
@@ -51,7 +54,7 @@ def square_sizes(smallest: int = 2, largest: int = 7) -> st.SearchStrategy[Size]
 
 
 @cache  # checking a strategy costs more than drawing from it
-def whole(length: int) -> st.SearchStrategy[float]:
+def on_pixel(length: int) -> st.SearchStrategy[float]:
     """Draw a pixel center of an axis."""
     return st.integers(0, length - 1).map(float)
 
@@ -70,7 +73,7 @@ def anywhere(length: int) -> st.SearchStrategy[float]:
     between = st.floats(-1.5, length + 0.5, width=32)
     outside = st.sampled_from([float(length), -1.0, -1.0 - 2**-20, 1e6, -1e6])
     steps = st.integers(-6, 4 * length + 2).map(lambda step: step / 4)
-    return st.one_of(whole(length), steps, outside, near, between)
+    return st.one_of(on_pixel(length), steps, outside, near, between)
 
 
 @st.composite

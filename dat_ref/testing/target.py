@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .adapters import MissingPackageError
-from .subject import Implementation, Subject
-from .subjects import SUBJECTS
+from .op_spec import Implementation, OpSpec
+from .ops import OPS
 
 
 def load(name: str) -> Any:
@@ -36,7 +36,7 @@ def load(name: str) -> Any:
             plain = module_name.removesuffix(".py").replace("/", ".")
             hint = "" if plain == module_name else f"; a file is named like a module: {plain}"
             raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}{hint}") from error
-        raise ValueError(f"TARGET: importing {module_name} raised {_told(error)}") from error
+        raise ValueError(f"TARGET: importing {module_name} raised {_describe_error(error)}") from error
     for attribute in path.split(".") if path else ():
         if not hasattr(found, attribute):
             raise ValueError(f"TARGET: {module_name} has no {path!r}")
@@ -44,12 +44,16 @@ def load(name: str) -> Any:
     return found
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return an exception as a line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
     # A syntax error says so itself; the other two are not where the mistake is.
-    told = isinstance(error, SyntaxError) or place.filename.startswith("<frozen") or place.filename == __file__
-    return f"{type(error).__name__}: {error}" + ("" if told else f" ({place.filename}, line {place.lineno})")
+    self_explanatory = (
+        isinstance(error, SyntaxError) or frame.filename.startswith("<frozen") or frame.filename == __file__
+    )
+    return f"{type(error).__name__}: {error}" + (
+        "" if self_explanatory else f" ({frame.filename}, line {frame.lineno})"
+    )
 
 
 def owner_of(name: str) -> Any:
@@ -59,122 +63,124 @@ def owner_of(name: str) -> Any:
     return load(f"{module_name}:{parent}" if parent else module_name)
 
 
-def implementations(
+def find_implementations(
     target: Any, name: str, only: Sequence[str] = (), owner: Any = None
-) -> list[tuple[Subject, Implementation]]:
-    """Return what a target implements: each subject with its functions.
+) -> list[tuple[OpSpec, Implementation]]:
+    """Return what a target implements: each operation with its functions.
 
-    A function serves the subject that its name belongs to, or the one that is asked for. A class is called without
-    arguments. An instance or a module serves every subject whose function it has. Its gradient is ``function.vjp``, or
-    ``<function>_vjp`` beside it.
+    A function serves the operation that its name belongs to, or the one that is asked for. A class is called without
+    arguments. An instance or a module serves every operation whose function it has. Its gradient is
+    ``function.vjp``, or ``<function>_vjp`` beside it.
 
     Args:
         name: ``package.module:object``, for the report.
-        only: names of subjects; empty for all that are there.
+        only: names of operations; empty for all that are there.
         owner: what a function lies in, with its gradient beside it.
 
     Raises:
         ValueError: if nothing is found, or what was asked for is missing; it says which names are looked for.
     """
-    wanted = [subject_named(each) for each in only] or list(SUBJECTS)
+    candidates = [op_by_name(each) for each in only] or list(OPS)
     if inspect.isclass(target):
-        target, name = _made(target, name), f"{name}()"
-    if inspect.isroutine(target) or (callable(target) and not any(hasattr(target, each.function) for each in wanted)):
-        return [_single(target, name, wanted, owner, chosen=bool(only))]
+        target, name = _instantiate(target, name), f"{name}()"
+    if inspect.isroutine(target) or (
+        callable(target) and not any(hasattr(target, each.function) for each in candidates)
+    ):
+        return [_single_function(target, name, candidates, owner, chosen=bool(only))]
     found = [
-        (subject, implementation_of(subject, getattr(target, subject.function), target, _path(name, subject.function)))
-        for subject in wanted
-        if hasattr(target, subject.function)
+        (op, implementation_of(op, getattr(target, op.function), target, _qualified_name(name, op.function)))
+        for op in candidates
+        if hasattr(target, op.function)
     ]
-    missing = [subject for subject in wanted if not hasattr(target, subject.function)]
+    missing = [op for op in candidates if not hasattr(target, op.function)]
     if not found or (only and missing):
-        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{_looked_for(missing)}")
+        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{_format_candidates(missing)}")
     return found
 
 
-def _made(kind: type, name: str) -> Any:
+def _instantiate(kind: type, name: str) -> Any:
     try:
         return kind()
     except Exception as error:
         raise ValueError(
-            f"TARGET: {name} is a class, which is called without arguments; that raised {_told(error)}. "
+            f"TARGET: {name} is a class, which is called without arguments; that raised {_describe_error(error)}. "
             "Name an instance, or a function that has what it needs"
         ) from error
 
 
-def _single(
-    target: Any, name: str, wanted: Sequence[Subject], owner: Any, *, chosen: bool
-) -> tuple[Subject, Implementation]:
-    own = getattr(target, "__name__", "")
-    subjects = [subject for subject in wanted if subject.function == own] or (list(wanted) if chosen else [])
-    if len(subjects) != 1:
-        names = ", ".join(subject.name for subject in SUBJECTS)
+def _single_function(
+    target: Any, name: str, candidates: Sequence[OpSpec], owner: Any, *, chosen: bool
+) -> tuple[OpSpec, Implementation]:
+    function_name = getattr(target, "__name__", "")
+    ops = [op for op in candidates if op.function == function_name] or (list(candidates) if chosen else [])
+    if len(ops) != 1:
+        names = ", ".join(op.name for op in OPS)
         raise ValueError(
-            f"TARGET: which subject does the function {own!r} implement? Name one with --subject ({names}), or call "
-            f"the function by one of the protocol's names:\n{_looked_for(wanted)}"
+            f"TARGET: which operation does the function {function_name!r} implement? Name one with --op "
+            f"({names}), or call the function by one of the protocol's names:\n{_format_candidates(candidates)}"
         )
-    return subjects[0], implementation_of(subjects[0], target, owner, name)
+    return ops[0], implementation_of(ops[0], target, owner, name)
 
 
-def implementation_of(subject: Subject, forward: Any, owner: Any, name: str) -> Implementation:
+def implementation_of(op: OpSpec, forward: Any, owner: Any, name: str) -> Implementation:
     """Return a function and its gradient as an implementation; what they take by name only, they are given by name."""
-    called = name.rpartition(":")[2].rpartition(".")[2]
-    vjp = getattr(forward, "vjp", None) or getattr(owner, f"{called}_vjp", None)
+    function_name = name.rpartition(":")[2].rpartition(".")[2]
+    vjp = getattr(forward, "vjp", None) or getattr(owner, f"{function_name}_vjp", None)
     try:
         parameters = inspect.signature(forward).parameters
     except (TypeError, ValueError):  # written in another language
         parameters = MappingProxyType({})
     keywords = [
         argument.name
-        for argument in subject.arguments
+        for argument in op.arguments
         if argument.name in parameters and parameters[argument.name].kind is inspect.Parameter.KEYWORD_ONLY
     ]
     return Implementation(name, forward, vjp, "convention" in parameters, keywords)
 
 
-def _path(name: str, function: str) -> str:
+def _qualified_name(name: str, function: str) -> str:
     return f"{name}.{function}" if ":" in name else f"{name}:{function}"
 
 
-def subject_named(name: str) -> Subject:
-    """Return a subject by name.
+def op_by_name(name: str) -> OpSpec:
+    """Return an operation by name.
 
     Raises:
         ValueError: if there is none.
     """
-    for subject in SUBJECTS:
-        if subject.name == name:
-            return subject
-    raise ValueError(f"--subject: expected one of {', '.join(subject.name for subject in SUBJECTS)}, got {name!r}")
+    for op in OPS:
+        if op.name == name:
+            return op
+    raise ValueError(f"--op: expected one of {', '.join(op.name for op in OPS)}, got {name!r}")
 
 
-def listing(subjects: Sequence[Subject]) -> str:
-    """Return the functions of subjects with what they take and return, for people who write one."""
+def format_signatures(ops: Sequence[OpSpec]) -> str:
+    """Return the functions of operations with what they take and return, for people who write one."""
     lines = []
-    for subject in subjects:
-        lines.append(_signature(subject))
+    for op in ops:
+        lines.append(_signature(op))
         rows = [
-            (argument.name, f"({', '.join(argument.axes)})" if argument.axes else "", argument.words)
-            for argument in subject.arguments
+            (argument.name, f"({', '.join(argument.axes)})" if argument.axes else "", argument.description)
+            for argument in op.arguments
         ]
         names, axes = (max(len(row[column]) for row in rows) for column in range(2))
-        for name, shape, words in rows:
+        for name, shape, description in rows:
             line = f"      {name:<{names}}  {shape:<{axes}}  "
-            lines.append(line + words.replace("\n", "\n" + " " * len(line)))
-        if subject.differentiable:
-            given, returned = (", ".join(names) for names in (subject.names, subject.differentiable))
-            lines.append(f"      its gradient: {subject.function}_vjp(cotangent, {given}) -> ({returned})")
-        if subject.conventional:
+            lines.append(line + description.replace("\n", "\n" + " " * len(line)))
+        if op.differentiable_arguments:
+            given, returned = (", ".join(names) for names in (op.argument_names, op.differentiable_arguments))
+            lines.append(f"      its gradient: {op.function}_vjp(cotangent, {given}) -> ({returned})")
+        if op.depends_on_convention:
             lines.append("      both may take convention=, a dat_ref.Convention; else the one that it follows is found")
     return "\n".join(lines)
 
 
-def _signature(subject: Subject) -> str:
-    return f"  {subject.signature} -> ({', '.join(subject.returns)}): {subject.title}"
+def _signature(op: OpSpec) -> str:
+    return f"  {op.signature} -> ({', '.join(op.returns)}): {op.title}"
 
 
-def _looked_for(subjects: Sequence[Subject]) -> str:
-    """The listing of one subject; of several only what they are called, and where the rest is told."""
-    if len(subjects) == 1:
-        return listing(subjects)
-    return "\n".join([*map(_signature, subjects), "`dat-ref check --list` says what each argument is"])
+def _format_candidates(ops: Sequence[OpSpec]) -> str:
+    """The listing of one operation; of several only what they are called, and where the rest is told."""
+    if len(ops) == 1:
+        return format_signatures(ops)
+    return "\n".join([*map(_signature, ops), "`dat-ref check --list` says what each argument is"])

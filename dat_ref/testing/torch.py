@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import Array
-from .subject import Function
+from .op_spec import Function
 
 
 class from_torch:
@@ -40,7 +40,7 @@ class from_torch:
         import torch
 
         with torch.no_grad():
-            return _each(self._arrays, self.function(*self._tensors(arguments), **options))
+            return _map_values(self._arrays, self.function(*self._tensors(arguments), **options))
 
     def vjp(self, cotangent: Array, *arguments: Any, **options: Any) -> list[Any]:
         """Return the gradient of every array among the arguments, in order, of a dict as a dict; zeros where autograd
@@ -51,9 +51,9 @@ class from_torch:
         leaves = [leaf.requires_grad_() for value in tensors for leaf in _leaves(value)]
         output = self.function(*tensors, **options)
         first = output if isinstance(output, torch.Tensor) else output[0]
-        (weight,) = self._tensors([cotangent])
-        grads = iter(torch.autograd.grad(first, leaves, weight, allow_unused=True, materialize_grads=True))
-        return [_each(lambda leaf: self._arrays(next(grads)), value) for value in tensors if _leaves(value)]
+        (weights,) = self._tensors([cotangent])
+        grads = iter(torch.autograd.grad(first, leaves, weights, allow_unused=True, materialize_grads=True))
+        return [_map_values(lambda leaf: self._arrays(next(grads)), value) for value in tensors if _leaves(value)]
 
     def _tensors(self, arguments: Any) -> list[Any]:
         """Copies: a tensor on a read-only array would be a licence to write."""
@@ -62,21 +62,21 @@ class from_torch:
         def tensor(value: Any) -> Any:
             return torch.from_numpy(np.array(value)).to(self.device) if isinstance(value, np.ndarray) else value
 
-        return [_each(tensor, value) for value in arguments]
+        return [_map_values(tensor, value) for value in arguments]
 
     @staticmethod
     def _arrays(value: Any) -> Any:
         return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
-def _each(change: Callable[[Any], Any], value: Any) -> Any:
+def _map_values(function: Callable[[Any], Any], value: Any) -> Any:
     """Change a value, or each of a dict or of a tuple."""
     if isinstance(value, Mapping):
-        return {name: change(each) for name, each in value.items()}
-    return tuple(change(each) for each in value) if type(value) is tuple else change(value)
+        return {name: function(entry) for name, entry in value.items()}
+    return tuple(function(entry) for entry in value) if type(value) is tuple else function(value)
 
 
 def _leaves(value: Any) -> list[Any]:
     """Return the tensors in an argument."""
     values = value.values() if isinstance(value, Mapping) else [value]
-    return [each for each in values if hasattr(each, "requires_grad_")]
+    return [entry for entry in values if hasattr(entry, "requires_grad_")]

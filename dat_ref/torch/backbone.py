@@ -122,11 +122,13 @@ class DAT(SpecModule):
         else:
             widths = (config.in_channels, dims[0] // 2, dims[0])
             stem = [Embed(widths[i], widths[i + 1], kernel=3, bias=True) for i in range(2)]
-        between = 2 if config.patch_embedding == "patch" else 3
+        downsample_kernel = 2 if config.patch_embedding == "patch" else 3
         options: dict[str, Any] = {"backend": backend, "sampler": sampler, "init": init, "dropout": config.dropout}
         self.patch_embedding = nn.ModuleList(stem)
         self.stages = nn.ModuleList(_stages(config, options))
-        self.downsamples = nn.ModuleList(Embed(dims[i], dims[i + 1], between, bias=False) for i in range(len(dims) - 1))
+        self.downsamples = nn.ModuleList(
+            Embed(dims[i], dims[i + 1], downsample_kernel, bias=False) for i in range(len(dims) - 1)
+        )
         self.norm: nn.Module = ChannelNorm(dims[-1])
         self.head: nn.Module = _classifier(dims[-1], config.num_classes)
         self.default_cfg = self.pretrained_cfg = self._data_settings()
@@ -249,32 +251,32 @@ class DAT(SpecModule):
     def walk(self, x: Tensor) -> Iterator[Step]:
         """Run block by block; a trace that the caller does not keep is freed before the next block."""
         check_map("x", x, self.in_chans)
-        entering: list[EmbedTrace] = []
+        embeddings: list[EmbedTrace] = []
         for index, embed in enumerate(self.patch_embedding):
             assert isinstance(embed, Embed)
             x, trace = embed.traced(F.gelu(x) if index else x)
-            entering.append(trace)
+            embeddings.append(trace)
         for number, stage in enumerate(self.stages):
             blocks: Any = stage.blocks
             if number:
                 downsample = self.downsamples[number - 1]
                 assert isinstance(downsample, Embed)
                 x, trace = downsample.traced(x)
-                entering = [trace]
+                embeddings = [trace]
             for index, block in enumerate(blocks):
                 x, block_trace = block(x, return_trace=True)
                 output: Any = x
-                yield Step(number, index, [] if index else entering, block_trace, output)
+                yield Step(number, index, [] if index else embeddings, block_trace, output)
 
     def _trace(self, x: Tensor) -> tuple[list[StageTrace], Any]:
         stages: list[StageTrace] = []
         output: Any = None
         for step in self.walk(x):
             if step.block == 0:
-                stages.append(StageTrace(step.entering, [], step.output))
+                stages.append(StageTrace(step.embeddings, [], step.output))
             blocks = stages[-1].blocks + [step.trace]
             output = step.output
-            stages[-1] = StageTrace(stages[-1].entering, blocks, output)
+            stages[-1] = StageTrace(stages[-1].embeddings, blocks, output)
         return stages, output
 
     # -------------------------------------------------------------------------------------------- in the idiom of timm
@@ -340,7 +342,7 @@ class DAT(SpecModule):
 
     # -------------------------------------------------------------------------------------------- released names
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict."""
         return official.backbone_names(self.config)
 

@@ -17,11 +17,11 @@ from .initialization import Init
 from .layer import DeformableAttention
 from .peers import (
     PEER_MODULES,
+    DATDCNAttention,
     DeformableConv,
     MultiScaleDeformableAttention,
     NeighborhoodAttention,
     PerQueryAttention,
-    SwapInAttention,
 )
 
 
@@ -81,16 +81,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, MLPTrace]:
         """Return y (B, C, H, W), and the trace if asked."""
         hidden = self.linear1(x.permute(0, 2, 3, 1))  # (B, H, W, ratio·C)
-        mixed = hidden
+        pre_activation = hidden
         if self.kind != "linear":
-            mixed = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            pre_activation = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.kind == "depthwise_residual":
-            mixed = hidden + mixed
-        activated = F.gelu(mixed)
+            pre_activation = hidden + pre_activation
+        activated = F.gelu(pre_activation)
         y = self.dropout(self.linear2(self.dropout(activated))).permute(0, 3, 1, 2)
         if not return_trace:
             return y
-        maps: Any = (part.permute(0, 3, 1, 2) for part in (hidden, mixed, activated))
+        maps: Any = (part.permute(0, 3, 1, 2) for part in (hidden, pre_activation, activated))
         inputs: Any = x
         return y, MLPTrace(inputs, *maps)
 
@@ -109,7 +109,7 @@ _OPTIONS: dict[Any, tuple[str, ...]] = {
     DeformableConv: ("sampler",),
     MultiScaleDeformableAttention: ("sampler",),
     PerQueryAttention: ("sampler", "init"),
-    SwapInAttention: ("sampler",),
+    DATDCNAttention: ("sampler",),
 }
 
 
@@ -185,18 +185,18 @@ class Block(nn.Module):
         return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
 
     def _traced(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
-        perceived = x if self.local_perception is None else x + self.local_perception(x)
-        attended, attention = self.attention(self.norm1(perceived), return_trace=True)
-        middle = perceived + self.drop_path(self.layer_scale1(attended))
-        mixed, mlp = self.mlp(self.norm2(middle), return_trace=True)
-        y = middle + self.drop_path(self.layer_scale2(mixed))
+        lpu_out = x if self.local_perception is None else x + self.local_perception(x)
+        attn_out, attention = self.attention(self.norm1(lpu_out), return_trace=True)
+        residual1 = lpu_out + self.drop_path(self.layer_scale1(attn_out))
+        mlp_out, mlp = self.mlp(self.norm2(residual1), return_trace=True)
+        y = residual1 + self.drop_path(self.layer_scale2(mlp_out))
         fields: dict[str, Any] = {
             "x": x,
-            "perceived": perceived,
+            "lpu_out": lpu_out,
             "attention": attention,
-            "attended": attended,
-            "middle": middle,
+            "attn_out": attn_out,
+            "residual1": residual1,
             "mlp": mlp,
-            "mixed": mixed,
+            "mlp_out": mlp_out,
         }
         return y, BlockTrace(**fields)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import CheckpointError, Tree
-from ..official import Names, to_official, to_ours
-from ..params import flatten, report, unflatten
+from ..official import NameMapping, to_official, to_ours
+from ..params import flatten, mismatch_report, unflatten
 
 
 def as_numpy(value: Any) -> Any:
@@ -41,7 +41,7 @@ def as_numpy(value: Any) -> Any:
 class SpecModule(nn.Module):
     """A module with a counterpart in the spec: its parameters go there and back, or to their released names."""
 
-    def official_names(self) -> Names:
+    def official_names(self) -> NameMapping:
         """Return where each parameter lives in a released state dict."""
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class SpecModule(nn.Module):
         """
         leaves = flatten(tree)
         own = dict(self.named_parameters())
-        problems = report(
+        problems = mismatch_report(
             {name: tuple(leaf.shape) for name, leaf in own.items()},
             {name: tuple(leaf.shape) for name, leaf in leaves.items()},
         )

@@ -16,11 +16,13 @@ from .. import official
 from .._checks import ShapeError
 from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, OffsetBound
 from ..layer import BIAS_KERNEL, LayerTrace
+from ..ops.bias import LogBiasTrace
 from ..ops.offsets import OffsetNetworkTrace
 from . import functional
 from ._checks import check_map
 from .bridge import SpecModule, state_dtype
 from .functional._dtypes import wide_dtype
+from .functional.bias import log_bias_trace
 from .functional.grid import Padding, Size
 from .functional.sampling import Sampler
 from .initialization import Init, init_offsets, init_table
@@ -72,6 +74,13 @@ class LogBias(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(2, LOG_CPB_HIDDEN)
         self.out = nn.Linear(LOG_CPB_HIDDEN, config.heads // config.groups, bias=False)
+
+    def params(self) -> dict[str, dict[str, Tensor]]:
+        """Return the network's parameters as a tree of the spec."""
+        return {
+            "hidden": {"weight": self.hidden.weight, "bias": self.hidden.bias},
+            "out": {"weight": self.out.weight},
+        }
 
 
 class DepthwiseBias(nn.Module):
@@ -192,7 +201,7 @@ class DeformableAttention(SpecModule):
             "k": k,
             "v": v,
             "bias": bias,
-            "log_bias": None,
+            "log_bias": self._log_bias_trace(points, size),
             "attention": attention,
             "merged": merged.permute(0, 3, 1, 2),
         }
@@ -261,9 +270,7 @@ class DeformableAttention(SpecModule):
         """Return what is added to the logits, (B or 1, heads, H·W, Ns), or None."""
         config, flat = self.config, points.flatten(2, 3)
         if isinstance(self.position_bias, LogBias):
-            hidden, out = self.position_bias.hidden, self.position_bias.out
-            params = {"hidden": {"weight": hidden.weight, "bias": hidden.bias}, "out": {"weight": out.weight}}
-            return functional.log_bias(flat, params, query_size=size, convention=config.convention)
+            return functional.log_bias(flat, self.position_bias.params(), query_size=size, convention=config.convention)
         if not isinstance(self.position_bias, TableBias):
             return None
         table = self.position_bias.table
@@ -273,9 +280,17 @@ class DeformableAttention(SpecModule):
             table, flat, query_size=size, convention=config.convention, resolution=config.bias_resolution
         )
 
+    def _log_bias_trace(self, points: Tensor, size: Size) -> LogBiasTrace | None:
+        """Return the intermediates of the logarithmic bias, or None where there is another one."""
+        if not isinstance(self.position_bias, LogBias):
+            return None
+        options: dict[str, Any] = {"query_size": size, "convention": self.config.convention}
+        fields: dict[str, Any] = log_bias_trace(points.flatten(2, 3), self.position_bias.params(), **options)
+        return LogBiasTrace(**fields)
+
     # -------------------------------------------------------------------------------------------- names
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict."""
         return official.attention_names(self.config)
 

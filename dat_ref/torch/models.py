@@ -12,7 +12,7 @@ from typing import Any
 
 from .._checks import ConfigError
 from ..config import BlockConfig, DATConfig
-from ..peers.swap import SWAPS, Match, swap_attention
+from ..peers.matching import REPLACEMENTS, Match, replace_attention, resolve_kind
 from ..presets import PRESETS
 from .backbone import DAT
 from .checkpoints import load_checkpoint
@@ -71,7 +71,7 @@ def create_model(
         out_indices: which stages those come from, all four if None.
         drop_path_rate: stochastic depth at the last block, the preset's if None.
         global_pool: ``"avg"``, or ``""`` for an unpooled map.
-        attention: another kind in the place of every deformable one, see `dat_ref.peers.swap`: ``"multi_head"``,
+        attention: another kind in the place of every deformable one, see `dat_ref.peers.matching`: ``"multi_head"``,
             ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; None leaves them.
         match: what the other kind is brought as near to the deformable one as it can be in, ``"keys"`` or ``"macs"``,
             at the size that bias tables are built for.
@@ -94,9 +94,10 @@ def create_model(
     changes = {"num_classes": num_classes, "in_channels": in_chans, "drop_path_rate": drop_path_rate}
     config = _override(PRESETS[name], {key: value for key, value in changes.items() if value is not None} | overrides)
     if attention is not None:
-        if attention not in SWAPS:
-            raise ConfigError(f"attention: unknown kind {attention!r}; {_suggest(attention, list(SWAPS))}")
-        config = swap_attention(config, attention, match)
+        attention = resolve_kind(attention)
+        if attention not in REPLACEMENTS:
+            raise ConfigError(f"attention: unknown kind {attention!r}; {_suggest(attention, list(REPLACEMENTS))}")
+        config = replace_attention(config, attention, match)
     if out_indices is not None and not features_only:
         raise ConfigError("out_indices: expected features_only=True with it")
     model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)

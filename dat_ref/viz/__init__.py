@@ -1,28 +1,40 @@
 """Figures of where attention looks: matplotlib without pyplot, fed with plain arrays or a layer's trace."""
 
+from .._deprecation import deprecated_names
 from .figures import draw_attention, draw_key_importance, draw_offset_field, draw_points
 from .geometry import (
-    Attended,
-    deformable_attended,
+    QueryAttention,
+    attention_map,
+    deformable_query_attention,
     key_importance,
-    neighborhood_attended,
+    neighborhood_query_attention,
     to_image_px,
-    window_attended,
-    window_attention_map,
+    window_query_attention,
 )
 from .style import save
 
 __all__ = [
-    "Attended",
-    "deformable_attended",
+    "QueryAttention",
+    "attention_map",
+    "deformable_query_attention",
     "draw_attention",
     "draw_key_importance",
     "draw_offset_field",
     "draw_points",
     "key_importance",
-    "neighborhood_attended",
+    "neighborhood_query_attention",
     "save",
     "to_image_px",
-    "window_attended",
-    "window_attention_map",
+    "window_query_attention",
 ]
+
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "Attended": "QueryAttention",
+        "deformable_attended": "deformable_query_attention",
+        "neighborhood_attended": "neighborhood_query_attention",
+        "window_attended": "window_query_attention",
+        "window_attention_map": "attention_map",
+    },
+)

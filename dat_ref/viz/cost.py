@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .style import GROUP_COLORS, HAIRLINE, INK, QUIET, save, sheet, styled
+from .style import GROUP_COLORS, HAIRLINE, INK, QUIET, make_layout, save, with_style
 
 __all__ = ["CurveLike", "draw_cost", "save"]
 
 BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BROWN, GRAY = GROUP_COLORS
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """How a line is drawn and named."""
 
     name: str
@@ -26,17 +26,17 @@ class Look(NamedTuple):
     dashes: tuple[float, ...] = ()
 
 
-LOOKS = {
-    "deformable": Look("DAT, fixed stride", BLUE, 2.2, (3.2, 1.4)),
-    "deformable_fixed": Look("DAT, fixed keys", BLUE, 2.2),
-    "multi_head": Look("multi-head", INK),
-    "pyramid": Look("spatial reduction", BROWN),
-    "window": Look("window", GREEN),
-    "neighborhood": Look("neighborhood", GREEN, 1.3, (3.2, 1.4)),
-    "per_query": Look("keys of each query", VERMILION),
-    "ms_deform": Look("Deformable DETR", ORANGE),
-    "ms_deform_dot": Look("DETR, dot products", ORANGE, 1.3, (3.2, 1.4)),
-    "deform_conv": Look("deformable conv.", PINK),
+LINE_STYLES = {
+    "deformable": LineStyle("DAT, fixed stride", BLUE, 2.2, (3.2, 1.4)),
+    "deformable_fixed": LineStyle("DAT, fixed keys", BLUE, 2.2),
+    "multi_head": LineStyle("multi-head", INK),
+    "pyramid": LineStyle("spatial reduction", BROWN),
+    "window": LineStyle("window", GREEN),
+    "neighborhood": LineStyle("neighborhood", GREEN, 1.3, (3.2, 1.4)),
+    "per_query": LineStyle("keys of each query", VERMILION),
+    "ms_deform": LineStyle("Deformable DETR", ORANGE),
+    "ms_deform_dot": LineStyle("DETR, dot products", ORANGE, 1.3, (3.2, 1.4)),
+    "deform_conv": LineStyle("deformable conv.", PINK),
 }
 PREFIXES = {0: "", 3: " k", 6: " M", 9: " G", 12: " T", 15: " P", 18: " E"}
 LABEL_WIDTH, TICK_WIDTH = 1.68, 0.42  # inches beside a panel's lines, right and left
@@ -59,11 +59,11 @@ class CurveLike(Protocol):
         """Multiply-adds at each side."""
 
     @property
-    def kept(self) -> tuple[int, ...]:
+    def saved_bytes(self) -> tuple[int, ...]:
         """Bytes held for the backward at each side."""
 
 
-@styled
+@with_style
 def draw_cost(curves: Sequence[CurveLike], *, reduction: int, label: str = "", keys: int | None = None) -> Figure:
     """Draw multiply-adds and memory against the side of the image.
 
@@ -76,64 +76,64 @@ def draw_cost(curves: Sequence[CurveLike], *, reduction: int, label: str = "", k
     if not curves or any(curve.sides != curves[0].sides or len(curve.sides) < 2 for curve in curves):
         raise ValueError("curves: expected at least one, all at the same two or more sides")
     first = reduction * curves[0].sides[0]
-    stay = "windows, kernels and strides stay as they are"
-    matched = f"All have {keys} keys a query at {first} × {first}, or as near as they come; {stay}"
-    page = sheet(
+    unchanged = "windows, kernels and strides stay as they are"
+    matched_caption = f"All have {keys} keys a query at {first} × {first}, or as near as they come; {unchanged}"
+    layout = make_layout(
         2,
         1.02,
         columns=2,
         title=f"{label or 'One layer'}: cost against the size of the image",
-        caption=f"One image, float32. {stay.capitalize() if keys is None else matched}. Behind each name, the exponent"
-        " of the last doubling of the side: 2 is linear in pixels. Deformable convolution keeps no samples: its"
-        " backward takes them again.",
+        caption=f"One image, float32. {unchanged.capitalize() if keys is None else matched_caption}. Behind each name, "
+        "the exponent of the last doubling of the side: 2 is linear in pixels. Deformable convolution keeps no "
+        "samples: its backward takes them again.",
         footer=0.42,
     )
     panels = (
         ("Multiply-adds", "", [curve.macs for curve in curves]),
-        ("Memory for the backward", "B", [curve.kept for curve in curves]),
+        ("Memory for the backward", "B", [curve.saved_bytes for curve in curves]),
     )
-    for axes, (title, unit, amounts) in zip(page.axes, panels, strict=True):
-        _make_room(axes)
+    for axes, (title, unit, amounts) in zip(layout.axes, panels, strict=True):
+        _reserve_margins(axes)
         axes.set_title(title)
         for curve, values in zip(curves, amounts, strict=True):
-            look = _look(curve.kind)
+            line_style = _line_style(curve.kind)
             axes.plot(
                 [reduction * side for side in curve.sides],
                 values,
-                color=look.color,
-                lw=look.width,
-                dashes=look.dashes or (None, None),
+                color=line_style.color,
+                lw=line_style.width,
+                dashes=line_style.dashes or (None, None),
                 marker="o",
                 ms=2.6,
                 mec="white",
                 mew=0.5,
-                zorder=3 if look.width > 2 else 2,
+                zorder=3 if line_style.width > 2 else 2,
                 solid_capstyle="round",
             )
-        _scales(axes, [reduction * side for side in curves[0].sides], amounts, unit)
-        _name_lines(axes, curves, amounts)
-    return page.figure
+        _set_scales(axes, [reduction * side for side in curves[0].sides], amounts, unit)
+        _label_lines(axes, curves, amounts)
+    return layout.figure
 
 
-def _look(kind: str) -> Look:
-    return LOOKS.get(kind, Look(kind.replace("_", " "), GRAY))
+def _line_style(kind: str) -> LineStyle:
+    return LINE_STYLES.get(kind, LineStyle(kind.replace("_", " "), GRAY))
 
 
-def _make_room(axes: Axes) -> None:
+def _reserve_margins(axes: Axes) -> None:
     """Narrow a panel so that numbers fit beside it on the left and names on the right."""
-    box, page_width = axes.get_position(), _inches(axes)[0]
+    box, page_width = axes.get_position(), _figure_size(axes)[0]
     axes.set_position(
         (box.x0 + TICK_WIDTH / page_width, box.y0, box.width - (TICK_WIDTH + LABEL_WIDTH) / page_width, box.height)
     )
 
 
-def _inches(axes: Axes) -> tuple[float, float]:
+def _figure_size(axes: Axes) -> tuple[float, float]:
     figure: Any = axes.figure
     width, height = figure.get_size_inches()
     return float(width), float(height)
 
 
-def _scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], unit: str) -> None:
+def _set_scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], unit: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(sides[0] * 0.93, sides[-1] * 1.07)
@@ -143,7 +143,7 @@ def _scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], unit: 
     axes.set_ylim(low / 1.8, high * 1.8)
     decades = range(math.ceil(math.log10(low / 1.8)), math.floor(math.log10(high * 1.8)) + 1)
     axes.yaxis.set_major_locator(FixedLocator([10.0**decade for decade in decades]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _short(amount, unit)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _format_amount(amount, unit)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color=HAIRLINE, lw=0.4, alpha=0.6)
@@ -151,7 +151,7 @@ def _scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], unit: 
     axes.set_xlabel("side of the image, pixels")
 
 
-def _short(amount: float, unit: str) -> str:
+def _format_amount(amount: float, unit: str) -> str:
     """Write a number with a prefix: 2 000 000 B as 2 MB."""
     if amount <= 0:
         return "0"
@@ -160,38 +160,38 @@ def _short(amount: float, unit: str) -> str:
     return f"{amount / 10**power:g}{prefix}{unit}"
 
 
-def _name_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[int, ...]]) -> None:
+def _label_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[int, ...]]) -> None:
     """Write each line's name beside its end, moved up or down where names would touch, with a hair to the end."""
-    height = axes.get_position().height * _inches(axes)[1]
+    height = axes.get_position().height * _figure_size(axes)[1]
     low, high = (math.log10(limit) for limit in axes.get_ylim())
     ends = [(math.log10(values[-1]) - low) / (high - low) * height for values in amounts]
     order = sorted(range(len(curves)), key=lambda index: ends[index])
-    places = _spread([ends[index] for index in order], LABEL_PITCH)
-    width = axes.get_position().width * _inches(axes)[0]
-    for index, place in zip(order, places, strict=True):
-        look, values = _look(curves[index].kind), amounts[index]
+    positions = _spread_labels([ends[index] for index in order], LABEL_PITCH)
+    width = axes.get_position().width * _figure_size(axes)[0]
+    for index, position in zip(order, positions, strict=True):
+        line_style, values = _line_style(curves[index].kind), amounts[index]
         exponent = math.log2(values[-1] / values[-2]) / math.log2(curves[index].sides[-1] / curves[index].sides[-2])
         axes.plot(
             [1.0, 1 + 0.05 / width, 1 + 0.15 / width, 1 + 0.19 / width],
-            [ends[index] / height, ends[index] / height, place / height, place / height],
+            [ends[index] / height, ends[index] / height, position / height, position / height],
             transform=axes.transAxes,
-            color=look.color,
+            color=line_style.color,
             lw=0.5,
             alpha=0.7,
             clip_on=False,
         )
         axes.annotate(
-            f"{look.name} ",
-            (1 + 0.22 / width, place / height),
+            f"{line_style.name} ",
+            (1 + 0.22 / width, position / height),
             xycoords="axes fraction",
-            color=look.color,
+            color=line_style.color,
             size=8,
             va="center",
-            weight="bold" if look.width > 2 else "normal",
+            weight="bold" if line_style.width > 2 else "normal",
         )
         axes.annotate(
             f"{exponent:.1f}",
-            (1 + (LABEL_WIDTH - 0.02) / width, place / height),
+            (1 + (LABEL_WIDTH - 0.02) / width, position / height),
             xycoords="axes fraction",
             color=QUIET,
             size=7.5,
@@ -200,22 +200,22 @@ def _name_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[int
         )
 
 
-def _spread(wanted: list[float], pitch: float) -> list[float]:
+def _spread_labels(targets: list[float], pitch: float) -> list[float]:
     """Return places at least `pitch` apart, in order, as near to the wanted ones as that allows.
 
     Neighbours that would touch form a group, which is centered on the mean of what its members want.
 
-    >>> _spread([0.0, 0.5, 1.0, 5.0], 1.0)
+    >>> _spread_labels([0.0, 0.5, 1.0, 5.0], 1.0)
     [-0.5, 0.5, 1.5, 5.0]
     """
     groups: list[list[float]] = []  # each the wishes of its members, less their rank in the group
-    starts: list[float] = []
-    for wish in wanted:
-        groups.append([wish])
-        starts.append(wish)
-        while len(groups) > 1 and starts[-2] + pitch * len(groups[-2]) > starts[-1]:
-            late = groups.pop()
-            starts.pop()
-            groups[-1] += [member - pitch * len(groups[-1]) for member in late]
-            starts[-1] = sum(groups[-1]) / len(groups[-1])
-    return [start + pitch * rank for start, group in zip(starts, groups) for rank in range(len(group))]
+    group_starts: list[float] = []
+    for target in targets:
+        groups.append([target])
+        group_starts.append(target)
+        while len(groups) > 1 and group_starts[-2] + pitch * len(groups[-2]) > group_starts[-1]:
+            last_group = groups.pop()
+            group_starts.pop()
+            groups[-1] += [member - pitch * len(groups[-1]) for member in last_group]
+            group_starts[-1] = sum(groups[-1]) / len(groups[-1])
+    return [start + pitch * rank for start, group in zip(group_starts, groups) for rank in range(len(group))]

@@ -15,11 +15,11 @@ Size = tuple[int, int]
 Array = NDArray[Any]
 
 
-class Attended(NamedTuple):
+class QueryAttention(NamedTuple):
     """What one query attends to: a probability and a place for each of its keys."""
 
     weights: Array  # (N,)
-    cells_px: Array  # (N, 2), (y, x) in pixels of the map
+    keys_px: Array  # (N, 2), (y, x) in pixels of the map
 
 
 def to_image_px(points_px: ArrayLike, map_size: Size, image_size: Size) -> Array:
@@ -52,80 +52,80 @@ def key_importance(attention: ArrayLike, groups: int = 1) -> Array:
     return grouped.mean(axis=2).sum(axis=2)
 
 
-def window_attention_map(weights: ArrayLike, cells_px: ArrayLike, map_size: Size) -> Array:
+def attention_map(weights: ArrayLike, keys_px: ArrayLike, map_size: Size) -> Array:
     """One query's attention laid out on the map: (H, W), each weight put where its key is.
 
     A key on a cell (windows, neighborhoods) puts its whole weight there; a deformed point shares it between
     the four cells it reads, in proportion to how it reads them. What a point reads from outside the map is
     lost: the sum of the result is the attention that the map itself receives.
-    weights: (N,); cells_px: (N, 2), (y, x) in pixels of the map.
+    weights: (N,); keys_px: (N, 2), (y, x) in pixels of the map.
     """
-    weights, cells = np.asarray(weights, dtype=np.float64), np.asarray(cells_px, dtype=np.float64)
-    if weights.ndim != 1 or cells.shape != (len(weights), 2):
-        raise ValueError(f"weights, cells_px: expected (N,) and (N, 2), got {weights.shape} and {cells.shape}")
+    weights, keys = np.asarray(weights, dtype=np.float64), np.asarray(keys_px, dtype=np.float64)
+    if weights.ndim != 1 or keys.shape != (len(weights), 2):
+        raise ValueError(f"weights, keys_px: expected (N,) and (N, 2), got {weights.shape} and {keys.shape}")
     height, width = map_size
     heat = np.zeros((height, width))
-    cells = np.clip(cells, -2, np.add(map_size, 1))  # as far outside as need be to be read as zero
-    corner = np.floor(cells).astype(int)
+    keys = np.clip(keys, -2, np.add(map_size, 1))  # as far outside as need be to be read as zero
+    floor_px = np.floor(keys).astype(int)
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        at = corner + (dy, dx)
-        share = np.prod(1 - np.abs(cells - at), axis=-1)
-        inside = np.all((at >= 0) & (at < map_size), axis=-1)
-        np.add.at(heat, tuple(at[inside].T), (weights * share)[inside])
+        corner_px = floor_px + (dy, dx)
+        share = np.prod(1 - np.abs(keys - corner_px), axis=-1)
+        inside = np.all((corner_px >= 0) & (corner_px < map_size), axis=-1)
+        np.add.at(heat, tuple(corner_px[inside].T), (weights * share)[inside])
     return heat
 
 
-def deformable_attended(trace: Any, query: tuple[int, int], batch: int = 0) -> Attended:
+def deformable_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
     """What the query at cell (y, x) of the map attends to, as one distribution over the points of all groups.
 
     Weights are the mean over the heads, so each group has the same part in them; together they sum to one.
     """
-    y, x = _checked(query, map_size_of(trace))
-    points = points_of(trace, batch)
+    y, x = _check_query(query, trace_map_size(trace))
+    points = item_points(trace, batch)
     groups = len(points)
     row = np.asarray(trace.attention)[batch, :, y * trace.x.shape[-1] + x, :]  # (heads, Ns)
     weights = row.reshape(groups, -1, row.shape[-1]).mean(axis=1) / groups  # (G, Ns)
-    return Attended(weights.reshape(-1), points.reshape(-1, 2))
+    return QueryAttention(weights.reshape(-1), points.reshape(-1, 2))
 
 
-def window_attended(trace: Any, query: tuple[int, int], batch: int = 0) -> Attended:
+def window_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
     """What the query at cell (y, x) attends to in its (shifted) window: the mean over the heads.
 
     Keys that the query may not see are left out: those beyond the map or beyond a shifted window's seam.
     """
-    size = map_size_of(trace)
+    size = trace_map_size(trace)
     cells = np.asarray(trace.cells)  # (windows, places, 2)
-    window, place = np.argwhere((cells == _checked(query, size)).all(axis=-1))[0]
-    row = np.asarray(trace.attention)[batch * len(cells) + window, :, place].mean(axis=0)
-    seen = (row > 0) & (cells[window] < size).all(axis=-1)
-    return Attended(row[seen], cells[window][seen].astype(np.float64))
+    window, position = np.argwhere((cells == _check_query(query, size)).all(axis=-1))[0]
+    row = np.asarray(trace.attention)[batch * len(cells) + window, :, position].mean(axis=0)
+    visible = (row > 0) & (cells[window] < size).all(axis=-1)
+    return QueryAttention(row[visible], cells[window][visible].astype(np.float64))
 
 
-def neighborhood_attended(trace: Any, query: tuple[int, int], batch: int = 0) -> Attended:
+def neighborhood_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
     """What the query at cell (y, x) attends to in its neighborhood: the mean over the heads.
 
     On a map that was padded up to the neighborhood, keys of the padding take part and lie outside the map.
     """
-    y, x = _checked(query, trace.size)
+    y, x = _check_query(query, trace.size)
     width = trace.padded.shape[-1]
     row = np.asarray(trace.attention)[batch, :, y * width + x].mean(axis=0).reshape(-1)
     cells = np.stack(np.divmod(trace.neighbors[y * width + x], width), axis=-1)
-    return Attended(row, cells.astype(np.float64))
+    return QueryAttention(row, cells.astype(np.float64))
 
 
-def _checked(query: tuple[int, int], size: Size) -> tuple[int, int]:
-    if not all(0 <= at < length for at, length in zip(query, size, strict=True)):
+def _check_query(query: tuple[int, int], size: Size) -> tuple[int, int]:
+    if not all(0 <= coordinate < length for coordinate, length in zip(query, size, strict=True)):
         raise ValueError(f"query: expected (y, x) inside the {size[0]}×{size[1]} map, got {query}")
     return query
 
 
-def map_size_of(trace: Any) -> Size:
+def trace_map_size(trace: Any) -> Size:
     """(H, W) of the layer's map, from its input (B, C, H, W)."""
     height, width = trace.x.shape[-2:]
     return int(height), int(width)
 
 
-def points_of(trace: Any, batch: int) -> Array:
+def item_points(trace: Any, batch: int) -> Array:
     """Moved points of one item, (G, Hk, Wk, 2), in pixels of the map."""
     points = np.asarray(trace.points_px, dtype=np.float64)
     if not -len(points) <= batch < len(points):
@@ -133,12 +133,12 @@ def points_of(trace: Any, batch: int) -> Array:
     return points[batch]
 
 
-def references_of(trace: Any, batch: int) -> Array:
+def item_references(trace: Any, batch: int) -> Array:
     """Reference points of one item, (G, Hk, Wk, 2), in pixels of the map.
 
     A single key on an axis has no reference in the 2023 release (a division by zero): there the point itself
     takes its place.
     """
-    points = points_of(trace, batch)
+    points = item_points(trace, batch)
     references = np.broadcast_to(np.asarray(trace.reference_px, dtype=np.float64)[batch], points.shape)
     return np.where(np.isfinite(references), references, points)

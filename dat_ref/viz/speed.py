@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from .style import GROUP_COLORS, HAIRLINE, INK, save, sheet, styled
+from .style import GROUP_COLORS, HAIRLINE, INK, make_layout, save, with_style
 
 __all__ = ["draw_speed", "save"]
 
@@ -17,7 +17,7 @@ BLUE, VERMILION, GREEN, PINK, _, _, BROWN, GRAY = GROUP_COLORS
 TICKS = 0.5  # inches left of a panel, for its numbers
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """How a line is drawn and named."""
 
     name: str
@@ -26,28 +26,28 @@ class Look(NamedTuple):
     dashes: tuple[float, ...] = ()
 
 
-LOOKS = {
-    "eager": Look("eager, as released", INK),
-    "matmul": Look("matmul", BROWN),
-    "blockwise": Look("blockwise", GREEN),
-    "cpu": Look("cpu (Numba)", BLUE, 2.2),
-    "triton": Look("triton", VERMILION, 2.2),
-    "sdpa": Look("torch's attention, no bias", PINK, 1.4, (3.2, 1.4)),
+LINE_STYLES = {
+    "eager": LineStyle("eager, as released", INK),
+    "matmul": LineStyle("matmul", BROWN),
+    "blockwise": LineStyle("blockwise", GREEN),
+    "cpu": LineStyle("cpu (Numba)", BLUE, 2.2),
+    "triton": LineStyle("triton", VERMILION, 2.2),
+    "sdpa": LineStyle("torch's attention, no bias", PINK, 1.4, (3.2, 1.4)),
 }
 
 
-@styled
-def draw_speed(found: Mapping[str, Any]) -> Figure:
+@with_style
+def draw_speed(results: Mapping[str, Any]) -> Figure:
     """Draw what `dat-ref bench` measured on maps of growing size.
 
     Args:
-        found: what it writes with ``--json``; ``resolutions`` holds at least two maps.
+        results: what it writes with ``--json``; ``resolutions`` holds at least two maps.
     """
-    maps, machine = found["resolutions"], found["machine"]
+    maps, machine = results["resolutions"], results["machine"]
     if len(maps) < 2:
         raise ValueError(f"resolutions: expected at least two maps, got {len(maps)}")
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
-    page = sheet(
+    layout = make_layout(
         2,
         0.8,
         columns=2,
@@ -57,14 +57,14 @@ def draw_speed(found: Mapping[str, Any]) -> Figure:
         "A line ends where its backend would no longer fit into memory.",
         footer=0.68,
     )
-    time, memory = page.axes
+    time, memory = layout.axes
     lines = [_panel(time, maps, "Time", "seconds", "s"), _panel(memory, maps, "Memory", "bytes", "B")]
-    page.figure.legend(handles=lines[0], loc="lower center", ncols=len(lines[0]), handlelength=2.2)
-    return page.figure
+    layout.figure.legend(handles=lines[0], loc="lower center", ncols=len(lines[0]), handlelength=2.2)
+    return layout.figure
 
 
 def _panel(axes: Axes, maps: list[Mapping[str, Any]], title: str, field: str, symbol: str) -> list[Any]:
-    _make_room(axes)
+    _reserve_margins(axes)
     names = list(dict.fromkeys(row["name"] for each in maps for row in each["rows"]))
     lines = []
     for name in names:
@@ -74,18 +74,18 @@ def _panel(axes: Axes, maps: list[Mapping[str, Any]], title: str, field: str, sy
             for row in each["rows"]
             if row["name"] == name and row[field]["forward"]
         }
-        look = LOOKS.get(name, Look(name, GRAY))
+        line_style = LINE_STYLES.get(name, LineStyle(name, GRAY))
         (line,) = axes.plot(
             list(amounts),
             list(amounts.values()),
-            color=look.color,
-            lw=look.width,
-            dashes=look.dashes or (None, None),
+            color=line_style.color,
+            lw=line_style.width,
+            dashes=line_style.dashes or (None, None),
             marker="o",
             ms=2.8,
             mec="white",
             mew=0.5,
-            label=look.name,
+            label=line_style.name,
         )
         lines.append(line)
     sides = [each["side"] for each in maps]
@@ -97,7 +97,7 @@ def _panel(axes: Axes, maps: list[Mapping[str, Any]], title: str, field: str, sy
     axes.xaxis.set_major_locator(FixedLocator(sides))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda side, _: f"{side:.0f}"))
     axes.yaxis.set_major_locator(LogLocator(10))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _short(amount, symbol)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda amount, _: _format_amount(amount, symbol)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color=HAIRLINE, lw=0.4, alpha=0.6)
@@ -105,17 +105,17 @@ def _panel(axes: Axes, maps: list[Mapping[str, Any]], title: str, field: str, sy
     return lines
 
 
-def _make_room(axes: Axes) -> None:
+def _reserve_margins(axes: Axes) -> None:
     box, figure = axes.get_position(), axes.figure
     assert figure is not None
     share = TICKS / figure.get_size_inches()[0]  # type: ignore[union-attr]
     axes.set_position((box.x0 + share, box.y0, box.width - share, box.height))
 
 
-def _short(amount: float, unit: str) -> str:
+def _format_amount(amount: float, unit: str) -> str:
     """Write a number with a prefix.
 
-    >>> _short(2e6, "B"), _short(1e-4, "s")
+    >>> _format_amount(2e6, "B"), _format_amount(1e-4, "s")
     ('2 MB', '100 µs')
     """
     prefixes = {1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "µ"}

@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
 }
 DPI = 140
 # inches, all of these: width of the page, of the narrowest page, height of a block of panels with its legends
-WIDTH, LEAST_WIDTH, HEIGHT = 9.8, 7.2, 8.4
+WIDTH, MIN_WIDTH, HEIGHT = 9.8, 7.2, 8.4
 SIDE, GAP, PANEL_TITLE = 0.28, 0.22, 0.27
 TITLE_SIZE, CAPTION_SIZE = 12.5, 9
 
@@ -66,7 +66,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def styled(function: Callable[P, T]) -> Callable[P, T]:
+def with_style(function: Callable[P, T]) -> Callable[P, T]:
     """Run with matplotlib's defaults and our settings, whatever the reader's own are, and put those back."""
 
     @functools.wraps(function)
@@ -77,7 +77,7 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-@styled
+@with_style
 def save(figure: Figure, path: str | Path) -> Path:
     """Write the figure, always at one resolution, with no date or program name: same figure, same file."""
     path = Path(path)
@@ -92,7 +92,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class FigureLayout:
     """A page: title and caption above, equal panels in rows, `footer` inches left free below them."""
 
     figure: Figure
@@ -100,13 +100,13 @@ class Sheet:
     panel: tuple[float, float]  # height, width of one panel in inches
     footer: float
 
-    def strip(self, left: float, width: float, bottom: float, height: float) -> Axes:
+    def add_axes(self, left: float, width: float, bottom: float, height: float) -> Axes:
         """Axes placed in inches from the page's left and bottom border."""
         page_width, page_height = self.figure.get_size_inches()
         return self.figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
 
 
-def sheet(
+def make_layout(
     count: int,
     aspect: float,
     *,
@@ -115,15 +115,15 @@ def sheet(
     footer: float = 0.0,
     columns: int | None = None,
     titled: bool = True,
-) -> Sheet:
+) -> FigureLayout:
     """Lay out `count` panels of height / width = `aspect`, as large as the page allows."""
     panel_title = PANEL_TITLE if titled else 0.0
-    tallest = HEIGHT - footer
-    columns = columns or _columns(count, aspect, tallest)
+    max_height = HEIGHT - footer
+    columns = columns or _columns(count, aspect, max_height)
     rows = -(-count // columns)
-    panel_height, panel_width = _panel(rows, columns, aspect, tallest)
+    panel_height, panel_width = _panel(rows, columns, aspect, max_height)
     block_width = columns * panel_width + (columns - 1) * GAP
-    page_width = max(LEAST_WIDTH, block_width + 2 * SIDE)
+    page_width = max(MIN_WIDTH, block_width + 2 * SIDE)
 
     left = (page_width - block_width) / 2
     title_lines = _wrap(title, TITLE_SIZE, page_width - left - SIDE)
@@ -143,28 +143,28 @@ def sheet(
         va="top",
         linespacing=1.35,
     )
-    page = Sheet(figure, [], (panel_height, panel_width), footer)
+    layout = FigureLayout(figure, [], (panel_height, panel_width), footer)
     for index in range(count):
         row, column = divmod(index, columns)
         top = page_height - header - row * (panel_title + panel_height + 0.1) - panel_title
         panel_left = left + column * (panel_width + GAP)
-        page.axes.append(page.strip(panel_left, panel_width, top - panel_height, panel_height))
-    return page
+        layout.axes.append(layout.add_axes(panel_left, panel_width, top - panel_height, panel_height))
+    return layout
 
 
-def _panel(rows: int, columns: int, aspect: float, tallest: float) -> tuple[float, float]:
+def _panel(rows: int, columns: int, aspect: float, max_height: float) -> tuple[float, float]:
     """Height and width of a panel that fills the page's width or its height, whichever is met first."""
     width = (WIDTH - 2 * SIDE - (columns - 1) * GAP) / columns
-    height = min(max(tallest / rows, 1.9), 6.6)  # many rows make a longer page rather than tiny panels
+    height = min(max(max_height / rows, 1.9), 6.6)  # many rows make a longer page rather than tiny panels
     return min(height, width * aspect), min(width, height / aspect)
 
 
-def _columns(count: int, aspect: float, tallest: float) -> int:
+def _columns(count: int, aspect: float, max_height: float) -> int:
     """The number of columns that makes panels large, with a liking for wide pages and few empty places."""
     choices = [c for c in (1, 3, 2) if count % c == 0] if count < 4 else [2, 3, 4]
     return max(
         choices,
-        key=lambda c: _panel(-(-count // c), c, aspect, tallest)[0] * (1 + 0.05 * c) * (1 - 0.03 * (-count % c)),
+        key=lambda c: _panel(-(-count // c), c, aspect, max_height)[0] * (1 + 0.05 * c) * (1 - 0.03 * (-count % c)),
     )
 
 
@@ -184,7 +184,7 @@ def as_photo(photo: ArrayLike) -> NDArray[np.float64]:
     return np.clip(picture.astype(np.float64) / scale, 0, 1)
 
 
-def toward(photo: NDArray[np.float64], level: float, blend: float, gray: float) -> NDArray[np.float64]:
+def blend_toward(photo: NDArray[np.float64], level: float, blend: float, gray: float) -> NDArray[np.float64]:
     """The photograph with part of its colour taken out (`gray`), blended toward white (1) or black (0)."""
     luma = photo @ np.array([0.299, 0.587, 0.114])
     toned = (1 - gray) * photo + gray * luma[..., None]

@@ -19,7 +19,7 @@ from mkdocs.exceptions import Abort
 COMPLETE = ("dat_ref", "dat_ref.torch", "dat_ref.torch.train", "dat_ref.viz", "dat_ref.scenes", "dat_ref.testing")
 ENTRY = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 _documented: set[str] = set()
-MARK = re.compile(r"<!-- public names of ([\w.]+)\n(.*?)-->", re.DOTALL)
+PLACEHOLDER = re.compile(r"<!-- public names of ([\w.]+)\n(.*?)-->", re.DOTALL)
 
 
 def public_names(module: Path) -> list[str]:
@@ -35,13 +35,13 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
     """Replace each mark by its entries."""
     root = Path(config["config_file_path"]).parent
 
-    def entries(mark: re.Match[str]) -> str:
-        names = public_names(root / mark[1].replace(".", "/"))
-        return "\n\n".join([mark[2], *(f"::: {mark[1]}.{name}" for name in names)]) if names else ""
+    def entries(placeholder: re.Match[str]) -> str:
+        names = public_names(root / placeholder[1].replace(".", "/"))
+        return "\n\n".join([placeholder[2], *(f"::: {placeholder[1]}.{name}" for name in names)]) if names else ""
 
-    filled = MARK.sub(entries, markdown)
-    _documented.update(ENTRY.findall(filled))
-    return filled
+    expanded = PLACEHOLDER.sub(entries, markdown)
+    _documented.update(ENTRY.findall(expanded))
+    return expanded
 
 
 def on_post_build(*, config: Any, **_: Any) -> None:

@@ -18,16 +18,16 @@ def notebooks(config: Any) -> list[Path]:
 
 def on_config(config: Any) -> None:
     """Add the section to the navigation; a notebook's title is its first heading."""
-    found = notebooks(config)
-    if not found:
+    paths = notebooks(config)
+    if not paths:
         return
     pages = []
-    for path in found:
+    for path in paths:
         title = TITLE.search(path.read_text(encoding="utf-8"))
         pages.append({title[1] if title else path.stem: f"notebooks/{path.name}"})
-    place = next(index for index, entry in enumerate(config.nav) if AFTER in entry)
-    config.nav.insert(place + 1, {"Learn": pages})
-    config.watch.append(str(found[0].parent))
+    position = next(index for index, entry in enumerate(config.nav) if AFTER in entry)
+    config.nav.insert(position + 1, {"Learn": pages})
+    config.watch.append(str(paths[0].parent))
 
 
 @event_priority(100)  # before the plugin that turns them into pages

@@ -14,7 +14,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1]
 MODULES = DOCS / "js" / "figures"
-FIGURES = ("sampling", "offsets", "bias", "cost", "reach")
+FIGURES = ("sampling", "offsets", "bias", "cost", "receptive_field")
 
 IMPORT = re.compile(r'^import \{([^}]*)\} from "(\./[\w./]+\.mjs)";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export (?:const|function) (\w+)", re.MULTILINE)
@@ -66,32 +66,32 @@ figure { margin: 0; }
 figcaption { font-size: 0.72rem; margin: 1.4rem auto 0; max-width: 38rem; opacity: 0.8; }"""
 
 
-def in_order(path: Path, known: tuple[Path, ...] = ()) -> tuple[Path, ...]:
+def dependency_order(path: Path, collected: tuple[Path, ...] = ()) -> tuple[Path, ...]:
     """Return a module with all that it imports, each after what it needs."""
     for _, target in IMPORT.findall(path.read_text(encoding="utf-8")):
-        found = (path.parent / target).resolve()
-        if found not in known:
-            known = in_order(found, known)
-    return (*known, path)
+        dependency = (path.parent / target).resolve()
+        if dependency not in collected:
+            collected = dependency_order(dependency, collected)
+    return (*collected, path)
 
 
-def as_function(path: Path) -> str:
+def to_function(path: Path) -> str:
     """Return a module as a constant of its name that holds what it exports."""
     source = path.read_text(encoding="utf-8")
     names = ", ".join(EXPORT.findall(source))
-    source = IMPORT.sub(lambda found: f"const {{{found[1]}}} = {Path(found[2]).stem};\n", source)
+    source = IMPORT.sub(lambda match: f"const {{{match[1]}}} = {Path(match[2]).stem};\n", source)
     source = source.replace("\nexport ", "\n").removeprefix("export ")
     code = re.sub(r"/\*.*?\*/|//[^\n]*", "", source, flags=re.DOTALL)
     assert "import " not in code, f"{path}: unknown form of import"
     return f"const {path.stem} = (() => {{\n{source}\nreturn {{ {names} }};\n}})();\n"
 
 
-def caption_of(name: str) -> str:
+def find_caption(name: str) -> str:
     """Return the caption, but for its link, that the site's page has below a figure that starts as it does alone."""
     for page in sorted(DOCS.rglob("*.md")):
-        found = re.search(CAPTION.format(name), page.read_text(encoding="utf-8"), re.DOTALL)
-        if found:
-            return found[1].strip()
+        match = re.search(CAPTION.format(name), page.read_text(encoding="utf-8"), re.DOTALL)
+        if match:
+            return match[1].strip()
     raise ValueError(f"name: expected a figure that a page of the site shows with a caption, got {name!r}")
 
 
@@ -103,10 +103,10 @@ def page(name: str) -> str:
     return PAGE.format(
         name=name,
         title=title[1],
-        caption=caption_of(name),
+        caption=find_caption(name),
         style=(DOCS / "css" / "figures.css").read_text(encoding="utf-8").strip(),
         page_style=PAGE_STYLE,
-        script="\n".join(map(as_function, in_order(path))),
+        script="\n".join(map(to_function, dependency_order(path))),
     )
 
 

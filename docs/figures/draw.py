@@ -39,16 +39,16 @@ def svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
 def text(
     x: float,
     y: float,
-    words: str,
+    label: str,
     *,
     anchor: str = "middle",
     size: float = 13,
     opacity: float = 1,
-    more: str = "",
+    attributes: str = "",
 ) -> str:
     return (
-        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size:g}" fill-opacity="{opacity:g}"{more}>'
-        f"{words}</text>"
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size:g}" fill-opacity="{opacity:g}"{attributes}>'
+        f"{label}</text>"
     )
 
 
@@ -97,9 +97,9 @@ def arrow(points: Sequence[tuple[float, float]], color: str = "currentColor") ->
     """A path with a head on its last segment, which runs along an axis."""
     (x0, y0), (x1, y1) = points[-2:]
     dx, dy = np.sign(x1 - x0), np.sign(y1 - y0)
-    back = (x1 - 7 * dx, y1 - 7 * dy)
-    path = " ".join(f"{x:g},{y:g}" for x, y in [*points[:-1], back])
-    sides = [(back[0] - 4 * dy, back[1] - 4 * dx), (back[0] + 4 * dy, back[1] + 4 * dx)]
+    shaft_end = (x1 - 7 * dx, y1 - 7 * dy)
+    path = " ".join(f"{x:g},{y:g}" for x, y in [*points[:-1], shaft_end])
+    sides = [(shaft_end[0] - 4 * dy, shaft_end[1] - 4 * dx), (shaft_end[0] + 4 * dy, shaft_end[1] + 4 * dx)]
     head = " ".join(f"{x:g},{y:g}" for x, y in [(x1, y1), *sides])
     return [
         f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>',
@@ -111,13 +111,13 @@ def box(
     x: float, y: float, width: float, height: float, lines: Sequence[str], color: str = "currentColor"
 ) -> list[str]:
     """A rounded box around (x, y), its first line of words in the colour."""
-    found = [
+    elements = [
         rect(x - width / 2, y - height / 2, width, height, color=color, fill=0.07, opacity=0.75, radius=5)
     ]
-    for index, words in enumerate(lines):
-        at = y + 18 * (index - (len(lines) - 1) / 2) + 4.5
-        found.append(text(x, at, words, size=13 if index == 0 else 11, opacity=1 if index == 0 else 0.75))
-    return found
+    for index, label in enumerate(lines):
+        baseline = y + 18 * (index - (len(lines) - 1) / 2) + 4.5
+        elements.append(text(x, baseline, label, size=13 if index == 0 else 11, opacity=1 if index == 0 else 0.75))
+    return elements
 
 
 # ------------------------------------------------------------------------------------------------ one layer
@@ -127,31 +127,31 @@ def layer_flow() -> str:
     """The way of one map through a layer: where to look in blue, what is found there in orange."""
     top, middle, low = 44, 140, 236
     body = [
-        text(26, top - 2, "x", size=17, more=' font-style="italic"'),
+        text(26, top - 2, "x", size=17, attributes=' font-style="italic"'),
         text(28, top + 16, "C × H × W", size=10, opacity=0.7),
         *arrow([(42, top - 5), (88, top - 5)]),
         *box(112, top - 5, 46, 34, ["W" + sub("q")]),
         line(136, top - 5, 170, top - 5, width=1.6),
-        text(184, top, "q", size=17, more=' font-style="italic"'),
+        text(184, top, "q", size=17, attributes=' font-style="italic"'),
         *arrow([(198, top - 5), (708, top - 5)]),
         # where to look
         *arrow([(184, top + 12), (184, middle - 25)], BLUE),
         *box(184, middle, 126, 48, ["offset network θ", "one for all groups"], BLUE),
         *arrow([(248, middle), (322, middle)], BLUE),
-        text(283, middle - 8, "Δ", size=15, more=' font-style="italic"'),
+        text(283, middle - 8, "Δ", size=15, attributes=' font-style="italic"'),
         *box(388, middle, 130, 48, ["bound, add to p", "p: reference grid"], BLUE),
         *arrow([(454, middle), (540, middle)], BLUE),
-        text(494, middle - 8, "p̃", size=15, more=' font-style="italic"'),
+        text(494, middle - 8, "p̃", size=15, attributes=' font-style="italic"'),
         text(494, middle + 17, "G × Ns × 2", size=10, opacity=0.7),
         *box(610, middle, 140, 48, ["read the bias table", "at q − p̃, bilinear"], BLUE),
         *arrow([(681, middle), (708, middle)], BLUE),
         # what is found there
         *arrow([(26, top + 24), (26, low), (322, low)], ORANGE),
         *arrow([(388, middle + 25), (388, low - 25)], BLUE),
-        text(402, (middle + low) / 2 + 5, "p̃", size=15, more=' font-style="italic"'),
+        text(402, (middle + low) / 2 + 5, "p̃", size=15, attributes=' font-style="italic"'),
         *box(388, low, 130, 48, ["sample x at p̃", "bilinear φ"], ORANGE),
         *arrow([(454, low), (540, low)], ORANGE),
-        text(494, low - 8, "x̃", size=15, more=' font-style="italic"'),
+        text(494, low - 8, "x̃", size=15, attributes=' font-style="italic"'),
         text(494, low + 17, "C × Ns", size=10, opacity=0.7),
         *box(
             610,
@@ -171,7 +171,7 @@ def layer_flow() -> str:
         *arrow([(844, middle), (866, middle)]),
         *box(890, middle, 46, 34, ["W" + sub("o")]),
         *arrow([(914, middle), (936, middle)]),
-        text(950, middle + 5, "y", size=17, more=' font-style="italic"'),
+        text(950, middle + 5, "y", size=17, attributes=' font-style="italic"'),
     ]
     return svg(966, 272, "Data flow of one deformable-attention layer", body)
 
@@ -196,12 +196,12 @@ def strip(
     ]
     body += [rect(left + pitch * i, y - 12, pitch, 24, opacity=0.3) for i in range(cells)]
     for point, target, label in zip(points, targets, labels, strict=True):
-        x, home = left + pitch * (point + 0.5), left + pitch * (target + 0.5)
-        moved = abs(point - target) > 1e-9
-        color = ORANGE if moved else BLUE
-        body.append(line(home, y - 4, home, y + 4, opacity=0.8))
-        if moved:
-            body.append(line(home, y, x, y, color=color, width=2.5))
+        x, target_x = left + pitch * (point + 0.5), left + pitch * (target + 0.5)
+        is_moved = abs(point - target) > 1e-9
+        color = ORANGE if is_moved else BLUE
+        body.append(line(target_x, y - 4, target_x, y + 4, opacity=0.8))
+        if is_moved:
+            body.append(line(target_x, y, x, y, color=color, width=2.5))
         body += [
             circle(x, y, 4.5, color=color),
             text(x, y + 27, f"{label:.2f}".rstrip("0").rstrip("."), size=10, opacity=0.85),
@@ -209,17 +209,17 @@ def strip(
     return body
 
 
-def strips(title: str, cells: int, points_of: Callable[[Convention], Rows], notes: tuple[str, str]) -> str:
+def strips(title: str, cells: int, convention_rows: Callable[[Convention], Rows], notes: tuple[str, str]) -> str:
     """Four strips, one a convention; `notes` say what it is when every point meets its target, and when not."""
     body: list[str] = []
     for row, convention in enumerate(Convention):
-        points, targets, labels = points_of(convention)
+        points, targets, labels = convention_rows(convention)
         note = notes[0] if np.allclose(points, targets) else notes[1]
         body += strip(22 + 62 * row, convention.name, note, cells, points, targets, labels)
     return svg(690, 258, title, body)
 
 
-def sampled_px(length: int, keys: int, convention: Convention) -> list[float]:
+def sampled_pixels(length: int, keys: int, convention: Convention) -> list[float]:
     """Pixel that each key of an axis samples with zero offset, under the convention's own bound."""
     reference = reference_points((keys, keys), convention)
     bound = RELEASED_BOUND.get(convention, OffsetBound.TANH_CELLS)
@@ -236,39 +236,39 @@ def _plain(numbers: Iterable[float]) -> list[float]:
 def identity() -> str:
     """Seven pixels, seven keys, stride 1, zero offset: where each key samples."""
 
-    def points_of(convention: Convention) -> Rows:
-        points = sampled_px(7, 7, convention)
+    def convention_rows(convention: Convention) -> Rows:
+        points = sampled_pixels(7, 7, convention)
         return points, range(7), points
 
     title = "Zero offset at stride 1: the pixel that each of seven keys samples"
-    return strips(title, 7, points_of, ("the map itself", "another map"))
+    return strips(title, 7, convention_rows, ("the map itself", "another map"))
 
 
 def stride_eight() -> str:
     """56 pixels, seven keys: drawn in key cells of eight pixels, lettered in pixels."""
 
-    def points_of(convention: Convention) -> Rows:
-        points = sampled_px(56, 7, convention)
+    def convention_rows(convention: Convention) -> Rows:
+        points = sampled_pixels(56, 7, convention)
         return [(point - 3.5) / 8 for point in points], range(7), points
 
     title = "Zero offset at stride 8: sampling positions against the centers of the key cells"
-    return strips(title, 7, points_of, ("cell centers", "beside the centers"))
+    return strips(title, 7, convention_rows, ("cell centers", "beside the centers"))
 
 
 def table_reading() -> str:
     """Where the displacements of seven queries from seven keys read a table of 13 rows: entries, or between them."""
 
-    def points_of(convention: Convention) -> Rows:
+    def convention_rows(convention: Convention) -> Rows:
         reference = np.clip(reference_points((7, 7), convention), -1, 1)
-        read = table_positions(reference.reshape(1, 1, -1, 2), (13, 13), (7, 7), convention)
-        read = read.reshape(7, 7, 7, 7, 2)[:, 0, :, 0, 0]  # [query row, key row]
+        positions = table_positions(reference.reshape(1, 1, -1, 2), (13, 13), (7, 7), convention)
+        positions = positions.reshape(7, 7, 7, 7, 2)[:, 0, :, 0, 0]  # [query row, key row]
         points = _plain(
-            [*read[0, ::-1], *read[6, -2::-1]]
+            [*positions[0, ::-1], *positions[6, -2::-1]]
         )  # query 0 with keys 6 … 0, query 6 with keys 5 … 0
         return points, range(13), points
 
     title = "Where displacements of -6 to 6 pixels read a table of 13 entries"
-    return strips(title, 13, points_of, ("on the entries", "between entries"))
+    return strips(title, 13, convention_rows, ("on the entries", "between entries"))
 
 
 # ------------------------------------------------------------------------------------------------ released names
@@ -280,11 +280,11 @@ def names_table(preset: str, stage: int, block: int, *, rest: bool = False) -> s
     shapes = flatten(dat_shapes(model))
     prefix, theirs = f"stages.{stage}.blocks.{block}.", "" if rest else f"stages.{stage}."
     rows = ["| here | released | shape here | layout there |", "|---|---|---|---|"]
-    for ours, place in official.backbone_names(model).items():
-        chosen = not ours.startswith("stages.") if rest else ours.startswith(prefix)
-        if chosen:
-            here, there = ours.removeprefix(prefix), place.name.removeprefix(theirs)
-            rows.append(f"| `{here}` | `{there}` | {shapes[ours]} | {LAYOUTS[place.layout]} |")
+    for ours, released in official.backbone_names(model).items():
+        selected = not ours.startswith("stages.") if rest else ours.startswith(prefix)
+        if selected:
+            here, there = ours.removeprefix(prefix), released.name.removeprefix(theirs)
+            rows.append(f"| `{here}` | `{there}` | {shapes[ours]} | {LAYOUTS[released.layout]} |")
     return "\n".join(rows) + "\n"
 
 

@@ -2,8 +2,8 @@
 
     python docs/figures/draw_peers.py
 
-`reach.svg` and `web.svg` are written beside this file, and a test fails when they are not what this script would write;
-`cost.png` is the figure of `dat-ref complexity`, in the folder of images.
+`receptive_field.svg` and `identity_graph.svg` are written beside this file, and a test fails when they are not what
+this script would write; `cost.png` is the figure of `dat-ref complexity`, in the folder of images.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dat_ref import (
 )
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
-    reach,
+    receptive_field,
 )
 
 FOLDER = Path(__file__).parent
@@ -38,7 +38,7 @@ SIZE, QUERY = (12, 12), (3, 8)
 DIM, HEADS = 12, 3
 CELL, ACROSS, DOWN = 10, 146, 184  # pixels of the drawing: of a map's pixel, from panel to panel
 
-# ------------------------------------------------------------------------------------------------ reach
+# ------------------------------------------------------------------------------------------------ receptive field
 
 
 class Panel(NamedTuple):
@@ -61,24 +61,24 @@ PANELS = (
     Panel("deformable conv.", DeformableConvConfig(DIM, kernel_size=3)),
     Panel("Deformable DETR", MultiScaleDeformableConfig(DIM, HEADS, points=3)),
     Panel("keys of each query", PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
-    Panel("swap-in, as it starts", SwapInAttentionConfig(DIM, HEADS, points=3)),
+    Panel("DAT-DCN, as it starts", DATDCNAttentionConfig(DIM, HEADS, points=3)),
 )
 
 
-def seen_by(attention: Any) -> tuple[np.ndarray, np.ndarray]:
+def run_layer(attention: Any) -> tuple[np.ndarray, np.ndarray]:
     """Run one layer on a noise map; return which pixels the query reaches, and its points (N, 2), if it has any."""
     rng = np.random.default_rng(2)
     params = init_params(attention, seed=2, dtype=np.float64)
-    if not isinstance(attention, SwapInAttentionConfig):  # offsets of some pixels, which first values do not give
+    if not isinstance(attention, DATDCNAttentionConfig):  # offsets of some pixels, which first values do not give
         for leaf in (params.get("offset", {}), params.get("offset_network", {}).get("pointwise", {})):
             if leaf:
                 leaf["weight"][:] = rng.normal(scale=0.4, size=leaf["weight"].shape) / leaf["weight"][0, 0].size ** 0.5
     x = rng.normal(size=(1, DIM, *SIZE))
     _, trace = ATTENTIONS[type(attention)].forward(x, params, attention)
-    return reach(QUERY, SIZE, attention, trace), points_of_query(getattr(trace, "points_px", None))
+    return receptive_field(QUERY, SIZE, attention, trace), query_points(getattr(trace, "points_px", None))
 
 
-def points_of_query(points: np.ndarray | None) -> np.ndarray:
+def query_points(points: np.ndarray | None) -> np.ndarray:
     """Return the query's own points, (N, 2), from (1, …, 2) with an axis of queries somewhere, or of all queries."""
     number = QUERY[0] * SIZE[1] + QUERY[1]
     if points is None:
@@ -98,25 +98,25 @@ def frame(left: float, top: float, side: float) -> list[str]:
     return [line(*a, *b, width=2.2) for a, b in zip(corners, corners[1:])]
 
 
-def lattice(left: float, top: float, places: range, opacity: float) -> str:
+def lattice(left: float, top: float, positions: range, opacity: float) -> str:
     """Lines over a map at these places, in its pixels, down and across."""
     height, width = (CELL * length for length in SIZE)
-    down = [f"M{left + CELL * at:g} {top:g}v{height}" for at in places]
-    across = [f"M{left:g} {top + CELL * at:g}h{width}" for at in places]
+    down = [f"M{left + CELL * position:g} {top:g}v{height}" for position in positions]
+    across = [f"M{left:g} {top + CELL * position:g}h{width}" for position in positions]
     return f'<path d="{"".join(down + across)}" stroke="currentColor" stroke-opacity="{opacity:g}"/>'
 
 
-def pixels(seen: np.ndarray, left: float, top: float) -> str:
+def pixels(visible: np.ndarray, left: float, top: float) -> str:
     """The pixels that are reached, a square each."""
-    squares = [f"M{left + CELL * x:g} {top + CELL * y:g}h{CELL}v{CELL}h-{CELL}z" for y, x in np.argwhere(seen)]
+    squares = [f"M{left + CELL * x:g} {top + CELL * y:g}h{CELL}v{CELL}h-{CELL}z" for y, x in np.argwhere(visible)]
     return f'<path d="{"".join(squares)}" fill="{BLUE}" fill-opacity="0.45"/>'
 
 
 def draw_panel(panel: Panel, left: float, top: float) -> list[str]:
     """A map with what is reached in blue, points in orange, the query framed."""
-    seen, points = seen_by(panel.attention)
+    visible, points = run_layer(panel.attention)
     height, width = (CELL * length for length in SIZE)
-    body = [pixels(seen, left, top), lattice(left, top, range(1, SIZE[0]), 0.12)]
+    body = [pixels(visible, left, top), lattice(left, top, range(1, SIZE[0]), 0.12)]
     if panel.pitch:
         body.append(lattice(left, top, range(panel.start, SIZE[0], panel.pitch), 0.6))
     body.append(rect(left, top, width, height, opacity=0.6))
@@ -126,14 +126,14 @@ def draw_panel(panel: Panel, left: float, top: float) -> list[str]:
     body += frame(left + CELL * QUERY[1], top + CELL * QUERY[0], CELL)
     middle, below = left + width / 2, top + height
     body.append(text(middle, top - 8, panel.name, size=12))
-    body.append(text(middle, below + 15, f"{seen.sum()} of {seen.size} pixels", size=10, opacity=0.8))
+    body.append(text(middle, below + 15, f"{visible.sum()} of {visible.size} pixels", size=10, opacity=0.8))
     if not inside.all():
         note = f"{np.sum(~inside)} of {len(points)} points outside"
         body.append(text(middle, below + 28, note, size=10, opacity=0.8))
     return body
 
 
-def reach_of_all() -> str:
+def receptive_fields() -> str:
     """All panels, five in a row."""
     body: list[str] = []
     for number, panel in enumerate(PANELS):
@@ -143,7 +143,7 @@ def reach_of_all() -> str:
     return svg(10 + 4 * ACROSS + CELL * SIZE[1] + 10, 24 + DOWN + CELL * SIZE[0] + 34, title, body)
 
 
-# ------------------------------------------------------------------------------------------------ the web
+# ------------------------------------------------------------------------------------------------ identities
 
 NODES = {  # name: place, color
     "window": (84, 40, BLUE),
@@ -152,7 +152,7 @@ NODES = {  # name: place, color
     "plain attention": (384, 114, "currentColor"),
     "deformable attention": (668, 114, ORANGE),
     "keys of each query": (384, 236, ORANGE),
-    "swap-in": (52, 330, ORANGE),
+    "DAT-DCN": (52, 330, ORANGE),
     "Deformable DETR": (206, 330, ORANGE),
     "deformable conv. v2": (490, 330, GREEN),
     "deformable conv. v1": (490, 406, GREEN),
@@ -165,41 +165,41 @@ EDGES = (  # from, to, under which condition, shift of the words off the middle 
     ("deformable attention", "plain attention", "stride 1, no offsets", 0, -7),
     ("keys of each query", "deformable attention", "all queries share points", 50, 22),
     ("keys of each query", "neighborhood", "no offsets, inside", -36, 20),
-    ("swap-in", "Deformable DETR", "centers", 0, -7),
+    ("DAT-DCN", "Deformable DETR", "centers", 0, -7),
     ("Deformable DETR", "deformable conv. v2", "sigmoid,|one matrix for all taps", 0, -7),
     ("deformable conv. v2", "convolution", "no offsets,|m = 1", 0, -7),
     ("deformable conv. v1", "deformable conv. v2", "m = 1", -24, 4),
 )
-HALF = {name: 3.5 * len(name) + 15 for name in NODES}  # half the width of a box
+HALF_WIDTH = {name: 3.5 * len(name) + 15 for name in NODES}  # half the width of a box
 BOX_HEIGHT = 30
 
 
-def to_border(name: str, toward: tuple[float, float]) -> tuple[float, float]:
+def border_point(name: str, target: tuple[float, float]) -> tuple[float, float]:
     """Return where the line from the middle of a box to a point leaves the box."""
     x, y, _ = NODES[name]
-    dx, dy = toward[0] - x, toward[1] - y
-    scale = min(HALF[name] / abs(dx) if dx else np.inf, BOX_HEIGHT / 2 / abs(dy) if dy else np.inf)
+    dx, dy = target[0] - x, target[1] - y
+    scale = min(HALF_WIDTH[name] / abs(dx) if dx else np.inf, BOX_HEIGHT / 2 / abs(dy) if dy else np.inf)
     return x + scale * dx, y + scale * dy
 
 
-def web() -> str:
+def identity_graph() -> str:
     """Which system is which under what condition: a box for each, a line for each identity."""
     body: list[str] = []
     for first, second, condition, dx, dy in EDGES:
-        (x1, y1), (x2, y2) = to_border(first, NODES[second][:2]), to_border(second, NODES[first][:2])
+        (x1, y1), (x2, y2) = border_point(first, NODES[second][:2]), border_point(second, NODES[first][:2])
         body.append(line(round(x1, 1), round(y1, 1), round(x2, 1), round(y2, 1), width=1.4, opacity=0.7))
-        words = condition.split("|")
-        for row, part in enumerate(words):
-            height = (y1 + y2) / 2 + dy + 13 * (row - len(words) + 1)
+        label_lines = condition.split("|")
+        for row, part in enumerate(label_lines):
+            height = (y1 + y2) / 2 + dy + 13 * (row - len(label_lines) + 1)
             body.append(text(round((x1 + x2) / 2 + dx, 1), round(height, 1), part, size=10.5, opacity=0.85))
     for name, (x, y, color) in NODES.items():
-        body += box(x, y, 2 * HALF[name], BOX_HEIGHT, [name], color)
+        body += box(x, y, 2 * HALF_WIDTH[name], BOX_HEIGHT, [name], color)
     return svg(776, 430, "Which system equals which, and under what condition", body)
 
 
 def outputs() -> dict[str, str]:
     """Return every text file that this script writes, by name."""
-    return {"reach.svg": reach_of_all(), "web.svg": web()}
+    return {"receptive_field.svg": receptive_fields(), "identity_graph.svg": identity_graph()}
 
 
 # ------------------------------------------------------------------------------------------------ cost
@@ -207,18 +207,18 @@ def outputs() -> dict[str, str]:
 
 def draw_cost_curves() -> None:
     """The figure of `dat-ref complexity`, for a layer of dat_tiny's stage 3 with the worked example's 49 keys."""
-    from photographs import keep  # matplotlib is needed for this one only
+    from photographs import save_png  # matplotlib is needed for this one only
 
     from dat_ref.complexity import curves, doubling
-    from dat_ref.complexity.contenders import keys_at
+    from dat_ref.complexity.curves import keys_at
     from dat_ref.viz.cost import draw_cost
 
     layer = config("dat_tiny").stages[2][-1].attention
     assert isinstance(layer, DeformableAttentionConfig)
     layer = replace(layer, stride=2)
-    grown = curves(layer, doubling(14, 4))
+    growth_curves = curves(layer, doubling(14, 4))
     label = f"One layer of dat_tiny, stage 3 (C = {layer.dim}, {layer.heads} heads)"
-    keep(draw_cost(grown, reduction=16, label=label, keys=keys_at(layer, 14)), "cost", 1120)
+    save_png(draw_cost(growth_curves, reduction=16, label=label, keys=keys_at(layer, 14)), "cost", 1120)
 
 
 if __name__ == "__main__":

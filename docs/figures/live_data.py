@@ -21,13 +21,13 @@ from scipy.ndimage import gaussian_filter
 from dat_ref import Convention, DeformableAttentionConfig, init_params
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
-    SwapInAttentionConfig,
-    reach,
+    receptive_field,
 )
-from dat_ref.peers.visibility import sampled_pixels
+from dat_ref.peers.receptive_field import sampled_pixels
 
 DOCS = Path(__file__).parents[1]
 PHOTO, PICTURE = DOCS / "images" / "live_photo.jpg", DOCS / "images" / "live_map.png"
@@ -43,10 +43,10 @@ def make_photo() -> None:
 
     from dat_ref.data import photograph_path
 
-    with Image.open(photograph_path("chelsea")) as whole:
-        cut = whole.convert("RGB").crop((0, 0, *PHOTO_SIZE))
-    cut.save(PHOTO, quality=74, optimize=True, progressive=True)
-    cut.resize(MAP_SIZE, Image.Resampling.BOX).save(PICTURE, optimize=True)
+    with Image.open(photograph_path("chelsea")) as original:
+        cropped = original.convert("RGB").crop((0, 0, *PHOTO_SIZE))
+    cropped.save(PHOTO, quality=74, optimize=True, progressive=True)
+    cropped.resize(MAP_SIZE, Image.Resampling.BOX).save(PICTURE, optimize=True)
 
 
 def photo() -> dict[str, Any]:
@@ -71,13 +71,13 @@ def bias_table() -> dict[str, Any]:
     return {"size": list(TABLE_MAP), "table": np.round(values, 2).ravel().tolist()}
 
 
-# ------------------------------------------------------------------------------------------------ reach
+# ------------------------------------------------------------------------------------------------ receptive field
 
 SIZE, DIM, HEADS = (12, 12), 12, 3
 SEED = 11  # one that leaves all points of the plain deformable layer inside the map
 
 
-class Moving(NamedTuple):
+class SampledSystem(NamedTuple):
     """A system whose points move, and whether all queries have the same."""
 
     config: Any
@@ -85,40 +85,40 @@ class Moving(NamedTuple):
 
 
 # Nine points a query, counted over all heads (nine a group in the second).
-MOVING = {
-    "deformable": Moving(DeformableAttentionConfig(DIM, HEADS, stride=4, kernel_size=5, size=SIZE), shared=True),
-    "deformable_groups": Moving(
+SAMPLED_SYSTEMS = {
+    "deformable": SampledSystem(DeformableAttentionConfig(DIM, HEADS, stride=4, kernel_size=5, size=SIZE), shared=True),
+    "deformable_groups": SampledSystem(
         DeformableAttentionConfig(DIM, HEADS, 3, stride=4, kernel_size=5, size=SIZE), shared=True
     ),
-    "deform_conv": Moving(DeformableConvConfig(DIM, kernel_size=3)),
-    "ms_deform": Moving(MultiScaleDeformableConfig(DIM, HEADS, points=3)),
-    "per_query": Moving(PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
-    "swap_in": Moving(SwapInAttentionConfig(DIM, HEADS, points=3, convention=Convention.CELL_CENTER)),
+    "deform_conv": SampledSystem(DeformableConvConfig(DIM, kernel_size=3)),
+    "ms_deform": SampledSystem(MultiScaleDeformableConfig(DIM, HEADS, points=3)),
+    "per_query": SampledSystem(PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
+    "dat_dcn": SampledSystem(DATDCNAttentionConfig(DIM, HEADS, points=3, convention=Convention.CELL_CENTER)),
 }
 # How strongly the queries move the points, so that offsets of a pixel or two come out: first values give hardly any.
-SPREAD = {
+OFFSET_SCALE = {
     "deformable": 1.1,
     "deformable_groups": 1.1,
     "deform_conv": 1.2,
     "ms_deform": 1.6,
     "per_query": 1.2,
-    "swap_in": 0.25,
+    "dat_dcn": 0.25,
 }
 
 
-def trace_of(name: str, moved: bool = True) -> Any:
-    """Run one layer on a smooth random map with seeded weights; unless `moved`, with an offset network of zeros."""
+def run_layer(name: str, with_offsets: bool = True) -> Any:
+    """Run one layer on a smooth random map with seeded weights; its offset network is zero unless `with_offsets`."""
     rng = np.random.default_rng(SEED)
-    config = MOVING[name].config
+    config = SAMPLED_SYSTEMS[name].config
     params = init_params(config, seed=SEED, dtype=np.float64)
     network = params.get("offset", params.get("offset_network", {}).get("pointwise"))
     assert network is not None
-    if not moved:
+    if not with_offsets:
         for leaf in network.values():
             leaf[:] = 0
     else:
         fan_in = network["weight"][0].size
-        network["weight"][:] = rng.normal(scale=SPREAD[name] / fan_in**0.5, size=network["weight"].shape)
+        network["weight"][:] = rng.normal(scale=OFFSET_SCALE[name] / fan_in**0.5, size=network["weight"].shape)
         if "bias" in network:
             network["bias"][:] = 0
     x = gaussian_filter(rng.normal(size=(1, DIM, *SIZE)), (0, 0, 1.6, 1.6))
@@ -126,10 +126,10 @@ def trace_of(name: str, moved: bool = True) -> Any:
     return trace
 
 
-def points_of(name: str, trace: Any) -> np.ndarray:
+def query_points(name: str, trace: Any) -> np.ndarray:
     """Return the points of every query, (H·W, N, 2), in pixels, or of all queries, (1, N, 2)."""
     points = trace.points_px[0]
-    if MOVING[name].shared:
+    if SAMPLED_SYSTEMS[name].shared:
         return np.asarray(points.reshape(1, -1, 2))
     if points.shape[-3:-1] == SIZE:  # a convolution's: (G, K, H, W, 2)
         points = np.moveaxis(points, (-3, -2), (0, 1))
@@ -138,33 +138,33 @@ def points_of(name: str, trace: Any) -> np.ndarray:
     return np.asarray(points.reshape(SIZE[0] * SIZE[1], -1, 2))
 
 
-def moving_points(name: str) -> dict[str, Any]:
+def system_points(name: str) -> dict[str, Any]:
     """Where a system's points start, and where they went, in hundredths of a pixel, flat.
 
     The start is given from the query on, where each query has its own. The end is the middle of the hundredth that it
     lies in, so that rounding moves no point onto or over a pixel center.
     """
-    trace = trace_of(name)
-    points, home = points_of(name, trace), points_of(name, trace_of(name, moved=False))
+    trace = run_layer(name)
+    points, reference = query_points(name, trace), query_points(name, run_layer(name, with_offsets=False))
     hundredths = np.floor(100 * points)
-    check_reach(name, trace, (hundredths + 0.5) / 100)
-    if not MOVING[name].shared:
-        home = home - np.indices(SIZE).reshape(2, -1).T[:, None]
-        assert np.allclose(home, home[:1]), f"{name}: the start is not the same for every query"
+    check_receptive_field(name, trace, (hundredths + 0.5) / 100)
+    if not SAMPLED_SYSTEMS[name].shared:
+        reference = reference - np.indices(SIZE).reshape(2, -1).T[:, None]
+        assert np.allclose(reference, reference[:1]), f"{name}: the start is not the same for every query"
     return {
-        "shared": MOVING[name].shared,
+        "shared": SAMPLED_SYSTEMS[name].shared,
         "count": points.shape[1],
-        "home": np.round(100 * home[0]).astype(int).ravel().tolist(),
+        "reference": np.round(100 * reference[0]).astype(int).ravel().tolist(),
         "points": hundredths.astype(int).ravel().tolist(),
     }
 
 
-def check_reach(name: str, trace: Any, points: np.ndarray) -> None:
+def check_receptive_field(name: str, trace: Any, points: np.ndarray) -> None:
     """Rounding must change nothing that any query reaches."""
-    for number, query in enumerate(np.ndindex(SIZE)):
-        found = sampled_pixels(points[0 if MOVING[name].shared else number], SIZE)
-        expected = reach(query, SIZE, MOVING[name].config, trace)
-        assert np.array_equal(found, expected), f"{name}: rounding changes what {query} reaches"
+    for index, query in enumerate(np.ndindex(SIZE)):
+        actual = sampled_pixels(points[0 if SAMPLED_SYSTEMS[name].shared else index], SIZE)
+        expected = receptive_field(query, SIZE, SAMPLED_SYSTEMS[name].config, trace)
+        assert np.array_equal(actual, expected), f"{name}: rounding changes what {query} reaches"
 
 
 # ------------------------------------------------------------------------------------------------ the module
@@ -185,7 +185,7 @@ def module(name: str, content: dict[str, Any]) -> str:
 
 def outputs() -> dict[str, str]:
     """Return what this script writes, by path inside docs/."""
-    points = {"size": list(SIZE), "systems": {name: moving_points(name) for name in MOVING}}
+    points = {"size": list(SIZE), "systems": {name: system_points(name) for name in SAMPLED_SYSTEMS}}
     return {
         "js/figures/data/photo.mjs": module("PHOTO", photo()),
         "js/figures/data/table.mjs": module("BIAS", bias_table()),

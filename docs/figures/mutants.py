@@ -9,28 +9,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dat_ref.testing import SUBJECTS, Subject
+from dat_ref.testing import OPS, OpSpec
 
 FOLDER = Path(__file__).parent
 
 
 def outputs() -> dict[str, str]:
     """Return what this script writes, by name."""
-    return {"mutants.md": "\n".join(table(subject) for subject in SUBJECTS)}
+    return {"mutants.md": "\n".join(table(op) for op in OPS)}
 
 
-def table(subject: Subject) -> str:
+def table(op: OpSpec) -> str:
     """Return a section: a row for each check, with the mistakes that fail there first."""
     lines = [
-        f"### `{subject.name}`: {len(subject.mutants)}",
+        f"### `{op.name}`: {len(op.mutants)}",
         "",
-        f"{subject.title[0].upper()}{subject.title[1:]}.",
+        f"{op.title[0].upper()}{op.title[1:]}.",
         "",
         "| the first check that fails | mistakes |",
         "|---|---|",
     ]
-    for check in subject.checks:
-        names = [mutant.name.replace("|", "\\|") for mutant in subject.mutants if mutant.check == check.name]
+    for check in op.checks:
+        names = [mutant.name.replace("|", "\\|") for mutant in op.mutants if mutant.check == check.name]
         if names:
             lines.append(f"| `{check.name}` | {'<br>'.join(names)} |")
     return "\n".join([*lines, ""])

@@ -20,35 +20,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dat_ref.testing import Report, Setting, check_subject, choose
-from dat_ref.testing.conventions import follows
-from dat_ref.testing.report import failure_text
+from dat_ref.testing import Report, Setting, check_op, find_ops
+from dat_ref.testing.convention_match import infer_convention
+from dat_ref.testing.report import format_failure
 
 FOLDER = Path(__file__).parent
 ADAPTERS = "dat_ref.testing.adapters"
-FEW = 4  # checks that are named in a row of the table
+MAX_NAMED_CHECKS = 4  # checks that are named in a row of the table
 
 
 class Row(NamedTuple):
-    """What is checked, and under which precision; `shown` names the counter-examples that go on the page."""
+    """What is checked, and under which precision; `examples` names the counter-examples that go on the page."""
 
     title: str
     package: str
     target: str
-    subject: str
+    op: str
     dtype: str = "float64"
-    shown: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
 
 ROWS = (
-    Row("its sampler", "deformable-attention", "deformable_attention", "sampler", shown=("first_pixel", "not_square")),
-    Row("its key grid", "deformable-attention", "deformable_attention", "reference_grid", shown=("not_square",)),
+    Row(
+        "its sampler", "deformable-attention", "deformable_attention", "sampler",
+        examples=("first_pixel", "not_square"),
+    ),
+    Row("its key grid", "deformable-attention", "deformable_attention", "reference_grid", examples=("not_square",)),
     Row("Deformable DETR and its relatives", "transformers", "transformers", "multi_scale"),
     Row("Mask2Former, OneFormer", "transformers", "transformers:mask2former", "multi_scale"),
     Row("RT-DETRv2, D-FINE", "transformers", "transformers:rt_detr_v2", "multi_scale"),
     Row(
         "RT-DETRv2, the variant without interpolation", "transformers", "transformers:rt_detr_v2_discrete",
-        "multi_scale", shown=("pixel_centers",),
+        "multi_scale", examples=("pixel_centers",),
     ),
     Row("`GridSample` of the standard's evaluator", "onnx", "onnx", "sampler", "float32", ("shapes", "nan_comes_out")),
     Row("`DeformConv` of the standard's evaluator", "onnx", "onnx", "deform_conv", "float32", ("single_row",)),
@@ -57,13 +60,13 @@ ROWS = (
 
 def measure(row: Row, max_examples: int = 50, *, shrink: bool = True) -> Report:
     """Run the checks of a row, under the convention that is nearest."""
-    ((subject, implementation),) = choose(f"{ADAPTERS}.{row.target}", [row.subject])
+    ((op, implementation),) = find_ops(f"{ADAPTERS}.{row.target}", [row.op])
     setting = Setting(dtype=row.dtype, max_examples=max_examples)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        if subject.conventional:
-            setting = Setting(follows(implementation, subject, setting).convention, row.dtype, max_examples)
-        return check_subject(implementation, subject, setting, shrink=shrink)
+        if op.depends_on_convention:
+            setting = Setting(infer_convention(implementation, op, setting).convention, row.dtype, max_examples)
+        return check_op(implementation, op, setting, shrink=shrink)
 
 
 def outcome(row: Row, report: Report) -> dict[str, Any]:
@@ -72,9 +75,9 @@ def outcome(row: Row, report: Report) -> dict[str, Any]:
         "package": row.package,
         "version": version(row.package),
         "target": f"{ADAPTERS}.{row.target}",
-        "subject": row.subject,
+        "op": row.op,
         "dtype": row.dtype,
-        "convention": report.trial.setting.convention.name if report.trial.subject.conventional else None,
+        "convention": report.context.setting.convention.name if report.context.op.depends_on_convention else None,
         "statuses": {result.check.name: result.status for result in report.results},
         "diagnosis": report.diagnosis,
     }
@@ -83,64 +86,67 @@ def outcome(row: Row, report: Report) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the page's parts
 
 
-def part(name: str, *lines: str) -> str:
+def page_part(name: str, *lines: str) -> str:
     """Return a part of the file that a page includes by name."""
     name = re.sub(r"\W+", "-", name)
     return "\n".join([f"<!-- --8<-- [start:{name}] -->", "", *lines, "", f"<!-- --8<-- [end:{name}] -->", ""])
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Return a row for each: how many checks hold, and which fail."""
     lines = ["| what | hold | fail | version | precision | convention |", "|---|---|---|---|---|---|"]
-    for row, each in zip(ROWS, found, strict=True):
+    for row, each in zip(ROWS, results, strict=True):
         failed = [name for name, status in each["statuses"].items() if status == "fail"]
-        held = sum(status == "pass" for status in each["statuses"].values())
-        ran = held + len(failed)
-        named = ", ".join(f"`{name}`" for name in failed[:FEW]) or "none"
-        named += f" and {len(failed) - FEW} more" if len(failed) > FEW else ""
+        passed = sum(status == "pass" for status in each["statuses"].values())
+        ran = passed + len(failed)
+        failed_text = ", ".join(f"`{name}`" for name in failed[:MAX_NAMED_CHECKS]) or "none"
+        failed_text += f" and {len(failed) - MAX_NAMED_CHECKS} more" if len(failed) > MAX_NAMED_CHECKS else ""
         convention = each["convention"]
-        told = "—" if convention is None else f"none; nearest `{convention}`" if failed else f"`{convention}`"
+        convention_text = (
+            "—" if convention is None else f"none; nearest `{convention}`" if failed else f"`{convention}`"
+        )
         lines.append(
-            f"| {row.package}: {row.title} | {held} of {ran} | {named} | {each['version']} | {row.dtype} | {told} |"
+            f"| {row.package}: {row.title} | {passed} of {ran} | {failed_text} | {each['version']} | {row.dtype} "
+            f"| {convention_text} |"
         )
     return "\n".join(lines)
 
 
-def outside(size: tuple[int, int]) -> str:
+def describe_points_outside(size: tuple[int, int]) -> str:
     """Say how many keys of deformable-attention lie off the map, one a pixel and none moved."""
     adapter = importlib.import_module(f"{ADAPTERS}.deformable_attention")
     points = adapter.reference_pixels(size, size)
-    away = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # where zeros are read
+    outside_map = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # where zeros are read
     lowest = points[..., 0].max()
     return (
-        f"On a map of {size[0]} × {size[1]}, without offsets, {away.sum():,} of {away.size:,} keys lie a pixel or more "
-        f"off the map and read zeros; no key reads below row {lowest:.1f}."
+        f"On a map of {size[0]} × {size[1]}, without offsets, {outside_map.sum():,} of {outside_map.size:,} keys lie a "
+        f"pixel or more off the map and read zeros; no key reads below row {lowest:.1f}."
     )
 
 
-def parts(found: list[dict[str, Any]], reports: list[Report]) -> str:
+def page_parts(results: list[dict[str, Any]], reports: list[Report]) -> str:
     """Return the Markdown that the page includes."""
-    versions = sorted({f"{each['package']} {each['version']}" for each in found})
+    versions = sorted({f"{each['package']} {each['version']}" for each in results})
     machine = f"Python {platform.python_version()}, torch {version('torch')}, NumPy {version('numpy')}"
-    written = [
-        part("date", f"Checked on {date.today():%d %B %Y}: {', '.join(versions)}; {machine}."),
-        part("table", table(found)),
-        part("outside", outside((32, 64))),
+    sections = [
+        page_part("date", f"Checked on {date.today():%d %B %Y}: {', '.join(versions)}; {machine}."),
+        page_part("table", table(results)),
+        page_part("outside", describe_points_outside((32, 64))),
     ]
     for row, report in zip(ROWS, reports, strict=True):
         if report.diagnosis:
-            name = f"diagnosis {row.target} {row.subject}"
-            written.append(part(name, "```text", *report.diagnosis, "```"))
+            name = f"diagnosis {row.target} {row.op}"
+            sections.append(page_part(name, "```text", *report.diagnosis, "```"))
         for result in report.results:
-            if result.check.name in row.shown:
+            if result.check.name in row.examples:
                 assert result.failure is not None, f"{row.target}: {result.check.name} holds"
-                name = f"{row.target} {row.subject} {result.check.name}"
-                written.append(part(name, "```text", failure_text(report.trial, result), "```"))
-    return "\n".join(written)
+                name = f"{row.target} {row.op} {result.check.name}"
+                sections.append(page_part(name, "```text", format_failure(report.context, result), "```"))
+    return "\n".join(sections)
 
 
 if __name__ == "__main__":
     reports = [measure(row) for row in ROWS]
-    found = [outcome(row, report) for row, report in zip(ROWS, reports, strict=True)]
-    (FOLDER / "others.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (FOLDER / "others.md").write_text(parts(found, reports), encoding="utf-8")
+    results = [outcome(row, report) for row, report in zip(ROWS, reports, strict=True)]
+    (FOLDER / "others.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (FOLDER / "others.md").write_text(page_parts(results, reports), encoding="utf-8")

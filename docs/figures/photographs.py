@@ -32,18 +32,18 @@ IMAGES = Path(__file__).parents[1] / "images"
 COLOURS = 128
 
 
-def deepest(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step | None]:
+def last_blocks(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step | None]:
     """Return the last deformable step of a stage, and the last local one."""
     steps = [step for step in model.walk(prepare(photo, 224)) if step.stage == stage]
     kinds = [model.config.stages[stage][step.block].attention.kind for step in steps]
-    of_kind = {kind == "deformable": step for kind, step in zip(kinds, steps, strict=True)}
-    return of_kind[True], of_kind.get(False)
+    last_by_kind = {kind == "deformable": step for kind, step in zip(kinds, steps, strict=True)}
+    return last_by_kind[True], last_by_kind.get(False)
 
 
-def bounded(model: DATConfig) -> DATConfig:
+def with_bounded_offsets(model: DATConfig) -> DATConfig:
     """Return the backbone with this project's own geometry: cell centers, and offsets of one key cell at most."""
 
-    def replaced(block: BlockConfig) -> BlockConfig:
+    def bound_block(block: BlockConfig) -> BlockConfig:
         if not isinstance(block.attention, DeformableAttentionConfig):
             return block
         geometry = {
@@ -53,10 +53,10 @@ def bounded(model: DATConfig) -> DATConfig:
         }
         return replace(block, attention=replace(block.attention, **geometry))
 
-    return replace(model, stages=tuple(tuple(map(replaced, blocks)) for blocks in model.stages))
+    return replace(model, stages=tuple(tuple(map(bound_block, blocks)) for blocks in model.stages))
 
 
-def keep(figure: Figure, name: str, width: int) -> None:
+def save_png(figure: Figure, name: str, width: int) -> None:
     """Save as a PNG of `width` pixels and COLOURS colours, which keeps lines sharp and the file small."""
     path = viz.save(figure, IMAGES / f"{name}.png")
     with Image.open(path) as picture:
@@ -67,29 +67,29 @@ def keep(figure: Figure, name: str, width: int) -> None:
 
 def main() -> None:
     """Draw all four."""
-    keep(scene.figures(scene.explain_scene(5))["attention"], "trained", 1000)
+    save_png(scene.figures(scene.explain_scene(5))["attention"], "trained", 1000)
     photo = load_photo(None)
     large = np.asarray(Image.fromarray((photo * 255).astype(np.uint8)).resize((1347, 896))) / 255
 
     tiny = config("dat_tiny")
-    deformable, window = deepest(DAT(tiny, init_params(tiny, 0)), photo, stage=3)
+    deformable, window = last_blocks(DAT(tiny, init_params(tiny, 0)), photo, stage=3)
     assert window is not None
     trace, cell = deformable.trace.attention, (2, 4)
     figure = viz.draw_attention(
         large,
         np.array([cell], dtype=float),
-        [viz.deformable_attended(trace, cell)],
-        [viz.window_attended(window.trace.attention, cell)],
+        [viz.deformable_query_attention(trace, cell)],
+        [viz.window_query_attention(window.trace.attention, cell)],
         map_size=trace.x.shape[2:],
         label="dat_tiny, stage 4",
     )
-    keep(figure, "attention", 1120)
+    save_png(figure, "attention", 1120)
 
     plus = config("dat_pp_tiny")
-    moved, _ = deepest(DAT(bounded(plus), init_params(plus, 0)), photo, stage=0)
-    keep(viz.draw_points(large, moved.trace.attention), "points", 760)
-    still, _ = deepest(DAT(plus, init_params(plus, 0, offsets="zero_offset")), photo, stage=0)
-    keep(viz.draw_points(large, still.trace.attention, label="dat_pp_tiny, stage 1"), "reference_2023", 760)
+    with_offsets, _ = last_blocks(DAT(with_bounded_offsets(plus), init_params(plus, 0)), photo, stage=0)
+    save_png(viz.draw_points(large, with_offsets.trace.attention), "points", 760)
+    no_offsets, _ = last_blocks(DAT(plus, init_params(plus, 0, offsets="zero_offset")), photo, stage=0)
+    save_png(viz.draw_points(large, no_offsets.trace.attention, label="dat_pp_tiny, stage 1"), "reference_2023", 760)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ from dat_ref.scenes import SPLITS, Scenes
 SIZE, GAP, COLUMNS = 128, 6, 8
 
 
-def sheet():
+def contact_sheet():
     """Return the picture: (H, W, 3) uint8."""
     side = SIZE + GAP
-    page = np.full((len(SPLITS) * side - GAP, COLUMNS * side - GAP, 3), 255, np.uint8)
+    grid = np.full((len(SPLITS) * side - GAP, COLUMNS * side - GAP, 3), 255, np.uint8)
     for row, split in enumerate(SPLITS):
         for column in range(COLUMNS):
             image = Scenes("which_all", split, SIZE)[column].image
-            page[row * side :, column * side :][:SIZE, :SIZE] = image
-    return page
+            grid[row * side :, column * side :][:SIZE, :SIZE] = image
+    return grid
 
 
 if __name__ == "__main__":
-    Image.fromarray(sheet()).save(Path(__file__).parents[1] / "images" / "scenes.jpg", quality=88)
+    Image.fromarray(contact_sheet()).save(Path(__file__).parents[1] / "images" / "scenes.jpg", quality=88)

@@ -19,23 +19,23 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 def find_chromium(playwright):
     """Return the path of a Chromium: that of the system, or the one that playwright has installed; else None."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    own = playwright.chromium.executable_path
-    return found or (own if own and os.path.exists(own) else None)
+    system = next(filter(None, map(shutil.which, NAMES)), None)
+    bundled = playwright.chromium.executable_path
+    return system or (bundled if bundled and os.path.exists(bundled) else None)
 
 
-class Opened:
+class FigurePage:
     """A figure's file in a tab, with what went wrong there."""
 
     def __init__(self, page):
-        self.page, self.wrong = page, []
-        page.on("console", lambda message: self.wrong.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        self.page, self.errors = page, []
+        page.on("console", lambda message: self.errors.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: self.errors.append(f"error: {error}"))
         page.on("request", self._watch)
 
     def _watch(self, request):
         if not request.url.startswith(("file:", "data:")):
-            self.wrong.append(f"request: {request.url}")
+            self.errors.append(f"request: {request.url}")
 
     def open(self, path: Path):
         self.page.goto(path.as_uri())
@@ -51,7 +51,7 @@ class Opened:
     def drag(self, handle, right, down):
         """Drag a handle with the mouse by screen pixels."""
         handle.scroll_into_view_if_needed()
-        x, y = middle(handle)
+        x, y = center(handle)
         self.page.mouse.move(x, y)
         self.page.mouse.down()
         self.page.mouse.move(x + right / 2, y + down / 2)
@@ -61,7 +61,7 @@ class Opened:
     def touch(self, handle, right, down):
         """The same with a finger."""
         handle.scroll_into_view_if_needed()
-        x, y = middle(handle)
+        x, y = center(handle)
         finger = self.page.context.new_cdp_session(self.page)
         for kind, share in (("touchStart", 0), ("touchMove", 0.5), ("touchMove", 1)):
             point = {"x": x + share * right, "y": y + share * down}
@@ -73,7 +73,7 @@ class Opened:
             self.page.keyboard.press(key)
 
 
-def middle(handle):
+def center(handle):
     box = handle.locator(".live-hit").bounding_box()
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
@@ -83,6 +83,6 @@ def tab(browser, **options):
     """Open a tab with no motion (so that every change is there at once) and close it in the end."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options})
     try:
-        yield Opened(context.new_page())
+        yield FigurePage(context.new_page())
     finally:
         context.close()

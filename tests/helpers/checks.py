@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 
 from dat_ref import Convention, DeformableAttentionConfig, OffsetBound, init_params
 from dat_ref.layer import deformable_shapes
-from dat_ref.testing.subjects.bias import gathered
+from dat_ref.testing.ops.bias import gather_table
 
 from .agreement import assert_agree
 from .layers import random_params, run_oracle, transpose, transposed_config
@@ -37,7 +37,7 @@ def example_map() -> tuple[Array, Array]:
     return rng.standard_normal((2, 3, 5, 4)), np.stack([points, points[::-1]])
 
 
-def sampling_is_map_coordinates(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
+def sampling_matches_map_coordinates(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
     """Sampling is scipy's linear interpolation with zeros outside."""
     if x is None or points_px is None:
         x, points_px = example_map()
@@ -47,7 +47,7 @@ def sampling_is_map_coordinates(sample: Sampler, x: Array | None = None, points_
         assert_agree(sampled[n, c], map_coordinates(x[n, c], points_px[n].T, **options), 1e-12, "sampled")
 
 
-def sampling_is_the_loops(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
+def sampling_matches_loops(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
     """Sampling is the sum over all pixels of hat times hat times pixel."""
     if x is None or points_px is None:
         x, points_px = example_map()
@@ -74,21 +74,21 @@ def example_input(config: DeformableAttentionConfig) -> tuple[Array, Any]:
     return rng.standard_normal((2, config.dim, 5, 3)), random_params(deformable_shapes(config), rng)
 
 
-def layer_is_the_loops(layer: Layer) -> None:
+def layer_matches_loops(layer: Layer) -> None:
     """The layer equals the scalar loops: points, samples, bias, attention and output, in every convention."""
     for convention in Convention:
         config = example_config(convention)
         x, params = example_input(config)
-        layer_equals_oracle(layer, x, params, config)
+        layer_matches_oracle(layer, x, params, config)
 
 
-def layer_equals_oracle(layer: Layer, x: Array, params: Any, config: DeformableAttentionConfig) -> None:
+def layer_matches_oracle(layer: Layer, x: Array, params: Any, config: DeformableAttentionConfig) -> None:
     """The layer equals the scalar loops on one input."""
     y, trace = layer(x, params, config)
     expected = run_oracle(x, params, config)
     # An infinite reference (2023, one key) may read as any pixel; its point is on the map again.
-    known = np.isfinite(expected.reference)
-    assert_agree(trace.reference[known], expected.reference[known], 1e-12, "reference")
+    finite = np.isfinite(expected.reference)
+    assert_agree(trace.reference[finite], expected.reference[finite], 1e-12, "reference")
     if not config.average_pool:
         assert_agree(trace.points_px, expected.points_px, 1e-11, "points_px")
     assert_agree(trace.points, expected.points, 1e-12, "points")
@@ -115,7 +115,7 @@ def zero_offset_bias_is_a_gather(layer: Layer) -> None:
         config = example_config(convention, offset_bound=OffsetBound.NONE)
         x, params = example_input(config)
         _, trace = layer(x, params, config)
-        expected = gathered(params["position_bias"]["table"], (5, 3))
+        expected = gather_table(params["position_bias"]["table"], (5, 3))
         assert_agree(trace.bias, np.broadcast_to(expected, trace.bias.shape), 1e-12, f"{convention}: bias")
 
 
@@ -124,11 +124,11 @@ def layer_commutes_with_transposition(layer: Layer) -> None:
     for convention in Convention:
         config = example_config(convention)
         x, params = example_input(config)
-        turned, _ = layer(x.swapaxes(2, 3), transpose(params, config, (5, 3), (5, 3)), transposed_config(config))
-        assert_agree(turned.swapaxes(2, 3), layer(x, params, config)[0], 1e-11, f"{convention}")
+        transposed, _ = layer(x.swapaxes(2, 3), transpose(params, config, (5, 3), (5, 3)), transposed_config(config))
+        assert_agree(transposed.swapaxes(2, 3), layer(x, params, config)[0], 1e-11, f"{convention}")
 
 
-def groups_keep_to_themselves(layer: Layer) -> None:
+def groups_are_independent(layer: Layer) -> None:
     """Other queries in group 1 leave group 0's points, samples and bias as they were, and change group 1's."""
     config = example_config(Convention.CELL_CENTER)
     x, params = example_input(config)
@@ -147,28 +147,30 @@ def groups_keep_to_themselves(layer: Layer) -> None:
         assert np.abs(new[second] - old[second]).max() > 1e-3, f"{name} of group 1 did not move"
 
 
-def bias_rewards_what_lies_before(layer: Layer) -> None:
+def attention_follows_bias(layer: Layer) -> None:
     """Where the table rises with the displacement q - p, a query attends most to the keys above and left of it.
 
     Equal logits otherwise; only the last row of the table's displacement counts on each axis in turn.
     """
     config = example_config(Convention.CELL_CENTER, offset_bound=OffsetBound.NONE)
     x, params = example_input(config)
-    silent = {name: {key: np.zeros_like(leaf) for key, leaf in params[name].items()} for name in ("query", "key")}
+    zero_projections = {
+        name: {key: np.zeros_like(leaf) for key, leaf in params[name].items()} for name in ("query", "key")
+    }
     for axis in range(2):
         ramp = np.arange(9.0)[:, None] + np.zeros(5) if axis == 0 else np.zeros((9, 1)) + np.arange(5.0)
         table = np.broadcast_to(ramp, (4, 9, 5))
-        _, trace = layer(x, {**params, **silent, "position_bias": {"table": table}}, config)
+        _, trace = layer(x, {**params, **zero_projections, "position_bias": {"table": table}}, config)
         attention = trace.attention.reshape(2, 4, 5, 3, 5, 3).sum(axis=(5, 4)[axis])
         assert (np.diff(attention, axis=-1) < 0).all(), f"axis {axis}: attention must fall with the key's coordinate"
 
 
 LAYER_CHECKS = (
-    layer_is_the_loops,
+    layer_matches_loops,
     zero_offset_is_the_identity,
     zero_offset_bias_is_a_gather,
     layer_commutes_with_transposition,
-    groups_keep_to_themselves,
-    bias_rewards_what_lies_before,
+    groups_are_independent,
+    attention_follows_bias,
 )
-SAMPLER_CHECKS = (sampling_is_map_coordinates, sampling_is_the_loops)
+SAMPLER_CHECKS = (sampling_matches_map_coordinates, sampling_matches_loops)

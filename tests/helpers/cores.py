@@ -23,14 +23,16 @@ Inputs = dict[str, Any]
 Geometry = dict[str, Any]
 
 
-def _values(rng: np.random.Generator, points: np.ndarray, heads: int, queries: int, depth: int, built: Any) -> Inputs:
+def _values(
+    rng: np.random.Generator, points: np.ndarray, heads: int, queries: int, depth: int, bias_size: Any
+) -> Inputs:
     batch, _, samples, _ = points.shape
     return {
         "q": rng.standard_normal((batch, heads, queries, depth)),
         "k": rng.standard_normal((batch, heads, samples, depth)),
         "v": rng.standard_normal((batch, heads, samples, depth)),
         "points": points,
-        "bias_table": rng.standard_normal((heads, 2 * built[0] - 1, 2 * built[1] - 1)),
+        "bias_table": rng.standard_normal((heads, 2 * bias_size[0] - 1, 2 * bias_size[1] - 1)),
     }
 
 
@@ -40,15 +42,15 @@ def cores(draw):
     rng = np.random.default_rng(draw(seeds))
     size = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     convention = draw(conventions)
-    batch, groups, per_group = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    batch, groups, heads_per_group = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     samples, depth = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    built = size if draw(st.booleans()) else (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    bias_size = size if draw(st.booleans()) else (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
     if draw(st.booleans()):
         points_px = lattice_points(rng, (batch, groups, samples), size)
         points = np_grid.from_pixels(points_px, size, convention)
     else:
         points = rng.uniform(-1.3, 1.3, (batch, groups, samples, 2))
-    inputs = _values(rng, points, groups * per_group, size[0] * size[1], depth, built)
+    inputs = _values(rng, points, groups * heads_per_group, size[0] * size[1], depth, bias_size)
     return inputs, {"query_size": size, "convention": convention, "resolution": draw(resolutions)}
 
 
@@ -69,15 +71,15 @@ def exact_cores(draw, smallest_batch=0, fewest_samples=1):
     lengths = st.sampled_from(_EXACT_LENGTHS[convention])
     size = draw(st.tuples(lengths, lengths))
     resolution = draw(resolutions)
-    built = size if draw(st.booleans()) else draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    bias_size = size if draw(st.booleans()) else draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     batch, groups = draw(st.integers(smallest_batch, 3)), draw(st.integers(1, 3))
-    per_group, depth = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    heads_per_group, depth = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     samples = draw(st.integers(fewest_samples, 7))
     sixteenths = rng.integers(-24, 25, (batch, groups, samples, 2))
-    kinds = rng.choice([1, 4, 80], (batch, groups, samples, 1), p=[0.5, 0.4, 0.1])  # between, more often whole, far
-    points = sixteenths // kinds * kinds / 16 * np.where(kinds == 80, 5, 1)
+    spacing = rng.choice([1, 4, 80], (batch, groups, samples, 1), p=[0.5, 0.4, 0.1])  # between, more often whole, far
+    points = sixteenths // spacing * spacing / 16 * np.where(spacing == 80, 5, 1)
     points[:, :, -1] = points[:, :, 0]
-    inputs = _values(rng, points, groups * per_group, size[0] * size[1], depth, built)
+    inputs = _values(rng, points, groups * heads_per_group, size[0] * size[1], depth, bias_size)
     geometry = {"query_size": size, "convention": convention, "resolution": resolution}
     assume(_is_exact(points, inputs["bias_table"].shape[1:], geometry))
     return inputs, geometry
@@ -85,10 +87,10 @@ def exact_cores(draw, smallest_batch=0, fewest_samples=1):
 
 def _is_exact(points: np.ndarray, table_size: Any, geometry: Geometry) -> bool:
     """Return whether the table is read at the same places in both precisions, and by both formulas."""
-    places = np_bias.table_positions(points, table_size, *geometry.values())
-    narrow = np_bias.table_positions(points.astype(np.float32), table_size, *geometry.values())
+    positions = np_bias.table_positions(points, table_size, *geometry.values())
+    float32_positions = np_bias.table_positions(points.astype(np.float32), table_size, *geometry.values())
     ours = functional.table_positions(torch.from_numpy(points).float(), table_size, *geometry.values())
-    return np.array_equal(places, narrow) and np.array_equal(places, ours.numpy())
+    return np.array_equal(positions, float32_positions) and np.array_equal(positions, ours.numpy())
 
 
 def one_core(seed: int = 5, convention: Convention = Convention.DATPP2023, batch: int = 2) -> tuple[Inputs, Geometry]:
@@ -100,8 +102,8 @@ def one_core(seed: int = 5, convention: Convention = Convention.DATPP2023, batch
 
 def lattice_distance(inputs: Inputs, geometry: Geometry) -> float:
     """Return how near the nearest place where the table is read is to a whole number."""
-    places = np_bias.table_positions(inputs["points"], inputs["bias_table"].shape[1:], *geometry.values())
-    return float(np.abs(places - np.round(places)).min(initial=1.0))
+    positions = np_bias.table_positions(inputs["points"], inputs["bias_table"].shape[1:], *geometry.values())
+    return float(np.abs(positions - np.round(positions)).min(initial=1.0))
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -152,14 +154,14 @@ def assert_core(
 def assert_core_within_budget(inputs: Inputs, geometry: Geometry, backend: str) -> None:
     """Check output and all gradients of a backend in float32, by what the same mathematics loses in float32."""
     cotangent = np.random.default_rng(1).standard_normal(inputs["q"].shape)
-    truths, sizes = attention_and_gradients(inputs, geometry, cotangent)
-    narrow = {name: leaf.astype(np.float32) for name, leaf in inputs.items()}
-    yardsticks, _ = attention_and_gradients(narrow, geometry, cotangent.astype(np.float32))
-    leaves, output = run_core(narrow, geometry, backend)
+    truths, magnitudes = attention_and_gradients(inputs, geometry, cotangent)
+    float32_inputs = {name: leaf.astype(np.float32) for name, leaf in inputs.items()}
+    yardsticks, _ = attention_and_gradients(float32_inputs, geometry, cotangent.astype(np.float32))
+    leaves, output = run_core(float32_inputs, geometry, backend)
     results = {"output": output.detach(), **gradients_of(leaves, output, cotangent)}
     for name, result in results.items():
         # Terms that cancel leave their roundings behind, also where those of the yardstick happen to cancel too.
-        error = np.maximum(np.abs(yardsticks[name] - truths[name]), np.finfo(np.float32).eps * sizes[name])
+        error = np.maximum(np.abs(yardsticks[name] - truths[name]), np.finfo(np.float32).eps * magnitudes[name])
         yardstick = (truths[name] + error).astype(np.float32)
         assert_within_budget(result.numpy(), truths[name], yardstick, what=name)
 
@@ -178,38 +180,38 @@ def attention_and_gradients(inputs: Inputs, geometry: Geometry, cotangent: np.nd
     terms = weights * (
         np.abs(cotangent) @ np.abs(v).swapaxes(-1, -2) + np.abs(output * cotangent).sum(-1, keepdims=True)
     )
-    through_bias = np_bias.table_bias_vjp(grad_logits, table, points, **geometry)
+    bias_grads = np_bias.table_bias_vjp(grad_logits, table, points, **geometry)
     results = {
         "output": output,
         "q": grad_logits @ k * scale,
         "k": grad_logits.swapaxes(-1, -2) @ q * scale,
         "v": transposed @ cotangent,
-        "points": through_bias.points,
-        "bias_table": through_bias.table,
+        "points": bias_grads.points,
+        "bias_table": bias_grads.table,
     }
-    sizes = {
+    magnitudes = {
         "output": weights @ np.abs(v),
         "q": terms @ np.abs(k) * scale,
         "k": terms.swapaxes(-1, -2) @ np.abs(q) * scale,
         "v": transposed @ np.abs(cotangent),
-        "points": _sizes_of_slopes(terms, table, points, geometry),
+        "points": _slope_magnitudes(terms, table, points, geometry),
         "bias_table": np_bias.table_bias_vjp(terms, table, points, **geometry).table,
     }
-    return results, sizes
+    return results, magnitudes
 
 
-def _sizes_of_slopes(terms: np.ndarray, table: np.ndarray, points: np.ndarray, geometry: Geometry) -> np.ndarray:
+def _slope_magnitudes(terms: np.ndarray, table: np.ndarray, points: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Return Σ |∂B/∂p̃| |∂S| over the queries and the heads of a group: (B, G, Ns, 2)."""
     size, convention, _ = geometry.values()
-    places = np_bias.table_positions(points, table.shape[1:], *geometry.values())  # (B, G, M, Ns, 2)
+    positions = np_bias.table_positions(points, table.shape[1:], *geometry.values())  # (B, G, M, Ns, 2)
     per_unit = np.asarray(np_grid.pixels_per_unit(size, convention)) * np_bias.table_scale(
         table.shape[1:], size, convention, geometry["resolution"]
     )
     groups, total = points.shape[1], np.zeros_like(points)
     for head, cells in enumerate(table):
         group = head // (len(table) // groups)
-        flat = places[:, group].reshape(1, -1, 2)
+        flat = positions[:, group].reshape(1, -1, 2)
         slopes = np_sampling.bilinear_sample_vjp(np.ones((1, 1, flat.shape[1])), cells[None, None], flat).points_px
-        slopes = np.abs(slopes.reshape(*places[:, group].shape)) * per_unit
+        slopes = np.abs(slopes.reshape(*positions[:, group].shape)) * per_unit
         total[:, group] += (slopes * terms[:, head, :, :, None]).sum(1)
     return total

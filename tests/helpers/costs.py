@@ -5,14 +5,14 @@ from strategies import Case, layer_cases, map_sizes, neighborhood_cases, seeds, 
 
 from dat_ref.block import ATTENTIONS
 from dat_ref.complexity import count as count_run
-from dat_ref.complexity import held_bytes
+from dat_ref.complexity import retained_bytes
 from dat_ref.peers import (
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
 )
 
 PEERS = [
@@ -26,7 +26,7 @@ PEERS = [
     MultiScaleDeformableConfig(6, 3, points=2, scoring="dot_product"),
     PerQueryAttentionConfig(6, 2, groups=2, kernel_size=3, offset_kernel_size=5),
     PerQueryAttentionConfig(6, 3, kernel_size=1, offset_kernel_size=3),
-    SwapInAttentionConfig(6, 2, points=3),
+    DATDCNAttentionConfig(6, 2, points=3),
 ]
 
 
@@ -34,7 +34,7 @@ PEERS = [
 def peer_cases(draw: st.DrawFn) -> Case:
     """Draw a peer on a map with H != W."""
     config = draw(st.sampled_from(PEERS))
-    smallest = 2 if isinstance(config, SwapInAttentionConfig) else 1
+    smallest = 2 if isinstance(config, DATDCNAttentionConfig) else 1
     return Case(config, draw(map_sizes(smallest)), draw(st.sampled_from([1, 2])), draw(seeds))
 
 
@@ -45,14 +45,14 @@ def forward(case):
     return ATTENTIONS[type(case.config)].forward
 
 
-def counted(case):
+def count_case(case):
     return count_run(forward(case), case.x(), case.params(), case.config)
 
 
-def kept(case, dtype):
+def saved_bytes(case, dtype):
     x, parameters = case.x(dtype), case.params(dtype)
     y, trace = forward(case)(x, parameters, case.config)
-    return held_bytes([y, trace], without=[x, parameters])
+    return retained_bytes([y, trace], exclude=[x, parameters])
 
 
 # Parameters, and multiply-adds of matrix products and convolutions, at the size of the article's table.

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 
 
-class Counted(float):
+class CountingArray(float):
     """A float whose products are counted."""
 
     multiplications = 0
 
     def __mul__(self, other: Any) -> Any:
-        Counted.multiplications += 1
-        return Counted(float(self) * float(other))
+        CountingArray.multiplications += 1
+        return CountingArray(float(self) * float(other))
 
     def __add__(self, other: Any) -> Any:
-        return Counted(float(self) + float(other))
+        return CountingArray(float(self) + float(other))
 
     __rmul__, __radd__ = __mul__, __add__
 
@@ -25,12 +25,12 @@ def numbers_that_count(array: np.ndarray) -> np.ndarray:
     """Return an object array of counting numbers."""
     counting = np.empty(array.shape, dtype=object)
     for index in np.ndindex(*array.shape):
-        counting[index] = Counted(array[index])
+        counting[index] = CountingArray(array[index])
     return counting
 
 
 def count_multiplications(function: Callable[[], Any]) -> int:
     """Return how many products of counting numbers a call makes."""
-    before = Counted.multiplications
+    before = CountingArray.multiplications
     function()
-    return Counted.multiplications - before
+    return CountingArray.multiplications - before

@@ -44,7 +44,7 @@ def off_lattice(seed: int, shape: tuple[int, ...], low: float, high: float) -> A
     return values
 
 
-def _fineness(case: Case) -> float:
+def _step_scale(case: Case) -> float:
     """Return how much smaller steps and margins must be: log-CPB has thousands of rectified units to keep clear of."""
     return 0.2 if case.config.bias is BiasKind.LOG_CPB else 1.0
 
@@ -53,10 +53,10 @@ def away_from_kinks(case: Case, margin: float = LAYER_MARGIN) -> Case | None:
     """Return the case with a seed (its own or a later one) whose pass comes near no kink; None if there is none."""
     table = case.params()["position_bias"]["table"] if case.config.bias is BiasKind.TABLE else None
     for attempt in range(300):
-        moved = Case(case.config, case.size, case.batch, case.seed + 100_003 * attempt)
-        _, trace = deformable_layer(moved.x(), moved.params(), moved.config)
-        if kink_distance(trace, case.config, None if table is None else table.shape[1:]) > margin * _fineness(case):
-            return moved
+        candidate = Case(case.config, case.size, case.batch, case.seed + 100_003 * attempt)
+        _, trace = deformable_layer(candidate.x(), candidate.params(), candidate.config)
+        if kink_distance(trace, case.config, None if table is None else table.shape[1:]) > margin * _step_scale(case):
+            return candidate
     return None
 
 
@@ -68,7 +68,7 @@ def check_layer(case: Case, vjp: Callable[..., Any] = deformable_layer_vjp, **op
         case.x(),
         case.params(),
         rng_of(case.seed),
-        step=STEP * _fineness(case),
+        step=STEP * _step_scale(case),
         **options,
     )
 

@@ -34,15 +34,15 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-5).permute(0, 3, 1, 2)
 
 
-def read(maps: Tensor, pixels: Tensor) -> Tensor:
+def sample(maps: Tensor, pixels: Tensor) -> Tensor:
     """Sample maps (N, C, H, W) at pixels (N, P, 2) with zeros outside: (N, C, P)."""
-    ringed = F.pad(maps, (1, 1, 1, 1))
-    extent = torch.tensor([ringed.shape[2] - 1, ringed.shape[3] - 1], dtype=maps.dtype)
+    padded = F.pad(maps, (1, 1, 1, 1))
+    extent = torch.tensor([padded.shape[2] - 1, padded.shape[3] - 1], dtype=maps.dtype)
     grid = (2 * (pixels + 1) / extent - 1).flip(-1)[:, None]
-    return F.grid_sample(ringed, grid, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0]
+    return F.grid_sample(padded, grid, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0]
 
 
-def pixels_of(points: Tensor, size: tuple[int, int], convention: str) -> Tensor:
+def to_pixels(points: Tensor, size: tuple[int, int], convention: str) -> Tensor:
     """Normalised points in pixels, axis by axis."""
     extent = torch.tensor(size, dtype=points.dtype)
     if convention == "cell_center":
@@ -50,17 +50,17 @@ def pixels_of(points: Tensor, size: tuple[int, int], convention: str) -> Tensor:
     return (points + 1) / 2 * (extent - 1)
 
 
-def grid_of(formula: Any, convention: str, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def make_grid(formula: Any, convention: str, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The (rows, columns, 2) grid of a scalar formula of `oracle.geometry`."""
     rows = torch.tensor([formula(convention, i, size[0]) for i in range(size[0])], dtype=dtype)
     columns = torch.tensor([formula(convention, j, size[1]) for j in range(size[1])], dtype=dtype)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
 
 
-def place(query: Tensor, params: Tree, config: DeformableAttentionConfig, keys: tuple[int, int]) -> Tensor:
+def sampling_points(query: Tensor, params: Tree, config: DeformableAttentionConfig, keys: tuple[int, int]) -> Tensor:
     """Sampling points (B, G, Hk, Wk, 2), normalised."""
     name = config.convention.name.lower()
-    reference = grid_of(geometry.reference, name, keys, query.dtype)
+    reference = make_grid(geometry.reference, name, keys, query.dtype)
     batch, groups = query.shape[0], config.groups
     if config.offset_bound is OffsetBound.NONE:
         return reference.clamp(-1, 1).expand(batch, groups, *keys, 2)
@@ -74,17 +74,17 @@ def place(query: Tensor, params: Tree, config: DeformableAttentionConfig, keys: 
     if config.offset_bound is OffsetBound.TANH_CELLS:
         limit = [geometry.offset_range(name, count, config.offset_range) for count in keys]
         return reference + torch.tanh(raw) * torch.tensor(limit, dtype=raw.dtype)
-    moved = reference + raw
+    points = reference + raw
     if config.offset_bound is OffsetBound.TANH_COORDINATES:
-        return torch.tanh(moved)
-    return moved.clamp(-1, 1) if config.offset_bound is OffsetBound.CLAMP else moved
+        return torch.tanh(points)
+    return points.clamp(-1, 1) if config.offset_bound is OffsetBound.CLAMP else points
 
 
 def logit_bias(points: Tensor, params: Tree, config: DeformableAttentionConfig, size: tuple[int, int]) -> Tensor | None:
     """What is added to the logits, (B or 1, heads, H·W, Ns)."""
     name = config.convention.name.lower()
     batch, groups, samples = points.shape[0], config.groups, points.shape[2] * points.shape[3]
-    queries = grid_of(geometry.query, name, size, points.dtype).reshape(-1, 2)
+    queries = make_grid(geometry.query, name, size, points.dtype).reshape(-1, 2)
     flat = points.reshape(batch, groups, 1, samples, 2)
     if config.bias is BiasKind.FIXED:
         return params["position_bias"]["table"][None]
@@ -97,17 +97,17 @@ def logit_bias(points: Tensor, params: Tree, config: DeformableAttentionConfig, 
     if config.bias is not BiasKind.TABLE:
         return None
     table = params["position_bias"]["table"]
-    built = torch.tensor([(length + 1) // 2 for length in table.shape[1:]], dtype=points.dtype)
-    fed = torch.tensor(size, dtype=points.dtype)
+    table_map_size = torch.tensor([(length + 1) // 2 for length in table.shape[1:]], dtype=points.dtype)
+    map_size = torch.tensor(size, dtype=points.dtype)
     if config.bias_resolution == "fractions":
         a = int(config.convention.align_corners)
-        ratio = (built - a) / torch.clamp(fed - a, min=1)
+        ratio = (table_map_size - a) / torch.clamp(map_size - a, min=1)
     else:
         ratio = torch.ones(2, dtype=points.dtype)
-    displacement = pixels_of(queries, size, name)[:, None] - pixels_of(flat, size, name)
-    positions = displacement * ratio + built - 1  # (B, G, H·W, Ns, 2)
+    displacement = to_pixels(queries, size, name)[:, None] - to_pixels(flat, size, name)
+    positions = displacement * ratio + table_map_size - 1  # (B, G, H·W, Ns, 2)
     heads = table.reshape(1, groups, -1, *table.shape[1:]).expand(batch, -1, -1, -1, -1)
-    values = read(heads.flatten(0, 1), positions.reshape(batch * groups, -1, 2))
+    values = sample(heads.flatten(0, 1), positions.reshape(batch * groups, -1, 2))
     return values.reshape(batch, config.heads, -1, samples)
 
 
@@ -118,9 +118,9 @@ def torch_layer(x: Any, params: Tree, config: DeformableAttentionConfig) -> Tens
     name = config.convention.name.lower()
     keys = tuple(geometry.key_count(name, n, config.kernel_size, config.stride) for n in (height, width))
     query = pointwise(x, **params["query"])
-    points = place(query, params, config, keys)
-    pixels = pixels_of(points, (height, width), name).reshape(batch * config.groups, -1, 2)
-    sampled = read(x.reshape(batch * config.groups, -1, height, width), pixels).reshape(batch, channels, *keys)
+    points = sampling_points(query, params, config, keys)
+    pixels = to_pixels(points, (height, width), name).reshape(batch * config.groups, -1, 2)
+    sampled = sample(x.reshape(batch * config.groups, -1, height, width), pixels).reshape(batch, channels, *keys)
 
     def split(maps: Tensor) -> Tensor:
         return maps.reshape(batch, config.heads, channels // config.heads, -1).transpose(2, 3)

@@ -9,12 +9,12 @@ from strategies import numbers
 from dat_ref import Convention, NeighborhoodAttentionConfig, WindowAttentionConfig
 from dat_ref.peers import (
     ATTENTIONS,
+    DATDCNAttentionConfig,
     DeformableConvConfig,
     MultiHeadAttentionConfig,
     MultiScaleDeformableConfig,
     PerQueryAttentionConfig,
     PyramidAttentionConfig,
-    SwapInAttentionConfig,
 )
 from dat_ref.torch.block import attention_module
 
@@ -31,15 +31,15 @@ CONFIGS = {
     "ms_deform": MultiScaleDeformableConfig(6, 3, 4),
     "ms_deform_dot": MultiScaleDeformableConfig(6, 2, 3, scoring="dot_product"),
     "per_query": PerQueryAttentionConfig(12, 6, groups=3, offset_kernel_size=3),
-    "swap_in": SwapInAttentionConfig(6, 3, 3),
-    "swap_in_cell_center": SwapInAttentionConfig(6, 2, 2, Convention.CELL_CENTER),
+    "dat_dcn": DATDCNAttentionConfig(6, 3, 3),
+    "dat_dcn_cell_center": DATDCNAttentionConfig(6, 2, 2, Convention.CELL_CENTER),
     "dilated_2": NeighborhoodAttentionConfig(6, 3, 3, dilation=2),
     "dilated_3": NeighborhoodAttentionConfig(6, 2, 5, small_map="pad", dilation=3),
     "window": WindowAttentionConfig(6, 3, 3, shift=1),
 }
 
 
-def built(config, seed=0, dtype=torch.float64, **options):
+def build_peer(config, seed=0, dtype=torch.float64, **options):
     """Return a module with random parameters, and those as a tree."""
     params = random_params(ATTENTIONS[type(config)].shapes(config), np.random.default_rng(seed))
     module = attention_module(config, **options).to(dtype)
@@ -63,7 +63,7 @@ def assert_trace(ours, theirs):
 def assert_peer(config, size, batch=2, seed=0, **options):
     """Check output, trace and all gradients of a module against the spec's, in float64."""
     spec = ATTENTIONS[type(config)]
-    module, params = built(config, seed, **options)
+    module, params = build_peer(config, seed, **options)
     x, cotangent = numbers(seed + 1, batch, config.dim, *size), numbers(seed + 2, batch, config.dim, *size)
     y, trace = spec.forward(x, params, config)
     grad_x, grad_params = spec.vjp(cotangent, trace, params, config)

@@ -31,7 +31,7 @@ def table_index(convention: str, q_n: float, p_n: float, size: int, length: int,
         raise ValueError(f"resolution: expected 'fractions' or 'pixels', got {resolution!r}")
     if convention == "cell_center":
         return middle + (q_n - p_n) / 2.0 * ((length + 1) / 2.0)
-    if length == 1 and math.isinf(p_n):                    # one entry, for all displacements
+    if length == 1 and math.isinf(p_n):  # one entry, for all displacements
         return middle
     return middle + (q_n - p_n) / 2.0 * ((length - 1) / 2.0)
 

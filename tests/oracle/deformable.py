@@ -29,19 +29,26 @@ from .geometry import key_count, offset_range, padding_2d, query, reference, to_
 from .sampling import bilinear_channels
 
 DEFAULTS: Tree = {
-    "groups": 1, "stride": 1, "kernel_size": 5, "convention": "cell_center", "average_pool": False,
-    "offset_bound": "tanh_cells", "offset_range": 2.0, "bias": "table", "bias_resolution": "fractions",
+    "groups": 1,
+    "stride": 1,
+    "kernel_size": 5,
+    "convention": "cell_center",
+    "average_pool": False,
+    "offset_bound": "tanh_cells",
+    "offset_range": 2.0,
+    "bias": "table",
+    "bias_resolution": "fractions",
 }
 
 
 class Result(NamedTuple):
-    output: Array                                          # (B, C, H, W)
-    points: Array                                          # (B, G, Hk, Wk, 2), (y, x), normalised
-    reference: Array                                       # as points
-    points_px: Array                                       # as points, in pixels of the map
-    sampled: Array                                         # (B, C, Hk, Wk)
-    bias: Array                                            # (B, heads, H W, Ns), zeros if there is none
-    attention: Array                                       # (B, heads, H W, Ns)
+    output: Array  # (B, C, H, W)
+    points: Array  # (B, G, Hk, Wk, 2), (y, x), normalised
+    reference: Array  # as points
+    points_px: Array  # as points, in pixels of the map
+    sampled: Array  # (B, C, Hk, Wk)
+    bias: Array  # (B, heads, H W, Ns), zeros if there is none
+    attention: Array  # (B, heads, H W, Ns)
 
 
 def deformable_attention(x: Array, config: Tree, params: Tree) -> Result:
@@ -71,7 +78,7 @@ def raw_offsets(q: Array, config: Tree, params: Tree) -> Array:
     per_group = q.shape[1] // groups
     rows = []
     for g in range(groups):
-        q_g = q[:, g * per_group:(g + 1) * per_group]
+        q_g = q[:, g * per_group : (g + 1) * per_group]
         rows.append(offset_network(q_g, config, params["offset_network"]))
     return np.concatenate(rows, axis=1)
 

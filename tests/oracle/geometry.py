@@ -24,7 +24,7 @@ def unknown(convention: str) -> ValueError:
 def reference(convention: str, i: int, n_keys: int) -> float:
     """Normalised coordinate of the reference point of key i of n_keys."""
     if convention == "cell_center":
-        cell = 2.0 / n_keys                                # the axis [-1, 1] cut into n_keys equal cells
+        cell = 2.0 / n_keys  # the axis [-1, 1] cut into n_keys equal cells
         return -1.0 + cell * i + cell / 2.0
     if convention == "paper":
         return corner_to_corner(i, n_keys)
@@ -57,9 +57,9 @@ def corner_to_corner(i: int, n: int) -> float:
 def to_pixel(convention: str, n: float, size: int) -> float:
     """Pixel of normalised coordinate n on a map of that size; 0 is the center of the first pixel."""
     if convention == "cell_center":
-        return ((n + 1.0) * size - 1.0) / 2.0              # -1 -> -1/2, 1 -> size - 1/2
+        return ((n + 1.0) * size - 1.0) / 2.0  # -1 -> -1/2, 1 -> size - 1/2
     if convention in ("paper", "cvpr2022", "datpp2023"):
-        if size == 1 and math.isinf(n):                    # one pixel, for all coordinates
+        if size == 1 and math.isinf(n):  # one pixel, for all coordinates
             return 0.0
         return (n + 1.0) / 2.0 * (size - 1)
     raise unknown(convention)
@@ -67,7 +67,7 @@ def to_pixel(convention: str, n: float, size: int) -> float:
 
 def padding(convention: str, size: int, kernel: int, stride: int) -> tuple[int, int]:
     """(before, after): zeros around one axis for the offset network's convolution."""
-    if convention in ("cell_center", "paper"):             # enough for ceil(size / stride) windows, centered
+    if convention in ("cell_center", "paper"):  # enough for ceil(size / stride) windows, centered
         keys = math.ceil(size / stride)
         total = max((keys - 1) * stride + kernel - size, 0)
         return total // 2, total - total // 2

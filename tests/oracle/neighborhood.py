@@ -20,9 +20,7 @@ from .basic import Array, Tree
 from .windows import Position, Result, masked_attention
 
 
-def neighborhood_attention(
-    x: Array, params: Tree, *, heads: int, kernel_size: int, small_map: str = "pad"
-) -> Result:
+def neighborhood_attention(x: Array, params: Tree, *, heads: int, kernel_size: int, small_map: str = "pad") -> Result:
     """Neighborhood attention on x (B, C, H, W). With "pad" the attention returned is the extended map's."""
     if small_map not in ("pad", "shrink"):
         raise ValueError(f"small_map: expected 'pad' or 'shrink', got {small_map!r}")

@@ -162,7 +162,7 @@ def per_query(x: Array, params: Tree, *, heads: int, groups: int, kernel_size: i
     return linear(out, **params["output"])
 
 
-def swap_in(x: Array, params: Tree, *, heads: int, points: int, convention: str) -> Array:
+def dat_dcn(x: Array, params: Tree, *, heads: int, points: int, convention: str) -> Array:
     """Points and weights of every pixel and head from the pixel's features; (y, x), normalised by the convention."""
     batch, channels, height, width = x.shape
     d, size = channels // heads, (height, width)

@@ -39,7 +39,7 @@ def weighted_sum(plane: Plane, rows: Sequence[float], columns: Sequence[float]) 
     """sum_ij rows[i] columns[j] plane[i][j]"""
     total = 0.0
     for i, row_weight in enumerate(rows):
-        if row_weight == 0.0:                              # spares time; the terms are all zero
+        if row_weight == 0.0:  # spares time; the terms are all zero
             continue
         for j, column_weight in enumerate(columns):
             if column_weight != 0.0:

@@ -28,8 +28,8 @@ Bias = Callable[[int, Position, Position], float]
 
 
 class Result(NamedTuple):
-    output: Array                                          # (B, C, H, W)
-    attention: Array                                       # (B, heads, H W, H W), zero for keys not seen
+    output: Array  # (B, C, H, W)
+    attention: Array  # (B, heads, H W, H W), zero for keys not seen
 
 
 def window_attention(x: Array, params: Tree, *, heads: int, window: int, shift: int = 0) -> Result:
@@ -73,7 +73,7 @@ def masked_attention(x: Array, params: Tree, heads: int, sees: Sees, bias: Bias)
     pixels = [(i, j) for i in range(height) for j in range(width)]
     seen = {q: [k for k in pixels if sees(q, k)] for q in pixels}
     for b in range(batch):
-        vectors = {p: pixel(qkv, b, *p) for p in pixels}   # C queries, then C keys, then C values
+        vectors = {p: pixel(qkv, b, *p) for p in pixels}  # C queries, then C keys, then C values
         for h in range(heads):
             of_q = slice(h * d, (h + 1) * d)
             of_k = slice(channels + h * d, channels + (h + 1) * d)

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from .. import NAMES, measured
+from .. import NAMES, load_results
 from . import pages
 
-for name, text in pages({name: measured(name) for name in NAMES}).items():
+for name, text in pages({name: load_results(name) for name in NAMES}).items():
     (Path(sys.argv[1]) / name).write_text(text, encoding="utf-8")

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ..small import BASE
-from .words import Found, accuracy, difference, of_part, outside, seeds_told, share, signed, table
+from ..models import BASE
+from .formatting import (
+    Results,
+    accuracy,
+    difference,
+    format_difference,
+    format_seeds,
+    format_share,
+    names_in_part,
+    significant_sign,
+    table,
+)
 
 INTRODUCTION = """\
 # One thing changed
@@ -28,39 +38,39 @@ PARTS = {
 }
 
 
-def told_apart(study: Found, part: str) -> str:
+def significant_changes(study: Results, part: str) -> str:
     """Return which changes of a part matter, as far as the seeds tell."""
-    names = of_part(study, part)
+    names = names_in_part(study, part)
     words = {1: "better", -1: "worse"}
-    apart = {name: outside(difference(study, name, BASE)) for name in names}
-    found = [f"`{name}` is {words[side]}" for name, side in apart.items() if side]
-    if not found:
+    signs = {name: significant_sign(difference(study, name, BASE)) for name in names}
+    changes = [f"`{name}` is {words[side]}" for name, side in signs.items() if side]
+    if not changes:
         return "**No difference outside the interval.**"
-    rest = "" if len(found) == len(names) else "; the others are not told apart"
-    return f"**{', '.join(found)}{rest}.**"
+    rest = "" if len(changes) == len(names) else "; the others are not told apart"
+    return f"**{', '.join(changes)}{rest}.**"
 
 
-def section(study: Found, part: str) -> str:
+def section(study: Results, part: str) -> str:
     """Return a part of the page."""
     title, about = PARTS[part]
-    names = [BASE, *of_part(study, part)]
+    names = [BASE, *names_in_part(study, part)]
     rows = (
         [
             f"`{name}`",
-            study["about"][name]["about"],
-            share(accuracy(study, name)),
-            "" if name == BASE else signed(difference(study, name, BASE), 100),
+            study["variants"][name]["description"],
+            format_share(accuracy(study, name)),
+            "" if name == BASE else format_difference(difference(study, name, BASE), 100),
         ]
         for name in names
     )
     made = table(["network", "what is changed", "accuracy", "difference"], rows, left=2)
-    return f"## {title}\n\n{about}\n\n{told_apart(study, part)}\n\n{made}"
+    return f"## {title}\n\n{about}\n\n{significant_changes(study, part)}\n\n{made}"
 
 
-def page(found: Found) -> str:
+def page(results: Results) -> str:
     """Return the page."""
-    study = found["study"]
-    names = [BASE, *(name for part in PARTS for name in of_part(study, part))]
-    seeds = seeds_told({name: study["runs"][name] for name in names})
+    study = results["study"]
+    names = [BASE, *(name for part in PARTS for name in names_in_part(study, part))]
+    seeds = format_seeds({name: study["runs"][name] for name in names})
     introduction = INTRODUCTION.format(held_out=study["held_out"], seeds=seeds)
     return "\n".join((introduction, *(section(study, part) for part in PARTS)))

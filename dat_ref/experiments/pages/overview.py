@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..small import BASE, SIDE, STILL
-from . import knock_out, peers, points
-from .words import Found, accuracy, difference, outside, share, signed
+from ..models import BASE, NO_OFFSETS, SIDE
+from . import offset_ablation, peers, points
+from .formatting import Results, accuracy, difference, format_difference, format_share, significant_sign
 
 INTRODUCTION = """\
 # What it learned
@@ -34,10 +34,10 @@ It learns as far as {trained} of {held_out} held-out scenes, so there is room ab
 ```bash
 {command}
 python -m dat_ref.experiments.study runs --collect
-python -m dat_ref.experiments.looks runs
+python -m dat_ref.experiments.attention_maps runs
 python -m dat_ref.experiments.costs
-python -m dat_ref.experiments.knock_out
-python -m dat_ref.experiments.twin runs/twin
+python -m dat_ref.experiments.offset_ablation
+python -m dat_ref.experiments.no_offset_baseline runs/no_offset_baseline
 python -m dat_ref.experiments.figures docs/images/experiments
 python -m dat_ref.experiments.pages docs/experiments
 ```
@@ -46,47 +46,58 @@ Measured with torch {torch}, on {date}. These pages are written by the last line
 
 ## What was not measured
 
-`dat_nano` and its twin with other seeds. Networks of the article's size, photographs with
+`dat_nano` and its baseline with other seeds. Networks of the article's size, photographs with
 annotations, ImageNet. Recipes tuned for each network. Matching in multiply-adds instead of keys
 (`create_model(..., attention="window", match="macs")` builds such networks). Runs on a GPU.
 """
 
 
-def offsets_verdict(study: Found) -> str:
+def offsets_verdict(study: Results) -> str:
     """Return whether a network trained with offsets is better than one trained without."""
-    change = difference(study, BASE, STILL)
+    change = difference(study, BASE, NO_OFFSETS)
     seeds = len(study["runs"][BASE])
-    told = {
+    sentence = {
         1: "The network with offsets is more accurate than the same network trained without",
         0: "That offsets make a more accurate network was not shown",
         -1: "The network with offsets is less accurate than the same network trained without",
-    }[outside(change)]
-    return (
-        f"**{told}:** {share(accuracy(study, BASE))} against {share(accuracy(study, STILL))}, a difference of "
-        f"{signed(change, 100)} points over {seeds} seeds."
-    )
+    }[significant_sign(change)]
+    accuracies = " against ".join(format_share(accuracy(study, name)) for name in (BASE, NO_OFFSETS))
+    size = format_difference(change, 100)
+    return f"**{sentence}:** {accuracies}, a difference of {size} points over {seeds} seeds."
 
 
-def page(found: Found) -> str:
+def page(results: Results) -> str:
     """Return the page."""
-    study = found["study"]
+    study = results["study"]
     recipe = study["recipe"]
     verdicts = (
         ("Do offsets help?", "ablations.md#offsets", offsets_verdict(study)),
-        ("Do points contract onto the object?", "points.md", points.contract_verdict(found)),
-        ("Are they denser in deeper stages?", "points.md#are-they-denser-in-deeper-stages", points.deeper(found)),
+        ("Do points contract onto the object?", "points.md", points.contract_verdict(results)),
+        (
+            "Are they denser in deeper stages?",
+            "points.md#are-they-denser-in-deeper-stages",
+            points.density_verdict(results),
+        ),
         (
             "Do separate groups go to separate objects?",
             "points.md#do-separate-groups-go-to-separate-objects",
-            points.several_verdict(found),
+            points.multi_object_verdict(results),
         ),
-        ("Attention against windows", "points.md#attention-against-windows", points.attention_verdict(found)),
-        ("Does the network that ships use its offsets?", "offsets.md", knock_out.uses(found["knock_out"])),
-        ("Would it be as good without?", "offsets.md#its-twin-without-offsets", knock_out.better(found["twin"])),
+        ("Attention against windows", "points.md#attention-against-windows", points.attention_verdict(results)),
+        (
+            "Does the network that ships use its offsets?",
+            "offsets.md",
+            offset_ablation.ablation_verdict(results["offset_ablation"]),
+        ),
+        (
+            "Would it be as good without?",
+            "offsets.md#its-baseline-without-offsets",
+            offset_ablation.baseline_verdict(results["no_offset_baseline"]),
+        ),
         ("Another attention in its place", "peers.md", peers.verdict(study)),
     )
     network = NETWORK.format(
-        parameters=found["costs"]["networks"][BASE]["parameters"],
+        parameters=results["costs"]["networks"][BASE]["parameters"],
         side=SIDE,
         least=study["radius"][0] * SIDE,
         largest=study["radius"][1] * SIDE,
@@ -94,11 +105,11 @@ def page(found: Found) -> str:
         scenes=recipe["scenes_per_epoch"],
         batch=recipe["batch_size"],
         rate=recipe["learning_rate"],
-        trained=share(accuracy(study, BASE)),
+        trained=format_share(accuracy(study, BASE)),
         held_out=study["held_out"],
         command=study["command"],
         torch=study["versions"]["torch"],
         date=study["date"],
     )
-    told = "".join(f"- [{question}]({link}) {verdict}\n" for question, link, verdict in verdicts)
-    return "\n".join((INTRODUCTION, told, network))
+    answers = "".join(f"- [{question}]({link}) {verdict}\n" for question, link, verdict in verdicts)
+    return "\n".join((INTRODUCTION, answers, network))

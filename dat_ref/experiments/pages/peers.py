@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from ..small import BASE, STILL
-from .words import Found, accuracy, difference, listed, of_part, outside, seeds_told, share, signed, table
+from ..models import BASE, NO_OFFSETS
+from .formatting import (
+    Results,
+    accuracy,
+    difference,
+    format_difference,
+    format_seeds,
+    format_share,
+    join_names,
+    names_in_part,
+    significant_sign,
+    table,
+)
 
 INTRODUCTION = """\
 # Another attention in its place
@@ -36,38 +47,38 @@ python -m dat_ref.experiments.costs                                          # w
 """
 
 
-def names(study: Found) -> list[str]:
+def names(study: Results) -> list[str]:
     """Return the networks of the table: deformable, at rest, then the peers."""
-    return [BASE, STILL, *of_part(study, "peers")]
+    return [BASE, NO_OFFSETS, *names_in_part(study, "peers")]
 
 
-def sides(study: Found) -> dict[int, list[str]]:
+def sides(study: Results) -> dict[int, list[str]]:
     """Return which peers are worse (-1), better (1), or neither outside the interval (0)."""
-    found: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-    for name in of_part(study, "peers"):
-        found[outside(difference(study, name, BASE))].append(f"`{name}`")
-    return found
+    names_by_sign: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    for name in names_in_part(study, "peers"):
+        names_by_sign[significant_sign(difference(study, name, BASE))].append(f"`{name}`")
+    return names_by_sign
 
 
-def verdict(study: Found) -> str:
+def verdict(study: Results) -> str:
     """Return what the table says, in a sentence or two."""
-    found = sides(study)
-    told = [
-        f"{listed(found[side])} {'is' if len(found[side]) == 1 else 'are'} {what}"
+    by_sign = sides(study)
+    parts = [
+        f"{join_names(by_sign[side])} {'is' if len(by_sign[side]) == 1 else 'are'} {what}"
         for side, what in ((1, "more accurate"), (-1, "less accurate"), (0, "not told apart from it"))
-        if found[side]
+        if by_sign[side]
     ]
-    return f"**Against deformable attention, on these scenes: {'; '.join(told)}.**"
+    return f"**Against deformable attention, on these scenes: {'; '.join(parts)}.**"
 
 
-def row(found: Found, name: str) -> list[str]:
+def row(results: Results, name: str) -> list[str]:
     """Return a network's row."""
-    study, cost = found["study"], found["costs"]["networks"][name]
-    base = found["costs"]["networks"][BASE]["seconds"]
+    study, cost = results["study"], results["costs"]["networks"][name]
+    base = results["costs"]["networks"][BASE]["seconds"]
     return [
         f"`{name}`",
-        share(accuracy(study, name)),
-        "" if name == BASE else signed(difference(study, name, BASE), 100),
+        format_share(accuracy(study, name)),
+        "" if name == BASE else format_difference(difference(study, name, BASE), 100),
         f"{cost['parameters'] / 1e3:.0f} k",
         f"{cost['macs'] / 1e6:.2f} M",
         "" if cost["bytes"] is None else f"{cost['bytes'] / 1e6:.0f} MB",
@@ -75,15 +86,15 @@ def row(found: Found, name: str) -> list[str]:
     ]
 
 
-def page(found: Found) -> str:
+def page(results: Results) -> str:
     """Return the page."""
-    study, costs = found["study"], found["costs"]
+    study, costs = results["study"], results["costs"]
     head = ["attention", "accuracy", "against deformable", "parameters", "multiply-adds", "memory", "step"]
-    told = COSTS.format(
+    costs_text = COSTS.format(
         held_out=study["held_out"],
-        seeds=seeds_told({name: study["runs"][name] for name in names(study)}),
+        seeds=format_seeds({name: study["runs"][name] for name in names(study)}),
         batch_size=costs["batch_size"],
         machine=costs["machine"],
     )
-    rows = table(head, (row(found, name) for name in names(study)))
-    return "\n".join((INTRODUCTION, verdict(study) + "\n", told, rows, READING))
+    rows = table(head, (row(results, name) for name in names(study)))
+    return "\n".join((INTRODUCTION, verdict(study) + "\n", costs_text, rows, READING))

@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 
 from ..._checks import Array
-from ..measures import apart
-from ..small import BASE, SEVERAL, STILL
-from .words import Found, in_layers, listed, outside, over_seeds, seeds_told, share, signed, table
+from ..measures import welch_difference
+from ..models import BASE, MULTI_OBJECT, NO_OFFSETS
+from .formatting import (
+    Results,
+    format_difference,
+    format_layers,
+    format_seeds,
+    format_share,
+    join_names,
+    seed_interval,
+    significant_sign,
+    table,
+)
 
 INTRODUCTION = """\
 # Do the points move to the objects?
@@ -72,134 +82,150 @@ SWIN = """\
 ## Attention against windows
 
 The same queries, the pixels of each layer's map on an object and all others: how far they attend (Σ of attention
-times distance, in pixels of the image), and how much of their attention lies on the object; "even" is the same
+times distance, in pixels of the image), and how much of their attention lies on the object; "uniform" is the same
 share if a query attended alike to all keys that it sees. Queries elsewhere that find the object from afar are what
 windows cannot have.
 """
 
 
-def layers(found: Found) -> list[str]:
+def layers(results: Results) -> list[str]:
     """Return the names of the layers, from the first on."""
-    return list(next(iter(found["looks"]["points"][BASE].values())))
+    return list(next(iter(results["attention_maps"]["points"][BASE].values())))
 
 
-def of_layer(runs: Found, layer: str, measure: str) -> list[float]:
+def layer_values(runs: Results, layer: str, measure: str) -> list[float]:
     """Return each run's value, the mean over groups."""
     return [float(np.mean([group[measure] for group in run[layer]])) for run in runs.values()]
 
 
-def gained(runs: Found, layer: str, than: str = "at_rest") -> dict[str, float]:
+def points_gain(runs: Results, layer: str, than: str = "reference") -> dict[str, float]:
     """Return points on the object minus those at rest, or minus those by chance, over seeds."""
-    return over_seeds(np.subtract(of_layer(runs, layer, "points"), of_layer(runs, layer, than)))
+    return seed_interval(np.subtract(layer_values(runs, layer, "points"), layer_values(runs, layer, than)))
 
 
-def farther(runs: Found, layer: str) -> dict[str, float]:
+def distance_gain(runs: Results, layer: str) -> dict[str, float]:
     """Return how much farther from the object points are than at rest, over seeds."""
-    return over_seeds(np.subtract(of_layer(runs, layer, "distance"), of_layer(runs, layer, "distance_at_rest")))
+    return seed_interval(
+        np.subtract(layer_values(runs, layer, "distance"), layer_values(runs, layer, "reference_distance"))
+    )
 
 
-def contract_verdict(found: Found) -> str:
+def contract_verdict(results: Results) -> str:
     """Return whether the points contract onto the object."""
-    runs = found["looks"]["points"][BASE]
-    both = {layer: [outside(gained(runs, layer, than)) for than in ("at_rest", "by_chance")] for layer in layers(found)}
+    runs = results["attention_maps"]["points"][BASE]
+    both = {
+        layer: [significant_sign(points_gain(runs, layer, than)) for than in ("reference", "by_chance")]
+        for layer in layers(results)
+    }
     sides = {layer: each[0] if each[0] == each[1] else 0 for layer, each in both.items()}
     if all(side > 0 for side in sides.values()):
-        told = "**More points lie on the object than at rest, and than by chance, in every layer.**"
+        sentence = "**More points lie on the object than at rest, and than by chance, in every layer.**"
     else:
-        where = in_layers(sides, "more of them lie on it than at rest, and than by chance,", "fewer")
-        told = f"**That points contract onto the object in every layer is not reproduced:** {where}."
-    away = [layer for layer in layers(found) if outside(farther(runs, layer)) > 0]
+        where = format_layers(sides, "more of them lie on it than at rest, and than by chance,", "fewer")
+        sentence = f"**That points contract onto the object in every layer is not reproduced:** {where}."
+    away = [layer for layer in layers(results) if significant_sign(distance_gain(runs, layer)) > 0]
     if not away:
-        return told
-    where = "every layer" if away == layers(found) else listed(away)
-    return f"{told} On average, though, points are farther from it than at rest in {where}."
+        return sentence
+    where = "every layer" if away == layers(results) else join_names(away)
+    return f"{sentence} On average, though, points are farther from it than at rest in {where}."
 
 
-def contract_table(runs: Found) -> str:
+def contract_table(runs: Results) -> str:
     """Return where the points of each layer are."""
 
     def row(layer: str) -> list[str]:
-        shares = [share(over_seeds(of_layer(runs, layer, name))) for name in ("points", "by_chance", "at_rest")]
-        attention = share(over_seeds(of_layer(runs, layer, "attention")))
-        moved = f"{np.mean(of_layer(runs, layer, 'moved')):.1f} px"
-        shift = f"{np.mean(of_layer(runs, layer, 'one_shift')):.0%}"
-        return [layer, *shares, signed(farther(runs, layer)), attention, moved, shift]
+        shares = [
+            format_share(seed_interval(layer_values(runs, layer, name)))
+            for name in ("points", "by_chance", "reference")
+        ]
+        attention = format_share(seed_interval(layer_values(runs, layer, "attention")))
+        moved = f"{np.mean(layer_values(runs, layer, 'displacement')):.1f} px"
+        shift = f"{np.mean(layer_values(runs, layer, 'shift_fraction')):.0%}"
+        return [layer, *shares, format_difference(distance_gain(runs, layer)), attention, moved, shift]
 
     head = ["layer", "points", "by chance", "at rest", "farther by", "attention", "moved by", "one shift"]
     return table(head, map(row, next(iter(runs.values()))))
 
 
-def groups_table(runs: Found) -> str:
+def groups_table(runs: Results) -> str:
     """Return each layer's groups, the one with more of its points on the object first."""
 
     def rows() -> Iterator[list[str]]:
         for layer in next(iter(runs.values())):
             ordered = [sorted(run[layer], key=lambda group: -group["points"]) for run in runs.values()]
-            for place, groups in enumerate(zip(*ordered)):
-                shares = [share(over_seeds(group[name] for group in groups)) for name in ("points", "attention")]
-                yield [layer, ("more", "fewer")[place], *shares]
+            for rank, groups in enumerate(zip(*ordered)):
+                shares = [
+                    format_share(seed_interval(group[name] for group in groups)) for name in ("points", "attention")
+                ]
+                yield [layer, ("more", "fewer")[rank], *shares]
 
     return table(["layer", "group", "points", "attention"], rows(), left=2)
 
 
-def networks_table(found: Found) -> str:
+def networks_table(results: Results) -> str:
     """Return points minus points at rest, and attention, of all networks that were looked at."""
 
-    def row(name: str, runs: Found) -> list[str]:
+    def row(name: str, runs: Results) -> list[str]:
         cells = []
-        for layer in layers(found):
-            attention = over_seeds(of_layer(runs, layer, "attention"))["mean"]
-            cells.append(f"{signed(gained(runs, layer), 100)}, {attention:.0%}")
+        for layer in layers(results):
+            attention = seed_interval(layer_values(runs, layer, "attention"))["mean"]
+            cells.append(f"{format_difference(points_gain(runs, layer), 100)}, {attention:.0%}")
         return [f"`{name}`", *cells]
 
-    return table(["network", *layers(found)], (row(*each) for each in found["looks"]["points"].items()))
+    return table(["network", *layers(results)], (row(*each) for each in results["attention_maps"]["points"].items()))
 
 
-def density(runs: Found, stage: str) -> list[float]:
+def density(runs: Results, stage: str) -> list[float]:
     """Return for each run the points on the object for one at rest, over the layers of a stage."""
-    chosen = [layer for layer in next(iter(runs.values())) if layer.startswith(stage)]
-    moved = np.mean([of_layer(runs, layer, "points") for layer in chosen], axis=0)
-    rest = np.mean([of_layer(runs, layer, "at_rest") for layer in chosen], axis=0)
-    return list(moved / rest)
+    stage_layers = [layer for layer in next(iter(runs.values())) if layer.startswith(stage)]
+    moved = np.mean([layer_values(runs, layer, "points") for layer in stage_layers], axis=0)
+    reference = np.mean([layer_values(runs, layer, "reference") for layer in stage_layers], axis=0)
+    return list(moved / reference)
 
 
-def deeper(found: Found) -> str:
+def density_verdict(results: Results) -> str:
     """Return the verdict on whether the second stage's points are denser on the object than the first's."""
-    runs = found["looks"]["points"][BASE]
+    runs = results["attention_maps"]["points"][BASE]
     first, second = (density(runs, f"stage {number}") for number in (1, 2))
-    change = over_seeds(np.subtract(second, first))
-    told = {1: "Denser in the deeper stage", -1: "Thinner in the deeper stage", 0: "No difference outside the interval"}
-    ratios = [f"{each['mean']:.2f} ± {each['half_width']:.2f}" for each in map(over_seeds, (first, second))]
+    change = seed_interval(np.subtract(second, first))
+    sentence = {
+        1: "Denser in the deeper stage",
+        -1: "Thinner in the deeper stage",
+        0: "No difference outside the interval",
+    }
+    ratios = [f"{each['mean']:.2f} ± {each['half_width']:.2f}" for each in map(seed_interval, (first, second))]
     by = f"{change['mean']:+.2f} ± {change['half_width']:.2f}"
-    return f"**{told[outside(change)]}:** {ratios[0]} in stage 1, {ratios[1]} in stage 2, a change of {by}."
+    return (
+        f"**{sentence[significant_sign(change)]}:** {ratios[0]} in stage 1, {ratios[1]} in stage 2, a change of {by}."
+    )
 
 
-def separation(groups: Found, layer: str, how: str) -> dict[str, float]:
+def separation(groups: Results, layer: str, how: str) -> dict[str, float]:
     """Return how much more often than by chance pairs of objects fall to different groups."""
-    return over_seeds(run[layer][how]["together"] - run[layer][how]["by_chance"] for run in groups.values())
+    return seed_interval(run[layer][how]["observed"] - run[layer][how]["by_chance"] for run in groups.values())
 
 
-def several_verdict(found: Found) -> str:
+def multi_object_verdict(results: Results) -> str:
     """Return whether separate groups go to separate objects."""
-    groups = found["looks"]["several_groups"][BASE + SEVERAL]
-    apart = {layer: outside(separation(groups, layer, "nearest")) for layer in next(iter(groups.values()))}
-    more = [layer for layer, side in apart.items() if side > 0]
-    fewer = [layer for layer, side in apart.items() if side < 0]
+    groups = results["attention_maps"]["multi_object_groups"][BASE + MULTI_OBJECT]
+    signs = {layer: significant_sign(separation(groups, layer, "nearest")) for layer in next(iter(groups.values()))}
+    more = [layer for layer, side in signs.items() if side > 0]
+    fewer = [layer for layer, side in signs.items() if side < 0]
     if more:
-        rest = f"; less often in {listed(fewer)}" if fewer else ""
-        return f"**The nearest points are of separate groups more often than by chance in {listed(more)}{rest}.**"
-    rest = f", and in {listed(fewer)} it is less often" if fewer else ""
+        rest = f"; less often in {join_names(fewer)}" if fewer else ""
+        return f"**The nearest points are of separate groups more often than by chance in {join_names(more)}{rest}.**"
+    rest = f", and in {join_names(fewer)} it is less often" if fewer else ""
     return f"**Not reproduced:** in no layer are the nearest points of separate groups more often than by chance{rest}."
 
 
-def several_table(found: Found) -> str:
+def multi_object_table(results: Results) -> str:
     """Return how often pairs of objects fall to separate groups."""
-    groups = found["looks"]["several_groups"][BASE + SEVERAL]
+    groups = results["attention_maps"]["multi_object_groups"][BASE + MULTI_OBJECT]
 
     def row(layer: str) -> list[str]:
         cells = []
-        for how in ("nearest", "attends"):
-            cells.append(share(over_seeds(run[layer][how]["together"] for run in groups.values())))
+        for how in ("nearest", "most_attention"):
+            cells.append(format_share(seed_interval(run[layer][how]["observed"] for run in groups.values())))
             cells.append(f"{np.mean([run[layer][how]['by_chance'] for run in groups.values()]):.1%}")
         return [layer, *cells]
 
@@ -207,67 +233,80 @@ def several_table(found: Found) -> str:
     return table(head, map(row, next(iter(groups.values()))))
 
 
-def attention_table(found: Found) -> str:
+def attention_table(results: Results) -> str:
     """Return where queries on the object and elsewhere attend."""
 
     def rows() -> Iterator[list[str]]:
-        for name, runs in found["looks"]["attention"].items():
+        for name, runs in results["attention_maps"]["attention"].items():
             for layer in next(iter(runs.values())):
                 cells = []
                 for where in ("from_object", "from_elsewhere"):
                     values: dict[str, list[Any]] = {
                         key: [run[layer][where][key] for run in runs.values()]
-                        for key in ("distance", "foreground", "even")
+                        for key in ("distance", "foreground", "uniform")
                     }
                     cells.append(f"{np.mean(values['distance']):.1f} px")
-                    cells.append(f"{share(over_seeds(values['foreground']))} ({np.mean(values['even']):.1%})")
+                    cells.append(
+                        f"{format_share(seed_interval(values['foreground']))} ({np.mean(values['uniform']):.1%})"
+                    )
                 yield [f"`{name}`", layer, *cells]
 
-    head = ["attention", "layer", "on it: distance", "foreground (even)", "elsewhere: distance", "foreground (even)"]
+    head = [
+        "attention",
+        "layer",
+        "on it: distance",
+        "foreground (uniform)",
+        "elsewhere: distance",
+        "foreground (uniform)",
+    ]
     return table(head, rows(), left=2)
 
 
-def found_from_afar(found: Found, layer: str, name: str) -> Array:
+def background_attention(results: Results, layer: str, name: str) -> Array:
     """Return for each run the share of attention from beside the object that lies on it."""
-    runs = found["looks"]["attention"][name].values()
+    runs = results["attention_maps"]["attention"][name].values()
     return np.array([run[layer]["from_elsewhere"]["foreground"] for run in runs])
 
 
-def attention_verdict(found: Found) -> str:
+def attention_verdict(results: Results) -> str:
     """Return whether queries beside the object find it more than with shifted windows, and whether offsets do it."""
     sides = {}
-    for layer in layers(found):
-        ours, still, windows = (found_from_afar(found, layer, name) for name in (BASE, STILL, "shifted_window"))
-        sizes = " against ".join(share(over_seeds(each)) for each in (ours, windows))
-        at_rest = f"{share(over_seeds(still))} without offsets"
-        sides[f"{layer} ({sizes}, {at_rest})"] = outside(apart(ours, windows))
-    told = in_layers(sides, "more", "less")
-    return f"**Attention of queries beside the object that lies on it, against shifted windows:** {told}."
+    for layer in layers(results):
+        ours, no_offsets, windows = (
+            background_attention(results, layer, name) for name in (BASE, NO_OFFSETS, "shifted_window")
+        )
+        sizes = " against ".join(format_share(seed_interval(each)) for each in (ours, windows))
+        baseline = f"{format_share(seed_interval(no_offsets))} without offsets"
+        sides[f"{layer} ({sizes}, {baseline})"] = significant_sign(welch_difference(ours, windows))
+    sentence = format_layers(sides, "more", "less")
+    return f"**Attention of queries beside the object that lies on it, against shifted windows:** {sentence}."
 
 
-def page(found: Found) -> str:
+def page(results: Results) -> str:
     """Return the page."""
-    runs = found["looks"]["points"][BASE]
-    several = found["looks"]["several_points"][BASE + SEVERAL]
+    runs = results["attention_maps"]["points"][BASE]
+    multi_object = results["attention_maps"]["multi_object_points"][BASE + MULTI_OBJECT]
     parts = (
-        INTRODUCTION.format(scenes=found["looks"]["scenes"], seeds=seeds_told(found["looks"]["points"])),
+        INTRODUCTION.format(
+            scenes=results["attention_maps"]["scenes"], seeds=format_seeds(results["attention_maps"]["points"])
+        ),
         CONTRACT,
-        contract_verdict(found) + "\n",
+        contract_verdict(results) + "\n",
         contract_table(runs),
         GROUPS,
         groups_table(runs),
         NETWORKS,
-        networks_table(found),
+        networks_table(results),
         LEARNING,
         DEEPER,
-        deeper(found) + "\n",
+        density_verdict(results) + "\n",
         OBJECTS,
-        several_verdict(found) + "\n",
-        several_table(found),
+        multi_object_verdict(results) + "\n",
+        multi_object_table(results),
         "Where the points of these networks are, all objects of a scene together:\n",
-        contract_table(several),
+        contract_table(multi_object),
         SWIN,
-        attention_verdict(found) + "\n",
-        attention_table(found),
+        attention_verdict(results) + "\n",
+        attention_table(results),
     )
     return "\n".join(parts)

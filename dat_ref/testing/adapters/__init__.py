@@ -37,5 +37,5 @@ def require(module: str, package: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        wanted = package or module.partition(".")[0]
-        raise MissingPackageError(f"{module} is needed for this adapter: pip install {wanted}") from error
+        requirement = package or module.partition(".")[0]
+        raise MissingPackageError(f"{module} is needed for this adapter: pip install {requirement}") from error

@@ -1,7 +1,7 @@
 """``deformable-attention`` from PyPI: where its two-dimensional module puts its keys, and what it reads there.
 
 Its layer differs from DAT's by design (a bias computed by a small network, no normalisation of the offsets, grouped
-projections), so its outputs are not compared. Two of its promises can be: its keys lie on a grid over the map, and a
+projections), so its outputs are not compared. Two of its properties can be: its keys lie on a grid over the map, and a
 key moved to pixel p reads the map at p. Keys are counted in cells of their grid; with one key a pixel these are pixels.
 """
 
@@ -18,7 +18,7 @@ torch = require("torch")
 module = require("deformable_attention.deformable_attention_2d", "deformable-attention")
 
 
-def _keys_and_values(x: Any, positions: Any) -> Any:
+def _sample_with_module(x: Any, positions: Any) -> Any:
     """Run the module with its keys at `positions` (N, 2, H, W), (x, y), and catch what it reads: (N, C, H, W)."""
     channels = x.shape[1]
     x = torch.cat([x, x.new_zeros(len(x), max(4 - channels, 0), *x.shape[2:])], dim=1)  # it wants four at least
@@ -27,21 +27,21 @@ def _keys_and_values(x: Any, positions: Any) -> Any:
     ).to(x.dtype)
     # Whatever its network would predict, the keys move to where they are wanted.
     layer.to_offsets.register_forward_hook(lambda *_: positions - module.create_grid_like(positions))
-    caught: list[Any] = []
-    layer.to_k.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    captured: list[Any] = []
+    layer.to_k.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     layer(x)
-    return caught[0][:, :channels]
+    return captured[0][:, :channels]
 
 
 def _bilinear_sample(x: Any, points_px: Any) -> Any:
     """Sample at points (N, P, 2): the module has a key for each pixel, so they go in portions of H·W."""
     height, width = x.shape[2:]
-    portions = []
-    for portion in points_px.flip(-1).split(height * width, dim=1):  # (N, ≤ H·W, 2), (x, y)
-        idle = portion.new_zeros(len(portion), height * width - portion.shape[1], 2)
-        positions = torch.cat([portion, idle], dim=1).transpose(1, 2).reshape(-1, 2, height, width)
-        portions.append(_keys_and_values(x, positions).flatten(2)[:, :, : portion.shape[1]])
-    return torch.cat(portions, dim=2)
+    chunks = []
+    for chunk in points_px.flip(-1).split(height * width, dim=1):  # (N, ≤ H·W, 2), (x, y)
+        unused = chunk.new_zeros(len(chunk), height * width - chunk.shape[1], 2)
+        positions = torch.cat([chunk, unused], dim=1).transpose(1, 2).reshape(-1, 2, height, width)
+        chunks.append(_sample_with_module(x, positions).flatten(2)[:, :, : chunk.shape[1]])
+    return torch.cat(chunks, dim=2)
 
 
 bilinear_sample = from_torch(_bilinear_sample)

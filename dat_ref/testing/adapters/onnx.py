@@ -47,10 +47,10 @@ def deform_conv2d(
 
 def _run(operator: str, options: dict[str, Any], **inputs: Array | None) -> Array:
     """Run one operator; an input that is not there has no name."""
-    given = {name: np.ascontiguousarray(array) for name, array in inputs.items() if array is not None}
-    names = tuple(name if name in given else "" for name in inputs)
+    present = {name: np.ascontiguousarray(array) for name, array in inputs.items() if array is not None}
+    names = tuple(name if name in present else "" for name in inputs)
     frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
-    (result,) = _evaluator(operator, names, frozen, str(next(iter(given.values())).dtype)).run(None, given)
+    (result,) = _evaluator(operator, names, frozen, str(next(iter(present.values())).dtype)).run(None, present)
     return np.asarray(result)
 
 

@@ -43,17 +43,17 @@ def _rt_detr_v2_discrete(value: Any, sizes: Any, locations: Any, weights: Any) -
     return _rt_detr_v2(value, sizes, locations, weights, "discrete")
 
 
-def _offered(function: Any) -> SimpleNamespace:
+def _namespace(function: Any) -> SimpleNamespace:
     """Return an object that has the protocol's function and its gradient."""
     wrapped = from_torch(function)
     return SimpleNamespace(multi_scale_deformable_attention=wrapped, multi_scale_deformable_attention_vjp=wrapped.vjp)
 
 
 require("transformers")
-deformable_detr = _offered(_deformable_detr)
-mask2former = _offered(_mask2former)
-rt_detr_v2 = _offered(_rt_detr_v2)
-rt_detr_v2_discrete = _offered(_rt_detr_v2_discrete)
+deformable_detr = _namespace(_deformable_detr)
+mask2former = _namespace(_mask2former)
+rt_detr_v2 = _namespace(_rt_detr_v2)
+rt_detr_v2_discrete = _namespace(_rt_detr_v2_discrete)
 
 multi_scale_deformable_attention = deformable_detr.multi_scale_deformable_attention
 multi_scale_deformable_attention_vjp = deformable_detr.multi_scale_deformable_attention_vjp

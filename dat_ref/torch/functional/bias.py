@@ -223,15 +223,33 @@ def log_bias(
     """
     batch, groups, samples, _ = points.shape
     dtype = wide_dtype(points)
-    queries = query_points(query_size, convention, dtype=dtype, device=points.device).flatten(0, 1)
     with autocast_disabled(points):
-        displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])  # (B, G, H·W, Ns, 2)
-        # sign(d) log₂(1 + |d|) / log₂ 8, written so that its derivative at 0 is that from both sides, 1/(3 ln 2).
-        scaled = (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3
+        _, scaled = _log_displacement(points, query_size, convention)
         first, second = params["hidden"], params["out"]
         hidden = F.relu(F.linear(scaled, first["weight"].to(dtype), first["bias"].to(dtype)))
         bias = F.linear(hidden, second["weight"].to(dtype))  # (B, G, H·W, Ns, heads/G)
-    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], queries.shape[0], samples)
+    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples)
+
+
+def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:
+    """Return the displacements, times four, and the same log-scaled: (B, G, H·W, Ns, 2), (y, x)."""
+    dtype = wide_dtype(points)
+    queries = query_points(query_size, convention, dtype=dtype, device=points.device).flatten(0, 1)
+    displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])
+    # sign(d) log₂(1 + |d|) / log₂ 8, written so that its derivative at 0 is that from both sides, 1/(3 ln 2).
+    return displacement, (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3
+
+
+def log_bias_trace(
+    points: Tensor, params: Mapping[str, Mapping[str, Tensor]], *, query_size: Size, convention: Convention
+) -> dict[str, Tensor]:
+    """Return the intermediates of `log_bias` that the spec's `LogBiasTrace` has, in its layout (B·G, …, H·W·Ns)."""
+    dtype = wide_dtype(points)
+    with autocast_disabled(points):
+        displacement, scaled = _log_displacement(points, query_size, convention)
+        hidden = F.linear(scaled, params["hidden"]["weight"].to(dtype), params["hidden"]["bias"].to(dtype))
+    fields = {"displacement": displacement, "scaled": scaled, "hidden": hidden}
+    return {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
 
 
 def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import ShapeError, check_divides
-from ...peers.deform_conv import Pair, Sliding
+from ...peers.deform_conv import ConvGeometry, Pair
 from .._checks import check_tensor
 from ._dtypes import wide_dtype
 from .grid import Size
@@ -20,7 +20,7 @@ def _pair(value: Pair) -> Size:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def deform_points(offset: Tensor, sliding: Sliding) -> Tensor:
+def deform_points(offset: Tensor, sliding: ConvGeometry) -> Tensor:
     """Return where the taps look, in pixels.
 
     Args:
@@ -36,7 +36,7 @@ def deform_points(offset: Tensor, sliding: Sliding) -> Tensor:
     return displacements + _lattice(sliding, (height, width), displacements)
 
 
-def _lattice(sliding: Sliding, size: Size, like: Tensor) -> Tensor:
+def _lattice(sliding: ConvGeometry, size: Size, like: Tensor) -> Tensor:
     """Return where the taps stand without offsets, in pixels: (K, H', W', 2)."""
     axes = []
     for count, kernel, stride, padding, dilation in zip(size, *sliding, strict=True):
@@ -78,7 +78,7 @@ def deform_conv2d(
         ShapeError, ConfigError: if the shapes do not go together.
     """
     kernel = (weight.shape[-2], weight.shape[-1])
-    sliding = Sliding(kernel, _pair(stride), _pair(padding), _pair(dilation))
+    sliding = ConvGeometry(kernel, _pair(stride), _pair(padding), _pair(dilation))
     if not torch.compiler.is_compiling():
         _check(x, offset, weight, bias, mask, sliding)
     points = deform_points(offset, sliding)
@@ -106,7 +106,7 @@ def _multiply(columns: Tensor, weight: Tensor) -> Tensor:
 
 
 def _check(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, sliding: Sliding
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, sliding: ConvGeometry
 ) -> None:
     check_tensor("x", x, {"B": None, "C": None, "H": None, "W": None})
     check_tensor("weight", weight, {"O": None, "C/G": None, "k_y": None, "k_x": None})

@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import ShapeError
+from ...peers.neighborhood import axis_kernel
 from .. import kernels
 from .._checks import check_tensor
 from . import neighborhood_tiles
 from .attention import _unsupported_by_cpu, _unsupported_by_kernels, _unsupported_by_triton, attend
 from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
-from .neighborhood_tiles import axis_kernel, first_key, submap_length, tiled_attention
+from .neighborhood_tiles import first_key, submap_length, tiled_attention
 from .operation import is_transformed
 from .registry import Backend, Call, choose_backend
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...peers.neighborhood import axis_kernel
 from ._dtypes import wide_dtype
 from ._symbolic import ceil_div
 from .grid import Size
@@ -28,11 +29,6 @@ _MAX_TILE = 16  # of the kernels: a row of tiles must not have too many logits, 
 
 
 # ------------------------------------------------------------------------------------------------ an axis
-
-
-def axis_kernel(length: int, kernel: int, dilation: int = 1) -> int:
-    """Return how many keys a query of an axis sees: K, or as many as the shortest sub-map has."""
-    return min(kernel, length) if dilation == 1 else min(kernel, max(length // dilation, 1))
 
 
 def submap_length(length: int, submap: Tensor, dilation: int) -> Tensor:

@@ -4,7 +4,9 @@ Each takes a map (B, C, H, W) of any size to one of the same shape, has the para
 block's place for attention: ``create_model("dat_tiny", attention="pyramid")``.
 """
 
+from ..._deprecation import deprecated_names
 from ..functional import deform_conv2d, multi_scale_deformable_attention
+from .dat_dcn import DATDCNAttention
 from .deform_conv import DeformableConv
 from .mhsa import MultiHeadAttention
 from .ms_deform_attn import MultiScaleDeformableAttention
@@ -12,19 +14,20 @@ from .neighborhood import NeighborhoodAttention
 from .per_query import PerQueryAttention
 from .pyramid import PyramidAttention
 from .registry import PEER_MODULES
-from .swap_in import SwapInAttention
 from .window import WindowAttention
 
 __all__ = [
     "PEER_MODULES",
+    "DATDCNAttention",
     "DeformableConv",
     "MultiHeadAttention",
     "MultiScaleDeformableAttention",
     "NeighborhoodAttention",
     "PerQueryAttention",
     "PyramidAttention",
-    "SwapInAttention",
     "WindowAttention",
     "deform_conv2d",
     "multi_scale_deformable_attention",
 ]
+
+__getattr__ = deprecated_names(__name__, {"SwapInAttention": "DATDCNAttention"})

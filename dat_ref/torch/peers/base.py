@@ -35,7 +35,7 @@ class PeerAttention(SpecModule):
         """Return y and the trace, which may be None if it is not asked for."""
         raise NotImplementedError
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict.
 
         Raises:

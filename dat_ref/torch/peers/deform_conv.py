@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...peers.deform_conv import DeformableConvConfig, DeformableConvTrace, Sliding
+from ...peers.deform_conv import ConvGeometry, DeformableConvConfig, DeformableConvTrace
 from .. import functional
 from ..functional.sampling import Sampler
 from .base import PeerAttention, wide_conv2d
@@ -49,7 +49,7 @@ class DeformableConv(PeerAttention):
         y = functional.deform_conv2d(x, offset, weight, bias, padding=kernel // 2, mask=mask, sampler=self.sampler)
         if not traced:
             return y, None
-        sliding = Sliding((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1))
-        points_px = functional.deform_points(offset, sliding)
+        geometry = ConvGeometry((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1))
+        points_px = functional.deform_points(offset, geometry)
         fields: dict[str, Any] = {"x": x, "offset": offset, "mask": mask, "points_px": points_px}
         return y, DeformableConvTrace(**fields)

@@ -14,7 +14,7 @@ from ...peers.ms_deform_attn import (
     MultiScaleDeformableConfig,
     MultiScaleDeformableTrace,
     multi_scale_deformable_names,
-    ring,
+    ring_offsets,
 )
 from .._checks import check_tensor
 from ..functional._dtypes import wide_dtype
@@ -163,7 +163,7 @@ class MultiScaleDeformableAttention(PeerAttention):
         y, trace = self.attend(tokens, tokens, centers.expand(x.shape[0], *centers.shape), [size])
         return tokens_to_map(y, size), trace
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict (Deformable DETR's ``MSDeformAttn``)."""
         return multi_scale_deformable_names(self.config)
 
@@ -172,4 +172,4 @@ def init_ring_offsets(offset: nn.Linear, heads: int, levels: int, points: int) -
     """Let a layer predict the released ring of offsets, whatever its input."""
     nn.init.zeros_(offset.weight)
     with torch.no_grad():
-        offset.bias.copy_(torch.from_numpy(ring(heads, levels, points).copy()).flatten())
+        offset.bias.copy_(torch.from_numpy(ring_offsets(heads, levels, points).copy()).flatten())

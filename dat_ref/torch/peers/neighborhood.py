@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import official
 from ...config import NeighborhoodAttentionConfig
-from ...peers.neighborhood import NeighborhoodTrace
+from ...peers.neighborhood import NeighborhoodTrace, neighborhood_padding
 from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
@@ -54,9 +54,8 @@ class NeighborhoodAttention(SpecModule):
         check_map("x", x, config.dim)
         height, width = x.shape[2:]
         padded = x  # (B, C, H', W')
-        min_size = config.kernel_size * config.dilation
-        bottom, right = max(min_size - height, 0), max(min_size - width, 0)
-        padding = config.small_map == "pad" and not statically_zero(bottom, right)
+        bottom, right = neighborhood_padding((height, width), config)
+        padding = not statically_zero(bottom, right)
         if padding:
             padded = F.pad(x, (0, right, 0, bottom))
         merged, weights = functional.neighborhood_attention(
@@ -80,6 +79,6 @@ class NeighborhoodAttention(SpecModule):
         }
         return y, NeighborhoodTrace(**fields)
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict."""
         return official.attention_names(self.config)

@@ -67,6 +67,6 @@ class PyramidAttention(PeerAttention):
             x = F.pad(x, (0, right, 0, bottom))
         return self.reduction(x)
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict (``PyramidAttention``)."""
         return pyramid_names(self.config)

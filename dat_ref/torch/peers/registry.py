@@ -7,19 +7,19 @@ from collections.abc import Callable
 from torch import nn
 
 from ...config import NeighborhoodAttentionConfig, WindowAttentionConfig
+from ...peers.dat_dcn import DATDCNAttentionConfig
 from ...peers.deform_conv import DeformableConvConfig
 from ...peers.mhsa import MultiHeadAttentionConfig
 from ...peers.ms_deform_attn import MultiScaleDeformableConfig
 from ...peers.per_query import PerQueryAttentionConfig
 from ...peers.pyramid import PyramidAttentionConfig
-from ...peers.swap_in import SwapInAttentionConfig
+from .dat_dcn import DATDCNAttention
 from .deform_conv import DeformableConv
 from .mhsa import MultiHeadAttention
 from .ms_deform_attn import MultiScaleDeformableAttention
 from .neighborhood import NeighborhoodAttention
 from .per_query import PerQueryAttention
 from .pyramid import PyramidAttention
-from .swap_in import SwapInAttention
 from .window import WindowAttention
 
 PEER_MODULES: dict[type, Callable[..., nn.Module]] = {
@@ -30,5 +30,5 @@ PEER_MODULES: dict[type, Callable[..., nn.Module]] = {
     DeformableConvConfig: DeformableConv,
     MultiScaleDeformableConfig: MultiScaleDeformableAttention,
     PerQueryAttentionConfig: PerQueryAttention,
-    SwapInAttentionConfig: SwapInAttention,
+    DATDCNAttentionConfig: DATDCNAttention,
 }

@@ -93,6 +93,6 @@ class WindowAttention(SpecModule):
         fields: dict[str, Any] = {"x": x, **weights, "merged": merged.permute(0, 3, 1, 2), "grid": grid, "cells": cells}
         return y, WindowTrace(**fields)
 
-    def official_names(self) -> official.Names:
+    def official_names(self) -> official.NameMapping:
         """Return where each parameter lives in a released state dict."""
         return official.attention_names(self.config)

@@ -18,7 +18,7 @@ arguments.
 
 from ..._deprecation import deprecated_names
 from ...train_config import LAPTOP, RELEASED, TrainConfig, preset
-from .data import ImageFolder, SceneImages, train_and_val
+from .data import ImageFolder, SceneImages, build_datasets, train_and_val
 from .distributed import DistributedContext, init_distributed
 from .evaluate import Scores, evaluate
 from .loop import Result, build_model, fit
@@ -32,6 +32,7 @@ __all__ = [
     "SceneImages",
     "Scores",
     "TrainConfig",
+    "build_datasets",
     "build_model",
     "evaluate",
     "fit",

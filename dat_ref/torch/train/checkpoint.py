@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..._checks import CheckpointError
-from ...state_files import replacing
+from ...state_files import atomic_write
 
 MAGIC = b"dat_ref run 1\n"
 KEEP_LAST = 2
@@ -53,7 +53,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
     Raises:
         OSError: if there is no room; nothing is left behind, and what was at the place before stays.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         for part in parts:
             file.write(part)
         file.flush()

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ..._checks import Array, ConfigError
 from ...data import PIXEL_DEVIATION, PIXEL_MEAN
 from ...scenes import Scenes
+from ...train_config import TrainConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_LISTED = 8  # files or classes that a message names; of the rest it says how many
@@ -157,6 +158,14 @@ def train_and_val(root: Path | str, size: int, seed: int) -> tuple[ImageFolder, 
     """
     train = ImageFolder(Path(root) / "train", size, augment=True, seed=seed)
     return train, ImageFolder(Path(root) / "val", size, classes=train.classes)
+
+
+def build_datasets(config: TrainConfig) -> tuple[Any, Any]:
+    """Return what a config trains on, and what is held out."""
+    if config.data != "scenes":
+        return train_and_val(config.data, config.image_size, config.seed)
+    train = Scenes(config.task, "train", config.image_size, config.seed, config.scenes_per_epoch)
+    return SceneImages(train, fresh=True), SceneImages(Scenes(config.task, "held_out", config.image_size))
 
 
 def _image_paths(root: Path) -> dict[str, list[Path]]:

@@ -308,7 +308,7 @@ export const COSTS = {
     },
     symbols: (_, { P }) => ({ P }),
   },
-  swap_in: {
+  dat_dcn: {
     macs: {
       attention: "HW P C M + HW P C",
       "query and output": "HW C²",
@@ -364,7 +364,7 @@ export function cost(kind, size, config) {
   return { macs: sum("macs"), kept: sum("kept") };
 }
 
-// ------------------------------------------------------------------------------------------------ reach
+// ------------------------------------------------------------------------------------------------ receptive field
 
 /** How many keys a query of an axis sees in a neighborhood of `kernel`. */
 export function axisKernel(length, kernel, dilation = 1) {
@@ -401,7 +401,7 @@ export function sampledPixels(points, size) {
  * A system is {kind, ...}: "whole" · "window" with w and shift · "neighborhood" with K and dilation · "points", which
  * reads the `points` of this query.
  */
-export function reach(system, query, size, points = []) {
+export function receptiveField(system, query, size, points = []) {
   if (system.kind === "whole") return places(size).map(() => true);
   if (system.kind === "points") return sampledPixels(points, size);
   const seen = query.map((place, axis) =>

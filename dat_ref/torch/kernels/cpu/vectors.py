@@ -99,13 +99,6 @@ def broadcast(typing: Any, value: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def lanes_of(typing: Any, like: Any) -> Any:
-    """Return how many lanes the vector has."""
-    lanes = like.lanes
-    return types.int64(like), lambda context, builder, sig, args: context.get_constant(types.int64, lanes)
-
-
-@intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """Return the larger one in each lane, and b where either is NaN."""
 

@@ -1,0 +1,161 @@
+"""The DAT-DCN layer that DAT is compared with: Deformable DETR's attention in the place of a deformable layer.
+
+    y = W_o Σ_p a[m, p] φ(W_v x; p̃[m, p]),   a = softmax(W_a x[m]),   p̃[m, p] = r_m + W_Δ x[m] + b_Δ      for each head
+
+Weights and offsets are predicted from the query's features; keys there are none. What differs from Deformable DETR
+(`dat_ref.peers.ms_deform_attn`), in the code that DAT's authors left in their detection and segmentation repositories:
+
+- offsets count in half maps, (y, x), not in pixels, (x, y). The ring of ±1 … ±P, taken over as it is, therefore starts
+  most points outside the map, where they read zero and get no gradient;
+- a pixel's own reference is the 2023 release's, half a pixel down and right of its center. It is undefined on a map of
+  one row or column.
+
+Under ``convention=CELL_CENTER`` the references are the pixels' centers, and the layer is Deformable DETR's with offset
+weights scaled by half the map. Whether the article's own comparison ran this code is not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._checks import Array, ConfigError, Tree, check_divides, check_map
+from ..config import PeerConfig
+from ..conventions import Convention
+from ..official import NameMapping, ReleasedName
+from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
+from ..ops.grid import Size, reference_points, to_pixels, to_pixels_vjp
+from ..ops.sampling import bilinear_sample_macs
+from .ms_deform_attn import ring_offsets
+from .multi_scale import sample_tokens, sample_tokens_vjp, weighted_sum, weighted_sum_vjp
+
+
+@dataclass(frozen=True)
+class DATDCNAttentionConfig(PeerConfig):
+    """Deformable-DETR-style attention as a block of DAT.
+
+    Args:
+        points: P, sampled points of a query and head.
+        convention: of references and offsets; the released code's geometry is ``DATPP2023``.
+    """
+
+    heads: int
+    points: int = 4
+    convention: Convention = Convention.DATPP2023
+
+    kind = "dat_dcn"
+
+    def __post_init__(self) -> None:
+        check_divides("heads", self.heads, "dim", self.dim)
+        if self.points < 1:
+            raise ConfigError(f"points: expected >= 1, got {self.points}")
+
+
+def dat_dcn_shapes(config: DATDCNAttentionConfig) -> Tree:
+    """Return the parameter tree of shapes."""
+    dim, samples = config.dim, config.heads * config.points
+    rows = {"offset": 2 * samples, "weights": samples, "value": dim, "output": dim}
+    return {name: {"weight": (count, dim), "bias": (count,)} for name, count in rows.items()}
+
+
+def dat_dcn_names(config: DATDCNAttentionConfig) -> NameMapping:
+    """Return the released names of the parameters (``DAttentionDCN``)."""
+    released = {
+        "offset": ("proj_off", "same"),
+        "weights": ("proj_att", "same"),
+        "value": ("proj_v", "conv1x1"),
+        "output": ("proj_out", "conv1x1"),
+    }
+    names: NameMapping = {}
+    for ours, (theirs, layout) in released.items():
+        names[f"{ours}.weight"] = ReleasedName(f"{theirs}.weight", layout)
+        names[f"{ours}.bias"] = ReleasedName(f"{theirs}.bias")
+    return names
+
+
+def dat_dcn_init(params: Tree, config: DATDCNAttentionConfig, rng: np.random.Generator) -> None:
+    """Set first values as released: Deformable DETR's ring, its (x, y) read as (y, x), and equal weights."""
+    for leaf in ("weight", "bias"):
+        params["offset"][leaf][:] = params["weights"][leaf][:] = 0
+    params["offset"]["bias"][:] = ring_offsets(config.heads, 1, config.points).ravel()
+
+
+@dataclass(frozen=True)
+class DATDCNTrace:
+    """Intermediates of `dat_dcn_attention`; queries are the H·W pixels."""
+
+    x: Array  # (B, C, H, W)
+    value: Array  # (B, H·W, heads, d)
+    points: Array  # (B, H·W, heads, 1, P, 2), (y, x), normalised by the convention
+    points_px: Array  # the same in pixels of the map
+    sampled: Array  # (B, H·W, heads, 1, P, d)
+    attention: Array  # (B, H·W, heads, 1, P)
+    merged: Array  # (B, C, H, W), before the output projection
+
+
+def dat_dcn_attention(x: Array, params: Tree, config: DATDCNAttentionConfig) -> tuple[Array, DATDCNTrace]:
+    """Attend from every pixel of a map to points around it.
+
+    Args:
+        x: (B, C, H, W).
+        params: tree of `dat_dcn_shapes`.
+
+    Returns:
+        (B, C, H, W) and the trace.
+
+    Raises:
+        ConfigError: on a map of one row or column under ``DATPP2023``, which has no references there.
+    """
+    x = check_map("x", x, config.dim)
+    batch, dim, height, width = x.shape
+    size: Size = (height, width)
+    per_point = (batch, height * width, config.heads, 1, config.points)
+    reference = reference_points(size, config.convention).reshape(-1, 1, 1, 1, 2)
+    if not np.isfinite(reference).all():
+        raise ConfigError(
+            f"convention: {config.convention.name} has no references on a map of one row or column, got {size}; "
+            "use CELL_CENTER"
+        )
+    offsets = _to_tokens(linear(x, **params["offset"])).reshape(*per_point, 2)
+    offsets = offsets.astype(np.result_type(x.dtype, np.float32), copy=False)
+    points = reference.astype(offsets.dtype) + offsets
+    points_px = to_pixels(points, size, config.convention)
+    attention = softmax(_to_tokens(linear(x, **params["weights"])).reshape(per_point))
+    value = _to_tokens(linear(x, **params["value"])).reshape(*per_point[:3], dim // config.heads)
+    sampled = sample_tokens(value, points_px, [size])
+    merged = weighted_sum(sampled, attention).swapaxes(1, 2).reshape(x.shape)
+    return linear(merged, **params["output"]), DATDCNTrace(x, value, points, points_px, sampled, attention, merged)
+
+
+def _to_tokens(x: Array) -> Array:
+    """(B, N, H, W) → (B, H·W, N)."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]).swapaxes(1, 2)
+
+
+def dat_dcn_attention_vjp(
+    cotangent: Array, trace: DATDCNTrace, params: Tree, config: DATDCNAttentionConfig
+) -> tuple[Array, Tree]:
+    """Return (∂L/∂x, ∂L/∂params): x gains as values, through the weights and through the offsets."""
+    x = trace.x
+    size: Size = x.shape[2:]
+    output = linear_vjp(cotangent, trace.merged, **params["output"])
+    grad_sampled, grad_attention = weighted_sum_vjp(_to_tokens(output.x), trace.sampled, trace.attention)
+    grad_logits = softmax_vjp(grad_attention, trace.attention)
+    grad_value, grad_points_px = sample_tokens_vjp(grad_sampled, trace.value, trace.points_px, [size])
+    grad_offsets = to_pixels_vjp(grad_points_px, size, config.convention)
+    grad_params: dict[str, Tree] = {"output": output.params}
+    grad_x = np.zeros_like(output.x)
+    for name, grad in (("offset", grad_offsets), ("weights", grad_logits), ("value", grad_value)):
+        grad_map = grad.reshape(*grad.shape[:2], len(params[name]["bias"])).swapaxes(1, 2)
+        grads = linear_vjp(grad_map.reshape(len(x), grad_map.shape[1], *size), x, **params[name])
+        grad_x, grad_params[name] = grad_x + grads.x, grads.params
+    return grad_x, grad_params
+
+
+def dat_dcn_attention_macs(batch: int, size: Size, config: DATDCNAttentionConfig) -> int:
+    """Multiply-adds: 2 HW C² + 3 HW C · heads P for offsets and weights + 5 HW P C to sample and sum."""
+    pixels, dim = batch * size[0] * size[1], config.dim
+    predictor = linear_macs(pixels, dim, 3 * config.heads * config.points)
+    samples = pixels * config.points
+    return linear_macs(pixels, dim, 2 * dim) + predictor + bilinear_sample_macs(samples, dim) + samples * dim

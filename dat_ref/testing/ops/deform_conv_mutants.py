@@ -1,0 +1,347 @@
+"""Deformable convolutions that are wrong in one way each, and the first check that sees it.
+
+The reference is cut into steps that can be exchanged one by one; with none exchanged its numbers are the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from ..._checks import Array
+from ...ops.basic import softmax
+from ...ops.grid import Size
+from ...ops.sampling import bilinear_sample
+from ...peers.deform_conv import ConvGeometry, deform_points
+from ..op_spec import Function, Mutant
+from .sampler_mutants import round_to_bits, truncated
+from .steps import group_of_head, replace_steps, sample_at, wrap_around, zero_unless_inside
+
+# ------------------------------------------------------------------------------------------------ the steps
+
+
+def tap_grid(geometry: ConvGeometry, output_size: Size) -> Array:
+    """Return where the taps stand, (K, H', W', 2)."""
+    return geometry.lattice(output_size)
+
+
+def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
+    """Return how far each tap is moved, (N, G_o, K, H', W', 2)."""
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    batch, channels, height, width = offset.shape
+    return offset.reshape(batch, channels // (2 * taps), taps, 2, height, width).transpose(0, 1, 2, 4, 5, 3)
+
+
+def identity(array: Array, *others: Any) -> Array:
+    return array
+
+
+def add_bias(y: Array, bias: Array) -> Array:
+    return y + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps, with what they take.
+
+    Args:
+        tap_grid: (sliding, output size) -> where the taps stand.
+        tap_offsets: (offset, sliding, size of the map) -> how far they are moved.
+        positions: points (N, G_o, K, H', W', 2) -> the same.
+        offset_groups: (channels, groups) -> which offset group each channel belongs to.
+        sample: (maps, points_px) -> samples.
+        mask: mask (N, G_o, K, H', W') -> the same.
+        weights: weight (O, C/G, k_y, k_x) -> the same.
+        weight_groups: (channels, groups) -> which group of the weights each channel belongs to.
+        add_bias: (y, bias) -> y.
+    """
+
+    tap_grid: Function = tap_grid
+    tap_offsets: Function = tap_offsets
+    positions: Function = identity
+    offset_groups: Function = group_of_head
+    sample: Function = bilinear_sample
+    mask: Function = identity
+    weights: Function = identity
+    weight_groups: Function = group_of_head
+    add_bias: Function = add_bias
+
+
+def conv_in_steps(
+    steps: Steps, x: Array, offset: Array, weight: Array, bias: Array | None, stride: Size, padding: Size,
+    dilation: Size, mask: Array | None,
+) -> Array:  # fmt: skip
+    """Return y (N, O, H', W')."""
+    batch, channels = x.shape[:2]
+    geometry = ConvGeometry((weight.shape[2], weight.shape[3]), stride, padding, dilation)
+    output_size = (offset.shape[2], offset.shape[3])
+    grid = steps.tap_grid(geometry, output_size).astype(offset.dtype)
+    points = steps.positions(grid + steps.tap_offsets(offset, geometry, np.asarray(x.shape[2:])))
+    group = steps.offset_groups(channels, points.shape[1])
+    maps = x.reshape(batch * channels, 1, *x.shape[2:])
+    samples = steps.sample(maps, points[:, group].reshape(batch * channels, int(np.prod(points.shape[2:5])), 2))
+    columns = samples.reshape(batch, channels, *points.shape[2:5])  # (N, C, K, H', W')
+    if mask is not None:
+        columns = columns * steps.mask(mask.reshape(points.shape[:5]))[:, group]
+    y = np.einsum("nckhw,ock->nohw", columns, full_weight(steps, weight, channels), optimize=True)
+    return y if bias is None else np.asarray(steps.add_bias(y, bias))
+
+
+def full_weight(steps: Steps, weight: Array, channels: int) -> Array:
+    """Return the weights (O, C, K), zero where an output does not see a channel."""
+    groups = channels // weight.shape[1]
+    full = np.zeros((len(weight), channels, weight[0, 0].size), dtype=weight.dtype)
+    channel_group = steps.weight_groups(channels, groups)
+    for output, rows in enumerate(steps.weights(weight).reshape(*weight.shape[:2], -1)):
+        full[output, channel_group == output // (len(weight) // groups)] = rows
+    return full
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def change_result(change: Callable[..., Array]) -> Function:
+    """A step's result is changed: ``change(result, *what the step takes)``."""
+    return lambda fn: lambda *arguments: change(fn(*arguments), *arguments)
+
+
+def with_geometry(change: Callable[[ConvGeometry], ConvGeometry]) -> Function:
+    """The taps stand where another sliding puts them."""
+    return lambda fn: lambda geometry, output_size: fn(change(geometry), output_size)
+
+
+def all_y_then_all_x(fn: Function) -> Function:
+    """The offset's channels are taken for dy of all taps, then dx of all taps."""
+
+    def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        batch, channels, height, width = offset.shape
+        channels_split = offset.reshape(batch, channels // (2 * taps), 2, taps, height, width).swapaxes(2, 3)
+        return fn(channels_split.reshape(offset.shape), geometry, size)
+
+    return tap_offsets
+
+
+def taps_before_groups(fn: Function) -> Function:
+    """The offset's channels are taken for tap, group, (dy, dx)."""
+
+    def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        batch, channels, height, width = offset.shape
+        channels_split = offset.reshape(batch, taps, channels // (2 * taps), 2, height, width).swapaxes(1, 2)
+        return fn(channels_split.reshape(offset.shape), geometry, size)
+
+    return tap_offsets
+
+
+def taps_column_by_column(offsets: Array, offset: Array, geometry: ConvGeometry, size: Array) -> Array:
+    """The offset's taps are numbered column by column."""
+    batch, groups, _, *rest = offsets.shape
+    return offsets.reshape(batch, groups, *geometry.kernel[::-1], *rest).swapaxes(2, 3).reshape(offsets.shape)
+
+
+def softmax_over_taps(mask: Array) -> Array:
+    return softmax(np.moveaxis(mask, 2, -1)).transpose(0, 1, 4, 2, 3)
+
+
+def interleaved(channels: int, groups: int) -> Array:
+    return np.arange(channels) % groups
+
+
+def reversed_groups(groups: Array, *others: int) -> Array:
+    return groups[::-1]
+
+
+def share_first(axis: int) -> Callable[..., Array]:
+    """Return what repeats the first one along an axis."""
+    return lambda array, *others: np.broadcast_to(np.take(array, [0], axis=axis), array.shape) if array.size else array
+
+
+def axes_swapped(geometry: ConvGeometry) -> ConvGeometry:
+    height, width = geometry.kernel
+    swapped = ConvGeometry(*(each[::-1] for each in geometry))
+    return swapped._replace(kernel=(height, width))
+
+
+def centered(geometry: ConvGeometry) -> ConvGeometry:
+    """The kernel's middle stands on the pixel, whatever the padding."""
+    radius = [dilation * (kernel - 1) // 2 for kernel, dilation in zip(geometry.kernel, geometry.dilation, strict=True)]
+    return geometry._replace(padding=(radius[0], radius[1]))
+
+
+def widened_about_the_middle(geometry: ConvGeometry) -> ConvGeometry:
+    """Dilation leaves the kernel's middle where it is."""
+    (height, width), (down, across), (top, left) = geometry.kernel, geometry.dilation, geometry.padding
+    return geometry._replace(padding=(top + (down - 1) * (height - 1) // 2, left + (across - 1) * (width - 1) // 2))
+
+
+TAP_GRID_MISTAKES: dict[str, tuple[str, Function]] = {
+    "half a pixel down and right": ("one_tap", change_result(lambda tap_grid, *others: tap_grid + 0.5)),
+    "half a pixel up and left": ("one_tap", change_result(lambda tap_grid, *others: tap_grid - 0.5)),
+    "the kernel's middle stands on the pixel, whatever the padding": ("without_offsets", with_geometry(centered)),
+    "padding makes the result larger, but moves nothing": (
+        "padding",
+        with_geometry(lambda s: s._replace(padding=(0, 0))),
+    ),
+    "the stride is ignored": ("stride", with_geometry(lambda s: s._replace(stride=(1, 1)))),
+    "the dilation is ignored": ("dilation", with_geometry(lambda s: s._replace(dilation=(1, 1)))),
+    "dilation leaves the kernel's middle where it is": ("dilation", with_geometry(widened_about_the_middle)),
+    "stride, padding and dilation are taken as (x, y)": ("pairs_are_y_x", with_geometry(axes_swapped)),
+}
+OFFSET_MISTAKES: dict[str, tuple[str, Function]] = {
+    "offsets are ignored": ("offset_direction", change_result(lambda offsets, *others: 0 * offsets)),
+    "offsets have the wrong sign": ("offset_direction", change_result(lambda offsets, *others: -offsets)),
+    "offsets are taken for normalised ones, of half a map": (
+        "offset_direction", change_result(lambda offsets, offset, geometry, size: offsets * size / 2)
+    ),
+    "offsets are (dx, dy)": ("offset_is_y_x", change_result(lambda offsets, *others: offsets[..., ::-1])),
+    "the offset's channels are all dy, then all dx": ("offset_channels", all_y_then_all_x),
+    "the offset's taps are numbered column by column": ("offset_channels", change_result(taps_column_by_column)),
+    "all taps are moved by the first tap's offset": ("offset_channels", change_result(share_first(2))),
+    "offsets are multiplied by the dilation": (
+        "offset_channels",
+        change_result(lambda offsets, offset, geometry, size: offsets * np.asarray(geometry.dilation)),
+    ),
+    "the offset's channels are numbered by tap first, then by group": ("offset_groups", taps_before_groups),
+    "all groups are moved by the first group's offsets": ("offset_groups", change_result(share_first(1))),
+    "all images are moved by the first image's offsets": ("images", change_result(share_first(0))),
+}  # fmt: skip
+OTHER_MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
+    "H for H - 1: positions times H/(H - 1)": (
+        "one_tap", {"sample": sample_at(lambda p, s: p * s / np.maximum(s - 1, 1))}
+    ),
+    "x is normalised by the height": ("not_square", {"sample": sample_at(lambda p, s: (p + 0.5) * s / s[0] - 0.5)}),
+    "x is normalised by the height, and y by the width": (
+        "not_square", {"sample": sample_at(lambda p, s: (p + 0.5) * s / s[::-1] - 0.5)}
+    ),
+    "an axis of one pixel is divided by zero": (
+        "single_row", {"sample": sample_at(lambda p, s: np.where(s == 1, p.dtype.type(np.nan), p))}
+    ),
+    "the kernel is flipped": ("without_offsets", {"weights": change_result(lambda w, _: w[:, :, ::-1, ::-1])}),
+    "the kernel is transposed": (
+        "without_offsets", {"weights": change_result(lambda w, _: w.swapaxes(2, 3) if w.shape[2] == w.shape[3] else w)}
+    ),
+    "nearest pixel instead of linear": (
+        "between_pixels", {"sample": sample_at(lambda p, s: np.floor(p + p.dtype.type(0.5)))}
+    ),
+    "the border is repeated outside": (
+        "zeros_outside", {"sample": sample_at(lambda p, s: np.clip(p, 0, s.astype(p.dtype) - 1))}
+    ),
+    "the map wraps around: a negative index counts from the end": ("zeros_outside", {"sample": wrap_around}),
+    "points outside the pixel centers are dropped": ("border_fades", {"sample": zero_unless_inside}),
+    "positions are rounded towards zero instead of down": ("border_fades", {"sample": truncated}),
+    "the mask is ignored": ("modulation", {"mask": change_result(lambda m, _: np.ones_like(m))}),
+    "a sigmoid is taken of the mask once more": ("modulation", {"mask": change_result(lambda m, _: expit(m))}),
+    "a softmax over the taps is taken of the mask": (
+        "modulation", {"mask": change_result(lambda m, _: softmax_over_taps(m))}
+    ),
+    "the mask is (1 + m)": ("modulation", {"mask": change_result(lambda m, _: 1 + m)}),
+    "the mask's taps are in reverse order": ("modulation", {"mask": change_result(lambda m, _: m[:, :, ::-1])}),
+    "the bias is ignored": ("bias", {"add_bias": lambda fn: identity}),
+    "input and output channels of the weights are exchanged": (
+        "channels", {"weights": change_result(lambda w, _: w.swapaxes(0, 1) if w.shape[0] == w.shape[1] else w)}
+    ),
+    "channels are averaged, not summed": ("channels", {"weights": change_result(lambda w, _: w / w.shape[1])}),
+    "groups of the weights are in reverse order": ("weight_groups", {"weight_groups": change_result(reversed_groups)}),
+    "channels are dealt to the groups of the weights in turn": (
+        "weight_groups", {"weight_groups": lambda fn: interleaved}
+    ),
+    "offset groups are in reverse order": ("offset_groups", {"offset_groups": change_result(reversed_groups)}),
+    "channels are dealt to the offset groups in turn": ("offset_groups", {"offset_groups": lambda fn: interleaved}),
+    "positions are kept in bfloat16": (
+        "fine_positions", {"positions": change_result(lambda points, _: round_to_bits(points, 8))}
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ wrong gradients
+
+
+def change_gradient(name: str, change: Callable[..., Array]) -> Callable[[Function], Function]:
+    """Return a VJP of which one gradient is changed: ``change(grad, arguments)``."""
+
+    def mutate(fn: Function) -> Function:
+        def vjp(cotangent: Array, *arguments: Any) -> dict[str, Any]:
+            grads = dict(fn(cotangent, *arguments))
+            return grads if grads[name] is None else {**grads, name: change(grads[name], arguments)}
+
+        return vjp
+
+    return mutate
+
+
+def stopped_at_border(grad: Array, arguments: tuple[Any, ...]) -> Array:
+    """Offsets that lead beyond the outermost pixel centers get no gradient."""
+    x, offset, weight, _, *rest = arguments
+    points = deform_points(offset, ConvGeometry((weight.shape[2], weight.shape[3]), *rest[:3]))
+    within = np.asarray(((points >= 0) & (points <= np.asarray(x.shape[2:]) - 1)).all(axis=-1))  # (N, G_o, K, H', W')
+    within_components = np.repeat(within[:, :, :, None], 2, axis=3)
+    return grad * within_components.reshape(grad.shape)
+
+
+def without_mask(grad: Array, arguments: tuple[Any, ...]) -> Array:
+    """The mask is forgotten in the gradient of the offset."""
+    mask = arguments[-1]
+    return grad if mask is None else grad / np.repeat(mask, 2, axis=1)
+
+
+def slope_from_left(fn: Function) -> Function:
+    """On a pixel, the slope of the offset is the one from the left and from above."""
+
+    def vjp(cotangent: Array, x: Array, offset: Array, *others: Any) -> dict[str, Any]:
+        left = fn(cotangent, x, offset - 2.0**-30, *others)
+        return {**fn(cotangent, x, offset, *others), "offset": left["offset"]}
+
+    return vjp
+
+
+def swapped_components(grad: Array, arguments: tuple[Any, ...]) -> Array:
+    batch, channels, height, width = grad.shape
+    return grad.reshape(batch, channels // 2, 2, height, width)[:, :, ::-1].reshape(grad.shape)
+
+
+MUTANTS = (
+    *(
+        Mutant(name, check, replace_steps(conv_in_steps, Steps(), tap_grid=mistake))
+        for name, (check, mistake) in TAP_GRID_MISTAKES.items()
+    ),
+    *(
+        Mutant(name, check, replace_steps(conv_in_steps, Steps(), tap_offsets=mistake))
+        for name, (check, mistake) in OFFSET_MISTAKES.items()
+    ),
+    *(
+        Mutant(name, check, replace_steps(conv_in_steps, Steps(), **mistake))
+        for name, (check, mistake) in OTHER_MISTAKES.items()
+    ),
+    *(
+        Mutant(
+            f"the gradient of the {name} is 0.1 % too large", check, vjp=change_gradient(key, lambda g, _: 1.001 * g)
+        )
+        for name, key, check in (
+            ("map", "x", "gradient_of_the_map"),
+            ("weights", "weight", "gradient_of_the_weights"),
+            ("bias", "bias", "gradient_of_the_weights"),
+            ("mask", "mask", "gradient_of_the_mask"),
+            ("offset", "offset", "gradient_of_the_offset"),
+        )
+    ),
+    Mutant("the offset gets no gradient", "gradient_of_the_offset", vjp=change_gradient("offset", lambda g, _: 0 * g)),
+    Mutant(
+        "the offset's gradient is (x, y)", "gradient_of_the_offset", vjp=change_gradient("offset", swapped_components)
+    ),
+    Mutant(
+        "the mask is forgotten in the offset's gradient",
+        "gradient_of_the_offset",
+        vjp=change_gradient("offset", without_mask),
+    ),
+    Mutant(
+        "the offset's gradient stops at the border",
+        "gradient_at_the_border",
+        vjp=change_gradient("offset", stopped_at_border),
+    ),
+    Mutant("the slope on a pixel is taken from the left", "gradient_on_the_lattice", vjp=slope_from_left),
+)

@@ -1,0 +1,188 @@
+"""Layers that are wrong in one way each, and the first check that sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..._checks import Array
+from ...conventions import Convention
+from ...layer import deformable_layer, deformable_layer_vjp
+from ...params import flatten, unflatten
+from ..op_spec import Function, Mutant
+from .attention_mutants import softmax_over_queries
+from .layer_cases import Weights, config_of
+from .layer_steps import (
+    GEOMETRY_MISTAKES,
+    LayerSteps,
+    affine_only,
+    biases_missing,
+    bounded_by,
+    clamp_missing,
+    custom_network,
+    gelu_by_tanh,
+    groups_interleaved,
+    kernel_flipped,
+    layer_in_steps,
+    merge_interleaved,
+    offsets_swapped,
+    other_padding,
+    smaller_epsilon_norm,
+    split_interleaved,
+    weights_transposed,
+)
+from .steps import BIAS_MISTAKES, replace_steps, sample_at, wrap_around, zero_unless_inside
+
+
+def attend_mistake(change: Callable[..., Any]) -> dict[str, Function]:
+    """Return a mistake in the core: ``change(right_attend, q, k, v, bias, scale)``."""
+    return {"attend": lambda fn: lambda *arguments: change(fn, *arguments)}
+
+
+# Each mistake with the first check that sees it, in the order of the checks.
+MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
+    "weight matrices are used transposed": ("projections", {"linear": weights_transposed}),
+    "the projections lack their biases": ("projections", {"linear": biases_missing}),
+    "features are sampled from the queries": ("projections", {"sample_input": lambda fn: lambda x, query: query}),
+    "keys and values exchanged": (
+        "projections", attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, v, k, bias, scale))),
+    "softmax over the queries instead of the keys": ("projections", attend_mistake(softmax_over_queries)),
+    "the scale is missing": ("scale", {"scale": lambda fn: lambda depth: 1.0}),
+    "dot products are divided by d, not by its root": ("scale", {"scale": lambda fn: lambda depth: 1 / depth}),
+    "channels are dealt to the heads in turn": ("heads", {"split": split_interleaved, "merge": merge_interleaved}),
+    **{
+        name: (check, GEOMETRY_MISTAKES[name])
+        for name, check in {
+            "half a pixel up and left": "middle",
+            "half a pixel down and right": "middle",
+            "H for H - 1: positions times H/(H - 1)": "middle",
+            "-1 and 1 are edges where pixel centers are meant, or the reverse (align_corners)": "spread",
+        }.items()
+    },
+    "nearest pixel instead of linear": (
+        "between_pixels", {"sample": sample_at(lambda p, size: np.floor(p + p.dtype.type(0.5)))}),
+    "no bound: the tanh is missing": ("offset_bound", {"bound": bounded_by(lambda raw, limit: limit * raw)}),
+    "clipped instead of tanh": (
+        "offset_bound", {"bound": bounded_by(lambda raw, limit: limit * np.clip(raw, -1, 1))}),
+    "the region is 2s key cells wide, not s: s·tanh where s/2·tanh is meant": (
+        "offset_bound", {"bound": bounded_by(lambda raw, limit: 2 * limit * np.tanh(raw))}),
+    "the tanh comes after the range: the offset is bounded by the map": (
+        "offset_bound", {"bound": bounded_by(lambda raw, limit: np.tanh(limit * raw))}),
+    "x and y of the offsets swapped": ("rows_before_columns", {"bound": offsets_swapped}),
+    "x and y swapped": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped"]),
+    "x and y swapped, in pixels": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped, in pixels"]),
+    **{
+        name: ("not_square", GEOMETRY_MISTAKES[name])
+        for name in ("x is normalised by the height", "y is normalised by the width",
+                     "x is normalised by the height, and y by the width")
+    },
+    "the range of x is that of y": (
+        "not_square", {"bound": bounded_by(lambda raw, limit: limit[[0, 0]] * np.tanh(raw))}),
+    "the border of the map is repeated outside": (
+        "zero_outside", {"sample": sample_at(lambda p, size: np.clip(p, 0, size.astype(p.dtype) - 1))}),
+    "the map wraps around: a negative index counts from the end": ("zero_outside", {"sample": wrap_around}),
+    "points outside the pixel centers are dropped": ("border_fades", {"sample": zero_unless_inside}),
+    "positions are kept in bfloat16": ("fine_positions", GEOMETRY_MISTAKES["positions are kept in bfloat16"]),
+    "the bias is subtracted": (
+        "bias_middle", attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, k, v, -bias, scale))),
+    **{
+        name: (check, BIAS_MISTAKES[name])
+        for name, check in {
+            "H for H - 1 in the middle of the table: off by one": "bias_middle",
+            "displacements are twice as long: the half is missing": "bias_distance",
+            "queries and keys exchanged": "bias_of_queries_and_keys",
+            "the displacement has the wrong sign: from query to key": "bias_direction",
+            "the table is transposed": "bias_rows_before_columns",
+            "queries are numbered column by column": "bias_middle",
+            "nearest entry instead of linear": "bias_between_entries",
+            "what the table does not cover wholly is dropped": "bias_border_fades",
+            "heads in reverse order": "bias_of_heads",
+        }.items()
+    },
+    "the bias is scaled with the dot products": (
+        "bias_is_added",
+        attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, k, v, bias * bias.dtype.type(scale), scale))),
+    "the border of the table is repeated outside": (
+        "bias_zero_outside", BIAS_MISTAKES["the border is repeated outside"]),
+    "the table wraps around: a negative index counts from the end": (
+        "bias_zero_outside", BIAS_MISTAKES["the table wraps around: a negative index counts from the end"]),
+    "offsets are predicted from the map, not from the queries": (
+        "offset_network", {"offset_input": lambda fn: lambda x, query: x}),
+    "the depthwise kernel is flipped: a convolution, not a correlation": (
+        "offset_network", {"predict": kernel_flipped}),
+    "GELU by its tanh approximation": ("offset_network", {"predict": custom_network(activation=gelu_by_tanh)}),
+    "ReLU for GELU": ("offset_network", {"predict": custom_network(activation=lambda x: np.maximum(x, 0))}),
+    "a layer norm with an epsilon of 1e-6": ("offset_network", {"predict": custom_network(norm=smaller_epsilon_norm)}),
+    "no layer norm but for its weight and bias": ("offset_network", {"predict": custom_network(norm=affine_only)}),
+    "the padding of another convention": ("stride", {"padding": other_padding}),
+    **{
+        name: ("groups", GEOMETRY_MISTAKES[name])
+        for name in ("all groups use the first group's points", "groups in reverse order")
+    },
+    "channels are dealt to the groups in turn": ("groups", {"split_groups": groups_interleaved}),
+    "heads are dealt to the groups in turn": ("groups", BIAS_MISTAKES["heads are dealt to the groups in turn"]),
+    "all images use the first image's points": ("images", GEOMETRY_MISTAKES["all images use the first image's points"]),
+    "the clamp is missing": ("other_bounds", {"bound": clamp_missing}),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def scaled_gradient(prefix: str, with_scale: float) -> Callable[[Function], Function]:
+    """Return a VJP in which the gradients whose names start so are multiplied."""
+
+    def mutate(fn: Function) -> Function:
+        def vjp(*arguments: Any, **options: Any) -> dict[str, Array]:
+            grads = fn(*arguments, **options)
+            return {name: with_scale * grad if name.startswith(prefix) else grad for name, grad in grads.items()}
+
+        return vjp
+
+    return mutate
+
+
+def detached(*zero_weights: str, zero_gradients: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+    """Return a VJP whose backward pass takes some weights for zero, and so cuts what flows back through them.
+
+    Args:
+        zero_gradients: weights whose own gradients are lost as well.
+    """
+
+    def mutate(fn: Function) -> Function:
+        def vjp(
+            cotangent: Array, x: Array, weights: Weights, options: dict[str, Any], convention: Convention
+        ) -> dict[str, Array]:
+            config = config_of(x, weights, options, convention)
+            trace = deformable_layer(x, unflatten(weights), config)[1]
+            detached_weights = {name: 0 * leaf if name in zero_weights else leaf for name, leaf in weights.items()}
+            grad_x, grads = deformable_layer_vjp(cotangent, trace, unflatten(detached_weights), config)
+            leaves = {name: 0 * grad if name in zero_gradients else grad for name, grad in flatten(grads).items()}
+            return {"x": grad_x, **{f"weights.{name}": grad for name, grad in leaves.items()}}
+
+        return vjp
+
+    return mutate
+
+
+POINTWISE = "offset_network.pointwise.weight"
+
+MUTANTS = (
+    *(
+        Mutant(name, check, replace_steps(layer_in_steps, LayerSteps(), **steps))
+        for name, (check, steps) in MISTAKES.items()
+    ),
+    Mutant("the weights' gradients are 0.1 % too large", "gradient_of_the_projections",
+           vjp=scaled_gradient("weights", 1.001)),
+    Mutant("the table's gradient is 0.1 % too large", "gradient_of_the_table",
+           vjp=scaled_gradient("weights.position_bias", 1.001)),
+    Mutant("the points get no gradient: they are detached", "gradient_through_the_samples",
+           vjp=detached(POINTWISE, zero_gradients=(POINTWISE,))),
+    Mutant("the position gradient through the bias is forgotten", "gradient_through_the_bias",
+           vjp=detached("position_bias.table")),
+    Mutant("the queries' gradient is 0.1 % too large", "gradient_of_the_queries",
+           vjp=scaled_gradient("weights.query", 1.001)),
+    Mutant("the map's gradient is 0.1 % too large", "gradient_of_the_map", vjp=scaled_gradient("x", 1.001)),
+)  # fmt: skip

@@ -1,0 +1,232 @@
+"""Multi-scale deformable attention that is wrong in one way each, and the first check that sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..._checks import Array
+from ...ops.basic import softmax
+from ...ops.grid import Size
+from ...peers.multi_scale import location_pixels
+from ..op_spec import Function, Mutant
+from .sampler_mutants import round_to_bits
+
+
+def with_arguments(change: Callable[..., tuple[Any, ...]]) -> Callable[[Function], Function]:
+    """Return a function that is given something else: ``change(value, sizes, locations, weights)``, all four."""
+    return lambda fn: lambda *arguments: fn(*change(*arguments))
+
+
+def sample_at(move: Callable[[Array, Array], Array]) -> Callable[[Function], Function]:
+    """Return a function that looks elsewhere: ``move(points, sizes)``, points (N, Q, M, L, P, 2) in pixels, (y, x),
+    sizes (L, 1, 2)."""
+
+    def change(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
+        extent = np.asarray(sizes, dtype=locations.dtype)[:, None]
+        moved = (move(location_pixels(locations, sizes), extent) + 0.5) / extent
+        return value, sizes, moved[..., ::-1].astype(locations.dtype), weights
+
+    return with_arguments(change)
+
+
+def with_weights(change: Callable[[Array], Array]) -> Callable[[Function], Function]:
+    """Return a function that is given other weights (N, Q, M, L, P)."""
+    return with_arguments(lambda value, sizes, locations, weights: (value, sizes, locations, change(weights)))
+
+
+def softmax_over_points(weights: Array) -> Array:
+    """Softmax over the levels and points of a head."""
+    flat = weights.reshape(*weights.shape[:3], weights.shape[3] * weights.shape[4])
+    return softmax(flat).reshape(weights.shape)
+
+
+def normalized(weights: Array) -> Array:
+    """Divide by the sum over levels and points."""
+    total = weights.sum(axis=(3, 4), keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
+
+
+def last_level_only(weights: Array) -> Array:
+    """Keep the last level: each one has overwritten the one before."""
+    return weights * (np.arange(weights.shape[3]) == weights.shape[3] - 1)[:, None]
+
+
+def dropped(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
+    """Locations beyond the outermost pixel centers count for nothing."""
+    points = location_pixels(locations, sizes)
+    # Rounding puts what sits on the outermost centers a little to either side.
+    slack = 1e-9 if locations.dtype == np.float64 else 1e-4
+    inside = (points >= -slack) & (points <= np.asarray(sizes)[:, None] - 1 + slack)
+    return value, sizes, locations, weights * inside.all(axis=-1)
+
+
+def split_levels(value: Array, sizes: Sequence[Size]) -> list[Array]:
+    """Return the levels' maps (N, H, W, M, D)."""
+    ends = np.cumsum([height * width for height, width in sizes])
+    level_tokens = np.split(value, ends[:-1], axis=1)
+    return [
+        tokens.reshape(len(value), *size, *value.shape[2:]) for tokens, size in zip(level_tokens, sizes, strict=True)
+    ]
+
+
+def join_levels(maps: Sequence[Array]) -> Array:
+    """The reverse of `split_levels`."""
+    tokens = [each.reshape(len(each), each.shape[1] * each.shape[2], *each.shape[3:]) for each in maps]
+    return np.concatenate(tokens, axis=1)
+
+
+def column_by_column(value: Array, sizes: Sequence[Size], *others: Array) -> tuple[Any, ...]:
+    """Tokens are taken for columns, one after the other."""
+    reversed_levels = [(width, height) for height, width in sizes]
+    maps = [each.swapaxes(1, 2) for each in split_levels(value, reversed_levels)]
+    return join_levels(maps), sizes, *others
+
+
+def wrapped(fn: Function) -> Function:
+    """A negative index counts from the end: the maps are laid out twice, and read a period further on."""
+
+    def mutate(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> Any:
+        tiled = join_levels([np.tile(each, (1, 2, 2, 1, 1)) for each in split_levels(value, sizes)])
+        return fn(tiled, [(2 * height, 2 * width) for height, width in sizes], (locations + 1) / 2, weights)
+
+    return mutate
+
+
+def channels_first(fn: Function) -> Function:
+    """The result lists the first channel of all heads, then the second."""
+
+    def mutate(value: Array, *others: Any) -> Any:
+        result = fn(value, *others)
+        by_head = result.reshape(*result.shape[:2], value.shape[2], value.shape[3])
+        return by_head.swapaxes(2, 3).reshape(result.shape)
+
+    return mutate
+
+
+def share_first(axis: int) -> Callable[[Function], Function]:
+    """Return a function that uses the first one's locations along an axis of theirs."""
+
+    def change(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
+        first = np.take(locations, [0] if locations.shape[axis] else [], axis=axis)
+        return value, sizes, np.broadcast_to(first, locations.shape), weights
+
+    return with_arguments(change)
+
+
+def change_gradient(name: str, change: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
+    """Return a VJP of which one gradient is changed: ``change(grad, locations, extent)``, extent (L, 1, 2), (W, H)."""
+
+    def mutate(fn: Function) -> Function:
+        def vjp(cotangent: Array, value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> Any:
+            grads = dict(fn(cotangent, value, sizes, locations, weights))
+            extent = np.asarray(sizes, dtype=np.float64)[:, None, ::-1]
+            return {**grads, name: change(grads[name], locations, extent)}
+
+        return vjp
+
+    return mutate
+
+
+def _inside(locations: Array, extent: Array) -> Array:
+    """Whether a location lies between the outermost pixel centers, (N, Q, M, L, P, 1)."""
+    pixels = locations * extent - 0.5
+    return np.asarray(((pixels >= 0) & (pixels <= extent - 1)).all(axis=-1, keepdims=True))
+
+
+def reversed_locations(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
+    """Locations and weights of the last level are used for the first."""
+    return value, sizes, locations[:, :, :, ::-1], weights[:, :, :, ::-1]
+
+
+def reversed_tokens(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
+    """The tokens of the last level are taken to come first."""
+    return value, sizes[::-1], locations[:, :, :, ::-1], weights[:, :, :, ::-1]
+
+
+MUTANTS = (
+    Mutant(
+        "0 and 1 are read as the centers of the first and the last pixel (align_corners)", "pixel_centers",
+        sample_at(lambda p, size: (p + 0.5) * (size - 1) / size),
+    ),
+    Mutant("half a pixel down and right: pixel = location · W", "pixel_centers", sample_at(lambda p, size: p + 0.5)),
+    Mutant("locations are read as -1 … 1", "pixel_centers", sample_at(lambda p, size: (p + 0.5 + size) / 2 - 0.5)),
+    Mutant(
+        "(y, x) where (x, y) is meant", "columns_before_rows",
+        with_arguments(lambda value, sizes, locations, weights: (value, sizes, locations[..., ::-1], weights)),
+    ),
+    Mutant("the maps are stored column by column", "columns_before_rows", with_arguments(column_by_column)),
+    Mutant(
+        "the sizes are taken for (W, H)", "not_square",
+        with_arguments(lambda value, sizes, *others: (value, [tuple(size)[::-1] for size in sizes], *others)),
+    ),
+    Mutant(
+        "x is scaled with the height", "not_square",
+        sample_at(lambda p, size: (p + 0.5) * size[..., :1] / size - 0.5),
+    ),
+    Mutant(
+        "x is scaled with the height, and y with the width", "not_square",
+        sample_at(lambda p, size: (p + 0.5) * size[..., ::-1] / size - 0.5),
+    ),
+    Mutant("an axis of one pixel is divided by zero", "single_row",
+           sample_at(lambda p, size: np.where(size == 1, np.nan, p))),
+    Mutant("nearest pixel instead of linear", "between_pixels", sample_at(lambda p, size: np.floor(p + 0.5))),
+    Mutant("the border is repeated outside", "zeros_outside", sample_at(lambda p, size: np.clip(p, 0, size - 1))),
+    Mutant("the map wraps around: a negative index counts from the end", "zeros_outside", wrapped),
+    Mutant("locations outside the pixel centers are dropped", "border_fades", with_arguments(dropped)),
+    Mutant("a softmax is taken of the weights once more", "weights_as_they_are", with_weights(softmax_over_points)),
+    Mutant("the weights are divided by their sum", "weights_as_they_are", with_weights(normalized)),
+    Mutant(
+        "samples are averaged over the points, not summed", "weights_as_they_are",
+        with_weights(lambda weights: weights / max(weights.shape[4], 1)),
+    ),
+    Mutant("the points' weights are in reverse order", "weights_as_they_are",
+           with_weights(lambda each: each[..., ::-1])),
+    Mutant("the levels are in reverse order", "levels", with_arguments(reversed_locations)),
+    Mutant("the last level's tokens are taken to come first", "levels", with_arguments(reversed_tokens)),
+    Mutant(
+        "every level is scaled with the first level's size", "levels",
+        sample_at(lambda p, size: (p + 0.5) * size[:1] / size - 0.5),
+    ),
+    Mutant("levels are not summed: the last one overwrites the others", "levels", with_weights(last_level_only)),
+    Mutant("levels are averaged, not summed", "levels", with_weights(lambda weights: weights / weights.shape[3])),
+    Mutant("heads are in reverse order", "heads", with_arguments(
+        lambda value, sizes, locations, weights: (value, sizes, locations[:, :, ::-1], weights[:, :, ::-1])
+    )),
+    Mutant("all heads use the first head's locations", "heads", share_first(2)),
+    Mutant("the result lists channels before heads", "heads", channels_first),
+    Mutant("all queries use the first query's locations", "queries_and_images", share_first(1)),
+    Mutant("all images use the first image's locations", "queries_and_images", share_first(0)),
+    Mutant("positions in pixels are kept in bfloat16", "fine_positions",
+           sample_at(lambda p, size: round_to_bits(p, 8))),
+    Mutant(
+        "the value's gradient is 0.1 % too large", "gradient_of_the_value",
+        vjp=change_gradient("value", lambda g, p, e: 1.001 * g),
+    ),
+    Mutant(
+        "the weights' gradient is 0.1 % too large", "gradient_of_the_weights",
+        vjp=change_gradient("attention_weights", lambda g, p, e: 1.001 * g),
+    ),
+    Mutant(
+        "the locations' gradient is 0.1 % too large", "gradient_of_the_locations",
+        vjp=change_gradient("sampling_locations", lambda g, p, e: 1.001 * g),
+    ),
+    Mutant(
+        "the locations' gradient is that of pixels: the map's extent is missing", "gradient_of_the_locations",
+        vjp=change_gradient("sampling_locations", lambda g, p, e: g / e),
+    ),
+    Mutant(
+        "the locations' gradient is (y, x)", "gradient_of_the_locations",
+        vjp=change_gradient("sampling_locations", lambda g, p, e: g[..., ::-1]),
+    ),
+    Mutant(
+        "the locations get no gradient", "gradient_of_the_locations",
+        vjp=change_gradient("sampling_locations", lambda g, p, e: 0 * g),
+    ),
+    Mutant(
+        "the locations' gradient stops at the border", "gradient_at_the_border",
+        vjp=change_gradient("sampling_locations", lambda g, p, e: g * _inside(p, e)),
+    ),
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""Offset bounds that are wrong in one way each, and the first check that sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..._checks import Array
+from ...conventions import Convention
+from ..op_spec import Function, Mutant
+
+SMALL = 2.0**-20  # so small that tanh is the identity
+
+
+def measured_limit(fn: Function, raw: Array, offset_range: float, convention: Convention) -> Array:
+    """Return the limits that a function keeps to: its slope at zero, with the shape of `raw`."""
+    return np.asarray(fn(np.full_like(raw, SMALL), offset_range, convention)) / np.asarray(SMALL, dtype=raw.dtype)
+
+
+def bounded_by(change: Callable[[Array, Array], Array]) -> Callable[[Function], Function]:
+    """Return a bound of another form: ``change(raw, limit)``."""
+
+    def mutate(fn: Function) -> Function:
+        def bound(raw: Array, offset_range: float, convention: Convention) -> Array:
+            return change(raw, measured_limit(fn, raw, offset_range, convention))
+
+        return bound
+
+    return mutate
+
+
+def scaled_by(factor: Callable[[Array, float, Convention], Array | float]) -> Callable[[Function], Function]:
+    """Return a bound that is too wide or too narrow: ``factor(key_size, offset_range, convention)``."""
+
+    def mutate(fn: Function) -> Function:
+        def bound(raw: Array, offset_range: float, convention: Convention) -> Array:
+            key_size = np.asarray(raw.shape[1:3])
+            scaled = fn(raw, offset_range, convention) * np.asarray(factor(key_size, offset_range, convention))
+            return np.asarray(scaled, dtype=raw.dtype)
+
+        return bound
+
+    return mutate
+
+
+def other_pitch(key_size: Array, offset_range: float, convention: Convention) -> Array:
+    """Hk - 1 intervals where the convention has Hk, and the reverse."""
+    fewer = np.maximum(key_size - 1, 1)
+    return key_size / fewer if convention.reference.gap == 0 else fewer / key_size
+
+
+def limits_of_axes(axes: tuple[int, int]) -> Callable[[Function], Function]:
+    """Return a bound whose limit on axis y, x is that of the axes given."""
+
+    def factor(key_size: Array, offset_range: float, convention: Convention) -> Array:
+        pitch = np.array([convention.reference.pitch(count) for count in key_size])
+        return np.asarray(pitch[list(axes)] / pitch)
+
+    return scaled_by(factor)
+
+
+def divided_by_zero(key_size: Array, offset_range: float, convention: Convention) -> Array:
+    return np.where(key_size == 1, np.inf, 1.0)
+
+
+def change_gradient(change: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
+    """Return a VJP with another gradient: ``change(right_gradient, cotangent, raw)``."""
+
+    def mutate(fn: Function) -> Function:
+        def vjp(cotangent: Array, raw: Array, offset_range: float, convention: Convention) -> dict[str, Array]:
+            return {"raw": change(fn(cotangent, raw, offset_range, convention)["raw"], cotangent, raw)}
+
+        return vjp
+
+    return mutate
+
+
+MUTANTS = (
+    Mutant("the region is 2s key cells wide, not s: s·tanh where s/2·tanh is meant", "limit",
+           scaled_by(lambda *a: 2.0)),
+    Mutant("the region is s/2 key cells wide, not s", "limit", scaled_by(lambda *a: 0.5)),
+    Mutant("H - 1 for H, or the reverse: the pitch of another convention", "limit", scaled_by(other_pitch)),
+    Mutant("the offset range is taken for 2", "limit", scaled_by(lambda keys, s, c: 2 / s if s else 1.0)),
+    Mutant("the offsets are in key cells, not normalised", "limit", scaled_by(lambda keys, s, c: keys / 2)),
+    Mutant("no bound: the tanh is missing", "bounded", bounded_by(lambda raw, limit: limit * raw)),
+    Mutant("clipped instead of tanh", "bounded", bounded_by(lambda raw, limit: limit * np.clip(raw, -1, 1))),
+    Mutant(
+        "the tanh comes after the range: the offset is bounded by the map", "bounded",
+        bounded_by(lambda raw, limit: np.tanh(limit * raw)),
+    ),
+    Mutant(
+        "x and y swapped", "rows_before_columns",
+        lambda fn: lambda raw, s, convention: fn(raw, s, convention)[..., ::-1],
+    ),
+    Mutant("x is limited by the rows, and y by the columns", "not_square", limits_of_axes((1, 0))),
+    Mutant("x is limited by the rows", "not_square", limits_of_axes((0, 0))),
+    Mutant("y is limited by the columns", "not_square", limits_of_axes((1, 1))),
+    Mutant("a single key is divided by zero", "single_key", scaled_by(divided_by_zero)),
+    Mutant("the gradient is 0.1 % too large", "gradient",
+           vjp=change_gradient(lambda grad, cotangent, raw: 1.001 * grad)),
+    Mutant(
+        "the gradient passes the tanh by", "gradient",
+        vjp=change_gradient(lambda grad, cotangent, raw: grad / (1 - np.square(np.tanh(raw)))),
+    ),
+    Mutant(
+        "the gradient forgets the range", "gradient",
+        vjp=change_gradient(lambda grad, cotangent, raw: cotangent * (1 - np.square(np.tanh(raw)))),
+    ),
+)  # fmt: skip

@@ -1,0 +1,290 @@
+"""Operation ``reference_grid``: where the key points sit before they are moved, in pixels of the map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ..._checks import Array
+from ...conventions import Convention
+from ...ops.grid import Size, from_pixels, reference_points, to_pixels
+from ..common import runs, shape
+from ..context import CheckContext
+from ..drawing import draw_axis
+from ..op_spec import Argument, Case, Check, Function, Implementation, Mismatch, Mutant, OpSpec, Setting, Skip, Stage
+from ..strategies import SIDES, map_sizes
+
+CONSISTENT = (Convention.CELL_CENTER, Convention.PAPER)
+
+
+def reference_pixels(key_size: Size, size: Size, convention: Convention) -> Array:
+    """Return the reference points of a key grid (Hk, Wk) over a map (H, W): (Hk, Wk, 2), (y, x), in pixels."""
+    return to_pixels(reference_points(key_size, convention), size, convention)
+
+
+# ------------------------------------------------------------------------------------------------ cases
+
+
+def example(key_size: Size, size: Size, name: str = "") -> Case:
+    """Return a named case."""
+    return Case({"key_size": key_size, "size": size}, name)
+
+
+def square_grids(setting: Setting) -> st.SearchStrategy[Case]:
+    """Draw n × n keys on an m × m map."""
+    keys = st.sampled_from([2, 3, 5, 7])
+    return st.builds(lambda n, m: example((n, n), (m, m)), keys, st.sampled_from([2, 3, 5, 8, 14]))
+
+
+def rectangular_grids(setting: Setting) -> st.SearchStrategy[Case]:
+    """Draw key grids of at least two on maps, neither square."""
+    return st.builds(example, map_sizes(smallest=2), map_sizes(smallest=2))
+
+
+@st.composite
+def single_key_grids(draw: st.DrawFn) -> Case:
+    """Draw a key grid with a single row, a single column, or both."""
+    key_size = draw(st.sampled_from([(1, 1), (1, 3), (5, 1)]))
+    return example(key_size, draw(map_sizes()))
+
+
+def one_key_per_pixel(setting: Setting) -> st.SearchStrategy[Case]:
+    """Draw maps with a key for each pixel."""
+    return st.builds(lambda size: example(size, size), map_sizes())
+
+
+# ------------------------------------------------------------------------------------------------ tests
+
+
+def mean_agrees(ctx: CheckContext, case: Case) -> None:
+    got, expected = ctx.got(case), ctx.expected(case)
+    if got.shape != expected.shape:
+        raise Mismatch(f"expected shape {expected.shape}, got {got.shape}")
+    try:
+        ctx.require_close(got.mean(axis=(0, 1)), expected.mean(axis=(0, 1)))
+    except Mismatch as mismatch:
+        raise Mismatch(f"the middle of the grid: {mismatch.message}", expected, got) from None
+
+
+def single_key(ctx: CheckContext, case: Case) -> None:
+    if ctx.setting.convention is Convention.DATPP2023:
+        raise Skip("the 2023 release divides by zero there")
+    ctx.compare(case)
+
+
+def identity(ctx: CheckContext, case: Case) -> None:
+    if ctx.setting.convention not in CONSISTENT:
+        raise Skip(f"{ctx.setting.convention.name} does not have it: the release mixes two geometries")
+    pixels = np.stack(np.meshgrid(*map(np.arange, case.arguments["size"]), indexing="ij"), axis=-1)
+    ctx.require_close(ctx.got(case), pixels.astype(np.float64))
+
+
+def flips(ctx: CheckContext, case: Case) -> None:
+    if ctx.setting.convention is Convention.DATPP2023:
+        raise Skip("the 2023 release shifts its grid to the lower right")
+    got, last = ctx.got(case), np.asarray(case.arguments["size"]) - 1
+    ctx.require_close(got[::-1, ::-1], last - got)
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def change_points(change: Callable[[Array, Any, Any], Array]) -> Callable[[Function], Function]:
+    """Return a grid that is changed afterwards: ``change(points, key_size, size)``, both sizes as arrays."""
+
+    def mutate(fn: Function) -> Function:
+        def grid(key_size: Size, size: Size, convention: Convention) -> Array:
+            return change(fn(key_size, size, convention), np.asarray(key_size), np.asarray(size))
+
+        return grid
+
+    return mutate
+
+
+def with_sizes(change: Callable[..., tuple[Size, Size]]) -> Callable[[Function], Function]:
+    """Return a grid that is asked for with other sizes: ``change(key_size, size)``."""
+    return lambda fn: lambda key_size, size, convention: fn(*change(key_size, size), convention)
+
+
+def stretched(points: Array, keys: Any, size: Any) -> Array:
+    """The pitch of Hk - 1 keys where Hk are meant, about the middle."""
+    middle = points.mean(axis=(0, 1))
+    return np.asarray(middle + (points - middle) * keys / np.maximum(keys - 1, 1))
+
+
+def normalised_by_other_axis(fn: Function) -> Function:
+    """Rows are spread over as many intervals as there are for columns, and columns over those for rows."""
+
+    def grid(key_size: Size, size: Size, convention: Convention) -> Array:
+        intervals = np.maximum(np.asarray(key_size) - convention.reference.gap, 1)
+        normalised = from_pixels(fn(key_size, size, convention), size, convention)
+        return to_pixels((normalised + 1) * intervals / intervals[::-1] - 1, size, convention)
+
+    return grid
+
+
+def divided_by_zero(points: Array, keys: Any, size: Any) -> Array:
+    return np.where(keys == 1, np.nan, points)
+
+
+def meshgrid_xy(fn: Function) -> Function:
+    """Rows and columns of the grid are exchanged, and the result is laid out as if they were not."""
+
+    def grid(key_size: Size, size: Size, convention: Convention) -> Array:
+        return np.ascontiguousarray(fn(key_size, size, convention).swapaxes(0, 1)).reshape(*key_size, 2)
+
+    return grid
+
+
+MUTANTS = (
+    Mutant("half a key cell down and right", "middle", change_points(lambda p, keys, size: p + size / keys / 2)),
+    Mutant("half a key cell up and left", "middle", change_points(lambda p, keys, size: p - size / keys / 2)),
+    Mutant("half a pixel down and right", "middle", change_points(lambda p, keys, size: p + 0.5)),
+    Mutant("half a pixel up and left", "middle", change_points(lambda p, keys, size: p - 0.5)),
+    Mutant("the pitch of Hk - 1 intervals where Hk are meant", "pitch", change_points(stretched)),
+    Mutant(
+        "-1 and 1 are normalised as pixel centers and read as edges (align_corners=False where True is meant)", "pitch",
+        change_points(lambda p, keys, size: p * size / np.maximum(size - 1, 1) - 0.5),
+    ),
+    Mutant(
+        "-1 and 1 are normalised as edges and read as pixel centers (align_corners=True where False is meant)", "pitch",
+        change_points(lambda p, keys, size: (p + 0.5) * (size - 1) / size),
+    ),
+    Mutant("x and y swapped", "rows_before_columns", change_points(lambda p, keys, size: p[..., ::-1])),
+    Mutant("meshgrid's 'xy' for 'ij': rows and columns exchanged", "rows_before_columns", meshgrid_xy),
+    Mutant(
+        "x is normalised by the height, and y by the width", "not_square",
+        with_sizes(lambda key_size, size: (key_size, size[::-1])),
+    ),
+    Mutant(
+        "x is normalised by the number of rows of keys, and y by that of columns", "not_square",
+        normalised_by_other_axis
+    ),
+    Mutant("x is normalised by the height", "not_square", with_sizes(lambda keys, size: (keys, (size[0], size[0])))),
+    Mutant("y is normalised by the width", "not_square", with_sizes(lambda keys, size: (keys, (size[1], size[1])))),
+    Mutant("a single key is divided by zero", "single_key", change_points(divided_by_zero)),
+    Mutant("a single key sits in the corner", "single_key",
+           change_points(lambda p, keys, size: np.where(keys == 1, 0.0, p))),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+CHECKS = (
+    Check(
+        "runs", Stage.SMOKE, "It returns finite numbers.", "The function cannot be called as the protocol says.",
+        [example((2, 3), (4, 6), "2 × 3 keys on 4 × 6 pixels")], test=runs,
+    ),
+    Check(
+        "shapes", Stage.SHAPES, "A key grid (Hk, Wk) gives (Hk, Wk, 2).", "Axes are exchanged or flattened.",
+        [example((2, 3), (4, 6), "2 × 3 keys"), example((1, 5), (3, 7), "a single row")], rectangular_grids, shape,
+    ),
+    Check(
+        "middle", Stage.VALUES,
+        "The middle of the grid is where the convention puts it: for all but the 2023 release, the middle of the map.",
+        "The whole grid is shifted, by half a key cell or half a pixel most likely.",
+        [example((2, 2), (4, 4), "2 × 2 keys on 4 × 4 pixels"), example((7, 7), (56, 56), "7 × 7 keys on 56 × 56")],
+        square_grids, mean_agrees,
+    ),
+    Check(
+        "pitch", Stage.VALUES,
+        "Neighbouring points are as far apart as the convention says.",
+        "Hk stands where Hk - 1 is meant, or the reverse; or -1 and 1 are taken for pixel centers where they are the "
+        "edges of the map (align_corners).",
+        [example((3, 3), (6, 6), "the first row"), example((7, 7), (7, 7), "a key for each pixel")],
+        square_grids, lambda ctx, case: rows_only(ctx, case),
+    ),
+    Check(
+        "rows_before_columns", Stage.VALUES,
+        "Entry [i, j] is (y of row i, x of column j).",
+        "x and y are swapped, or the two axes of the grid (meshgrid's 'xy' and 'ij').",
+        [example((3, 3), (6, 6), "a square")], square_grids,
+    ),
+    Check(
+        "not_square", Stage.VALUES,
+        "On a map that is not square each axis has its own length.",
+        "One axis is normalised by the length of the other: x by the height, say. Square maps hide it.",
+        [example((2, 3), (4, 9), "2 × 3 keys on 4 × 9 pixels"), example((3, 5), (3, 5), "a key for each pixel")],
+        rectangular_grids,
+    ),
+    Check(
+        "single_key", Stage.VALUES,
+        "A single key has a place: the middle.",
+        "A division by Hk - 1 = 0, or a guard against it that puts the key into a corner.",
+        [example((1, 1), (5, 3), "one key"), example((1, 4), (5, 8), "one row of keys")],
+        lambda setting: single_key_grids(), single_key, degenerate=True,
+    ),
+    Check(
+        "identity", Stage.IDENTITIES,
+        "With a key for each pixel, key (i, j) sits on pixel (i, j).",
+        "Without offsets the layer would not attend to its own map.",
+        [example((3, 5), (3, 5), "a key for each pixel")], one_key_per_pixel, identity,
+    ),
+    Check(
+        "flips", Stage.IDENTITIES,
+        "The grid is symmetric about the middle of the map.",
+        "Left and right, or top and bottom, are treated differently: a flipped image is not seen flipped.",
+        [example((2, 3), (5, 7), "2 × 3 keys on 5 × 7 pixels")], rectangular_grids, flips,
+    ),
+)  # fmt: skip
+
+
+def rows_only(ctx: CheckContext, case: Case) -> None:
+    """Compare the sorted y and x coordinates: which is which is another check's business."""
+    got, expected = ctx.got(case), ctx.expected(case)
+    try:
+        ctx.require_close(np.sort(got, axis=None), np.sort(expected, axis=None))
+    except Mismatch as mismatch:
+        raise Mismatch(mismatch.message, expected, got) from None
+
+
+def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
+    """Draw the rows and the columns of the grid along rulers."""
+    key_size, size = case.arguments["key_size"], case.arguments["size"]
+    lines = [f"{key_size[0]} × {key_size[1]} keys on a map of {size[0]} × {size[1]}"]
+    expected, got = mismatch.expected, mismatch.got
+    if expected is None or got is None or expected.shape != (*key_size, 2) or got.shape != expected.shape:
+        return lines[0]
+    for name, axis, line in (("y", 0, np.s_[:, 0, 0]), ("x", 1, np.s_[0, :, 1])):
+        if size[axis] <= max(SIDES) + 7:
+            lines.append(draw_axis(name, size[axis], expected[line], got[line]))
+    return "\n".join(lines)
+
+
+def describe_difference(case: Case, expected: Array, got: Array) -> str:
+    """Say how far a grid is from a convention's, in key cells."""
+    key_size, size = np.asarray(case.arguments["key_size"]), np.asarray(case.arguments["size"])
+    where = f"on the example of {' × '.join(map(str, key_size))} keys on {' × '.join(map(str, size))} pixels"
+    displacement = got - expected
+    shift = displacement.mean(axis=(0, 1))
+    if np.abs(displacement - shift).max() < 1e-6:
+        cells = shift * key_size / size
+        down, fn = ("down" if shift[0] > 0 else "up"), ("right" if shift[1] > 0 else "left")
+        caption = [
+            f"{abs(move):.3g} pixels ({abs(cell):.3g} key cells)" for move, cell in zip(shift, cells, strict=True)
+        ]
+        return f"{where} every point lies {caption[0]} {down} and {caption[1]} {fn}"
+    return f"{where} points lie up to {np.abs(displacement * key_size / size).max():.3g} key cells elsewhere"
+
+
+REFERENCE_GRID = OpSpec(
+    name="reference_grid",
+    title="where the key points sit before they are moved, in pixels of the map",
+    function="reference_pixels",
+    arguments=(
+        Argument("key_size", "", "(Hk, Wk), two whole numbers"),
+        Argument("size", "", "(H, W) of the map"),
+    ),
+    returns="hw2",
+    reference=Implementation(
+        "dat_ref.testing.ops.reference_grid:reference_pixels", reference_pixels, takes_convention=True
+    ),
+    draw=draw,
+    depends_on_convention=True,
+    describe_difference=describe_difference,
+    checks=CHECKS,
+    mutants=MUTANTS,
+)
