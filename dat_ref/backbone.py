@@ -166,7 +166,7 @@ class DATTrace:
 
     stages: list[StageTrace]
     normed: Array  # (B, C, H, W), the last map after the final norm
-    pooled: Array  # (B, C)
+    pooled: Array  # (B, C); the normed map itself where every position is classified
 
 
 # ------------------------------------------------------------------------------------------------ the object
@@ -217,7 +217,8 @@ class DAT:
     def __call__(self, x: Array, return_trace: bool = False) -> Array | tuple[Array, DATTrace]:
         """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
 
-        Without a head (``num_classes=0``): the pooled features (B, C).
+        With ``global_pool=""``: logits of every position of the last map, (B, classes, Hs, Ws).
+        Without a head (``num_classes=0``): the features instead of the logits.
         """
         if return_trace:
             trace = self._trace(x)
@@ -232,14 +233,21 @@ class DAT:
         return list(outputs.values())
 
     def pool(self, features: Array) -> Array:
-        """Normalise the last feature map (B, C, H, W) and average its pixels: (B, C)."""
-        return layer_norm(features, **self.params["norm"]).mean(axis=(2, 3))
+        """Normalize the last feature map (B, C, H, W) and average its pixels: (B, C).
+
+        With ``global_pool=""`` without the average: (B, C, H, W).
+        """
+        return self._average(layer_norm(features, **self.params["norm"]))
+
+    def _average(self, normed: Array) -> Array:
+        return normed if self.config.global_pool == "" else normed.mean(axis=(2, 3))
 
     def classify(self, pooled: Array) -> Array:
-        """Return logits (B, classes) of pooled features (B, C)."""
+        """Return logits (B, classes) of pooled features (B, C), or (B, classes, H, W) of a map (B, C, H, W)."""
         if not self.config.num_classes:
             return pooled
-        return linear(pooled[:, :, None], **self.params["head"])[:, :, 0]
+        logits = linear(_flatten_map(pooled), **self.params["head"])
+        return logits.reshape(*logits.shape[:2], *pooled.shape[2:])
 
     def _trace(self, x: Array) -> DATTrace:
         steps = list(self.walk(x))
@@ -249,7 +257,7 @@ class DAT:
             blocks = [step.trace for step in stage_steps]
             stages.append(StageTrace(stage_steps[0].embeddings, blocks, stage_steps[-1].output))
         normed = layer_norm(stages[-1].output, **self.params["norm"])
-        return DATTrace(stages, normed, normed.mean(axis=(2, 3)))
+        return DATTrace(stages, normed, self._average(normed))
 
     # -------------------------------------------------------------------------------------------- gradient
 
@@ -258,7 +266,7 @@ class DAT:
         logits, trace = self(x, return_trace=True)
 
         def pullback(cotangent: Array) -> tuple[Array, Tree]:
-            axes = dict(zip(("B", "classes"), logits.shape, strict=True))
+            axes = dict(zip(("B", "classes", "H", "W"), logits.shape))
             return self._pull_back(check_array("cotangent", cotangent, axes), trace)
 
         return logits, pullback
@@ -267,11 +275,13 @@ class DAT:
         params = self.params
         grads: dict[str, Tree] = {}
         if self.config.num_classes:
-            head = linear_vjp(cotangent[:, :, None], trace.pooled[:, :, None], **params["head"])
-            cotangent, grads["head"] = head.x[:, :, 0], head.params
-        height, width = trace.normed.shape[2:]
-        grad_normed = np.broadcast_to(cotangent[:, :, None, None] / (height * width), trace.normed.shape)
-        norm = layer_norm_vjp(grad_normed, trace.stages[-1].output, **params["norm"])
+            tokens = _flatten_map(trace.pooled)
+            head = linear_vjp(_flatten_map(cotangent), tokens, **params["head"])
+            cotangent, grads["head"] = head.x.reshape(trace.pooled.shape), head.params
+        if self.config.global_pool == "avg":
+            height, width = trace.normed.shape[2:]
+            cotangent = np.broadcast_to(cotangent[:, :, None, None] / (height * width), trace.normed.shape)
+        norm = layer_norm_vjp(cotangent, trace.stages[-1].output, **params["norm"])
         grad, grads["norm"] = norm.x, norm.params
         grads["stages"] = [{"blocks": [None] * len(blocks)} for blocks in self.config.stages]
         grads["downsamples"] = [None] * (len(self.config.stages) - 1)
@@ -310,6 +320,11 @@ class DAT:
         return official.to_official(params_or_grads, official.backbone_names(self.config))
 
 
+def _flatten_map(x: Array) -> Array:
+    """(B, C) → (B, C, 1); (B, C, H, W) → (B, C, H·W)."""
+    return x.reshape(*x.shape[:2], int(np.prod(x.shape[2:])))
+
+
 # ------------------------------------------------------------------------------------------------ cost
 
 
@@ -326,4 +341,5 @@ def dat_macs(batch: int, size: Size, config: DATConfig) -> int:
             macs, size = embed_macs(batch, size, config.dims[stage - 1], config.dims[stage], downsample_kernel)
             total += macs
         total += sum(block_macs(batch, size, block_config) for block_config in blocks)
-    return total + linear_macs(batch, config.dims[-1], config.num_classes)
+    positions = size[0] * size[1] if config.global_pool == "" else 1
+    return total + linear_macs(batch * positions, config.dims[-1], config.num_classes)

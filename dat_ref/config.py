@@ -67,6 +67,8 @@ class BiasKind(Enum):
 BiasResolution = Literal["fractions", "pixels"]
 MLPKind = Literal["linear", "depthwise", "depthwise_residual"]
 SmallMap = Literal["shrink", "pad"]
+GlobalPool = Literal["avg", ""]
+Init = Literal["released", "zero_offset"]  # of the offset network's last layer
 
 # The hidden width of the log-CPB network, fixed in the released code.
 LOG_CPB_HIDDEN = 32
@@ -324,6 +326,7 @@ class DATConfig:
         image_size: (H, W) that sized biases are built for; any size can be fed.
         in_channels, num_classes: of the image and of the head (0 for no head).
         drop_path_rate, dropout: rates while training, used by `dat_ref.torch` only.
+        global_pool: ``"avg"`` averages the last map before the head; ``""`` classifies every position of it.
     """
 
     stages: tuple[tuple[BlockConfig, ...], ...]
@@ -333,10 +336,13 @@ class DATConfig:
     num_classes: int = 1000
     drop_path_rate: float = 0.0
     dropout: float = 0.0
+    global_pool: GlobalPool = "avg"
 
     def __post_init__(self) -> None:
         if self.patch_embedding not in ("patch", "conv"):
             raise ConfigError(f"patch_embedding: expected 'patch' or 'conv', got {self.patch_embedding!r}")
+        if self.global_pool not in ("avg", ""):
+            raise ConfigError(f"global_pool: expected 'avg' or '', got {self.global_pool!r}")
         if not self.stages or any(not blocks for blocks in self.stages):
             raise ConfigError("stages: expected at least one stage, each with at least one block")
         for number, blocks in enumerate(self.stages, start=1):

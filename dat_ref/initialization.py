@@ -10,17 +10,15 @@ convolution does. Deformable convolution and Deformable DETR's attention have ru
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import truncnorm
 
 from ._checks import Array, Tree
 from .backbone import dat_shapes
-from .config import AttentionConfig, DATConfig
+from .config import AttentionConfig, DATConfig, Init
 from .peers.registry import ATTENTIONS
-
-Init = Literal["released", "zero_offset"]
 
 
 def init_params(

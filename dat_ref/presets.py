@@ -1,7 +1,8 @@
-"""Backbones by name: the eight released ones, DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``, and a small one.
+"""Backbones by name: the eight released ones, DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``, and two small ones.
 
-``dat_nano`` is new work, in the default convention: three stages for images of 64 × 64, small enough to be trained on a
-laptop in minutes and to ship with its weights.
+The small ones are new work, in the default convention. ``dat_spot`` ships with its weights: one stage, one deformable
+layer of stride 10, which reads 4 % of the map without offsets, so that it needs them. ``dat_nano`` has three stages;
+its deformable layers have stride 1, read the whole map, and do not need offsets (see `dat_ref.ops.coverage`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ._checks import ConfigError
-from .config import BlockConfig, DATConfig, DeformableAttentionConfig, WindowAttentionConfig
+from .config import BiasKind, BlockConfig, DATConfig, DeformableAttentionConfig, Init, WindowAttentionConfig
 
 
 def _preset_2022(
@@ -77,6 +78,23 @@ def _nano() -> DATConfig:
     )
 
 
+def _spot() -> DATConfig:
+    """Recognize, then find: one block without mixing of positions, one deformable block.
+
+    Before the deformable layer a position sees 15 × 15 pixels of the image (7 from the stem, 8 more from the local
+    perception unit), and key cells are 40 × 40 pixels: a key knows what is at its point and little else. There is no
+    position bias, since the answer does not depend on where the object is.
+    """
+    windows = WindowAttentionConfig(32, heads=4, window_size=1)  # windows of one pixel: a projection of each position
+    deformable = DeformableAttentionConfig(32, heads=4, groups=2, stride=10, kernel_size=11, bias=BiasKind.NONE)
+    return DATConfig(
+        stages=((BlockConfig(windows, mlp_ratio=3, local_perception=True), BlockConfig(deformable, mlp_ratio=3)),),
+        patch_embedding="conv",
+        image_size=(160, 160),
+        global_pool="",
+    )
+
+
 # dat_pp_base_384 is dat_pp_base fed at 384²: its tables are built for 224² and read in fractions of the map.
 PRESETS: dict[str, DATConfig] = {
     "dat_tiny": _preset_2022(96, 6, 3, 3, 0.2),
@@ -88,7 +106,12 @@ PRESETS: dict[str, DATConfig] = {
     "dat_pp_base": _preset_2023(128, 4, (2, 4, 8, 16), 0.7),
     "dat_pp_base_384": _preset_2023(128, 4, (2, 4, 8, 16), 0.6),
     "dat_nano": _nano(),
+    "dat_spot": _spot(),
 }
+# Initialization of the offsets. Where s/2 · stride exceeds a pixel, a random one moves points by several pixels, which
+# is further than a target can pull them back (`dat_ref.ops.coverage.capture_radius`): there they start at zero. The
+# other presets start as released.
+OFFSET_INIT: dict[str, Init] = {"dat_spot": "zero_offset"}
 
 
 def config(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> DATConfig:

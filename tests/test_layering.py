@@ -13,7 +13,7 @@ ROOT = Path(dat_ref.__file__).parent
 # A package comes after its modules: its __init__ gathers them.
 TRAIL = [
     "_checks", "_deprecation", "conventions", "config", "presets", "params", "official",
-    "ops", "ops.basic", "ops.grid", "ops.offsets", "ops.sampling", "ops.bias", "ops.attention", "layer",
+    "ops", "ops.basic", "ops.grid", "ops.offsets", "ops.sampling", "ops.coverage", "ops.bias", "ops.attention", "layer",
     "peers.window", "peers.neighborhood", "peers.mhsa", "peers.deform_conv", "peers.multi_scale",
     "peers.ms_deform_attn", "peers.pyramid", "peers.per_query", "peers.dat_dcn",
     "peers.registry", "peers.matching", "peers.receptive_field", "peers",
@@ -26,15 +26,9 @@ PARTS = {
         "torch",
         "bench",
         "complexity.torch_counter",
-        "experiments.offset_ablation",
-        "experiments.study",
-        "experiments.attention_maps",
-        "experiments.costs",
-        "experiments.recording",
-        "experiments.no_offset_baseline",
     ),
     "triton": ("torch",),
-    "matplotlib": ("viz", "experiments.figures"),
+    "matplotlib": ("viz",),
     "PIL": ("viz", "data"),
     "hypothesis": ("testing",),
 }

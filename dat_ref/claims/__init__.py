@@ -12,13 +12,19 @@ is no longer the one that follows from the figures.
 """
 
 from .._deprecation import deprecated_names
-from . import comparison, cost, equal_keys, geometry, offsets, space
+from . import comparison, cost, coverage, equal_keys, geometry, offsets, space
 from .claim import Claim, Figure, Figures, Finding, Outcome, Source, SourceAccess, Verdict, run
 from .page import markdown, table
 
 LEDGER: tuple[Claim, ...] = tuple(
     sorted(
-        space.CLAIMS + cost.CLAIMS + geometry.CLAIMS + offsets.CLAIMS + comparison.CLAIMS + equal_keys.CLAIMS,
+        space.CLAIMS
+        + cost.CLAIMS
+        + geometry.CLAIMS
+        + offsets.CLAIMS
+        + comparison.CLAIMS
+        + equal_keys.CLAIMS
+        + coverage.CLAIMS,
         key=lambda claim: claim.number,
     )
 )

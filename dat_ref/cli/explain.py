@@ -17,10 +17,12 @@ from .. import config as preset
 from .._checks import Array
 from ..backbone import Step
 from ..config import DeformableAttentionConfig, OffsetBound
+from ..data import NETWORK
 from ..layer import LayerTrace
 from ..ops.grid import pixels_per_unit
 from ..ops.offsets import offset_limit
-from . import scene
+from ..scenes import OBJECTS
+from . import spot
 from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
 from .photo import DEFAULT_MODEL, add_photo_arguments, input_size, load_photo, normalise, parse_seed, resize
 from .weights import select_weights
@@ -33,7 +35,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "explain",
         help="run a DAT on a photograph and draw where it looks",
-        description="Run a backbone on a photograph: a line for every deformable block, four figures of one.",
+        description="Show the trained network on scenes that it has not seen, then run a backbone on a photograph: "
+        "a line for every deformable block, four figures of one. The photograph's backbone has random weights "
+        "unless --checkpoint is given.",
     )
     add_photo_arguments(parser)
     parser.add_argument(
@@ -53,12 +57,21 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="what computes; auto: torch where it is installed, the figures are the same (auto)",
     )
-    parser.add_argument(
+    trained = parser.add_argument_group("trained network", f"{NETWORK}, the trained network that ships")
+    trained.add_argument(
         "--scene",
         type=parse_seed,
-        default=5,
+        action="append",
         metavar="N",
-        help="held-out scene that the trained dat_nano looks at, where no PHOTO or other model is named (5)",
+        help="held-out scene to run it on; repeatable (default: six scenes, and then the photograph)",
+    )
+    trained.add_argument(
+        "--place",
+        type=spot.parse_place,
+        action="append",
+        metavar="NAME@Y,X[,R]",
+        help="object to place on PHOTO at pixel y,x with radius R, to run it on; repeatable. "
+        f"NAME: {', '.join(OBJECTS['pictures'].kinds)} (default R: 6 %% of the short side)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -154,6 +167,44 @@ def _bound_px(config: DeformableAttentionConfig, trace: LayerTrace) -> tuple[flo
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    if options.scene and (options.place or options.photo):
+        raise ConfigError("--scene: expected no PHOTO and no --place with it")
+    sightings = look_at_objects(options)
+    results: dict[str, Any] = {}
+    if sightings:
+        make_folder(options.out)
+        figures = spot.draw(sightings, options.out)
+        results["trained"] = {"model": NETWORK, "pictures": [spot.facts(each) for each in sightings]}
+        results["trained"]["figures"] = [str(path) for path in figures]
+        if not options.json:
+            print(f"{spot.text(sightings)}\n")
+            print("\n".join(str(path) for path in figures))
+    if not (options.scene or options.place):
+        if sightings and not options.json:
+            print()
+        results |= explain_photo(options)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    return 0
+
+
+def look_at_objects(options: argparse.Namespace) -> list[spot.Sighting]:
+    """Run the trained network: on a photograph with placed objects, on chosen scenes, or by default on six scenes."""
+    if options.place:
+        photo = load_photo(options.photo)
+        return [spot.look_at_photo(_name(options), photo, options.place, options.seed)]
+    if options.scene:
+        return [spot.look_at_scene(number) for number in options.scene]
+    by_default = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
+    return [spot.look_at_scene(number) for number in spot.SCENES] if by_default else []
+
+
+def _name(options: argparse.Namespace) -> str:
+    return "the photograph that ships" if options.photo is None else str(options.photo)
+
+
+def explain_photo(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a backbone on a photograph, print its blocks, write its figures, and return the results."""
     photo = load_photo(options.photo)
     height, width = photo.shape[:2]
     queries = options.query or default_queries((height, width))
@@ -174,40 +225,25 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     cells = [_query_cell(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
     figures = draw(explanation, _limit_size(photo), cells, options.stage, options.out)
-
-    # Beside the photograph that ships, which an untrained network looks at, the trained one and a scene of its own.
-    show_scene = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
-    trained = scene.explain_scene(options.scene) if show_scene else None
-    scene_figures = scene.draw(trained, options.out) if trained else []
-
-    name = "the photograph that ships" if options.photo is None else str(options.photo)
-    if options.json:
-        facts = {
-            "model": options.model,
-            "backend": backend,
-            "weights": weights,
-            "photograph": name,
-            "photograph_size": [height, width],
-            "image_size": list(image_size),
-            "seconds": seconds,
-            "blocks": [asdict(report) for report in explanation.reports],
-            "figures": [str(path) for path in figures],
-        }
-        if trained:
-            facts["scene"] = {**scene.facts(trained), "figures": [str(path) for path in scene_figures]}
-        print(json.dumps(facts, indent=2))
-        return 0
-    sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
-    print(f"{options.model} on {name}, {sizes}, {backend}, {seconds:.1f} s")
-    print(f"{weights}\n")
-    print(table(explanation.reports))
-    print("\noffsets in pixels of the block's map; at bound: share of offset components that the bound holds;")
-    print("outside: share of sampling points that left the map\n")
-    print("\n".join(str(path) for path in figures))
-    if trained:
-        print(f"\n{scene.text(trained)}\n")
-        print("\n".join(str(path) for path in scene_figures))
-    return 0
+    if not options.json:
+        sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
+        print(f"{options.model} on {_name(options)}, {sizes}, {backend}, {seconds:.1f} s")
+        print(f"{weights}\n")
+        print(table(explanation.reports))
+        print("\noffsets in pixels of the block's map; at bound: share of offset components that the bound holds;")
+        print("outside: share of sampling points that left the map\n")
+        print("\n".join(str(path) for path in figures))
+    return {
+        "model": options.model,
+        "backend": backend,
+        "weights": weights,
+        "photograph": _name(options),
+        "photograph_size": [height, width],
+        "image_size": list(image_size),
+        "seconds": seconds,
+        "blocks": [asdict(report) for report in explanation.reports],
+        "figures": [str(path) for path in figures],
+    }
 
 
 def table(reports: list[BlockReport]) -> str:

@@ -1,6 +1,7 @@
-"""Photographs that ship with the package, each in the public domain or under CC0, and a small trained network.
+"""Pictures and weights that ship with the package.
 
-``MANIFEST.json`` beside them records who took each one, where it came from and what was done to it.
+Photographs in the public domain or under CC0, small pictures of objects under the MIT license, and a small trained
+network. ``MANIFEST.json`` records the author, source and license of each picture.
 """
 
 import json
@@ -12,22 +13,22 @@ from typing import Any
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_DEVIATION = (0.229, 0.224, 0.225)
 
-NETWORK = "dat_nano"  # the trained network that ships
-
 _FOLDER = Path(__file__).parent
+NETWORK = "dat_spot"  # the trained network that ships
 
 
 @cache
-def _manifest() -> dict[str, dict[str, Any]]:
-    """Return the manifest's rows by photograph name, in the manifest's order."""
-    rows = json.loads((_FOLDER / "MANIFEST.json").read_text(encoding="utf-8"))["photographs"]
+def _manifest(part: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a part of the manifest by name, in the manifest's order."""
+    rows = json.loads((_FOLDER / "MANIFEST.json").read_text(encoding="utf-8"))[part]
     return {row["name"]: row for row in rows}
 
 
-def _row(name: str) -> dict[str, Any]:
-    if name not in _manifest():
-        raise ValueError(f"name: expected one of {', '.join(photographs())}, got {name!r}")
-    return _manifest()[name]
+def _path(part: str, name: str) -> Path:
+    rows = _manifest(part)
+    if name not in rows:
+        raise ValueError(f"name: expected one of {', '.join(rows)}, got {name!r}")
+    return _FOLDER / str(rows[name]["file"])
 
 
 def photographs() -> tuple[str, ...]:
@@ -36,7 +37,7 @@ def photographs() -> tuple[str, ...]:
     >>> photographs()
     ('chelsea', 'coffee', 'rocket', 'astronaut')
     """
-    return tuple(_manifest())
+    return tuple(_manifest("photographs"))
 
 
 def photograph_path(name: str = "chelsea") -> Path:
@@ -45,14 +46,32 @@ def photograph_path(name: str = "chelsea") -> Path:
     >>> photograph_path("coffee").name
     'coffee.jpg'
     """
-    return _FOLDER / str(_row(name)["file"])
+    return _path("photographs", name)
+
+
+def objects() -> tuple[str, ...]:
+    """Return the names of the small pictures of objects.
+
+    >>> objects()
+    ('giraffe', 'surfer', 'doughnut', 'octopus', 'ladybug', 'fish', 'tiger', 'crab')
+    """
+    return tuple(_manifest("objects"))
+
+
+def object_path(name: str) -> Path:
+    """Return the path of the small picture of an object, with an alpha channel.
+
+    >>> object_path("giraffe").name
+    'giraffe.webp'
+    """
+    return _path("objects", name)
 
 
 def network_path(name: str = NETWORK) -> Path:
-    """Return the path of the weights of a network that ships; how it was trained stands in a JSON file beside them.
+    """Return the path of the weights of the network that ships.
 
     >>> network_path().name
-    'dat_nano.safetensors'
+    'dat_spot.safetensors'
     """
     if name != NETWORK:
         raise ValueError(f"name: expected {NETWORK!r}, got {name!r}")
@@ -60,19 +79,18 @@ def network_path(name: str = NETWORK) -> Path:
 
 
 def network_card(name: str = NETWORK) -> dict[str, Any]:
-    """Return how a network that ships was trained, and its accuracy.
-
-    >>> network_card()["recipe"]["image_size"]
-    64
-    """
+    """Return how the network that ships was trained, and its measured accuracy."""
     card: dict[str, Any] = json.loads(network_path(name).with_suffix(".json").read_text(encoding="utf-8"))
     return card
 
 
 def provenance(name: str) -> dict[str, Any]:
-    """Return a photograph's row of the manifest: licence, author, source, checksum, what was changed.
+    """Return a picture's row of the manifest: licence, author, source, checksum, changes.
 
     >>> provenance("chelsea")["licence"]
     'CC0-1.0'
     """
-    return dict(_row(name))
+    rows = _manifest("photographs") | _manifest("objects")
+    if name not in rows:
+        raise ValueError(f"name: expected one of {', '.join(rows)}, got {name!r}")
+    return dict(rows[name])

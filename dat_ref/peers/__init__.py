@@ -19,7 +19,7 @@
 from .._deprecation import deprecated_names
 from .dat_dcn import DATDCNAttentionConfig
 from .deform_conv import DeformableConvConfig, deform_conv2d
-from .matching import REPLACEMENTS, matched_peer, replace_attention
+from .matching import CONTROLS, REPLACEMENTS, matched_peer, replace_attention
 from .mhsa import MultiHeadAttentionConfig
 from .ms_deform_attn import MultiScaleDeformableConfig
 from .multi_scale import multi_scale_deformable_attention
@@ -30,6 +30,7 @@ from .registry import ATTENTIONS
 
 __all__ = [
     "ATTENTIONS",
+    "CONTROLS",
     "REPLACEMENTS",
     "DATDCNAttentionConfig",
     "DeformableConvConfig",

@@ -17,9 +17,12 @@ kind                  what is searched       keys of a query
 ``ms_deform_dot``     points P               the same, compared by dot products
 ``per_query``         kernel size k, odd     k²
 ``dat_dcn``           points P               P of each head
+``no_offsets``        nothing                Hk Wk, at the reference points
+``average_pool``      nothing                Hk Wk, means of the key cells
+``more_keys``         nothing                4 Hk Wk at the reference points: half the stride
 ====================  =====================  ======================================================
 
-A deformable layer has Ns = Hk Wk keys.
+A deformable layer has Ns = Hk Wk keys. The last three are its controls: the same layer without offsets.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from ..config import (
     DATConfig,
     DeformableAttentionConfig,
     NeighborhoodAttentionConfig,
+    OffsetBound,
     WindowAttentionConfig,
 )
 from ..conventions import Convention
@@ -138,6 +142,22 @@ def _dat_dcn(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate
         yield Candidate(DATDCNAttentionConfig(layer.dim, layer.heads, points, convention), points)
 
 
+def _no_offsets(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
+    yield Candidate(replace(layer, offset_bound=OffsetBound.NONE), rows * columns)
+
+
+def _average_pool(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
+    yield Candidate(replace(layer, offset_bound=OffsetBound.NONE, average_pool=True), rows * columns)
+
+
+def _more_keys(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    finer = replace(layer, offset_bound=OffsetBound.NONE, stride=max(layer.stride // 2, 1))
+    rows, columns = key_grid_size(size, finer.kernel_size, finer.stride, finer.convention)
+    yield Candidate(finer, rows * columns)
+
+
 REPLACEMENTS: dict[str, Rule] = {
     "multi_head": _multi_head,
     "window": _window,
@@ -149,6 +169,12 @@ REPLACEMENTS: dict[str, Rule] = {
     "ms_deform_dot": _ms_deform_dot,
     "per_query": _per_query,
     "dat_dcn": _dat_dcn,
+}
+# The same layer without offsets: what they have to be compared with.
+CONTROLS: dict[str, Rule] = {
+    "no_offsets": _no_offsets,
+    "average_pool": _average_pool,
+    "more_keys": _more_keys,
 }
 
 
@@ -170,12 +196,12 @@ def matched_peer(layer: DeformableAttentionConfig, size: Size, kind: str, match:
     >>> matched_peer(layer, (14, 14), "window").window_size
     7
     """
-    kind = resolve_kind(kind)
-    if kind not in REPLACEMENTS:
-        raise ConfigError(f"kind: expected one of {', '.join(REPLACEMENTS)}, got {kind!r}")
+    kind, rules = resolve_kind(kind), REPLACEMENTS | CONTROLS
+    if kind not in rules:
+        raise ConfigError(f"kind: expected one of {', '.join(rules)}, got {kind!r}")
     if match not in ("keys", "macs"):
         raise ConfigError(f"match: expected 'keys' or 'macs', got {match!r}")
-    candidates = list(REPLACEMENTS[kind](layer, size))
+    candidates = list(rules[kind](layer, size))
     if match == "keys":
         rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
         return min(candidates, key=lambda candidate: abs(candidate.keys - rows * columns)).config

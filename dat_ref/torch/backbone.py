@@ -16,13 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from .. import official
 from .._checks import ConfigError
 from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
-from ..config import DATConfig
+from ..config import DATConfig, Init
 from ._checks import check_map
 from .block import Block, ChannelNorm, attentions_with
 from .bridge import SpecModule, state_dtype
 from .functional._symbolic import statically_zero
 from .functional.sampling import Sampler
-from .initialization import Init
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -88,7 +87,7 @@ class DAT(SpecModule):
             chooses.
         sampler: how features are sampled, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
-        global_pool: ``"avg"``, or ``""`` to leave the last map unpooled.
+        global_pool: ``"avg"``, or ``""`` to classify every position of the last map; as the config says if None.
 
     `forward_features` gives the normed last map, `forward_head` pools and classifies it, `forward_intermediates` gives
     the maps of all stages; `feature_info` says what they are.
@@ -101,12 +100,12 @@ class DAT(SpecModule):
         backend: str = "auto",
         sampler: Sampler = "gather",
         init: Init = "released",
-        global_pool: str = "avg",
+        global_pool: str | None = None,
     ) -> None:
         super().__init__()
-        _check_pool(global_pool)
         self.config = config
-        self.global_pool = global_pool
+        self.global_pool = config.global_pool if global_pool is None else global_pool
+        _check_pool(self.global_pool)
         self.num_classes, self.in_chans = config.num_classes, config.in_channels
         self.num_features = self.head_hidden_size = config.dims[-1]
         self.output_fmt = "NCHW"
@@ -161,8 +160,8 @@ class DAT(SpecModule):
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, DATTrace]:
         """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
 
-        Without a head (``num_classes=0``): the pooled features (B, C), or with ``global_pool=""`` the map (B, C, H/32,
-        W/32).
+        With ``global_pool=""``: logits of every position of the last map, (B, classes, H/32, W/32) with four stages.
+        Without a head (``num_classes=0``): the features instead of the logits.
 
         Raises:
             ShapeError, ConfigError: if an image does not fit.

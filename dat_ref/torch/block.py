@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from .._checks import ConfigError
 from ..block import BlockTrace, MLPTrace
-from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig
+from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
 from .functional.sampling import Sampler
-from .initialization import Init
 from .layer import DeformableAttention
 from .peers import (
     PEER_MODULES,

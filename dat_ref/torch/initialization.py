@@ -6,11 +6,9 @@ start from. What remains are the bias tables and the offset network's last layer
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-Init = Literal["released", "zero_offset"]
+from ..config import Init
 
 
 def init_table(table: Tensor, sigma: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import official
 from .._checks import ShapeError
-from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, OffsetBound
+from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
 from ..layer import BIAS_KERNEL, LayerTrace
 from ..ops.bias import LogBiasTrace
 from ..ops.offsets import OffsetNetworkTrace
@@ -25,7 +25,7 @@ from .functional._dtypes import wide_dtype
 from .functional.bias import log_bias_trace
 from .functional.grid import Padding, Size
 from .functional.sampling import Sampler
-from .initialization import Init, init_offsets, init_table
+from .initialization import init_offsets, init_table
 
 
 class OffsetNetwork(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 
 from .._checks import ConfigError
 from ..config import BlockConfig, DATConfig
-from ..peers.matching import REPLACEMENTS, Match, replace_attention, resolve_kind
-from ..presets import PRESETS
+from ..peers.matching import CONTROLS, REPLACEMENTS, Match, replace_attention, resolve_kind
+from ..presets import OFFSET_INIT, PRESETS
 from .backbone import DAT
 from .checkpoints import load_checkpoint
 from .features import DATFeatures
@@ -54,7 +54,7 @@ def create_model(
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     drop_path_rate: float | None = None,
-    global_pool: str = "avg",
+    global_pool: str | None = None,
     attention: str | None = None,
     match: Match = "keys",
     **overrides: Any,
@@ -70,9 +70,10 @@ def create_model(
         features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
         out_indices: which stages those come from, all four if None.
         drop_path_rate: stochastic depth at the last block, the preset's if None.
-        global_pool: ``"avg"``, or ``""`` for an unpooled map.
+        global_pool: ``"avg"``, or ``""`` to classify every position; the preset's if None.
         attention: another kind in the place of every deformable one, see `dat_ref.peers.matching`: ``"multi_head"``,
-            ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; None leaves them.
+            ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; or a control, the same layers without offsets:
+            ``"no_offsets"``, ``"average_pool"``, ``"more_keys"``. None leaves them.
         match: what the other kind is brought as near to the deformable one as it can be in, ``"keys"`` or ``"macs"``,
             at the size that bias tables are built for.
         overrides: ``backend``, ``sampler``, ``init`` of `DAT`; ``drop_rate``, ``attn_drop_rate``, ``proj_drop_rate``;
@@ -91,12 +92,14 @@ def create_model(
         raise ConfigError(f"name: unknown model {name!r}; {_suggest(name, list(PRESETS))}")
     overrides = {key: value for key, value in overrides.items() if value is not None}
     options = {key: overrides.pop(key) for key in _MODULE_OPTIONS if key in overrides}
+    options.setdefault("init", OFFSET_INIT.get(name, "released"))
     changes = {"num_classes": num_classes, "in_channels": in_chans, "drop_path_rate": drop_path_rate}
     config = _override(PRESETS[name], {key: value for key, value in changes.items() if value is not None} | overrides)
     if attention is not None:
         attention = resolve_kind(attention)
-        if attention not in REPLACEMENTS:
-            raise ConfigError(f"attention: unknown kind {attention!r}; {_suggest(attention, list(REPLACEMENTS))}")
+        known = [*REPLACEMENTS, *CONTROLS]
+        if attention not in known:
+            raise ConfigError(f"attention: unknown kind {attention!r}; {_suggest(attention, known)}")
         config = replace_attention(config, attention, match)
     if out_indices is not None and not features_only:
         raise ConfigError("out_indices: expected features_only=True with it")

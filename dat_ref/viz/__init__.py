@@ -11,16 +11,19 @@ from .geometry import (
     to_image_px,
     window_query_attention,
 )
+from .scenes import ScenePanel, draw_scenes
 from .style import save
 
 __all__ = [
     "QueryAttention",
+    "ScenePanel",
     "attention_map",
     "deformable_query_attention",
     "draw_attention",
     "draw_key_importance",
     "draw_offset_field",
     "draw_points",
+    "draw_scenes",
     "key_importance",
     "neighborhood_query_attention",
     "save",

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...config import Init
 from ...ops.offsets import OffsetNetworkTrace
 from ...peers.per_query import PerQueryAttentionConfig, PerQueryTrace, PointsTrace
 from .. import functional
 from ..functional.per_query import attend_at_points, lattice
 from ..functional.sampling import Sampler
-from ..initialization import Init, init_offsets
+from ..initialization import init_offsets
 from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from ..._checks import Array, ConfigError
 from ...data import PIXEL_DEVIATION, PIXEL_MEAN
-from ...scenes import Scenes
+from ...presets import PRESETS
+from ...scenes import Scenes, position_targets
 from ...train_config import TrainConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -48,12 +49,18 @@ def _standardised(values: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ scenes
 
 
+ON_OBJECTS = 0.5  # share of the loss on the positions of the objects, where every position is classified
+
+
 class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     """Scenes as a data set.
 
     Args:
         scenes: which ones.
-        fresh: whether every epoch has scenes of its own: there is no end to them.
+        fresh: whether every epoch has scenes of its own.
+        reduction: image pixels per position of the model's last map, if it classifies every position; the targets are
+            then those of `dat_ref.scenes.position_targets`. None for a model that classifies images.
+        on_objects: weight of the positions of the objects in such a target.
 
     >>> data = SceneImages(Scenes("which_all", "held_out", size=32))
     >>> image, target = data[3]
@@ -61,8 +68,11 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     ((3, 32, 32), (8,))
     """
 
-    def __init__(self, scenes: Scenes, fresh: bool = False) -> None:
+    def __init__(
+        self, scenes: Scenes, fresh: bool = False, reduction: int | None = None, on_objects: float = ON_OBJECTS
+    ) -> None:
         self.scenes, self.fresh, self.epoch = scenes, fresh, 0
+        self.reduction, self.on_objects = reduction, on_objects
         self.classes, self.multi = scenes.classes, scenes.multi
 
     def set_epoch(self, epoch: int) -> None:
@@ -80,7 +90,10 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
     def _item(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the scene of a number that counts through all epochs."""
         scene = self.scenes.scene(index)
-        return normalised(scene.image), torch.as_tensor(scene.label)
+        if self.reduction is None:
+            return normalised(scene.image), torch.as_tensor(scene.label)
+        targets = position_targets(scene.label, len(self.classes), scene.masks, self.reduction, self.on_objects)
+        return normalised(scene.image), torch.from_numpy(targets)
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -161,11 +174,19 @@ def train_and_val(root: Path | str, size: int, seed: int) -> tuple[ImageFolder, 
 
 
 def build_datasets(config: TrainConfig) -> tuple[Any, Any]:
-    """Return what a config trains on, and what is held out."""
+    """Return the training and the held-out data set of a run.
+
+    A model that classifies every position learns from all of them. Held out, only the positions off the objects count,
+    which know what is on the scene through attention alone.
+    """
     if config.data != "scenes":
         return train_and_val(config.data, config.image_size, config.seed)
-    train = Scenes(config.task, "train", config.image_size, config.seed, config.scenes_per_epoch)
-    return SceneImages(train, fresh=True), SceneImages(Scenes(config.task, "held_out", config.image_size))
+    model = PRESETS[config.model]
+    reduction = None if model.global_pool else model.reductions[-1]
+    common: dict[str, Any] = {"task": config.task, "size": config.image_size, "objects": config.objects}
+    train = Scenes(split="train", seed=config.seed, length=config.scenes_per_epoch, copies=config.copies, **common)
+    held_out = SceneImages(Scenes(split="held_out", **common), reduction=reduction, on_objects=0.0)
+    return SceneImages(train, fresh=True, reduction=reduction), held_out
 
 
 def _image_paths(root: Path) -> dict[str, list[Path]]:

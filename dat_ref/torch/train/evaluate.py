@@ -22,11 +22,15 @@ class Scores(NamedTuple):
 
 
 def per_sample_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the loss of each image: cross-entropy, or where several classes can be right their mean binary one.
+    """Return the loss of each image.
+
+    Cross-entropy; mean binary cross-entropy where several classes can be right; for a map of logits the cross-entropy
+    with weighted targets, -Σ t · log softmax(logits).
 
     Args:
-        logits: (B, classes).
-        targets: int64 (B,), or float32 (B, classes) of zeros and ones.
+        logits: (B, classes), or (B, classes, H, W).
+        targets: int64 (B,); float32 (B, classes) of zeros and ones; or t, float32 (B, classes, H, W), whose sum is 1
+            for each image, see `dat_ref.scenes.position_targets`.
 
     Returns:
         (B,), float32 or wider.
@@ -34,13 +38,21 @@ def per_sample_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if targets.ndim == 1:
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    if targets.ndim == 4:
+        smooth = targets * (1 - label_smoothing) + targets.mean(1, keepdim=True) * label_smoothing
+        return -(smooth * logits.log_softmax(1)).sum((1, 2, 3))
     smooth = targets * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, smooth.to(logits.dtype), reduction="none").mean(1)
 
 
 def correct_predictions(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return which images are answered rightly, (B,) bool."""
-    return logits.argmax(1) == targets if targets.ndim == 1 else ((logits > 0) == (targets > 0.5)).all(1)
+    """Return whether each image is classified correctly, (B,) bool; for a map of logits the share of its weight."""
+    if targets.ndim == 1:
+        return logits.argmax(1) == targets
+    if targets.ndim == 4:
+        predicted = logits.argmax(1, keepdim=True)
+        return (targets.gather(1, predicted) > 0).mul(targets.sum(1, keepdim=True)).sum((1, 2, 3))
+    return ((logits > 0) == (targets > 0.5)).all(1)
 
 
 @deprecated_keywords(team="context")

@@ -56,6 +56,7 @@ def build_model(config: TrainConfig, classes: int) -> nn.Module:
         num_classes=classes,
         drop_path_rate=config.drop_path,
         attention=config.attention or None,
+        init=config.init or None,
         img_size=config.image_size,
     )
     if config.grad_checkpointing:

@@ -1,0 +1,84 @@
+"""Ablation of offsets at test time: the same weights with zero offsets, one fixed shift, or another image's offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import DeformableAttention
+
+# (raw offsets (B, G, 2, Hk, Wk), their mean over images and positions (G, 2, 1, 1)) → raw offsets
+Ablation = Callable[[Tensor, Tensor], Tensor]
+ABLATIONS: dict[str, Ablation] = {
+    "zero": lambda raw, mean: torch.zeros_like(raw),
+    "shift": lambda raw, mean: mean.expand_as(raw),
+    "other": lambda raw, mean: raw.roll(1, 0),
+}
+
+
+def deformable_layers(model: nn.Module) -> dict[str, DeformableAttention]:
+    """Return the layers of a model that have an offset network, by their module names."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, DeformableAttention) and layer.offset_network is not None
+    }
+
+
+@contextmanager
+def replaced_offsets(layer: DeformableAttention, ablation: Ablation, mean: Tensor) -> Iterator[None]:
+    """Replace a layer's raw offsets as long as the context lasts."""
+
+    def hook(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        raw = output[0].view(-1, layer.config.groups, *output[0].shape[1:])
+        return ablation(raw, mean).flatten(0, 1), output[1]
+
+    assert layer.offset_network is not None
+    handle = layer.offset_network.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def mean_offsets(model: nn.Module, images: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
+    """Return the mean raw offset of each group, over images and positions, for every deformable layer: (G, 2, 1, 1).
+
+    Args:
+        model: images (B, channels, H, W) → anything.
+        images: (N, channels, H, W), N ≥ 1.
+        batch_size: images per pass.
+    """
+    sums: dict[str, list[Tensor]] = {name: [] for name in deformable_layers(model)}
+    with ExitStack() as stack:
+        for name, layer in deformable_layers(model).items():
+
+            def record(raw: Tensor, _: Tensor, destination: list[Tensor] = sums[name]) -> Tensor:
+                destination.append(raw.mean((-2, -1), keepdim=True))
+                return raw
+
+            stack.enter_context(replaced_offsets(layer, record, torch.empty(0)))
+        for part in images.split(batch_size):
+            model(part)
+    return {name: torch.cat(parts).mean(0) for name, parts in sums.items()}
+
+
+@contextmanager
+def ablated_offsets(model: nn.Module, kind: str, means: dict[str, Tensor]) -> Iterator[None]:
+    """Ablate the offsets of all deformable layers of a model as long as the context lasts.
+
+    Args:
+        model: with at least one deformable layer.
+        kind: ``"zero"`` (points stay on the reference points), ``"shift"`` (one offset for each group, `means`), or
+            ``"other"`` (those of the image before in the batch).
+        means: result of `mean_offsets`.
+    """
+    with ExitStack() as stack:
+        for name, layer in deformable_layers(model).items():
+            stack.enter_context(replaced_offsets(layer, ABLATIONS[kind], means[name]))
+        yield
