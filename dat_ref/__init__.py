@@ -1,37 +1,37 @@
-"""Deformable attention, explained by code that runs: the NumPy reference of DAT (CVPR 2022) and DAT++ (2023).
+"""NumPy reference implementation of deformable attention: DAT (CVPR 2022) and DAT++ (2023).
 
-Reading order, which is also the import order (a module imports only from those above it):
+Reading order. It is also the import order: a module imports only from the modules above it.
 
 ==========================  ====================================================================================
 `dat_ref.conventions`       four coordinate conventions, as data
-`dat_ref.config`            what a layer or a backbone is; the released argument names
-`dat_ref.presets`           the eight released backbones
+`dat_ref.config`            layer and backbone configurations; conversion from the released argument names
+`dat_ref.presets`           configurations of the eight released backbones and of `dat_nano`
 `dat_ref.params`            parameter trees: names and checks
-`dat_ref.official`          released parameter names and shapes, both ways
+`dat_ref.official`          conversion to and from the released parameter names and shapes
 `dat_ref.ops.basic`         linear, convolution, layer norm, GELU, softmax
-`dat_ref.ops.grid`          reference and query grids, coordinates and pixels
-`dat_ref.ops.offsets`       the offset network and the bound on its output
+`dat_ref.ops.grid`          reference and query grids; normalized and pixel coordinates
+`dat_ref.ops.offsets`       offset network and offset bound
 `dat_ref.ops.sampling`      bilinear sampling
-`dat_ref.ops.bias`          the position bias and its siblings
+`dat_ref.ops.bias`          relative position bias and its variants
 `dat_ref.ops.attention`     attention over sampled keys
-`dat_ref.layer`             the deformable-attention layer
-`dat_ref.peers`             the systems that it is compared with; two of them serve in the backbones' local blocks
-`dat_ref.block`             the Transformer block
-`dat_ref.backbone`          the whole backbone
+`dat_ref.layer`             deformable-attention layer
+`dat_ref.peers`             other attention mechanisms for comparison; two serve as the backbones' local attention
+`dat_ref.block`             Transformer block
+`dat_ref.backbone`          hierarchical backbone
 `dat_ref.initialization`    parameter initialization
 ==========================  ====================================================================================
 
-Beyond the trail, each imported when it is first used:
+Modules outside the reading order. Each is imported on first access:
 
 ==========================  ====================================================================================
-`dat_ref.complexity`        what each part costs, by formula and by counting
-`dat_ref.claims`            what the articles say, checked
-`dat_ref.checkpoints`       files of weights, of either release and our own
+`dat_ref.complexity`        cost of each part, by formula and by counting
+`dat_ref.claims`            claims of the papers, with checks and verdicts
+`dat_ref.checkpoints`       checkpoint files of both releases and of `dat_ref`
 `dat_ref.train`             training in NumPy
 `dat_ref.viz`               figures (needs matplotlib)
-`dat_ref.torch`             the same in PyTorch (needs torch)
-`dat_ref.bench`             how long it takes and how much memory, as ratios (needs torch)
-`dat_ref.testing`           the conformance kit: what is wrong with an implementation (needs hypothesis)
+`dat_ref.torch`             PyTorch implementation (needs torch)
+`dat_ref.bench`             benchmark of time and memory, as ratios (needs torch)
+`dat_ref.testing`           conformance tests for other implementations (needs hypothesis)
 ==========================  ====================================================================================
 """
 
@@ -78,11 +78,11 @@ __all__ = [
     "init_params",
 ]
 
-_ON_DEMAND = ("bench", "checkpoints", "claims", "complexity", "testing", "torch", "train", "viz")
+_LAZY_MODULES = ("bench", "checkpoints", "claims", "complexity", "testing", "torch", "train", "viz")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what lies beyond the trail when it is first asked for."""
-    if name in _ON_DEMAND:
+    """Import a module outside the reading order on first access."""
+    if name in _LAZY_MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

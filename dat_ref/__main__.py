@@ -1,4 +1,4 @@
-"""``python -m dat_ref`` is the ``dat-ref`` command."""
+"""Entry point of ``python -m dat_ref``, the same as the ``dat-ref`` command."""
 
 import sys
 

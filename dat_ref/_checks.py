@@ -1,4 +1,4 @@
-"""Errors that come before work: they name the argument, the expected pattern, the actual shape and the rule."""
+"""Argument checks and their errors. A message names the argument, the expected shape, the actual shape and the rule."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ Tree = Any  # nested dicts and lists whose leaves are arrays (or, for a tree of 
 
 
 class ShapeError(ValueError):
-    """An array has the wrong shape or kind of number."""
+    """Wrong shape or dtype of an array."""
 
 
 class ConfigError(ValueError):
-    """Sizes or options that do not go together."""
+    """Incompatible sizes or options."""
 
 
 class CheckpointError(ValueError):
-    """A parameter tree or state dict that does not fit the model; the message is the whole report."""
+    """Parameter tree or state dict that does not fit the model. The message contains the full report."""
 
 
 def pattern(axes: Mapping[str, int | None]) -> str:
-    """Write axes as people do: ``{"B": None, "C": 96}`` becomes ``(B, C=96)``."""
+    """Format named axes as a shape: ``{"B": None, "C": 96}`` becomes ``(B, C=96)``."""
     return "(" + ", ".join(name if size is None else f"{name}={size}" for name, size in axes.items()) + ")"
 
 
 def check_array(name: str, value: Array, axes: Mapping[str, int | None], rule: str = "") -> Array:
-    """Return `value` if it is a floating-point array whose shape fits `axes` (``None`` fits any length).
+    """Return `value` as an array after a check of its shape and dtype.
+
+    Args:
+        name: argument name for the error message.
+        value: array to check; it must be floating point.
+        axes: expected length of each axis, by axis name; ``None`` allows any length.
+        rule: additional rule to print in the error message.
 
     Raises:
-        ShapeError: naming the argument, the pattern, the rule and what was found.
+        ShapeError: if the shape does not match `axes` or the dtype is not floating point.
 
     >>> check_array("x", np.zeros((2, 64, 7, 9)), {"B": None, "C": 96, "H": None, "W": None})
     Traceback (most recent call last):
@@ -42,10 +48,10 @@ def check_array(name: str, value: Array, axes: Mapping[str, int | None], rule: s
     """
     value = np.asarray(value)
     expected = pattern(axes) + (f" with {rule}" if rule else "")
-    fits = value.ndim == len(axes) and all(
+    matches = value.ndim == len(axes) and all(
         size is None or size == actual for size, actual in zip(axes.values(), value.shape, strict=True)
     )
-    if not fits:
+    if not matches:
         raise ShapeError(f"{name}: expected {expected}, got {value.shape}")
     if not np.issubdtype(value.dtype, np.floating):
         raise ShapeError(f"{name}: expected floating-point numbers {expected}, got {value.dtype}")
@@ -53,7 +59,7 @@ def check_array(name: str, value: Array, axes: Mapping[str, int | None], rule: s
 
 
 def check_map(name: str, x: Array, channels: int) -> Array:
-    """Return `x` if it is a floating-point feature map ``(B, C=channels, H, W)`` with at least one pixel."""
+    """Return `x` as an array after a check that it is a floating-point feature map (B, channels, H ≥ 1, W ≥ 1)."""
     x = check_array(name, x, {"B": None, "C": channels, "H": None, "W": None})
     if 0 in x.shape[2:]:
         raise ShapeError(f"{name}: expected (B, C={channels}, H, W) with H >= 1 and W >= 1, got {x.shape}")
@@ -61,6 +67,6 @@ def check_map(name: str, x: Array, channels: int) -> Array:
 
 
 def check_divides(name: str, divisor: int, of: str, number: int) -> None:
-    """Raise unless ``number % divisor == 0``."""
+    """Raise `ConfigError` if `divisor` does not divide `number`."""
     if divisor < 1 or number % divisor:
         raise ConfigError(f"{name}: expected a divisor of {of}={number}, got {divisor}")

@@ -1,4 +1,4 @@
-"""Deprecated names: kept for one version, with a warning that names the new one."""
+"""Support for deprecated names. They work for one more version, with a warning that gives the new name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ R = TypeVar("R")
 
 
 def deprecated_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that resolves its old names.
+    """Return a module-level ``__getattr__`` that resolves deprecated names.
 
     Args:
-        module: the module's own ``__name__``.
-        names: old name → new name in the same module, or ``"package.module:name"`` where the object has moved.
+        module: ``__name__`` of the module.
+        names: new name in the same module, or ``"package.module:name"`` for a moved object, by old name.
     """
 
     def __getattr__(name: str) -> Any:
@@ -32,10 +32,10 @@ def deprecated_names(module: str, names: Mapping[str, str]) -> Callable[[str], A
 
 
 def deprecated_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator for a function that still takes keyword arguments under their old names, with a warning.
+    """Return a decorator that accepts deprecated keyword arguments, with a warning.
 
     Args:
-        names: new names by old ones.
+        names: new keyword by old keyword.
     """
 
     def decorator(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""What a layer or a backbone is, as frozen data: configurations, and the released argument names."""
+"""Layer and backbone configurations as frozen dataclasses, and conversion from the released argument names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .conventions import Convention
 
 
 class _TanhPixels:
-    """`OffsetBound.TANH_PIXELS`, the deprecated name of ``TANH_CELLS``."""
+    """Descriptor for ``OffsetBound.TANH_PIXELS``, the deprecated name of ``TANH_CELLS``."""
 
     def __get__(self, instance: OffsetBound | None, owner: type[OffsetBound]) -> OffsetBound:
         warnings.warn("OffsetBound.TANH_PIXELS is deprecated, use TANH_CELLS", DeprecationWarning, stacklevel=2)
@@ -22,14 +22,15 @@ class _TanhPixels:
 
 
 class OffsetBound(Enum):
-    """How the offset network's raw output Δ moves a reference point p (all in normalised coordinates).
+    """Map from a reference point p and the raw offset Δ to the sampling point, in normalized coordinates.
 
-    - ``TANH_CELLS``: p + (s/2) · pitch · tanh(Δ): the point stays inside a region s key cells wide (the
-      article's s·tanh).
-    - ``TANH_COORDINATES``: tanh(p + Δ): the point stays inside the map (the 2022 code with a negative range).
-    - ``CLAMP``: clamp(p + Δ, -1, 1): likewise, with zero gradient outside (the 2023 code with a negative range).
-    - ``RAW``: p + Δ, unbounded.
-    - ``NONE``: no offset network; the points are the reference points.
+    - ``TANH_CELLS``: p + (s/2) · pitch · tanh(Δ). The point moves at most s/2 key cells in each direction (the
+      paper's s·tanh).
+    - ``TANH_COORDINATES``: tanh(p + Δ). The point stays inside the map (2022 code with a negative range).
+    - ``CLAMP``: clamp(p + Δ, -1, 1). The point stays inside the map; the gradient is zero where the clamp acts
+      (2023 code with a negative range).
+    - ``RAW``: p + Δ, without a bound.
+    - ``NONE``: no offset network. The sampling points are the reference points.
     """
 
     TANH_CELLS = "tanh_cells"
@@ -37,7 +38,7 @@ class OffsetBound(Enum):
     CLAMP = "clamp"
     RAW = "raw"
     NONE = "none"
-    TANH_PIXELS = _TanhPixels()  # a descriptor, which `Enum` does not make a member
+    TANH_PIXELS = _TanhPixels()  # a descriptor, so `Enum` does not make it a member
 
     @classmethod
     def _missing_(cls, value: object) -> OffsetBound | None:
@@ -48,13 +49,14 @@ class OffsetBound(Enum):
 
 
 class BiasKind(Enum):
-    """What tells the attention where a key lies relative to a query.
+    """Kind of position bias.
 
-    - ``TABLE``: a (2H-1) × (2W-1) table a head, read bilinearly at the continuous displacement (the article's choice).
-    - ``FIXED``: a number for every pair of query and key cell, whatever the offsets.
+    - ``TABLE``: one (2H-1) × (2W-1) table per head, sampled bilinearly at the continuous displacement (the paper's
+      choice).
+    - ``FIXED``: one learned value for each pair of query and key cell, independent of the offsets.
     - ``LOG_CPB``: a small network of the log-scaled displacement (after Swin V2), in the 2023 code.
     - ``DEPTHWISE``: a 3×3 depthwise convolution of the queries, added to the output instead of the logits.
-    - ``NONE``: nothing.
+    - ``NONE``: no bias.
     """
 
     TABLE = "table"
@@ -70,31 +72,32 @@ SmallMap = Literal["shrink", "pad"]
 GlobalPool = Literal["avg", ""]
 Init = Literal["released", "zero_offset"]  # of the offset network's last layer
 
-# The hidden width of the log-CPB network, fixed in the released code.
+# Hidden width of the log-CPB network, fixed in the released code.
 LOG_CPB_HIDDEN = 32
 
 
 @dataclass(frozen=True)
 class DeformableAttentionConfig:
-    """One deformable-attention layer.
+    """Configuration of a deformable-attention layer.
 
     Args:
-        dim: channels C of the map; a multiple of `heads`.
-        heads: attention heads M; a multiple of `groups`.
-        groups: offset groups G; each moves its own key grid and samples its own C/G channels.
-        stride: r, map pixels per key cell.
-        kernel_size: k of the offset network's depthwise convolution.
-        offset_bound: how raw offsets become points, see `OffsetBound`.
-        offset_range: s of ``TANH_CELLS``: the width, in key cells, of the region that a point can reach.
+        dim: number of channels C of the map, a multiple of `heads`.
+        heads: number of attention heads M, a multiple of `groups`.
+        groups: number of offset groups G. Each group has its own sampling points and samples its own C/G channels.
+        stride: r, map pixels per key cell on each axis.
+        kernel_size: kernel size k of the offset network's depthwise convolution.
+        offset_bound: bound on the offsets, see `OffsetBound`.
+        offset_range: s of ``TANH_CELLS``, at least 0. A point moves at most s/2 key cells in each direction.
         bias: kind of position bias, see `BiasKind`.
-        size: (H, W) of the map that a sized bias (``TABLE``, ``FIXED``) is built for.
+        size: (H, W) of the map for which the bias is built; needed by ``TABLE`` and ``FIXED``.
         convention: coordinate convention.
-        bias_resolution: how a table built for another size is read: in ``"fractions"`` of the map, or in ``"pixels"``.
-        average_pool: keys from average-pooled features instead of sampled ones (the 2023 code without offsets).
-        attention_dropout, projection_dropout: rates while training, used by `dat_ref.torch` only.
+        bias_resolution: unit of displacement on a map of another size: ``"fractions"`` of the map, or ``"pixels"``.
+        average_pool: compute keys and values from average-pooled instead of sampled features (2023 code without
+            offsets).
+        attention_dropout, projection_dropout: dropout rates in training, used only by `dat_ref.torch`.
 
     Raises:
-        ConfigError: if the sizes do not divide or the options do not go together.
+        ConfigError: if the sizes are not divisible or the options are incompatible.
     """
 
     dim: int
@@ -122,11 +125,11 @@ class DeformableAttentionConfig:
         if self.offset_range < 0:
             raise ConfigError(f"offset_range: expected >= 0 (a width in key cells), got {self.offset_range}")
         if self.bias in (BiasKind.TABLE, BiasKind.FIXED) and self.size is None:
-            raise ConfigError(f"size: expected (H, W), which bias={self.bias.value!r} is built for, got None")
+            raise ConfigError(f"size: expected (H, W) of the map for bias={self.bias.value!r}, got None")
         if self.bias_resolution not in ("fractions", "pixels"):
             raise ConfigError(f"bias_resolution: expected 'fractions' or 'pixels', got {self.bias_resolution!r}")
         if self.average_pool and self.offset_bound is not OffsetBound.NONE:
-            raise ConfigError("average_pool: expected offset_bound=OffsetBound.NONE (pooled features do not move)")
+            raise ConfigError("average_pool: expected offset_bound=OffsetBound.NONE (average pooling has no offsets)")
 
     @property
     def head_dim(self) -> int:
@@ -140,17 +143,17 @@ class DeformableAttentionConfig:
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Factor on the dot products, d^(-1/2)."""
         return self.head_dim**-0.5
 
     @classmethod
     def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DeformableAttentionConfig:
-        """Build from the released ``DAttentionBaseline``'s own argument names.
+        """Build from the argument names of the released ``DAttentionBaseline``.
 
         Args:
             mapping: ``q_size, n_heads, n_head_channels, n_groups, stride, offset_range_factor, use_pe, dwc_pe, no_off,
-                fixed_pe`` and ``stage_idx`` (2022) or ``ksize, log_cpb`` (2023); others are ignored as the
-                release does.
+                fixed_pe`` and ``stage_idx`` (2022) or ``ksize, log_cpb`` (2023). Other names are ignored, as in the
+                release.
             release: ``"cvpr2022"`` or ``"datpp2023"``.
 
         Raises:
@@ -159,17 +162,8 @@ class DeformableAttentionConfig:
         """
         convention = Convention.of_release(release)
         latest = convention is Convention.DATPP2023
-        needed = [
-            "q_size",
-            "n_heads",
-            "n_head_channels",
-            "n_groups",
-            "stride",
-            "offset_range_factor",
-            "use_pe",
-            "dwc_pe",
-        ]
-        needed += ["no_off", "fixed_pe", "ksize" if latest else "stage_idx"]
+        needed = ["q_size", "n_heads", "n_head_channels", "n_groups", "stride", "offset_range_factor"]
+        needed += ["use_pe", "dwc_pe", "no_off", "fixed_pe", "ksize" if latest else "stage_idx"]
         _require("DAttentionBaseline", mapping, needed)
         no_offset = bool(mapping["no_off"])
         return cls(
@@ -212,9 +206,9 @@ def _released_bias(mapping: Mapping[str, Any], no_offset: bool, latest: bool) ->
 
 @dataclass(frozen=True)
 class WindowAttentionConfig:
-    """Attention inside windows of `window_size`², cyclically shifted by `shift` pixels (Swin).
+    """Configuration of attention inside windows of `window_size`², cyclically shifted by `shift` pixels (Swin).
 
-    Maps of any size: the last windows are filled up, and what fills them is invisible.
+    A map of any size is padded to whole windows. The padding is masked out.
     """
 
     dim: int
@@ -236,18 +230,20 @@ class WindowAttentionConfig:
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Factor on the dot products, d^(-1/2)."""
         return (self.dim // self.heads) ** -0.5
 
 
 @dataclass(frozen=True)
 class NeighborhoodAttentionConfig:
-    """Attention of each pixel to the `kernel_size`² pixels around it; at the border the neighborhood slides inwards.
+    """Configuration of neighborhood attention: each pixel attends to the `kernel_size`² pixels around it.
+
+    At the border the neighborhood shifts inwards, so that it stays inside the map.
 
     Args:
-        small_map: on an axis shorter than the kernel, ``"shrink"`` the neighborhood to the map, or ``"pad"``
-            the map with zeros, which then take part as keys (the released DAT++, through NATTEN 0.14).
-        dilation: distance in pixels between neighbors; the map falls into `dilation`² interleaved ones.
+        small_map: rule for an axis shorter than the kernel: ``"shrink"`` the neighborhood to the map, or ``"pad"``
+            the map with zeros, which then take part as keys (released DAT++, through NATTEN 0.14).
+        dilation: distance in pixels between neighbors. It splits the map into `dilation`² interleaved maps.
     """
 
     dim: int
@@ -263,7 +259,7 @@ class NeighborhoodAttentionConfig:
     def __post_init__(self) -> None:
         check_divides("heads", self.heads, "dim", self.dim)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size: expected an odd number (there is a center), got {self.kernel_size}")
+            raise ConfigError(f"kernel_size: expected an odd number (for a center pixel), got {self.kernel_size}")
         if self.dilation < 1:
             raise ConfigError(f"dilation: expected >= 1, got {self.dilation}")
         if self.small_map not in ("shrink", "pad"):
@@ -271,13 +267,13 @@ class NeighborhoodAttentionConfig:
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Factor on the dot products, d^(-1/2)."""
         return (self.dim // self.heads) ** -0.5
 
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """What a block asks of any other attention's configuration; the classes are in `dat_ref.peers`."""
+    """Base class for the configurations of other attention mechanisms; the subclasses are in `dat_ref.peers`."""
 
     dim: int
 
@@ -289,15 +285,17 @@ AttentionConfig = DeformableAttentionConfig | WindowAttentionConfig | Neighborho
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One Transformer block: [local perception unit] → norm → attention → norm → MLP, each a residual branch.
+    """Configuration of a Transformer block.
+
+    A block has residual branches: [local perception unit], norm → attention, norm → MLP.
 
     Args:
-        attention: what the block attends with.
-        mlp: ``"linear"``; ``"depthwise"`` (a 3×3 depthwise convolution between its layers, 2022 code);
-            ``"depthwise_residual"`` (the same as a residual branch, 2023 code).
-        mlp_ratio: hidden channels of the MLP per channel.
-        local_perception: whether a residual 3×3 depthwise convolution comes first.
-        layer_scale: initial value of the learned per-channel scale of both branches, or None for no scale.
+        attention: configuration of the attention layer.
+        mlp: ``"linear"``; ``"depthwise"`` (3×3 depthwise convolution between its two layers, 2022 code);
+            ``"depthwise_residual"`` (the same convolution as a residual branch, 2023 code).
+        mlp_ratio: ratio of the MLP's hidden channels to the block's channels.
+        local_perception: add a local perception unit, a residual 3×3 depthwise convolution, as the first branch.
+        layer_scale: initial value of the learned per-channel scale of both branches, or None for no layer scale.
     """
 
     attention: AttentionConfig
@@ -312,20 +310,20 @@ class BlockConfig:
 
     @property
     def dim(self) -> int:
-        """Channels of the map that the block works on."""
+        """Channels of the block's feature map."""
         return self.attention.dim
 
 
 @dataclass(frozen=True)
 class DATConfig:
-    """A hierarchical backbone of four stages at strides 4, 8, 16 and 32.
+    """Configuration of a hierarchical backbone with stages at strides 4, 8, 16 and 32.
 
     Args:
-        stages: for each stage its blocks; all blocks of a stage have the same dim.
+        stages: blocks of each stage. All blocks of a stage have the same dim.
         patch_embedding: ``"patch"`` (4×4 patches, then 2×2 between stages: 2022) or ``"conv"`` (overlapping 3×3: 2023).
-        image_size: (H, W) that sized biases are built for; any size can be fed.
-        in_channels, num_classes: of the image and of the head (0 for no head).
-        drop_path_rate, dropout: rates while training, used by `dat_ref.torch` only.
+        image_size: (H, W) in pixels for which the position biases are built. The input may have another size.
+        in_channels, num_classes: number of image channels; number of classes, 0 for no head.
+        drop_path_rate, dropout: rates in training, used only by `dat_ref.torch`.
         global_pool: ``"avg"`` averages the last map before the head; ``""`` classifies every position of it.
     """
 
@@ -356,11 +354,11 @@ class DATConfig:
 
     @property
     def reductions(self) -> tuple[int, ...]:
-        """Image pixels per map pixel, for each stage: 4, 8, 16, 32."""
+        """Stride of each stage, in image pixels per map pixel: 4, 8, 16, 32."""
         return tuple(4 * 2**i for i in range(len(self.stages)))
 
     def resized(self, image_size: tuple[int, int]) -> DATConfig:
-        """Return the same backbone with its sized biases built for another image size."""
+        """Return the same backbone with position biases for another image size (H, W)."""
 
         def resize(block: BlockConfig, reduction: int) -> BlockConfig:
             attention: Any = block.attention
@@ -376,10 +374,10 @@ class DATConfig:
 
     @classmethod
     def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DATConfig:
-        """Build from the released ``DAT`` class's own argument names (the ``MODEL.DAT`` part of its yaml files).
+        """Build from the argument names of the released ``DAT`` class (the ``MODEL.DAT`` section of its yaml files).
 
         Raises:
-            ConfigError: if a name is missing, or a block letter other than L, S, N, D is asked for.
+            ConfigError: if a name is missing, or a block letter is not L, S, N or D.
             ValueError: if the release is unknown.
         """
         latest = Convention.of_release(release) is Convention.DATPP2023
@@ -407,7 +405,7 @@ class DATConfig:
 def _released_stage(
     mapping: Mapping[str, Any], index: int, size: tuple[int, int], release: str
 ) -> tuple[BlockConfig, ...]:
-    """Return the blocks of stage `index`, whose map has `size` at the built image size."""
+    """Return the blocks of stage `index`; `size` is the (H, W) of its map at the configured image size."""
     latest = release == "datpp2023"
 
     def stage_option(name: str, default: Any) -> Any:

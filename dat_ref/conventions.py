@@ -1,29 +1,29 @@
-"""Where a key point sits: four coordinate conventions, as data.
+"""Coordinate conventions of DAT, as data: key grid, query grid, and conversion to pixels.
 
-A key grid of ``Hk × Wk`` points is laid over a feature map of ``H × W`` pixels. Three choices fix
+A key grid of ``Hk × Wk`` points covers a feature map of ``H × W`` pixels. Three choices define
 the geometry of one axis:
 
-1. **reference**: the normalised coordinate of key ``i`` is ``2 (i + shift) / (Hk - gap) - 1``;
-2. **query**: the same form, for the grid of queries that the position bias measures displacements from;
-3. **align_corners**: what the normalised interval means in pixels (pixel 0 is the *center* of the first pixel)::
+1. **reference**: the normalized coordinate of key ``i`` is ``2 (i + shift) / (Hk - gap) - 1``;
+2. **query**: the same formula for the query grid. The position bias measures displacements from this grid;
+3. **align_corners**: the conversion from normalized to pixel coordinates (pixel 0 is the *center* of the first pixel)::
 
        pixel = (n + 1) / 2 · (H - a) - (1 - a) / 2        a = 1 if align_corners else 0
 
-   ``align_corners``: -1 and +1 are the centers of the first and the last pixel. Otherwise: the outer edges of the map.
+   With ``align_corners``, -1 and +1 are the centers of the first and last pixel. Otherwise they are the map's edges.
 
-Two combinations are consistent, in the sense that at stride 1 and zero offset key ``i`` samples pixel ``i``:
-cell centers with edges at ±1 (``CELL_CENTER``), and corners with pixel centers at ±1 (``PAPER``, the article's
-text). Each release takes half of one and half of the other, and its weights mean what its geometry says, so
-both are kept bug for bug:
+Two combinations are consistent: at stride 1 and zero offset, key ``i`` samples pixel ``i``. The first has cell
+centers, with edges at ±1 (``CELL_CENTER``). The second has corners, with pixel centers at ±1 (``PAPER``, the text
+of the paper). Each release combines one half of each. Its trained weights depend on its geometry, so both releases
+are reproduced bug for bug:
 
-================  =================  ==================  =============  ==========================================
-convention        reference          query               align_corners  zero offset at stride 1 samples
-================  =================  ==================  =============  ==========================================
-``CELL_CENTER``   2(i+½)/Hk - 1      2(i+½)/H - 1        no             the pixel itself
-``PAPER``         2i/(Hk-1) - 1      2i/(H-1) - 1        yes            the pixel itself
+================  =================  ==================  =============  ============================================
+convention        reference          query               align_corners  sampling position at zero offset, stride 1
+================  =================  ==================  =============  ============================================
+``CELL_CENTER``   2(i+½)/Hk - 1      2(i+½)/H - 1        no             pixel i
+``PAPER``         2i/(Hk-1) - 1      2i/(H-1) - 1        yes            pixel i
 ``CVPR2022``      2(i+½)/Hk - 1      2(i+½)/H - 1        yes            contracted towards the center of the map
-``DATPP2023``     2(i+½)/(Hk-1) - 1  2i/(H-1) - 1        yes            half a pixel down and right; the last clamped
-================  =================  ==================  =============  ==========================================
+``DATPP2023``     2(i+½)/(Hk-1) - 1  2i/(H-1) - 1        yes            half a pixel down and right; last one clamped
+================  =================  ==================  =============  ============================================
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Spacing:
-    """The grid ``2 (i + shift) / (n - gap) - 1`` for i = 0 … n-1; `degenerate` stands where ``n = gap`` (0/0)."""
+    """Grid ``2 (i + shift) / (n - gap) - 1`` for i = 0 … n-1. `degenerate` replaces 0/0 where ``n = gap``."""
 
     shift: float
     gap: int
     degenerate: float = 0.0
 
     def coordinate(self, index: int, count: int) -> float:
-        """Return the normalised coordinate of point `index` of `count`.
+        """Return the normalized coordinate of point `index` in a grid of `count` points.
 
         >>> [Spacing(0.5, 0).coordinate(i, 4) for i in range(4)]
         [-0.75, -0.25, 0.25, 0.75]
@@ -53,13 +53,13 @@ class Spacing:
         return 2 * (index + self.shift) / (count - self.gap) - 1
 
     def pitch(self, count: int) -> float:
-        """Return the distance between neighbours, ``2 / (n - gap)``; 2 (the whole map) for a single point."""
+        """Return the distance between neighboring points, ``2 / (n - gap)``; 2 (the whole map) for a single point."""
         return 2 / max(count - self.gap, 1)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a convention says; see the module's table."""
+    """Parameters of a convention; see the table in the module docstring."""
 
     reference: Spacing
     query: Spacing
@@ -70,15 +70,15 @@ class Geometry:
 
 _CELLS = Spacing(shift=0.5, gap=0)
 _CORNERS = Spacing(shift=0.0, gap=1)
-# The 2023 code divides by Hk - 1 = 0 for a single key; its clamp then brings +inf to the last pixel.
+# The 2023 code divides by Hk - 1 = 0 for a single key; its clamp then moves +inf to the last pixel.
 _SHIFTED = Spacing(shift=0.5, gap=1, degenerate=math.inf)
 
 
 class Convention(Enum):
-    """A coordinate convention; ``.value`` is its `Geometry`, and its fields can be read from the member itself.
+    """Coordinate convention. ``.value`` is its `Geometry`; the fields are also attributes of the member.
 
-    - ``CELL_CENTER``: the default for new work. Resolution independent, defined for a single key.
-    - ``PAPER``: the article's text, corners at ±1 (a single key, undefined there, sits at the center).
+    - ``CELL_CENTER``: the default for new work. Independent of the resolution, defined for a single key.
+    - ``PAPER``: the text of the paper, with corners at ±1. A single key, undefined there, is at the center.
     - ``CVPR2022``, ``DATPP2023``: the released code, bug for bug.
 
     >>> Convention.CELL_CENTER.align_corners, Convention.PAPER.reference.shift
@@ -102,17 +102,17 @@ class Convention(Enum):
 
     @property
     def align_corners(self) -> bool:
-        """Whether ±1 are the centers of the outermost pixels (otherwise the edges of the map)."""
+        """True if ±1 are the centers of the outermost pixels, False if they are the edges of the map."""
         return self.value.align_corners
 
     @property
     def offset_padding(self) -> str:
-        """``"same"``: windows of the offset network centered on the key cells; ``"half"``: k // 2 on every side."""
+        """Padding of the offset network: ``"same"`` (windows centered on the key cells) or ``"half"`` (⌊k/2⌋ per side)."""
         return self.value.offset_padding
 
     @property
     def release(self) -> str | None:
-        """Name of the release that this convention reproduces, if any."""
+        """Name of the release that this convention reproduces, or None."""
         return self.value.release
 
     @classmethod
@@ -120,7 +120,7 @@ class Convention(Enum):
         """Return the convention of a release.
 
         Raises:
-            ValueError: unless `release` is ``"cvpr2022"`` or ``"datpp2023"``.
+            ValueError: if `release` is not ``"cvpr2022"`` or ``"datpp2023"``.
         """
         for convention in cls:
             if convention.release == release and release is not None:

@@ -1,4 +1,4 @@
-"""The operations of the spec, in reading order: basic → grid → offsets → sampling → bias → attention.
+"""Operations of the reference, in reading order: basic → grid → offsets → sampling → bias → attention.
 
-Inside each file, top to bottom: the equation, the forward, its gradient (``*_vjp``), its cost (``*_macs``).
+Each file has the same order: equation, forward function, gradient (``*_vjp``), cost (``*_macs``).
 """

@@ -1,10 +1,10 @@
-"""Attention, and the core of this project: attention over sampled keys with a bias read at their positions.
+"""Scaled dot-product attention, and attention over sampled keys with a position bias.
 
     z = softmax(q k̃ᵀ / √d + B) ṽ        for each head
 
-`deformable_attention` is what fast implementations compute in one pass. Its gradient has five parts: to the
-queries, the keys, the values, the bias table, and the points (here through the bias alone; through the keys and
-values the points get theirs from `bilinear_sample`, one step earlier).
+Fast implementations compute `deformable_attention` in one pass. It has five gradients: with respect to the queries,
+keys, values, bias table and points. The gradient of the points in this file comes from the bias alone. Their gradient
+through the keys and values comes from `bilinear_sample`, one step earlier.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .grid import Size
 
 
 def split_heads(x: Array, heads: int) -> Array:
-    """Cut the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
+    """Split channels into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
     return x.reshape(x.shape[0], heads, x.shape[1] // heads, math.prod(x.shape[2:])).swapaxes(2, 3)
 
 
 def merge_heads(x: Array, size: Size) -> Array:
-    """Lay heads back into a map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
+    """Merge heads into a feature map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
     return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1] * x.shape[3], *size)
 
 
@@ -37,12 +37,13 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tu
     """Scaled dot-product attention with an additive bias.
 
     Args:
-        q: (..., M, d).
-        k, v: (..., N, d).
-        bias: broadcasts to (..., M, N), or None; -inf hides a key.
+        q: queries (..., M, d).
+        k, v: keys and values (..., N, d).
+        bias: additive bias of the logits, broadcastable to (..., M, N), or None; -inf masks a key.
+        scale: factor on the dot products, usually d^(-1/2).
 
     Returns:
-        output (..., M, d) and attention weights (..., M, N), whose rows sum to one.
+        output (..., M, d) and attention weights (..., M, N). Each row of weights sums to one.
     """
     logits = (q * q.dtype.type(scale)) @ k.swapaxes(-1, -2)
     if bias is not None:
@@ -57,12 +58,17 @@ class AttendGradients(NamedTuple):
     q: Array
     k: Array
     v: Array
-    bias: Array  # (..., M, N), not yet summed over what the bias was broadcast along
+    bias: Array  # (..., M, N), not summed over the broadcast axes of the bias
 
 
 def attend_vjp(cotangent: Array, q: Array, k: Array, v: Array, weights: Array, scale: float) -> AttendGradients:
-    """With A the weights and S the logits: ∂L/∂V = Aᵀ ∂L/∂Z, ∂L/∂A = ∂L/∂Z Vᵀ, then `softmax_vjp`,
-    ∂L/∂Q = ∂L/∂S K/√d, ∂L/∂K = (∂L/∂S)ᵀ Q/√d, ∂L/∂B = ∂L/∂S."""
+    """Compute the gradients of `attend`.
+
+    With A the attention weights and S the logits:
+
+        ∂L/∂V = Aᵀ ∂L/∂Z,      ∂L/∂A = ∂L/∂Z Vᵀ,         ∂L/∂S = softmax_vjp(∂L/∂A, A),
+        ∂L/∂Q = ∂L/∂S K/√d,    ∂L/∂K = (∂L/∂S)ᵀ Q/√d,    ∂L/∂B = ∂L/∂S.
+    """
     grad_logits = softmax_vjp(cotangent @ v.swapaxes(-1, -2), weights)
     return AttendGradients(
         q=(grad_logits @ k) * q.dtype.type(scale),
@@ -73,7 +79,7 @@ def attend_vjp(cotangent: Array, q: Array, k: Array, v: Array, weights: Array, s
 
 
 def attend_macs(batch: int, queries: int, keys: int, channels: int) -> int:
-    """Multiply-adds of q kᵀ and A v over all heads: 2 · M · N · C."""
+    """Multiply-adds of q kᵀ and A v over all heads: 2 · M · N · C per image."""
     return 2 * batch * queries * keys * channels
 
 
@@ -89,21 +95,24 @@ def deformable_attention(
     scale: float | None = None,
     resolution: BiasResolution = "fractions",
 ) -> Array:
-    """Attend to sampled keys, with a relative position bias read at their continuous positions.
+    """Attend to sampled keys, with a relative position bias sampled at their continuous positions.
 
     Args:
-        q: (B, heads, H·W, d).
-        k, v: (B, heads, Ns, d), projected from the features sampled at `points`.
-        points: (B, G, Ns, 2), (y, x), normalised by the convention; heads [g·heads/G, (g+1)·heads/G) belong to group g.
-        bias_table: (heads, 2H-1, 2W-1), or None for no bias. A table of another size is read as `resolution` says.
-        query_size: (H, W).
-        scale: of the dot products, d^(-1/2) if None.
+        q: queries (B, heads, H·W, d).
+        k, v: keys and values (B, heads, Ns, d), projected from the features sampled at `points`.
+        points: sampling points (B, G, Ns, 2), order (y, x), normalized coordinates of the convention. Group g serves
+            the heads [g·heads/G, (g+1)·heads/G).
+        bias_table: (heads, 2H-1, 2W-1), or None for no bias. A table for another map size is rescaled by `resolution`.
+        query_size: (H, W) of the query map.
+        convention: coordinate convention.
+        scale: factor on the dot products, d^(-1/2) if None.
+        resolution: see `DeformableAttentionConfig.bias_resolution`.
 
     Returns:
-        (B, heads, H·W, d).
+        output (B, heads, H·W, d).
 
     Raises:
-        ShapeError, ConfigError: if the shapes do not go together.
+        ShapeError, ConfigError: if the shapes do not match.
     """
     check_core(check_array, q, k, v, points, bias_table, query_size)
     bias = None
@@ -113,7 +122,7 @@ def deformable_attention(
 
 
 class CoreGradients(NamedTuple):
-    """Gradients of `deformable_attention`; `bias_table` is None where there is none, and `points` is then zero."""
+    """Gradients of `deformable_attention`. Without a bias table, `bias_table` is None and `points` is zero."""
 
     q: Array
     k: Array
@@ -151,10 +160,10 @@ def deformable_attention_vjp(
 def check_core(
     check: Callable[..., Any], q: Any, k: Any, v: Any, points: Any, bias_table: Any, query_size: Size
 ) -> None:
-    """Raise unless the arguments of `deformable_attention` go together.
+    """Raise if the shapes of the arguments of `deformable_attention` do not match.
 
     Args:
-        check: `check_array`, or its twin for tensors.
+        check: `check_array`, or its counterpart for tensors.
     """
     height, width = query_size
     check("q", q, {"B": None, "heads": None, "H·W": height * width, "d": None})

@@ -1,7 +1,7 @@
-"""The building blocks that are not about deformable attention: maps in, maps out, each with its gradient and its cost.
+"""Basic operations on feature maps: linear, convolution, layer norm, GELU, softmax, each with its gradient and cost.
 
-Maps are ``(B, C, H, W)``. A cotangent is the gradient of some scalar loss L with respect to an output; every
-``*_vjp`` turns it into the gradients with respect to the inputs. Costs are multiply-adds, as integers.
+Maps are ``(B, C, H, W)``. A cotangent is the gradient of a scalar loss L with respect to an output. Each ``*_vjp``
+converts it to the gradients with respect to the inputs. Costs are multiply-adds, as integers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 class AffineGradients(NamedTuple):
-    """Gradients of an operation with a weight and perhaps a bias."""
+    """Gradients of an operation with a weight and an optional bias."""
 
     x: Array
     params: dict[str, Array]
@@ -33,15 +33,15 @@ def _weight_and_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
 
 
 def pixel_columns(x: Array) -> Array:
-    """Return a map with its pixels in one axis: (B, C, H, W) → (B, C, H·W)."""
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # -1 would be ambiguous in an empty batch
+    """Flatten the spatial axes of a map: (B, C, H, W) → (B, C, H·W)."""
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # -1 would be ambiguous for an empty batch
 
 
 # ------------------------------------------------------------------------------------------------ linear (1 × 1)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Mix the channels of every pixel: y[o] = Σ_c W[o, c] x[c] + b[o].
+    """Apply a linear map to the channels of each pixel: y[o] = Σ_c W[o, c] x[c] + b[o].
 
     Args:
         x: (B, C, H, W) or (B, C, N).
@@ -59,7 +59,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def linear_vjp(cotangent: Array, x: Array, weight: Array, bias: Array | None = None) -> AffineGradients:
-    """∂L/∂x = Wᵀ ∂L/∂y, ∂L/∂W = Σ ∂L/∂y xᵀ, ∂L/∂b = Σ ∂L/∂y, the sums over batch and pixels."""
+    """Compute ∂L/∂x = Wᵀ ∂L/∂y, ∂L/∂W = Σ ∂L/∂y xᵀ and ∂L/∂b = Σ ∂L/∂y, with sums over batch and pixels."""
     grad_y, columns = pixel_columns(cotangent), pixel_columns(x)
     grad_weight = np.tensordot(grad_y, columns, axes=([0, 2], [0, 2]))
     grad_bias = None if bias is None else grad_y.sum(axis=(0, 2))
@@ -75,7 +75,7 @@ def linear_macs(pixels: int, channels_in: int, channels_out: int) -> int:
 
 
 def conv_size(size: tuple[int, int], kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
-    """Return the map size after a convolution: ⌊(H + padding - k)/r⌋ + 1 on each axis."""
+    """Return the output size of a convolution: ⌊(H + padding - k)/r⌋ + 1 on each axis."""
     height, width = ((length + sum(pad) - kernel) // stride + 1 for length, pad in zip(size, padding, strict=True))
     return height, width
 
@@ -90,7 +90,7 @@ def _crop(x: Array, padding: Padding) -> Array:
 
 
 def _taps(padded: Array, kernel: int, stride: int, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
-    """Yield (i, j, view) for each tap of the kernel: the pixels that tap (i, j) meets, one for each output pixel."""
+    """Yield (i, j, view) for each kernel tap. The view has, for each output pixel, the input pixel under tap (i, j)."""
     for i in range(kernel):
         for j in range(kernel):
             rows = slice(i, i + stride * (size[0] - 1) + 1, stride)
@@ -101,16 +101,17 @@ def _taps(padded: Array, kernel: int, stride: int, size: tuple[int, int]) -> Ite
 def conv2d(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: Padding = NO_PADDING
 ) -> Array:
-    """Convolve: y[o, u] = Σ_c Σ_ij W[o, c, i, j] x[c, r u + (i, j)] + b[o], zeros outside the map.
+    """Convolve: y[o, u] = Σ_c Σ_ij W[o, c, i, j] x[c, r u + (i, j)] + b[o], with zeros outside the map.
 
     Args:
         x: (B, C, H, W).
         weight: (O, C, k, k).
         bias: (O,) or None.
-        padding: zeros around the map, ((top, bottom), (left, right)).
+        stride: r.
+        padding: numbers of zero rows and columns around the map, ((top, bottom), (left, right)).
 
     Returns:
-        (B, O, H', W') with the size of `conv_size`.
+        (B, O, H', W'), with H' and W' from `conv_size`.
     """
     kernel = weight.shape[-1]
     size = conv_size(x.shape[2:], kernel, stride, padding)
@@ -129,7 +130,7 @@ def conv2d_vjp(
     stride: int = 1,
     padding: Padding = NO_PADDING,
 ) -> AffineGradients:
-    """Each tap is a `linear` map of a shifted view, so its gradient is that of `linear`, added to the view."""
+    """Compute the gradients tap by tap, with `linear_vjp`: each tap is a `linear` map of a shifted view of x."""
     kernel, size = weight.shape[-1], cotangent.shape[2:]
     padded = _pad(x, padding)
     grad_padded, grad_weight = np.zeros_like(padded, dtype=cotangent.dtype), np.empty_like(weight)
@@ -143,14 +144,14 @@ def conv2d_vjp(
 
 
 def conv2d_macs(pixels: int, channels_in: int, channels_out: int, kernel: int) -> int:
-    """Multiply-adds of `conv2d` for `pixels` = B·H'·W' outputs."""
+    """Multiply-adds of `conv2d` for `pixels` = B·H'·W' output pixels."""
     return pixels * channels_in * channels_out * kernel**2
 
 
 def depthwise_conv2d(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: Padding = NO_PADDING
 ) -> Array:
-    """Convolve each channel with a kernel of its own: y[c, u] = Σ_ij W[c, 0, i, j] x[c, r u + (i, j)] + b[c].
+    """Convolve each channel with its own kernel: y[c, u] = Σ_ij W[c, 0, i, j] x[c, r u + (i, j)] + b[c].
 
     Args:
         x: (B, C, H, W).
@@ -176,7 +177,7 @@ def depthwise_conv2d_vjp(
     stride: int = 1,
     padding: Padding = NO_PADDING,
 ) -> AffineGradients:
-    """Tap by tap: ∂L/∂x gains W ∂L/∂y at the pixels that the tap met, ∂L/∂W[i, j] = Σ ∂L/∂y · tap."""
+    """Compute the gradients tap by tap: ∂L/∂tap = W[i, j] ∂L/∂y, added to ∂L/∂x, and ∂L/∂W[i, j] = Σ ∂L/∂y · tap."""
     kernel, size = weight.shape[-1], cotangent.shape[2:]
     padded = _pad(x, padding)
     grad_padded, grad_weight = np.zeros_like(padded, dtype=cotangent.dtype), np.empty_like(weight)
@@ -189,15 +190,15 @@ def depthwise_conv2d_vjp(
 
 
 def depthwise_conv2d_macs(pixels: int, channels: int, kernel: int) -> int:
-    """Multiply-adds of `depthwise_conv2d` for `pixels` = B·H'·W' outputs."""
+    """Multiply-adds of `depthwise_conv2d` for `pixels` = B·H'·W' output pixels."""
     return pixels * channels * kernel**2
 
 
 # ------------------------------------------------------------------------------------------------ layer norm
 
 
-def _standardise(x: Array) -> tuple[Array, Array]:
-    """Return x with mean 0 and variance 1 over the channels, and the factor 1/√(variance + ε)."""
+def _standardize(x: Array) -> tuple[Array, Array]:
+    """Return x standardized to mean 0 and variance 1 over the channels, and the factor 1/√(variance + ε)."""
     centered = x - x.mean(axis=1, keepdims=True)
     variance = np.square(centered).mean(axis=1, keepdims=True)
     inverse_deviation = 1 / np.sqrt(variance + x.dtype.type(LAYER_NORM_EPSILON))
@@ -205,24 +206,29 @@ def _standardise(x: Array) -> tuple[Array, Array]:
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
-    """Normalise the channels of every pixel: y = γ (x - mean) / √(variance + ε) + β.
+    """Normalize the channels of each pixel: y = γ (x - mean) / √(variance + ε) + β.
 
     Args:
         x: (B, C, H, W).
         weight: γ (C,).
         bias: β (C,).
     """
-    return _standardise(x)[0] * weight[:, None, None] + bias[:, None, None]
+    return _standardize(x)[0] * weight[:, None, None] + bias[:, None, None]
 
 
 def layer_norm_vjp(cotangent: Array, x: Array, weight: Array, bias: Array) -> AffineGradients:
-    """With x̂ the standardised input and g = γ ∂L/∂y: ∂L/∂x = (g - mean(g) - x̂ mean(g x̂)) / √(variance + ε)."""
-    standardised, inverse_deviation = _standardise(x)
-    grad_standardised = cotangent * weight[:, None, None]
-    mean = grad_standardised.mean(axis=1, keepdims=True)
-    slope = (grad_standardised * standardised).mean(axis=1, keepdims=True)
-    grad_x = (grad_standardised - mean - standardised * slope) * inverse_deviation
-    grad_weight = (cotangent * standardised).sum(axis=(0, 2, 3))
+    """Compute the gradients of `layer_norm`.
+
+    With x̂ the standardized input, g = γ ∂L/∂y, and sums over batch and pixels:
+
+        ∂L/∂x = (g - mean(g) - x̂ mean(g x̂)) / √(variance + ε),      ∂L/∂γ = Σ x̂ ∂L/∂y,      ∂L/∂β = Σ ∂L/∂y.
+    """
+    standardized, inverse_deviation = _standardize(x)
+    grad_standardized = cotangent * weight[:, None, None]
+    mean = grad_standardized.mean(axis=1, keepdims=True)
+    slope = (grad_standardized * standardized).mean(axis=1, keepdims=True)
+    grad_x = (grad_standardized - mean - standardized * slope) * inverse_deviation
+    grad_weight = (cotangent * standardized).sum(axis=(0, 2, 3))
     return AffineGradients(grad_x, {"weight": grad_weight, "bias": cotangent.sum(axis=(0, 2, 3))})
 
 
@@ -230,12 +236,12 @@ def layer_norm_vjp(cotangent: Array, x: Array, weight: Array, bias: Array) -> Af
 
 
 def gelu(x: Array) -> Array:
-    """Gaussian error linear unit, exact: x Φ(x), with Φ the normal distribution function."""
+    """Exact Gaussian error linear unit: x Φ(x), with Φ the standard normal distribution function."""
     return x * _normal_cdf(x)
 
 
 def gelu_vjp(cotangent: Array, x: Array) -> Array:
-    """d/dx x Φ(x) = Φ(x) + x φ(x), with φ the normal density."""
+    """Gradient of `gelu`: d/dx x Φ(x) = Φ(x) + x φ(x), with φ the standard normal density."""
     density = np.exp(-x * x / 2) * x.dtype.type(1 / np.sqrt(2 * np.pi))
     return cotangent * (_normal_cdf(x) + x * density)
 
@@ -246,13 +252,13 @@ def _normal_cdf(x: Array) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """exp(l_n) / Σ_m exp(l_m) over the last axis; a logit of -inf gets weight 0."""
+    """Softmax over the last axis: exp(l_n) / Σ_m exp(l_m). A logit of -inf gets weight 0."""
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-np.inf))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def softmax_vjp(cotangent: Array, weights: Array) -> Array:
-    """∂L/∂l_n = a_n (∂L/∂a_n - Σ_m a_m ∂L/∂a_m)."""
+    """Gradient of `softmax`: ∂L/∂l_n = a_n (∂L/∂a_n - Σ_m a_m ∂L/∂a_m)."""
     return weights * (cotangent - (weights * cotangent).sum(axis=-1, keepdims=True))
 
 
@@ -260,16 +266,18 @@ def softmax_vjp(cotangent: Array, weights: Array) -> Array:
 
 
 def scatter_add(values: Array, rows: Array, count: int) -> Array:
-    """The transpose of a gather: out[r] = Σ of values[n] over all n with rows[n] = r.
+    """Transpose of a gather: out[r] = Σ values[n] over all n with rows[n] = r.
 
-    ``gathered = table[rows]`` multiplies the table with a 0/1 matrix; its gradient multiplies with the transpose.
+    ``gathered = table[rows]`` is the product of a 0/1 matrix and the table. Its gradient is the product of the
+    transposed matrix and the cotangent.
 
     Args:
         values: (N, C).
-        rows: (N,) integers in [0, count).
+        rows: indices (N,), integers in [0, count).
 
     Returns:
         (count, C).
     """
-    taken = (np.ones(len(rows), dtype=values.dtype), rows, np.arange(len(rows) + 1))
-    return csr_array(taken, shape=(len(rows), count)).T @ values
+    ones, row_starts = np.ones(len(rows), dtype=values.dtype), np.arange(len(rows) + 1)
+    gather_matrix = csr_array((ones, rows, row_starts), shape=(len(rows), count))
+    return gather_matrix.T @ values

@@ -1,16 +1,17 @@
-"""Position bias: what the attention knows of where a key lies relative to a query.
+"""Relative position bias, sampled at the continuous displacement between query and key.
 
-The article reads a table B̂ ∈ R^{(2H-1)×(2W-1)} a head at the continuous displacement R of query and key, with the same
-bilinear φ that samples the features. In pixels, with T = 2H - 1 rows,
+The paper has one table B̂ ∈ R^{(2H-1)×(2W-1)} per head. It is sampled at the displacement R between query and key, with
+the same bilinear φ as the features. In pixels,
 
     B[m, n] = φ(B̂; i),        i_y = (q_y[m] - p̃_y[n]) + (H - 1)        and likewise in x.
 
-A table that was built for a map of H₀ = (T + 1)/2 rows and meets one of H is read either in fractions of the
-map, ``i = (q - p̃) · (H₀ - a)/(H - a) + (H₀ - 1)``, as the 2023 code does, or in pixels, ``i = (q - p̃) + (H₀ -
-1)``; displacements that the table does not cover read zero, as everything outside a map does.
+A table with T rows is built for a map of H₀ = (T + 1)/2 rows. On a map of H rows its index is computed in one of two
+ways. In fractions of the map, as in the 2023 code: ``i = (q - p̃) · (H₀ - a)/(H - a) + (H₀ - 1)``, with a = 1 for
+``align_corners`` and 0 otherwise. In pixels: ``i = (q - p̃) + (H₀ - 1)``. A displacement outside the table gives zero,
+as a point outside a map does.
 
-The points get their gradient twice: through the features that they sample, and through this bias. The second
-path is the one that ports forget.
+The points receive two gradients: through the features sampled at them, and through this bias. Ports often omit the
+second one.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ from .basic import linear, linear_macs, linear_vjp
 from .grid import Size, query_points, to_pixels, to_pixels_vjp
 from .sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------ table
 
 
 def table_scale(table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution) -> Array:
-    """Return table cells per pixel of displacement, (2,): 1 for a table built for this very map."""
+    """Return the number of table cells per pixel of displacement, (2,). It is 1 for a table built for this map size."""
     if resolution == "pixels":
         return np.ones(2)
-    built = (np.asarray(table_size, dtype=np.float64) + 1) / 2 - convention.align_corners  # H₀ - a
-    fed = np.asarray(query_size, dtype=np.float64) - convention.align_corners  # H - a
-    return built / np.maximum(fed, 1)
+    table_span = (np.asarray(table_size, dtype=np.float64) + 1) / 2 - convention.align_corners  # H₀ - a
+    map_span = np.asarray(query_size, dtype=np.float64) - convention.align_corners  # H - a
+    return table_span / np.maximum(map_span, 1)
 
 
 def table_positions(
     points: Array, table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution = "fractions"
 ) -> Array:
-    """Return where in the table the displacement of each query from each point is read.
+    """Return the table index of the displacement between each query and each point.
 
     Args:
-        points: p̃ (B, G, Ns, 2), normalised.
+        points: p̃ (B, G, Ns, 2), order (y, x), normalized.
         table_size: (2H₀-1, 2W₀-1).
-        query_size: (H, W).
+        query_size: (H, W) of the query map.
 
     Returns:
-        (B, G, H·W, Ns, 2), (y, x), in cells of the table.
+        continuous indices (B, G, H·W, Ns, 2), order (y, x), in table cells.
     """
     points_px = to_pixels(points, query_size, convention)
     queries = query_points(query_size, convention).reshape(-1, 2)
@@ -70,22 +71,22 @@ def table_bias(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> Array:
-    """Read the relative position bias at continuous displacements.
+    """Sample the relative position bias at continuous displacements.
 
     Args:
-        table: B̂ (heads, 2H₀-1, 2W₀-1); heads of group g are [g·heads/G, (g+1)·heads/G).
-        points: p̃ (B, G, Ns, 2), normalised by the convention.
-        query_size: (H, W).
+        table: B̂ (heads, 2H₀-1, 2W₀-1). Group g serves the heads [g·heads/G, (g+1)·heads/G).
+        points: p̃ (B, G, Ns, 2), order (y, x), normalized coordinates of the convention.
+        query_size: (H, W) of the query map.
 
     Returns:
-        (B, heads, H·W, Ns). With points on the pixel grid (``CELL_CENTER`` and ``PAPER``, stride 1, zero
-        offset) this is Swin's integer gather.
+        bias (B, heads, H·W, Ns). With points on the pixel grid (``CELL_CENTER`` and ``PAPER``, stride 1, zero
+        offset) it equals Swin's lookup with integer indices.
     """
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
-    read = bilinear_sample(_grouped_table(table, points.shape[1]), _by_group(positions))  # (G, heads/G, B·H·W·Ns)
+    bias = bilinear_sample(_grouped_table(table, points.shape[1]), _by_group(positions))  # (G, heads/G, B·H·W·Ns)
     batch, groups, queries, samples, _ = positions.shape
-    read = read.reshape(groups, len(table) // groups, batch, queries, samples)
-    return read.transpose(2, 0, 1, 3, 4).reshape(batch, len(table), queries, samples)
+    bias = bias.reshape(groups, len(table) // groups, batch, queries, samples)
+    return bias.transpose(2, 0, 1, 3, 4).reshape(batch, len(table), queries, samples)
 
 
 class TableGradients(NamedTuple):
@@ -104,16 +105,17 @@ def table_bias_vjp(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> TableGradients:
-    """Gradients with respect to the table and to the points.
+    """Compute the gradients with respect to the table and the points.
 
-    The table's is that of a sampled map. The point's: i falls as p̃ rises, so
-    ∂L/∂p̃_px[n] = -scale · Σ_m Σ_heads ∂φ(B̂; i)/∂i · ∂L/∂B[m, n], and then the slope of `to_pixels`.
+    The table is a sampled map, so `bilinear_sample_vjp` gives its gradient. The index i decreases as p̃ increases, so
+    ∂L/∂p̃_px[n] = -scale · Σ_m Σ_heads ∂φ(B̂; i)/∂i · ∂L/∂B[m, n]. `to_pixels_vjp` converts it to normalized
+    coordinates.
     """
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
-    grad_read = cotangent.reshape(batch, groups, len(table) // groups, queries, samples).transpose(1, 2, 0, 3, 4)
-    grad_read = grad_read.reshape(groups, len(table) // groups, batch * queries * samples)
-    grads = bilinear_sample_vjp(grad_read, _grouped_table(table, groups), _by_group(positions))
+    grad_bias = cotangent.reshape(batch, groups, len(table) // groups, queries, samples).transpose(1, 2, 0, 3, 4)
+    grad_bias = grad_bias.reshape(groups, len(table) // groups, batch * queries * samples)
+    grads = bilinear_sample_vjp(grad_bias, _grouped_table(table, groups), _by_group(positions))
     grad_positions = grads.points_px.reshape(groups, batch, queries, samples, 2).sum(axis=2)  # over the queries
     scale = table_scale(table.shape[1:], query_size, convention, resolution).astype(positions.dtype)
     grad_points_px = -scale * grad_positions.transpose(1, 0, 2, 3)  # (B, G, Ns, 2)
@@ -129,7 +131,7 @@ def _by_group(positions: Array) -> Array:
 
 
 def table_bias_macs(batch: int, heads: int, queries: int, samples: int) -> int:
-    """Multiply-adds: four a head, query and key; the article's formula leaves them out."""
+    """Multiply-adds of `table_bias`: four for each head, query and key. The paper's formula omits them."""
     return bilinear_sample_macs(batch * queries * samples, heads)
 
 
@@ -138,25 +140,26 @@ def table_bias_macs(batch: int, heads: int, queries: int, samples: int) -> int:
 
 @dataclass(frozen=True)
 class LogBiasTrace:
-    """Intermediates of `log_bias`; maps with a leading B·G and a trailing H·W·Ns."""
+    """Intermediates of `log_bias`, as maps with leading axis B·G and trailing axis H·W·Ns."""
 
-    displacement: Array  # (B·G, 2, H·W·Ns), four times the normalised displacement
+    displacement: Array  # (B·G, 2, H·W·Ns), four times the normalized displacement
     scaled: Array  # (B·G, 2, H·W·Ns), log-scaled
     hidden: Array  # (B·G, 32, H·W·Ns), before the ReLU
 
 
 def log_bias(points: Array, params: Tree, *, query_size: Size, convention: Convention) -> tuple[Array, LogBiasTrace]:
-    """Position bias as a small network of the log-scaled displacement (2023 code, after Swin V2).
+    """Compute the position bias with a small network of the log-scaled displacement (2023 code, after Swin V2).
 
-    d = 4 (q - p̃) in normalised coordinates; s = sign(d) log₂(1 + |d|) / log₂ 8; B = W₂ ReLU(W₁ s + b₁), one
-    number for each head of a group, the network shared by the groups.
+    d = 4 (q - p̃) in normalized coordinates; s = sign(d) log₂(1 + |d|) / log₂ 8; B = W₂ ReLU(W₁ s + b₁). The output
+    has one value for each head of a group. All groups share the network.
 
     Args:
-        points: p̃ (B, G, Ns, 2), normalised.
+        points: p̃ (B, G, Ns, 2), order (y, x), normalized.
         params: ``hidden`` weight (32, 2) and bias; ``out`` weight (heads/G, 32).
+        query_size: (H, W) of the query map.
 
     Returns:
-        (B, heads, H·W, Ns) and the trace.
+        bias (B, heads, H·W, Ns) and the trace.
     """
     batch, groups, samples, _ = points.shape
     queries = query_points(query_size, convention).reshape(-1, 2).astype(points.dtype)
@@ -165,13 +168,12 @@ def log_bias(points: Array, params: Tree, *, query_size: Size, convention: Conve
     scaled = np.sign(displacement) * np.log2(1 + np.abs(displacement)) / 3  # log₂ 8 = 3
     hidden = linear(scaled, **params["hidden"])
     bias = linear(np.maximum(hidden, 0), **params["out"])  # (B·G, heads/G, H·W·Ns)
-    return bias.reshape(batch, groups * bias.shape[1], len(queries), samples), LogBiasTrace(
-        displacement, scaled, hidden
-    )
+    bias = bias.reshape(batch, groups * bias.shape[1], len(queries), samples)
+    return bias, LogBiasTrace(displacement, scaled, hidden)
 
 
 def log_bias_vjp(cotangent: Array, trace: LogBiasTrace, params: Tree, *, groups: int) -> tuple[Array, Tree]:
-    """Return (∂L/∂points, ∂L/∂params), with ds/dd = 1 / (3 ln 2 (1 + |d|)) and ∂d/∂p̃ = -4."""
+    """Return (∂L/∂points, ∂L/∂params). They use ds/dd = 1 / (3 ln 2 (1 + |d|)) and ∂d/∂p̃ = -4."""
     batch, heads, queries, samples = cotangent.shape
     grad_bias = cotangent.reshape(batch * groups, heads // groups, queries * samples)
     out = linear_vjp(grad_bias, np.maximum(trace.hidden, 0), **params["out"])
@@ -182,19 +184,19 @@ def log_bias_vjp(cotangent: Array, trace: LogBiasTrace, params: Tree, *, groups:
 
 
 def log_bias_macs(batch: int, heads: int, groups: int, hidden: int, queries: int, samples: int) -> int:
-    """Multiply-adds of the small network for every pair of query and key, once a group."""
+    """Multiply-adds of `log_bias`: the small network runs once for each group and each pair of query and key."""
     pairs = batch * groups * queries * samples
     return linear_macs(pairs, 2, hidden) + linear_macs(pairs, hidden, heads // groups)
 
 
-# ------------------------------------------------------------------------------------------------ the fixed table
+# ------------------------------------------------------------------------------------------------ fixed table
 
 
 def fixed_bias(table: Array, *, query_size: Size, samples: int) -> Array:
-    """Return the learned number of every pair of query and key cell, (1, heads, H·W, Ns), whatever the offsets.
+    """Return the learned bias of each pair of query and key cell, (1, heads, H·W, Ns), independent of the offsets.
 
     Raises:
-        ShapeError: if the map is not the one the table was built for.
+        ShapeError: if the table was built for another map size.
     """
     height, width = query_size
     if table.shape[1:] != (height * width, samples):

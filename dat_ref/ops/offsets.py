@@ -1,10 +1,10 @@
-"""From queries to points: the offset network θ, and the bound on how far it may move a reference point.
+"""Offset network θ, which predicts offsets from the queries, and the bound on the offsets.
 
     Δ = θ(q) = W₂ · GELU(LayerNorm(DWConv_k×k, stride r (q)))        one network, shared by the G groups
     p̃ = bound(p, Δ)                                                   see `OffsetBound`
 
-W₂ has no bias: zero activations mean zero offsets (the depthwise convolution and the norm have biases, though). The
-article's figure shows no layer norm; both releases have one.
+W₂ has no bias, so zero activations give zero offsets. The depthwise convolution and the norm have biases. The paper's
+figure shows no layer norm; both releases have one.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .basic import (
 )
 from .grid import Size
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------------------------ network
 
 
 @dataclass(frozen=True)
 class OffsetNetworkTrace:
-    """Intermediates of `offset_network`, each (B·G, C/G, Hk, Wk) but for the input."""
+    """Intermediates of `offset_network`, (B·G, C/G, Hk, Wk) except for the input."""
 
     queries: Array  # (B·G, C/G, H, W)
-    windows: Array
+    windows: Array  # output of the depthwise convolution
     normed: Array
     activated: Array
 
@@ -49,11 +49,11 @@ def offset_network(queries: Array, params: Tree, *, stride: int, padding: Paddin
     """Predict raw offsets Δ from the queries around each key cell.
 
     Args:
-        queries: (B·G, C/G, H, W), the query map cut into its groups.
+        queries: query map split into groups, (B·G, C/G, H, W).
         params: ``depthwise`` weight (C/G, 1, k, k) and bias; ``norm`` weight and bias; ``pointwise`` weight (2, C/G).
 
     Returns:
-        raw offsets (B·G, 2, Hk, Wk), channel 0 is y, and the trace.
+        raw offsets Δ (B·G, 2, Hk, Wk), channel order (y, x), and the trace.
     """
     windows = depthwise_conv2d(queries, **params["depthwise"], stride=stride, padding=padding)
     normed = layer_norm(windows, **params["norm"])
@@ -64,7 +64,7 @@ def offset_network(queries: Array, params: Tree, *, stride: int, padding: Paddin
 def offset_network_vjp(
     cotangent: Array, trace: OffsetNetworkTrace, params: Tree, *, stride: int, padding: Padding
 ) -> tuple[Array, Tree]:
-    """The four steps backwards: returns (∂L/∂queries, ∂L/∂params)."""
+    """Return (∂L/∂queries, ∂L/∂params), from the four steps in reverse."""
     pointwise = linear_vjp(cotangent, trace.activated, **params["pointwise"])
     grad_normed = gelu_vjp(pointwise.x, trace.normed)
     norm = layer_norm_vjp(grad_normed, trace.windows, **params["norm"])
@@ -76,19 +76,19 @@ def offset_network_vjp(
 def offset_network_macs(
     batch: int, size: Size, group_dim: int, groups: int, kernel: int, stride: int, padding: Padding
 ) -> int:
-    """Multiply-adds: (k² + 2) · Ns · C, the article's last term; norm and GELU are not counted there."""
+    """Multiply-adds of `offset_network`: (k² + 2) · Ns · C, the paper's last term, without norm and GELU."""
     height, width = conv_size(size, kernel, stride, padding)
     pixels = batch * groups * height * width
     return depthwise_conv2d_macs(pixels, group_dim, kernel) + linear_macs(pixels, group_dim, 2)
 
 
-# ------------------------------------------------------------------------------------------------ the bound
+# ------------------------------------------------------------------------------------------------ bound
 
 
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> Array:
-    """Return the largest offset of ``TANH_CELLS`` on each axis, normalised: (s/2) · pitch of the key grid, (2,).
+    """Return the maximum offset of ``TANH_CELLS`` on each axis, normalized: (s/2) · pitch of the key grid, (2,).
 
-    In pixels that is s/2 key cells: an s × s region around each reference point.
+    In pixels this is s/2 key cells. Each point stays in a region of s × s key cells around its reference point.
     """
     return np.array([offset_range / 2 * convention.reference.pitch(count) for count in key_size])
 
@@ -99,17 +99,18 @@ def bound_offsets(
     """Move the reference points by bounded offsets.
 
     Args:
-        raw: Δ (B, G, Hk, Wk, 2), the network's output.
-        reference: p (Hk, Wk, 2), normalised.
+        raw: raw offsets Δ (B, G, Hk, Wk, 2), order (y, x), output of the offset network.
+        reference: reference points p (Hk, Wk, 2), order (y, x), normalized.
         bound: see `OffsetBound`.
-        offset_range: s, the width in key cells of the region that ``TANH_CELLS`` leaves to a point.
+        offset_range: s of ``TANH_CELLS``, twice the maximum offset in key cells.
+        convention: coordinate convention.
 
     Returns:
-        (offsets, points), both (B, G, Hk, Wk, 2), normalised. `offsets` is what is added to the reference:
-        bounded already for ``TANH_CELLS``, raw where the bound acts on the sum.
+        (offsets, points), both (B, G, Hk, Wk, 2), normalized. `offsets` is the term added to the reference point:
+        bounded for ``TANH_CELLS``, raw where the bound acts on the sum.
 
     Raises:
-        ConfigError: if a reference is infinite (a single key under ``DATPP2023``) and the bound cannot bring it back.
+        ConfigError: if a point would be infinite (a single key under ``DATPP2023`` without a bound on coordinates).
     """
     reference = reference.astype(raw.dtype)
     if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW) and not np.isfinite(reference).all():
@@ -141,8 +142,8 @@ def bound_offsets_vjp(
 ) -> Array:
     """Return ∂L/∂Δ from ∂L/∂p̃.
 
-    With tanh' = 1 - tanh². The clamp passes the gradient where -1 ≤ p + Δ ≤ 1 and stops it outside: points that
-    it holds on the border do not learn to leave it.
+    The derivative of tanh is 1 - tanh². The clamp passes the gradient where -1 ≤ p + Δ ≤ 1 and blocks it elsewhere:
+    a clamped point cannot learn to leave the border.
     """
     reference = reference.astype(raw.dtype)
     if bound is OffsetBound.TANH_CELLS:
@@ -160,15 +161,15 @@ def bound_offsets_vjp(
 def share_at_bound(
     offsets: Array, reference: Array, bound: OffsetBound, *, offset_range: float, convention: Convention
 ) -> float:
-    """Return the share of offset components that the bound holds: beyond 99 % of a tanh's limit, or clamped."""
+    """Return the fraction of offset components at their bound: at least 99 % of a tanh's limit, or clamped."""
     reference = reference.astype(offsets.dtype)
     if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention)
-        held = np.abs(offsets) >= 0.99 * limit if offset_range else np.zeros(offsets.shape, dtype=bool)
+        at_bound = np.abs(offsets) >= 0.99 * limit if offset_range else np.zeros(offsets.shape, dtype=bool)
     elif bound is OffsetBound.TANH_COORDINATES:
-        held = np.abs(np.tanh(reference + offsets)) >= 0.99
+        at_bound = np.abs(np.tanh(reference + offsets)) >= 0.99
     elif bound is OffsetBound.CLAMP:
-        held = np.abs(reference + offsets) > 1
+        at_bound = np.abs(reference + offsets) > 1
     else:
-        held = np.zeros(offsets.shape, dtype=bool)
-    return float(held.mean()) if held.size else 0.0
+        at_bound = np.zeros(offsets.shape, dtype=bool)
+    return float(at_bound.mean()) if at_bound.size else 0.0

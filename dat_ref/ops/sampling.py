@@ -2,9 +2,9 @@
 
     φ(z; p) = Σ_r g(p_y, r_y) g(p_x, r_x) z[r_y, r_x],      g(a, b) = max(0, 1 - |a - b|)
 
-The sum runs over all pixels r; only the four around p have a weight that is not zero. Outside the map there is
-nothing, so φ fades to zero within one pixel of the border. φ is linear in z, and piecewise bilinear in p with
-kinks where p crosses a row or column of pixel centers. There, the derivative in p is taken from the right:
+The sum runs over all pixels r. Only the four pixels around p have a nonzero weight. The map is zero outside, so φ
+decreases to zero within one pixel of the border. φ is linear in z. It is piecewise bilinear in p, with kinks where p
+crosses a row or column of pixel centers. At a kink, the derivative in p is taken from the right:
 
     ∂φ/∂p_y = Σ_r g'(p_y, r_y) g(p_x, r_x) z[r],        g'(a, b) = -1 for b ≤ a < b + 1, +1 for b - 1 ≤ a < b, else 0.
 """
@@ -21,17 +21,17 @@ from .basic import pixel_columns, scatter_add
 
 
 class Corner(NamedTuple):
-    """One of the four pixels around each point: where it is, how much it counts, how that changes with the point."""
+    """One of the four pixels around each point: its index, its weight, and the derivatives of the weight."""
 
-    inside: Array  # (N, P), whether the corner lies in the map
-    pixel: Array  # (N, P) index into H·W; 0 where the corner lies outside
-    weight: Array  # (N, P) hat weight, zero outside the map
-    slope_y: Array  # (N, P) ∂weight/∂p_y
-    slope_x: Array  # (N, P) ∂weight/∂p_x
+    inside: Array  # (N, P), True if the corner is inside the map
+    pixel: Array  # (N, P), index into H·W; 0 if the corner is outside the map
+    weight: Array  # (N, P), weight g(p_y, r_y) g(p_x, r_x), zero outside the map
+    slope_y: Array  # (N, P), ∂weight/∂p_y
+    slope_x: Array  # (N, P), ∂weight/∂p_x
 
 
 def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
-    # Beyond two pixels outside nothing changes any more; the clip keeps the integers below small. NaN stays NaN.
+    # The clip keeps the indices small. It changes no result: all weights are zero at these limits. NaN stays NaN.
     y, x = (np.clip(points_px[..., axis], -2, length + 1) for axis, length in enumerate((height, width)))
     top, left = np.floor(y), np.floor(x)
     below, right = y - top, x - left  # distances in [0, 1)
@@ -49,12 +49,12 @@ def _corners(points_px: Array, height: int, width: int) -> Iterator[Corner]:
 
 
 def _pixel_rows(x: Array) -> Array:
-    """Return the map as rows of channels, (N, H·W, C): gathering whole rows is fast."""
+    """Return the map with one row of channels per pixel, (N, H·W, C). Gathering whole rows is fast."""
     return pixel_columns(x).transpose(0, 2, 1)
 
 
 def _read(rows: Array, corner: Corner) -> Array:
-    """Gather a corner's pixels, (N, P, C); zeros outside, so that a NaN elsewhere in the map stays where it is."""
+    """Gather a corner's pixels, (N, P, C). A corner outside gives zero, even if pixel 0 is NaN."""
     values = rows[np.arange(len(rows))[:, None], corner.pixel]
     return values if corner.inside.all() else np.where(corner.inside[..., None], values, rows.dtype.type(0))
 
@@ -64,10 +64,10 @@ def bilinear_sample(x: Array, points_px: Array) -> Array:
 
     Args:
         x: (N, C, H, W).
-        points_px: (N, P, 2), (y, x), in pixels; 0 is the center of the first pixel.
+        points_px: (N, P, 2), order (y, x), in pixels; 0 is the center of the first pixel.
 
     Returns:
-        (N, C, P). On a pixel center the pixel itself; one pixel outside or further, 0; for a NaN point, NaN.
+        (N, C, P). The pixel's value at a pixel center; 0 at least one pixel outside the map; NaN at a NaN point.
 
     >>> ramp = np.arange(6.0).reshape(1, 1, 2, 3)
     >>> bilinear_sample(ramp, np.array([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
@@ -88,11 +88,11 @@ class SampleGradients(NamedTuple):
 
 
 def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleGradients:
-    """Gradients with respect to the map and to the points.
+    """Compute the gradients with respect to the map and the points.
 
-    φ is a matrix of four weights a point; the map's gradient is its transpose: each corner pixel gains weight ·
-    ∂L/∂φ. A point's gradient is the slope of the weights, Σ_corners ∂weight/∂p · ⟨pixel, ∂L/∂φ⟩, from the right
-    on the lattice.
+    φ multiplies the map by a matrix with four weights per point. The gradient of the map uses the transposed matrix:
+    each corner pixel receives weight · ∂L/∂φ. The gradient of a point is Σ_corners ∂weight/∂p · ⟨pixel, ∂L/∂φ⟩, with
+    ∂weight/∂p from the right at pixel centers.
 
     Args:
         cotangent: ∂L/∂φ (N, C, P).
@@ -103,21 +103,21 @@ def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleG
     maps, channels, height, width = x.shape
     rows = np.ascontiguousarray(_pixel_rows(x))
     grad_samples = np.ascontiguousarray(cotangent.transpose(0, 2, 1))  # (N, P, C)
-    which = np.arange(maps)[:, None]
+    map_index = np.arange(maps)[:, None]
     flat = grad_samples.reshape(-1, channels)
     grad_rows = np.zeros((maps * height * width, channels), dtype=cotangent.dtype)
-    grad_points = np.zeros(points_px.shape, dtype=np.result_type(points_px, np.float32))  # whole numbers are points too
+    grad_points = np.zeros(points_px.shape, dtype=np.result_type(points_px, np.float32))  # points may be integers
     for corner in _corners(points_px, height, width):
-        pixels = (which * (height * width) + corner.pixel).ravel()
+        pixels = (map_index * (height * width) + corner.pixel).ravel()
         weighted = corner.weight.reshape(-1, 1).astype(cotangent.dtype) * flat
         grad_rows += scatter_add(weighted, pixels, len(grad_rows))
-        along = np.einsum("npc,npc->np", _read(rows, corner), grad_samples)  # ⟨pixel, ∂L/∂φ⟩
-        grad_points[..., 0] += corner.slope_y * along
-        grad_points[..., 1] += corner.slope_x * along
+        products = np.einsum("npc,npc->np", _read(rows, corner), grad_samples)  # ⟨pixel, ∂L/∂φ⟩
+        grad_points[..., 0] += corner.slope_y * products
+        grad_points[..., 1] += corner.slope_x * products
     grad_x = grad_rows.reshape(maps, height * width, channels).transpose(0, 2, 1).reshape(x.shape)
     return SampleGradients(grad_x, grad_points)
 
 
 def bilinear_sample_macs(points: int, channels: int) -> int:
-    """Multiply-adds of `bilinear_sample`: four a point and channel."""
+    """Multiply-adds of `bilinear_sample`: four for each point and channel."""
     return 4 * points * channels
