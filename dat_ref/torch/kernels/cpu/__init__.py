@@ -1,16 +1,16 @@
-"""The core's kernels for CPUs, in Numba: compiled for this very processor when first used, and kept on disk.
+"""Numba kernels for deformable attention on CPUs, compiled for the host CPU on first use and cached on disk.
 
 ==============  =====================================================================================
-`vectors`       SIMD vectors, as values
-`tiles`         products of small matrices, on vectors
-`strided_io`    rows of strided tensors, in full precision or in bfloat16
-`bias`          the bias of a key for many queries, and its gradients
-`tiling`        how a call is cut into tiles
-`deformable`    the attention, forward and backward
-`launch`        from Python to compiled code: its arguments, where it is cached, its threads
+`vectors`       SIMD vector type for Numba
+`tiles`         products of small matrices on SIMD vectors
+`strided_io`    loads and stores of rows of strided tensors, in the compute dtype or bfloat16
+`bias`          bias of one key for a tile of queries, and its gradients
+`tiling`        tile sizes, work items and scratch memory layout
+`deformable`    forward and backward kernels
+`launch`        kernel launcher: argument records, on-disk cache of compiled code, threading
 ==============  =====================================================================================
 
-`neighborhood` has the like for neighborhood attention.
+`neighborhood` contains the counterpart for neighborhood attention.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Size = tuple[int, int]
 
 
 def available() -> bool:
-    """Return whether the kernels can run here: wherever Numba can be imported."""
+    """Return True: the kernels run on every machine where Numba, and so this module, can be imported."""
     return True
 
 
 def warm(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    """Compile all there is for these dtypes, or load it from disk."""
+    """Compile all kernels for the given dtypes, or load them from the on-disk cache."""
     for dtype in dtypes:
         q, k = torch.ones(1, 1, 6, 2, dtype=dtype), torch.ones(1, 1, 1, 2, dtype=dtype)
         origin, table = torch.zeros(1, 1, 1, 2, dtype=dtype), torch.ones(1, 3, 5, dtype=dtype)
@@ -43,7 +43,7 @@ def warm(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
         deformable_backward(q, q, k, k, origin, table, out, lse, **options)
 
 
-# ------------------------------------------------------------------------------------------------ the core
+# ------------------------------------------------------------------------------------------------ attention
 
 
 def deformable_forward(
@@ -57,24 +57,25 @@ def deformable_forward(
     step: tuple[float, float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to sampled keys with a bias read from a table.
+    """Attend to sampled keys with a relative position bias interpolated from a table.
 
-        z = softmax(scale · q kᵀ + B) v,      B[m, n] = the table, bilinear, at origin[n] + (i·step_y, j·step_x)
+        z = softmax(scale · q kᵀ + B) v,      B[m, n] = φ(table; origin[n] + (i·step_y, j·step_x))
 
-    for the query m = i·W + j, with zeros outside the table.
+    for query m = i·W + j. φ is bilinear interpolation with zeros outside the table.
 
     Args:
-        q: (B, heads, H·W, d), of any strides, as k and v.
-        k, v: (B, heads, Ns, d) with Ns ≥ 1.
-        origin: (B, G, Ns, 2), (y, x), in cells of the table; NaN gives NaN, and what is far outside no bias.
-        table: (heads, T_y, T_x); heads [g·heads/G, (g+1)·heads/G) read at the points of group g.
+        q: (B, heads, H·W, d), any strides.
+        k, v: (B, heads, Ns, d) with Ns ≥ 1, any strides.
+        origin: (B, G, Ns, 2), table position (y, x) of query (0, 0) for each key, in cells. NaN gives NaN. Positions
+            outside the table give zero bias.
+        table: (heads, T_y, T_x); heads [g·heads/G, (g+1)·heads/G) use the keys' origins of group g.
         query_size: (H, W).
-        step: cells from one query to the next.
-        scale: of the dot products.
+        step: table cells between neighboring queries, (y, x).
+        scale: factor of the dot products.
 
     Returns:
-        z (B, heads, H·W, d) in the dtype of v, in memory as q is; and the log-sum-exp of each query's logits,
-        (B, heads, H·W). Half precision is computed in float32; the kernels read and write bfloat16 themselves.
+        z (B, heads, H·W, d), in the dtype of v and the memory layout of q; and lse (B, heads, H·W), the log-sum-exp of
+        each query's logits. Half precision is computed in float32. The kernels read and write bfloat16 directly.
     """
     dtype = _compute_dtype(q, k, v)
     out = _empty_like(q, _storage_dtype(v.dtype, dtype))
@@ -109,8 +110,8 @@ def deformable_backward(
 
     Args:
         grad_out: (B, heads, H·W, d).
-        out, lse: what the forward pass returned; the other arguments are those that it got.
-        deterministic: has no effect: sums are always taken in the same order, for a given number of threads.
+        out, lse: outputs of `deformable_forward`. All other arguments are the same as in the forward call.
+        deterministic: no effect; the order of summation is fixed for a given number of threads.
     """
     if not q.numel():
         return tuple(torch.zeros_like(x) for x in (q, k, v, origin, table))  # type: ignore[return-value]
@@ -120,7 +121,7 @@ def deformable_backward(
     )
     batch, heads, groups, samples = q.shape[0], q.shape[1], origin.shape[1], k.shape[2]
     grads = [_empty_like(q, _storage_dtype(q.dtype, dtype))]
-    # Where they are summed over splits, in full precision.
+    # The kernel writes one partial gradient per split; partial gradients are summed in full precision.
     grads += [_empty_like(x, dtype if splits > 1 else _storage_dtype(x.dtype, dtype)) for x in (k, v)]
     grads_kv = grads[1:] if splits == 1 else [torch.empty(batch * splits, *x.shape[1:], dtype=dtype) for x in (k, v)]
     grad_origin = torch.empty((groups, heads // groups, batch, splits, samples, 2), dtype=dtype)
@@ -132,14 +133,14 @@ def deformable_backward(
     if splits > 1:
         for grad, partial in zip(grads[1:], grads_kv):
             torch.sum(partial.unflatten(0, (batch, splits)), 1, out=grad)
-    grads.append(grad_origin.sum(dim=(1, 3)).transpose(0, 1))  # over the heads of a group, and splits
-    grads.append(grad_table.sum(dim=1) if batch * splits > 1 else grad_table[:, 0])  # over images and splits
+    grads.append(grad_origin.sum(dim=(1, 3)).transpose(0, 1))  # sum over the heads of a group and splits
+    grads.append(grad_table.sum(dim=1) if batch * splits > 1 else grad_table[:, 0])  # sum over images and splits
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v, origin, table)))  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------ arguments
 
-_CONTIGUOUS = {"origin", "table", "lse"}  # the kernels take these to be contiguous
+_CONTIGUOUS = {"origin", "table", "lse"}  # the kernels require these to be contiguous
 
 
 @lru_cache(maxsize=256)
@@ -161,10 +162,10 @@ def _pack_arguments(
     scale: float,
     threads: int,
 ) -> tuple[launch.PackedArguments, int]:
-    """Return the arguments of a kernel but the addresses, and how many splits of the queries the backward pass has."""
+    """Return the kernel arguments without the addresses, and the number of query splits in the backward pass."""
     tiling = make_tiling(batch * heads, depth, (height, width), (table_rows, table_columns), threads)
     array_offsets, work_items = backward_offsets(tiling, table_rows, samples), batch * heads * tiling.splits
-    if not backward:  # more work items than threads, for the others' sake if one is slow
+    if not backward:  # more work items than threads balance the load when one thread is slow
         array_offsets, work_items = forward_offsets(tiling, table_rows), min(batch * heads * tiling.tiles, 8 * threads)
     values = {
         "batch": batch, "heads": heads, "groups": groups, "height": height, "width": width, "samples": samples,
@@ -176,7 +177,7 @@ def _pack_arguments(
 
 
 def _classify_step(y: float, x: float, height: int, width: int) -> tuple[int, float, float]:
-    """Return which kind of step it is, and the step; along a single row or column any step is as good as 1."""
+    """Return the kind of step, and the step (y, x). An axis with one query takes no step; its step is set to 1."""
     y, x = float(y if height > 1 else 1), float(x if width > 1 else 1)
     if (y, x) == (1, 1):
         return UNIT, y, x
@@ -184,7 +185,10 @@ def _classify_step(y: float, x: float, height: int, width: int) -> tuple[int, fl
 
 
 def _prepare(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
-    """Return the tensors as kernels read them: in this dtype, or in bfloat16 and computed in float32; whole rows."""
+    """Return the tensors in a dtype that the kernels load, with unit stride in the last dimension.
+
+    Tensors in `_CONTIGUOUS` become fully contiguous.
+    """
     for name, tensor in tensors.items():
         storage = dtype if name in _CONTIGUOUS else _storage_dtype(tensor.dtype, dtype)
         x = tensor if tensor.dtype == storage else tensor.to(storage)
@@ -193,7 +197,7 @@ def _prepare(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
 
 
 def _storage_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
-    """Return what an operand has in memory: bfloat16 stays where float32 is computed in, as its upper half."""
+    """Return the dtype of an operand in memory: bfloat16 stays bfloat16 when the kernels compute in float32."""
     return dtype if dtype == torch.bfloat16 and compute_dtype == torch.float32 else compute_dtype
 
 
@@ -202,6 +206,6 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return memory for a result that lies as x does, if its rows are contiguous then."""
+    """Return an uninitialized tensor with the layout of `x` if that has unit stride in the last dimension."""
     like = torch.empty_like(x, dtype=dtype)
     return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype)

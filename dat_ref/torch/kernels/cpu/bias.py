@@ -1,16 +1,16 @@
-"""The bias of one key for a tile of queries, and its gradients.
+"""Bias of one key for a tile of queries, and its gradients.
 
-Query (i, j) reads the table at (y + i·step_y, x + j·step_x), bilinear, with zeros outside. So a key's bias over a
-row of queries blends windows of two rows of the table, and these advance together with the query: nothing is
-gathered, and windows are loaded as vectors.
+Query (i, j) reads the table at (y + i·step_y, x + j·step_x) by bilinear interpolation, with zeros outside. The bias of
+one key for a row of queries is a weighted sum of windows of two table rows. The windows advance together with the
+query. So they are loaded as vectors, without a gather.
 
-- ``UNIT``, a step of 1: all queries of a row stand equally far to the right of a cell. Two windows.
-- ``NEAR_UNIT``, a step a little below 1 (the 2022 geometry has (W-1)/W): that distance falls from query to query,
-  f[j] = f[0] - j (1 - step), but stays within (-1, 1). Three windows, with hat weights max(0, -f), 1 - |f|, max(0, f).
-- ``GENERAL``, any other step: entry by entry.
+- ``UNIT``, step 1: all queries of a row have the same fraction f. Two windows.
+- ``NEAR_UNIT``, step slightly below 1 ((W-1)/W in the 2022 geometry): the fraction decreases from query to query,
+  f[j] = f[0] - j (1 - step), and stays in (-1, 1). Three windows, with hat weights max(0, -f), 1 - |f|, max(0, f).
+- ``GENERAL``, any other step: scalar loads.
 
-On the lattice the derivative is the one to the right. The table is padded with zeros, so that windows which lie partly
-or wholly outside need no special case.
+At integer positions the derivative is the right-hand one. The table is padded with zeros, so windows that are partly or
+completely outside need no special case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ UNIT, NEAR_UNIT, GENERAL = 0, 1, 2
 
 
 class Tile(NamedTuple):
-    """Queries [row, row + rows) × [column, column + columns) of the map: whole rows of it, or a part of one row."""
+    """Queries [row, row + rows) × [column, column + columns) of the map: either whole rows or a part of one row."""
 
     row: int
     column: int
@@ -47,19 +47,19 @@ class Tile(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Cells of the table from one query to the next."""
+    """Table cells between neighboring queries."""
 
-    kind: int  # of the step in x: UNIT, NEAR_UNIT or GENERAL; UNIT only if y is 1 as well
+    kind: int  # UNIT if y = x = 1; otherwise NEAR_UNIT or GENERAL, which depends on x
     y: float
     x: float
 
 
 class Table(NamedTuple):
-    """A table (rows, columns) amid zeros: cell (0, 0) stands at `start` of `cells`, rows are `stride` apart."""
+    """A bias table (rows, columns) inside a border of zeros."""
 
-    cells: Any
-    start: int
-    stride: int
+    cells: Any  # flat array of the padded table
+    start: int  # index of cell (0, 0)
+    stride: int  # elements between neighboring rows
     rows: int
     columns: int
 
@@ -68,30 +68,30 @@ class Table(NamedTuple):
 
 
 def table_padding(tile_rows: int, tile_columns: int) -> tuple[int, int, int]:
-    """Return how many rows of zeros go above and below a table, and how many columns before and behind it.
+    """Return the zero padding of a table: rows above and below (one number), columns on the left, on the right.
 
-    Windows begin up to three cells before their tile and end up to a vector and two cells behind it.
+    Windows start up to three cells before their tile. They end up to one vector and two cells after it.
     """
     return tile_rows + 2, tile_columns + 4, tile_columns + 2 * NARROW
 
 
 @compiled
 def fill_table(table: Table, values: Any, source_start: int, factor: float) -> None:
-    """Set the cells to factor · values, the zeros around them included."""
+    """Write factor · values to the cells and zeros to the border."""
     table.cells[:] = 0
     copy_rows(
         table.cells, table.start, table.stride, values, source_start, table.columns, table.rows, table.columns, factor
     )
 
 
-# ------------------------------------------------------------------------------------------------ where
+# ------------------------------------------------------------------------------------------------ positions
 
 
 @compiled
 def floor_and_fraction(position: float, lowest: int, highest: int) -> Any:
-    """Return the cell at or before a position and the distance from it, after bringing both near the table.
+    """Return floor and fraction of a position clamped to [lowest, highest].
 
-    A NaN position gets a cell that exists, and NaN as the distance.
+    A NaN position gives the valid cell 0 and the fraction NaN.
     """
     if position < lowest:
         position = float64(lowest)
@@ -105,7 +105,7 @@ def floor_and_fraction(position: float, lowest: int, highest: int) -> Any:
 
 @compiled
 def _first_window(table: Table, y: float, x: float, tile: Tile) -> Any:
-    """Return where a tile's windows begin, and the distances down and right, for steps of 1 in y and about 1 in x."""
+    """Return the index of a tile's first window and the fractions in y and x, for the UNIT step."""
     top, frac_y = floor_and_fraction(y, -tile.rows - 1, table.rows)
     left, frac_x = floor_and_fraction(x, -tile.columns - 1, table.columns)
     return table.start + top * table.stride + left, frac_y, frac_x
@@ -113,7 +113,7 @@ def _first_window(table: Table, y: float, x: float, tile: Tile) -> Any:
 
 @compiled
 def _row_start(table: Table, y: float) -> Any:
-    """Return where the row before a position begins, and the distance down; far outside, both rows are zeros."""
+    """Return the index of the table row at or above y, and the fraction in y. Far outside, both rows are zeros."""
     top, frac_y = floor_and_fraction(y, -2, table.rows)
     return table.start + top * table.stride, frac_y
 
@@ -123,9 +123,9 @@ def _row_start(table: Table, y: float) -> Any:
 
 @compiled
 def write_bias(logits: Any, table: Table, origin: Any, start: int, num_keys: int, tile: Tile, step: Step) -> None:
-    """logits[n, lane] = the bias of key n for each query of the tile, n < num_keys.
+    """Write logits[n, lane] = bias of key n for the query in this lane, for n < num_keys.
 
-    origin[start:] holds the keys' (y, x).
+    origin[start + 2·n] and the next element are (y, x) of key n.
     """
     for n in range(num_keys):
         y = float64(origin[start + 2 * n]) + tile.row * step.y
@@ -147,7 +147,8 @@ def _last_vector(columns: int) -> int:
 def _write_unit(logits: Any, start: int, table: Table, y: float, x: float, tile: Tile) -> None:
     first, frac_y, frac_x = _first_window(table, y, x, tile)
     zero = broadcast(table.cells[0], NARROW)
-    # The last vector of a row may run into the next row, which is written later: columns backwards, rows forwards.
+    # The last vector of a row may overwrite the start of the next row. So iterate columns backward and rows forward:
+    # the correct values are written last.
     for column in range(_last_vector(tile.columns), -1, -NARROW):
         window = first + column
         upper = load(table.cells, window, zero) * (1 - frac_x) + load(table.cells, window + 1, zero) * frac_x
@@ -199,7 +200,7 @@ def _write_general(logits: Any, start: int, table: Table, y: float, x: float, ti
             logits[start + i * tile.columns + j] = upper * (1 - frac_y) + lower * frac_y
 
 
-# ------------------------------------------------------------------------------------------------ its gradients
+# ------------------------------------------------------------------------------------------------ gradients of the bias
 
 
 @compiled
@@ -207,9 +208,9 @@ def add_bias_gradients(
     grad_bias: Any, table: Table, grad_table: Table, origin: Any, start: int, grad_origin: Any, grad_start: int,
     num_keys: int, tile: Tile, step: Step,
 ) -> None:  # fmt: skip
-    """Add the gradients that grad_bias[n, lane] gives the table and each key's (y, x).
+    """Accumulate the gradients of the table and of each key's (y, x), given grad_bias[n, lane].
 
-    Reads up to two entries before the first of `grad_bias`, and throws them away.
+    The loads start up to two elements before `grad_bias`; those elements are masked.
     """
     for n in range(num_keys):
         y = float64(origin[start + 2 * n]) + tile.row * step.y
@@ -226,7 +227,7 @@ def add_bias_gradients(
 
 @compiled
 def _columns_from(grad_bias: Any, row: int, first: int, columns: int, like: Any) -> Any:
-    """Return the gradients of columns first, first + 1, … of a row of queries, zero outside the row."""
+    """Return the gradients of columns first, first + 1, … of a row of queries, with zeros outside the row."""
     return mask_lanes(load(grad_bias, row + first, like), -first, columns - first)
 
 
@@ -241,7 +242,7 @@ def _unit_gradients(grad_bias: Any, start: int, table: Table, grad_table: Table,
         here, after = load(table.cells, window, zero), load(table.cells, window + 1, zero)
         upper, upper_slope = here * (1 - frac_x) + after * frac_x, after - here
         carry = zero
-        # Each cell is read, added to and written once: it gets what the four queries around it have for it.
+        # Each cell is loaded and stored once, with the contributions of all four queries around it.
         for i in range(tile.rows):
             row = start + i * tile.columns
             grad = _columns_from(grad_bias, row, column, tile.columns, zero)
@@ -267,7 +268,7 @@ def _near_unit_gradients(
     like = broadcast(table.cells[0], NARROW)
     zero = like - like
     total_y, total_x = zero, zero
-    for column in range(-1, tile.columns + 1, NARROW):  # queries read from one column before to one behind
+    for column in range(-1, tile.columns + 1, NARROW):  # queries read from one column before to one after
         f = frac_x - (lane_indices(zero) + column) * (1 - step.x)
         f_before, f_after = f + (1 - step.x), f - (1 - step.x)
         hats = maximum(zero, zero - f), maximum(zero, f)

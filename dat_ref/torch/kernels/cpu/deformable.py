@@ -1,15 +1,15 @@
-"""Attention over sampled keys with a relative position bias, forward and backward, in one pass over tiles.
+"""Deformable attention kernels with a relative position bias: FlashAttention-style forward and backward.
 
     S[n] = k[n]·q / √d + B[n],    O = Σ_n e^S[n] v[n] / Σ_n e^S[n]            for each query
 
-For a tile of queries, a block of keys at a time: the logits start as the bias, the product k qᵀ is added, and the
-softmax goes on from what the blocks before have left (m, l and acc), so that no matrix of all logits is ever there. The
-backward pass computes the logits again; the log-sum-exp L, which the forward pass keeps, gives the weights
-P = e^(S - L), and then
+The forward kernel processes one block of keys at a time for a tile of queries. It writes the bias into the tile of
+logits, adds the product k qᵀ, and updates the online softmax: running maximum m, running sum l and accumulator acc. So
+the full logit matrix never exists. The backward kernel recomputes the logits. With the log-sum-exp L from the forward
+pass, the weights are P = e^(S - L), and the gradients are
 
     ∂V = P ∂O,    ∂S = P (V ∂O - ∂O·O),    ∂Q = ∂Sᵀ K / √d,    ∂K = ∂S Q / √d,    ∂B = ∂S.
 
-Exponentials are powers of 2 inside: queries and table come multiplied by log₂ e.
+The kernels compute powers of 2: queries and table are multiplied by log₂ e on load.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .vectors import (
 )
 
 LOG2_E = math.log2(math.e)
-M_INIT = -1e30  # below any logit, and finite, so that differences are numbers
+M_INIT = -1e30  # below any logit, but finite, so that differences are not NaN
 
 FIELDS = ArgumentLayout(
     module=__name__,
@@ -62,7 +62,7 @@ FIELDS = ArgumentLayout(
 def _load(
     target: Any, call: Any, source: StridedTensor, image: int, head: int, row: int, rows: int, factor: float
 ) -> None:
-    """Copy rows of channels to scratch memory."""
+    """Copy rows of channels from a tensor to scratch memory, multiplied by a factor."""
     start = image * source.image_stride + head * source.head_stride + row * source.row_stride
     load_rows(target, 0, call.padded_depth, source, start, source.row_stride, rows, call.depth, factor)
 
@@ -71,14 +71,14 @@ def _load(
 def _store(
     target: StridedTensor, image: int, head: int, row: int, rows: int, call: Any, source: Any, factor: float
 ) -> None:
-    """Copy rows of channels from scratch memory."""
+    """Copy rows of channels from scratch memory to a tensor, multiplied by a factor."""
     start = image * target.image_stride + head * target.head_stride + row * target.row_stride
     store_rows(target, start, target.row_stride, source, 0, call.padded_depth, rows, call.depth, factor)
 
 
 @compiled
 def _tile(call: Any, index: int) -> Any:
-    """Return a tile, its first query, and how many it has."""
+    """Return the tile with this index, the index of its first query, and its number of queries."""
     across = -(-call.width // call.tile_columns)
     row, column = index // across * call.tile_rows, index % across * call.tile_columns
     tile = Tile(row, column, min(call.tile_rows, call.height - row), min(call.tile_columns, call.width - column))
@@ -97,13 +97,13 @@ def _step(call: Any) -> Step:
 
 @compiled
 def _scratch(call: Any) -> Any:
-    """Return a part of the scratch memory that no other thread has."""
+    """Return the scratch memory of this thread."""
     return array_at(call.scratch + fetch_add(call, 1) * call.scratch_size, call.zero)
 
 
 @compiled
 def _is_wide(lanes: int) -> bool:
-    """Return whether the next strip of so many remaining lanes is to be wide; narrow ones run at half the speed."""
+    """Return whether the next strip of the remaining lanes should be wide. Narrow strips run at half the speed."""
     return lanes > WIDE // 2
 
 
@@ -111,17 +111,17 @@ def _is_wide(lanes: int) -> bool:
 
 
 class Forward(NamedTuple):
-    """Scratch memory of a thread. A tile has queries along its lanes."""
+    """Scratch arrays of a thread. The lanes of a tile are queries."""
 
     table: Table
-    keys: Any  # rows of channels
-    values: Any
-    logits: Any  # tile with a key each row
-    queries: Any  # tile with a channel each row
-    acc: Any  # likewise: the output before it is divided
-    query_rows: Any  # rows of channels
-    m: Any  # highest logit so far, of each query
-    l: Any  # Σ 2^(logit - m)
+    keys: Any  # one row of channels per key
+    values: Any  # one row of channels per key
+    logits: Any  # tile with one row per key
+    queries: Any  # tile with one row per channel
+    acc: Any  # tile with one row per channel: unnormalized output
+    query_rows: Any  # one row of channels per query
+    m: Any  # running maximum of each query's logits
+    l: Any  # running sum Σ 2^(logit - m) of each query
 
 
 @compiled
@@ -134,7 +134,7 @@ def _forward_memory(call: Any) -> Forward:
 
 
 def forward(pointer: Any) -> None:
-    """Compute work items, some tiles of all images and heads: a kernel, see `launch`."""
+    """Forward kernel, see `launch`. A work item is a range of the tiles of all heads and images."""
     call = carray(pointer, 1)[0]
     memory = _forward_memory(call)
     num_tiles = call.heads * call.batch * call.tiles
@@ -183,7 +183,7 @@ def _forward_tile(call: Any, memory: Forward, image: int, head: int, tile_index:
 
 @compiled
 def _attend(call: Any, memory: Forward, num_keys: int, lane: int, like: Any) -> None:
-    """Let a strip of queries attend to one more block of keys."""
+    """Update m, l and acc of a strip of queries with one block of keys."""
     padded_depth, logits, depth = call.padded_depth, memory.logits, call.depth
     one = like * 0 + 1
     add_product(logits, one, memory.keys, padded_depth, 1, memory.queries, num_keys, depth, lane)
@@ -204,7 +204,7 @@ def _attend(call: Any, memory: Forward, num_keys: int, lane: int, like: Any) -> 
 
 @compiled
 def _normalize(call: Any, memory: Forward, num_queries: int) -> None:
-    """Divide `acc` by `l`, as rows of channels, and turn `m` into the log-sum-exp."""
+    """Write acc / l to `query_rows`, and replace m by the log-sum-exp."""
     for lane in range(0, num_queries, NARROW):
         l = load(memory.l, lane, broadcast(call.zero, NARROW))
         inv_l = 1 / l
@@ -218,22 +218,22 @@ def _normalize(call: Any, memory: Forward, num_queries: int) -> None:
 
 
 class Backward(NamedTuple):
-    """Scratch memory of a thread, as in `Forward`."""
+    """Scratch arrays of a thread. The lanes of a tile are queries."""
 
     table: Table
     grad_table: Table
-    keys: Any  # rows of channels
+    keys: Any  # one row of channels per key of a block
     values: Any
-    logits: Any  # tile with a key each row: logits, then weights
+    logits: Any  # tile with one row per key: logits, then weights
     grad_logits: Any
-    queries: Any  # tile with a channel each row
+    queries: Any  # tile with one row per channel
     grad_out: Any
     grad_queries: Any
-    query_rows: Any  # rows of channels
+    query_rows: Any  # one row of channels per query
     grad_out_rows: Any
-    lse: Any  # of base 2, of each query
-    delta: Any  # ∂O·O
-    grad_keys: Any  # rows of channels, of all keys
+    lse: Any  # log-sum-exp of each query, base 2
+    delta: Any  # ∂O·O of each query
+    grad_keys: Any  # one row of channels per key, all keys
     grad_values: Any
 
 
@@ -249,7 +249,7 @@ def _backward_memory(call: Any) -> Backward:
 
 
 def backward(pointer: Any) -> None:
-    """Compute work items, a split of an image and a head each: a kernel, see `launch`."""
+    """Backward kernel, see `launch`. A work item is one split of the queries of one image and head."""
     call = carray(pointer, 1)[0]
     memory = _backward_memory(call)
     head = -1
@@ -265,7 +265,7 @@ def backward(pointer: Any) -> None:
 
 @compiled
 def _backward_split(call: Any, memory: Backward, image: int, head: int, split: int) -> None:
-    """Fill the gradients of a split of the queries, and what these give to keys, values, points and table."""
+    """Compute the gradients of a split's queries, and its contributions to keys, values, points and table."""
     memory.grad_table.cells[:] = 0
     memory.grad_keys[:] = 0
     memory.grad_values[:] = 0
@@ -274,7 +274,7 @@ def _backward_split(call: Any, memory: Backward, image: int, head: int, split: i
     grad_points[:] = 0
     for tile_index in range(call.tiles * split // call.splits, call.tiles * (split + 1) // call.splits):
         _backward_tile(call, memory, grad_points, image, head, tile_index)
-    # Queries and table came with a factor of log₂ e, and the keys' and the points' gradients have it from them.
+    # The gradients of keys and points contain the factor log₂ e of queries and table; remove it.
     split_image = image * call.splits + split
     _store(strided_tensor(call, call.grad_k), split_image, head, 0, call.samples, call, memory.grad_keys, 1 / LOG2_E)
     _store(strided_tensor(call, call.grad_v), split_image, head, 0, call.samples, call, memory.grad_values, 1.0)
@@ -318,7 +318,7 @@ def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, he
 
 @compiled
 def _load_tile(call: Any, memory: Backward, image: int, head: int, first: int, num_queries: int) -> None:
-    """Fill everything that a tile of queries has, and start its gradient."""
+    """Load queries, grad_out and lse of a tile, compute delta, and zero the gradient of the queries."""
     padded_depth, depth = call.padded_depth, call.depth
     _load(memory.query_rows, call, strided_tensor(call, call.q), image, head, first, num_queries, call.scale * LOG2_E)
     transpose(memory.queries, TILE_STRIDE, memory.query_rows, padded_depth, num_queries, depth)
@@ -326,7 +326,7 @@ def _load_tile(call: Any, memory: Backward, image: int, head: int, first: int, n
     transpose(memory.grad_out, TILE_STRIDE, memory.grad_out_rows, padded_depth, num_queries, depth)
     first_query = (image * call.heads + head) * call.height * call.width + first
     copy_rows(memory.lse, 0, 0, array_at(call.lse, call.zero), first_query, 0, 1, num_queries, LOG2_E)
-    # The output, where there is room.
+    # `grad_queries` is still unused; it serves as a buffer for the output.
     _load(memory.grad_queries, call, strided_tensor(call, call.out), image, head, first, num_queries, 1.0)
     for query in range(num_queries):
         memory.delta[query] = _dot(memory.grad_out_rows, memory.grad_queries, query * padded_depth, depth)
@@ -348,7 +348,7 @@ def _dot(a: Any, b: Any, start: int, length: int) -> float:
 
 @compiled
 def _attend_backward(call: Any, memory: Backward, num_keys: int, lane: int, like: Any) -> None:
-    """For a strip of queries and a block of keys: weights, gradients of the logits, and what they give the queries."""
+    """Compute weights and logit gradients of a strip of queries and a block of keys; accumulate grad_queries."""
     padded_depth, depth, logits, grad_logits = call.padded_depth, call.depth, memory.logits, memory.grad_logits
     one = like * 0 + 1
     add_product(logits, one, memory.keys, padded_depth, 1, memory.queries, num_keys, depth, lane)

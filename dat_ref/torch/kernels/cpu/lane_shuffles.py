@@ -1,7 +1,7 @@
-"""Groups of four lanes: 16 lanes are four queries with four keys each, or four queries with four channels each.
+"""Vector operations on quads, groups of four lanes. 16 lanes are four queries × four keys, or × four channels.
 
-With queries and channels in the lanes, a product with a key needs neither a transposed copy of queries or keys nor a
-sum over all lanes: four channels of the key go to all four queries, and what remains in the end are sums inside quads.
+A dot product multiplies four channels of a key with four channels of four queries in one vector instruction. At the end
+only sums within quads remain. So queries and keys need no transposed copy, and no vector is summed over all lanes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _mask(lanes: Iterable[int]) -> Any:
 
 @intrinsic
 def load_broadcast_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
-    """Return array[index : index + 4] in all quads."""
+    """Return array[index : index + 4] in every quad."""
     vector = Vector(array.dtype, like.lanes)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -45,7 +45,7 @@ def load_broadcast_quad(typing: Any, array: Any, index: Any, like: Any) -> Any:
 
 @intrinsic
 def broadcast_quads(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Return a in the lanes of the first quad, b, c and d in those of the others."""
+    """Return a vector with a in all lanes of quad 0, b in quad 1, c in quad 2 and d in quad 3."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = context.get_value_type(like.dtype)
@@ -60,10 +60,10 @@ def broadcast_quads(typing: Any, like: Any, a: Any, b: Any, c: Any, d: Any) -> A
 
 @intrinsic
 def quad_sums(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Return in lane 4·i + j the sum over quad i of the j-th vector."""
+    """Return a vector whose lane 4·i + j is the sum over quad i of argument j."""
 
     def horizontal_add(builder: Any, left: Any, right: Any) -> Any:
-        """Return in each quad: the sums of two neighbors of the left vector, then of the right one."""
+        """Return for each quad two sums of neighboring lanes of `left`, then two of `right`."""
         even, odd = (
             builder.shuffle_vector(left, right, _mask(quad + offset + odd for quad in quads for offset in offsets))
             for odd in (0, 1)
@@ -80,7 +80,7 @@ def quad_sums(typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 @intrinsic
 def interleave(typing: Any, target: Any, start: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """target[start + 16·k + 4·i + j] = the i-th vector's lane 4·k + j."""
+    """Store four vectors interleaved: target[start + 16·k + 4·i + j] = lane 4·k + j of vector i."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         for k in range(LANES // QUAD):
@@ -107,13 +107,13 @@ def _swap_lanes(typing: Any, vector: Any, distance: Any) -> Any:
 
 @inlined
 def quad_maximum(vector: Any) -> Any:
-    """Return in all lanes of a quad its largest one."""
+    """Return the maximum of each quad, in all lanes of the quad."""
     vector = maximum(vector, _swap_lanes(vector, 1))
     return maximum(vector, _swap_lanes(vector, 2))
 
 
 @inlined
 def quad_sum(vector: Any) -> Any:
-    """Return in all lanes of a quad their sum."""
+    """Return the sum of each quad, in all lanes of the quad."""
     vector = vector + _swap_lanes(vector, 1)
     return vector + _swap_lanes(vector, 2)

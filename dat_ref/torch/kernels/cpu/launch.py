@@ -1,8 +1,8 @@
-"""From Python to compiled code: what a kernel is told, where its code is kept, and the threads that it runs on.
+"""Kernel launcher: argument records, on-disk cache of compiled code, threading.
 
-A kernel is a function of one argument, a pointer to a record with all that it has to know. It is compiled once for
-each dtype, whatever the sizes and strides of a call. Every thread runs it, takes a piece of scratch memory and then one
-work item after the other, with `vectors.fetch_add`, until none is left.
+A kernel is a function of one argument, a pointer to a record with all sizes, strides and addresses. It is compiled once
+per dtype, for all sizes and strides. Every thread runs the kernel. With `vectors.fetch_add` a thread first takes a
+part of the scratch buffer and then one work item after the other, until none is left.
 """
 
 from __future__ import annotations
@@ -25,41 +25,42 @@ from torch import Tensor, empty
 
 
 class ArgumentLayout(NamedTuple):
-    """Names of what a record tells. Functions that kernels share are compiled once if their names are the same.
+    """Field names of an argument record. Kernels with equal layouts share the compiled code of common functions.
 
-    Besides, each record has ``ticket`` and ``slot``, from which threads take numbers; ``work_items``, how many there
-    are; ``scratch_size``, the bytes of scratch memory of a thread, and ``array_offsets``, where its arrays begin there;
-    and ``zero``, a zero of the type to compute in.
+    Every record also has these fields: ``ticket``, the counter for work items; ``slot``, the counter for parts of the
+    scratch buffer; ``work_items``, the number of work items; ``scratch_size``, bytes of scratch memory per thread;
+    ``array_offsets``, offsets of the arrays in it; ``scratch``, address of the scratch buffer; and ``zero``, a zero of
+    the compute dtype.
     """
 
-    module: str  # of the kernels
+    module: str  # name of the module that defines the kernels
     integers: tuple[str, ...]
     floats: tuple[str, ...]
-    operands: tuple[str, ...]  # tensors of four axes, the last one contiguous, see `strided_io.StridedTensor`
-    addresses: tuple[str, ...]  # of contiguous tensors
+    operands: tuple[str, ...]  # 4D tensors with unit stride in the last dimension, see `strided_io.StridedTensor`
+    addresses: tuple[str, ...]  # contiguous tensors
 
     def record_dtype(self, dtype: torch.dtype) -> np.dtype:
-        """Return the layout of the record, computing in this dtype."""
+        """Return the NumPy dtype of the record for this compute dtype."""
         fields: list[Any] = [
             (name, np.int64) for name in ("ticket", "slot", "work_items", "scratch_size", *self.integers)
         ]
         fields += [("array_offsets", np.int64, (16,)), *((name, np.float64) for name in self.floats)]
-        # Address, three strides, whether it holds bfloat16.
+        # An operand: address, three strides, and 1 if it is bfloat16.
         fields += [(name, np.int64, (5,)) for name in self.operands]
         fields += [(name, np.int64) for name in (*self.addresses, "scratch")]
         fields += [("zero", np.float64 if dtype == torch.float64 else np.float32)]
-        # Numba keeps code under the types of its arguments and the age of the file of one function, not of those that
-        # are called. With this name among the types, a change to any of them counts.
+        # Numba's cache key has the argument types and the time stamp of the file of the compiled function, but not the
+        # files of the functions that it calls. A digest of all sources in a field name makes it part of the key.
         fields += [(f"sources_{_source_digest(self.module)}", np.int8)]
         return np.dtype(fields, align=True)
 
 
 class PackedArguments(NamedTuple):
-    """What a call tells that does not depend on where its tensors are: worth keeping from call to call."""
+    """Argument record without strides and addresses. It depends only on dtype and sizes, so callers cache it."""
 
     record: bytes
-    address_offset: int  # where in the record addresses begin
-    scratch_elements: int  # elements of scratch memory for each thread
+    address_offset: int  # byte offset of the first address in the record
+    scratch_elements: int  # elements of scratch memory per thread
 
 
 def pack_arguments(
@@ -72,9 +73,9 @@ def pack_arguments(
     """Fill the integers and floats of a record.
 
     Args:
-        values: by name; those that are missing are 0.
-        array_offsets: where arrays begin in a thread's scratch memory, in elements, and the end.
-        work_items: how many there are.
+        values: integers and floats by name; missing ones are 0.
+        array_offsets: offsets of the arrays in a thread's scratch memory and the total size, in elements.
+        work_items: number of work items.
     """
     layout = fields.record_dtype(dtype)
     record = np.zeros((), layout)
@@ -95,11 +96,15 @@ def run(
     tensors: Mapping[str, Tensor],
     threads: int,
 ) -> None:
-    """Run a kernel.
+    """Compile a kernel if necessary and run it on all threads.
 
     Args:
-        kernel: a plain function at the top of its module, which is compiled here.
-        tensors: operands and contiguous tensors, by name; those that are missing are not used.
+        kernel: plain Python function at module level.
+        fields: layout of the kernel's argument record.
+        dtype: compute dtype.
+        packed: argument record from `pack_arguments`.
+        tensors: operands and contiguous tensors by name; the kernel must not use missing ones.
+        threads: number of threads.
     """
     scratch = empty(threads * packed.scratch_elements, dtype=dtype)
     addresses: list[int] = []
@@ -120,9 +125,9 @@ def _operand_fields(x: Tensor) -> tuple[int, ...]:
 
 @cache
 def _source_digest(module: str) -> str:
-    """Return a digest of the code of a module and of those modules of this folder whose functions it uses."""
+    """Return a digest of the source of a module and of all modules of this package that it imports from."""
     found, digest = [module], hashlib.sha256()
-    for name in found:  # which grows meanwhile
+    for name in found:  # `found` grows during the loop
         digest.update(inspect.getsource(sys.modules[name]).encode())
         used = {str(getattr(each, "__module__", "")) for each in vars(sys.modules[name]).values()}
         found += sorted(each for each in used if each.startswith(f"{__package__}.") and each not in found)
@@ -130,26 +135,26 @@ def _source_digest(module: str) -> str:
 
 
 def record_type(fields: ArgumentLayout, dtype: torch.dtype) -> Any:
-    """Return Numba's type of a record, under a number of its own.
+    """Return the Numba type of a record, with a type code that is the same in every process.
 
-    Numba calls compiled functions by the numbers that types like this one have in a process, in the order in which they
-    came up. On disk that would be the same name for code of different types, from different processes.
+    Numba puts type codes into the names of compiled functions. By default it numbers types in order of creation. Then
+    code for different types, compiled in different processes, could have the same name in the on-disk cache.
     """
     record = numba.from_dtype(fields.record_dtype(dtype))
     digest = int.from_bytes(hashlib.sha256(record.name.encode()).digest()[:4], "big")
-    record._code = 1 << 29 | digest >> 4  # far from those given in order, and no more than a C integer holds
+    record._code = 1 << 29 | digest >> 4  # above all codes that Numba assigns, and within a C int
     return record
 
 
 @cache
 def compile_kernel(kernel: Callable[[Any], None], fields: ArgumentLayout, dtype: torch.dtype) -> int:
-    """Compile a kernel for this dtype, or load it from disk, and return its address."""
+    """Compile a kernel for this compute dtype, or load it from the on-disk cache. Return its address."""
     function = numba.cfunc(types.void(types.CPointer(record_type(fields, dtype))), cache=True)(kernel)
     _KEEP_ALIVE.append(function)
     return int(function.address)
 
 
-_KEEP_ALIVE: list[Any] = []  # compiled code is freed with the object that stands for it
+_KEEP_ALIVE: list[Any] = []  # Numba frees compiled code together with its Python object
 
 
 # ------------------------------------------------------------------------------------------------ threads
@@ -175,10 +180,10 @@ def _function(address: int) -> Any:
 
 @cache
 def _openmp() -> Any:
-    """Return the function of torch's own OpenMP library that runs code on its threads, or None where there is none.
+    """Return `GOMP_parallel` of torch's OpenMP library, or None if it is not available.
 
-    A second pool, as Numba would start one, would have to share the processors with torch's threads, which go on
-    spinning for milliseconds after each of torch's operations.
+    The kernels use torch's thread pool. A second pool, such as Numba's, would compete with it: after each operation
+    torch's threads spin for some milliseconds.
     """
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel

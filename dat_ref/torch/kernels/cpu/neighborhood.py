@@ -1,4 +1,4 @@
-"""Neighborhood attention for CPUs: tensors in and out; the work is done by `neighborhood_kernels`."""
+"""Neighborhood attention on CPUs: tensor interface of `neighborhood_kernels`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .neighborhood_packing import PAD_PIXELS, Shape
 
 Size = tuple[int, int]
 
-_TARGET_BANDS = 64  # of all maps, so that many threads find work
-_MIN_BAND_ROWS = 8  # in a band, at least: bands share keys with their neighbors
-_MAX_BAND_PIXELS = 4096  # in a band, at most, but for that
+_TARGET_BANDS = 64  # bands of all maps together, enough work items for many threads
+_MIN_BAND_ROWS = 8  # rows of a band, at least: neighboring bands share keys, which are packed twice
+_MAX_BAND_PIXELS = 4096  # pixels of a band, at most; _MIN_BAND_ROWS has priority
 
 
 def warm(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    """Compile all there is for these dtypes, or load it from disk."""
+    """Compile all kernels for the given dtypes, or load them from the on-disk cache."""
     for dtype in dtypes:
         q, table = torch.ones(1, 1, 6, 2, dtype=dtype), torch.ones(1, 5, 5, dtype=dtype)
         options = {"size": (2, 3), "kernel": 3, "dilation": 1, "scale": 1.0}
@@ -46,16 +46,17 @@ def neighborhood_forward(
         z = softmax(scale · q kᵀ + B̂[d + K - 1]) v        with d = key - query, in steps of δ
 
     Args:
-        q, k, v: (B, heads, H·W, d), of any strides.
+        q, k, v: (B, heads, H·W, d), any strides.
         table: B̂, (heads, 2K-1, 2K-1).
         size: (H, W).
-        kernel: K.
-        dilation: δ.
+        kernel: K, keys per axis.
+        dilation: δ, distance in pixels between neighboring keys.
+        scale: factor of the dot products.
 
     Returns:
-        z (B, heads, H·W, d) in the dtype of v, in memory as q is; and the log-sum-exp of each query's logits,
-        (B, heads, H·W). Half precision is computed in float32. A pixel that is NaN makes NaN of all queries that see
-        it, and of their next neighbors.
+        z (B, heads, H·W, d), in the dtype of v and the memory layout of q; and lse (B, heads, H·W), the log-sum-exp of
+        each query's logits. Half precision is computed in float32. A NaN pixel gives NaN in all queries that attend to
+        it, and in queries next to those.
     """
     dtype, threads = _compute_dtype(q, k, v), torch.get_num_threads()
     out = _empty_like(q, _storage_dtype(v.dtype, dtype))
@@ -86,8 +87,8 @@ def neighborhood_backward(
 
     Args:
         grad_out: (B, heads, H·W, d).
-        out, lse: what the forward pass returned; the other arguments are those that it got.
-        deterministic: has no effect: sums are always taken in the same order, whatever the number of threads.
+        out, lse: outputs of `neighborhood_forward`. All other arguments are the same as in the forward call.
+        deterministic: no effect; the order of summation is fixed and does not depend on the number of threads.
     """
     if not q.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(table)
@@ -127,7 +128,11 @@ def _pack_arguments(
     dilation: int,
     scale: float,
 ) -> launch.PackedArguments:
-    """Return the arguments of a kernel but the addresses; `group` is one of `Shape.band_groups` groups of bands."""
+    """Return the kernel arguments without the addresses.
+
+    Args:
+        group: index of the group of bands, less than `Shape.band_groups`; used only by the backward kernel.
+    """
     shape = make_shape(batch, heads, depth, height, width, kernel, dilation)
     bands = len(range(group, shape.num_bands, shape.band_groups)) if backward else shape.num_bands
     values = {**shape._asdict(), "group": group, "scale": scale}
@@ -137,19 +142,22 @@ def _pack_arguments(
 
 
 def _work_items(shape: Shape, bands: int) -> int:
-    """Return how many bands there are of all heads and images, sub-maps below each other counted apart."""
+    """Return the number of work items: bands of all heads, images and first rows of sub-maps.
+
+    The sub-maps that start in the same row are one work item.
+    """
     return shape.heads * shape.batch * min(shape.dilation, shape.height) * bands
 
 
 @lru_cache(maxsize=256)
 def make_shape(batch: int, heads: int, depth: int, height: int, width: int, kernel: int, dilation: int) -> Shape:
-    """Cut a call into bands, and size what they are packed into.
+    """Return the band sizes and the packed memory layout of a call.
 
     >>> make_shape(1, 2, 32, 56, 56, 7, 1)[7:12]  # keys_y, keys_x, band_rows, num_bands, band_groups
     (7, 7, 8, 7, 2)
     """
     keys_y, keys_x = (min(kernel, max(length // dilation, 1)) for length in (height, width))
-    rows, columns = -(-height // dilation), -(-width // dilation)  # of the largest sub-map
+    rows, columns = -(-height // dilation), -(-width // dilation)  # size of the largest sub-map
     bands_per_map = -(-_TARGET_BANDS // (batch * heads * dilation))
     band_rows = max(min(-(-rows // bands_per_map), _MAX_BAND_PIXELS // columns), _MIN_BAND_ROWS)
     band_rows += band_rows % 2
@@ -164,7 +172,13 @@ def make_shape(batch: int, heads: int, depth: int, height: int, width: int, kern
 
 
 def _num_band_groups(length: int, band: int, num_keys: int) -> int:
-    """Return how far apart bands of a sub-map of so many rows must be to have no key in common."""
+    """Return the smallest n for which bands i and i + n of a sub-map have no key in common.
+
+    Args:
+        length: rows of the sub-map.
+        band: rows of a band.
+        num_keys: keys per query on this axis.
+    """
     bands = list(_band_key_ranges(length, band, num_keys))
     band_groups = 1
     for index, (_, stop) in enumerate(bands):
@@ -174,6 +188,7 @@ def _num_band_groups(length: int, band: int, num_keys: int) -> int:
 
 
 def _band_key_ranges(length: int, band: int, num_keys: int) -> Iterator[tuple[int, int]]:
+    """Yield the range of key rows, [start, stop), of each band of a sub-map."""
     for first in range(0, length, band):
         last = min(first + band, length) - 1
         start, end = (max(min(query - num_keys // 2, length - num_keys), 0) for query in (first, last))
@@ -181,12 +196,12 @@ def _band_key_ranges(length: int, band: int, num_keys: int) -> Iterator[tuple[in
 
 
 def _array_offsets(shape: Shape, backward: bool) -> Iterator[int]:
-    """Return where each array of `neighborhood_kernels.Forward` or `Backward` begins, and the end.
+    """Return the offsets of the arrays of `neighborhood_kernels.Forward` or `Backward`, and the total size.
 
-    They begin at whole cache lines.
+    In elements; every offset is a multiple of 64.
     """
     keys, queries = (shape.band_rows + shape.keys_y) * shape.row_stride, shape.band_rows * shape.row_stride
-    window = -(-(shape.keys_x + 1) // QUAD) * LANES  # logits of a row of keys
+    window = -(-(shape.keys_x + 1) // QUAD) * LANES  # logits per row of keys
     logits, quads = (shape.keys_y + 1) * window, QUAD * shape.pixel_stride
     padded_table = (2 * shape.kernel + 1) * shape.table_row_stride
     if backward:

@@ -1,17 +1,17 @@
-"""Attention to the K × K keys around each query with a relative bias, forward and backward.
+"""Neighborhood attention kernels, forward and backward, with a relative position bias.
 
-    S = q·k / √d + B,    O = Σ e^S v / Σ e^S            over the keys of each query
+    S = q·k / √d + B,    O = Σ e^S v / Σ e^S            sums over the K × K keys around each query
 
-A tile of 2 × 2 queries at a time: all its logits are a few vectors, so that the softmax is the plain one and nothing
-is copied per query. The backward pass computes them again; the log-sum-exp L, which the forward pass keeps, gives the
-weights P = e^(S - L), and then
+A tile has 2 × 2 queries. Its logits fit into a few vectors, so the softmax needs no running maximum, and no key is
+copied per query. The backward pass recomputes the logits. With the log-sum-exp L from the forward pass, the weights are
+P = e^(S - L), and the gradients are
 
     ∂V = P ∂O,    ∂S = P (∂O·V - ∂O·O),    ∂Q = ∂S K / √d,    ∂K = ∂S Q / √d,    ∂B = ∂S.
 
-A key takes part in tiles of several bands. Its gradient is added up band by band, bands without a common key at the
-same time, always in the same order: the result does not depend on the number of threads.
+A key belongs to the windows of several bands. Bands without a common key run in parallel, and the gradient of a key is
+accumulated band by band in a fixed order. So the result does not depend on the number of threads.
 
-Exponentials are powers of 2 inside: queries and table come multiplied by log₂ e.
+The kernels compute powers of 2: queries and table are multiplied by log₂ e on load.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from .neighborhood_packing import (
     load_shape,
     make_map,
     make_tile,
+    mask_index,
     pack,
     query_index,
-    row_visibility,
     unpack,
 )
 from .strided_io import strided_tensor
@@ -68,9 +68,9 @@ from .vectors import (
     where_not_negative,
 )
 
-CHANNELS = 2 * LANES  # summed at once
-M_INIT = -1e38  # below any logit, and finite: a tile may have a query that is none, for which every key is hidden
-MIN_EXPONENT = 126.0  # 2^-126 and less is none at all: what is hidden must not count, not even a little
+CHANNELS = 2 * LANES  # channels per vector of an accumulator
+M_INIT = -1e38  # below any logit, but finite: a missing query of a tile has all keys masked
+MIN_EXPONENT = 126.0  # weights of 2^-126 or less become exactly 0, so masked keys contribute nothing
 
 FIELDS = ArgumentLayout(
     module=__name__,
@@ -86,7 +86,7 @@ FIELDS = ArgumentLayout(
 
 @inlined
 def _interleave_queries(target: Any, source: Any, tile: Tile, shape: Shape, factor: float, like: Any) -> None:
-    """Lay out four queries for `_dots`: four channels of each, side by side."""
+    """Write the four queries of a tile in the layout of `_dots`: four channels of each query per vector."""
     start = tile.queries
     for channel in range(0, shape.pixel_stride, LANES):
         interleave(
@@ -99,7 +99,7 @@ def _interleave_queries(target: Any, source: Any, tile: Tile, shape: Shape, fact
 
 @inlined
 def _dots(queries: Any, keys: Any, start: int, pixel_stride: int, zero: Any) -> Any:
-    """Return the products of four queries with a block of four keys."""
+    """Return the dot products of four queries with a block of four keys, in lane 4·query + key."""
     dots0, dots1, dots2, dots3 = zero, zero, zero, zero
     for channel in range(0, pixel_stride, QUAD):
         quad_queries = load(queries, QUAD * channel, zero)
@@ -113,7 +113,7 @@ def _dots(queries: Any, keys: Any, start: int, pixel_stride: int, zero: Any) -> 
 
 @inlined
 def _exp2_masked(logits: Any, zero: Any) -> Any:
-    """Return 2^logits, and no weight at all for what is hidden."""
+    """Return 2^logits, and exactly 0 for masked keys (logits of -MIN_EXPONENT or less)."""
     return where_not_negative(-MIN_EXPONENT - logits, zero, exp2(logits))
 
 
@@ -135,7 +135,7 @@ def _weighted_sum(target: Any, tile: Tile, weights: Any, rows: Any, factors: Any
                     offset += shape.pixel_stride
                     weight += 1
                 weight += LANES - QUAD
-        # The first query last: where a neighbor is missing, what was computed for it goes the same place.
+        # Store the first query last: a missing neighbor is stored at the same address.
         target_start = tile.queries + channel
         store(target, target_start + tile.below + tile.right, sum3 * load_broadcast(factors, 3 * QUAD, zero))
         store(target, target_start + tile.below, sum2 * load_broadcast(factors, 2 * QUAD, zero))
@@ -170,18 +170,18 @@ def _add_outer(target: Any, tile: Tile, weights: Any, rows: Any, shape: Shape, z
 
 
 class Forward(NamedTuple):
-    """Scratch memory of a thread, in the order of `neighborhood._array_offsets`."""
+    """Scratch arrays of a thread, in the order of `neighborhood._array_offsets`."""
 
     bias: Any
     padded_table: Any
-    keys: Any  # packed
+    keys: Any  # packed rows of pixels
     values: Any
     queries: Any
     out: Any
     masks: Any
-    quad_queries: Any  # the queries of a tile, interleaved
-    logits: Any  # of a tile, then weights
-    factors: Any  # a query in each quad
+    quad_queries: Any  # interleaved queries of a tile
+    logits: Any  # logits of a tile, then weights
+    factors: Any  # 1 / l, one query per quad
 
 
 @compiled
@@ -195,14 +195,14 @@ def _forward_memory(call: Any) -> Forward:
 
 @compiled
 def _zeroed_scratch(call: Any, arrays: int) -> Any:
-    """Return a part of the scratch memory that no other thread has, zeros: channels may be fewer than a pixel holds."""
+    """Return the scratch memory of this thread, zeroed, because packed pixels may have padding channels."""
     memory = array_at(call.scratch + fetch_add(call, 1) * call.scratch_size, call.zero)[: call.array_offsets[arrays]]
     memory[:] = 0
     return memory
 
 
 def forward(call: Any) -> None:
-    """Compute bands of maps until none is left: what each thread does."""
+    """Forward kernel. Each thread processes one band of a map after the other until no work item is left."""
     call = carray(call, 1)[0]
     memory, shape = _forward_memory(call), load_shape(call)
     head, work_item = -1, fetch_add(call, 0)
@@ -212,7 +212,7 @@ def forward(call: Any) -> None:
             if head != map_.head:
                 head = map_.head
                 fill_bias(memory.bias, memory.padded_table, array_at(call.table, call.zero), head, shape)
-            if map_.first_row < map_.stop_row:  # not all sub-maps are of one height
+            if map_.first_row < map_.stop_row:  # false for the last band of a shorter sub-map
                 _forward_band(call, memory, map_, shape)
         work_item = fetch_add(call, 0)
 
@@ -232,20 +232,20 @@ def _forward_band(call: Any, memory: Forward, map_: Map, shape: Shape) -> None:
                 fill_masks(memory.masks, map_, column, tile.blocks, shape)
                 masks_for = windows
             store(memory.factors, 0, _attend(memory, tile, shape, call.scale * LOG2_E))
-            for slot in range(QUAD - 1, -1, -1):  # the first query last, as in _weighted_sum
+            for slot in range(QUAD - 1, -1, -1):  # store the first query last, as in _weighted_sum
                 lse[query_index(map_, row, column, tile, slot, shape)] = memory.factors[QUAD * slot]
     unpack(strided_tensor(call, call.out), memory.out, map_, map_.first_row, map_.stop_row, shape, 1.0)
 
 
 @inlined
 def _attend(memory: Forward, tile: Tile, shape: Shape, factor: float) -> Any:
-    """Compute the output of a tile; return the log-sum-exp, of a query in each quad."""
+    """Compute the output of a tile. Return the log-sum-exp, one query per quad."""
     zero = broadcast(memory.out.dtype.type(0), LANES)
     _interleave_queries(memory.quad_queries, memory.queries, tile, shape, factor, zero)
     m, offset = zero + M_INIT, 0
     for row in range(tile.rows):
         key, bias = tile.keys + row * shape.row_stride, tile.bias + bias_offset(row, 0, shape.phases)
-        mask = row_visibility(row, tile, shape) * tile.blocks * LANES
+        mask = mask_index(row, tile, shape) * tile.blocks * LANES
         for _ in range(tile.blocks):
             logit = _dots(memory.quad_queries, memory.keys, key, shape.pixel_stride, zero)
             logit += load(memory.bias, bias, zero) + load(memory.masks, mask, zero)
@@ -269,7 +269,7 @@ def _attend(memory: Forward, tile: Tile, shape: Shape, factor: float) -> Any:
 
 
 class Backward(NamedTuple):
-    """Scratch memory of a thread, as in `Forward`."""
+    """Scratch arrays of a thread, as in `Forward`."""
 
     bias: Any
     padded_table: Any
@@ -282,11 +282,11 @@ class Backward(NamedTuple):
     grad_queries: Any
     masks: Any
     quad_queries: Any
-    quad_grad_out: Any  # the queries' part of grad_out, interleaved
-    weights: Any  # of a tile
+    quad_grad_out: Any  # interleaved grad_out of a tile
+    weights: Any  # weights of a tile
     grad_logits: Any
-    factors: Any
-    delta: Any  # ∂O·O of each query of a band
+    factors: Any  # scale in every lane
+    delta: Any  # ∂O·O for each query of a band
 
 
 @compiled
@@ -302,10 +302,10 @@ def _backward_memory(call: Any) -> Backward:
 
 
 def backward(call: Any) -> None:
-    """Compute bands of maps, of one group: those that have no key in common."""
+    """Backward kernel for one group of bands. The bands of a group have no key in common."""
     call = carray(call, 1)[0]
     memory, shape = _backward_memory(call), load_shape(call)
-    group_bands = -(-(shape.num_bands - call.group) // shape.band_groups)  # of a map, in this group
+    group_bands = -(-(shape.num_bands - call.group) // shape.band_groups)  # bands of this group per sub-map
     head, work_item = -1, fetch_add(call, 0)
     while work_item < call.work_items:
         band = call.group + work_item % group_bands * shape.band_groups
@@ -323,7 +323,7 @@ def backward(call: Any) -> None:
 
 
 def add_bias_gradients(call: Any) -> None:
-    """Add up the gradients of bias that `backward` has left for each band of each map, head by head."""
+    """Sum the bias gradients that `backward` wrote for each band, and write the table gradient of each head."""
     call = carray(call, 1)[0]
     shape = load_shape(call)
     bands = shape.batch * min(shape.dilation, shape.height) * shape.num_bands
@@ -353,31 +353,21 @@ def _backward_band(call: Any, memory: Backward, map_: Map, grad_bias: Any, shape
     memory.grad_values[:] = 0
     _attend_band_backward(memory, map_, array_at(call.lse, call.zero), grad_bias, shape, call.scale)
     unpack(strided_tensor(call, call.grad_q), memory.grad_queries, map_, map_.first_row, map_.stop_row, shape, 1.0)
-    add_packed(
-        strided_tensor(call, call.grad_k),
-        memory.grad_keys,
-        map_,
-        map_.first_key_row,
-        map_.stop_key_row,
-        shape,
-        call.scale,
-    )
-    add_packed(
-        strided_tensor(call, call.grad_v), memory.grad_values, map_, map_.first_key_row, map_.stop_key_row, shape, 1.0
-    )
+    grad_k, grad_v = strided_tensor(call, call.grad_k), strided_tensor(call, call.grad_v)
+    add_packed(grad_k, memory.grad_keys, map_, map_.first_key_row, map_.stop_key_row, shape, call.scale)
+    add_packed(grad_v, memory.grad_values, map_, map_.first_key_row, map_.stop_key_row, shape, 1.0)
 
 
 @compiled
 def _compute_delta(memory: Backward, map_: Map, shape: Shape) -> None:
-    """Write ∂O·O of each query, where the output has been packed in place of the queries' gradients."""
+    """Write ∂O·O for each query. At this point `memory.grad_queries` contains the packed output O."""
     zero = broadcast(memory.delta.dtype.type(0), LANES)
     for row in range(map_.stop_row - map_.first_row):
         for column in range(map_.width):
             offset, total = row * shape.row_stride + column * shape.pixel_stride, zero
             for channel in range(0, shape.pixel_stride, LANES):
-                total += load(memory.grad_out, offset + channel, zero) * load(
-                    memory.grad_queries, offset + channel, zero
-                )
+                out = load(memory.grad_queries, offset + channel, zero)
+                total += load(memory.grad_out, offset + channel, zero) * out
             memory.delta[offset // shape.pixel_stride] = lane_sum(total)
 
 
@@ -410,7 +400,7 @@ def _attend_band_backward(memory: Backward, map_: Map, lse: Any, grad_bias: Any,
 
 @inlined
 def _compute_grad_logits(memory: Backward, tile: Tile, lse_quads: Any, grad_bias: Any, shape: Shape) -> None:
-    """Compute the weights of a tile again, the gradients of its logits, and add these to those of the bias."""
+    """Recompute the weights of a tile, compute the gradients of its logits, and add them to the bias gradients."""
     query = tile.queries // shape.pixel_stride
     right, below = tile.right // shape.pixel_stride, tile.below // shape.pixel_stride
     delta_quads = broadcast_quads(
@@ -420,7 +410,7 @@ def _compute_grad_logits(memory: Backward, tile: Tile, lse_quads: Any, grad_bias
     zero, offset = broadcast(memory.keys.dtype.type(0), LANES), 0
     for row in range(tile.rows):
         key, bias = tile.keys + row * shape.row_stride, tile.bias + bias_offset(row, 0, shape.phases)
-        mask = row_visibility(row, tile, shape) * tile.blocks * LANES
+        mask = mask_index(row, tile, shape) * tile.blocks * LANES
         for _ in range(tile.blocks):
             logit = _dots(memory.quad_queries, memory.keys, key, shape.pixel_stride, zero)
             logit += load(memory.bias, bias, zero) + load(memory.masks, mask, zero)

@@ -1,11 +1,11 @@
-"""The pieces of neighborhood attention: bands of a map in packed memory, tiles of queries, their windows and biases.
+"""Data layout of the neighborhood kernels: packed bands, tiles of queries, windows of keys, bias blocks, masks.
 
-A tile is 2 × 2 queries. Together they see at most (K+1)² keys, of which each sees K²; what it does not see is hidden by
--∞. Keys come in blocks of four neighbors in a row: a block of logits is one vector, with query i and key j in lane
-4·i + j (`lane_shuffles`).
+A tile has 2 × 2 queries. Its window is the union of their neighborhoods, at most (K+1)² keys. Each query attends to K²
+of them; a mask of -∞ removes the others. Keys are processed in blocks of four neighbors in a row. A block of logits is
+one vector, with query i and key j in lane 4·i + j (`lane_shuffles`).
 
-A band of rows of the map is packed into scratch memory first, with the channels filled up to whole vectors: whatever
-strides, dilation (each sub-map is a map of its own) or number of channels come in, the rest does not notice.
+A band of rows of the map is first packed into scratch memory, with the channels padded to whole vectors. Packing
+handles strides, dilation (each sub-map is a separate map) and the number of channels, so the kernels see one layout.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .tiles import copy_rows
 from .vectors import broadcast, compiled, load, store
 
 LOG2_E = math.log2(math.e)
-PAD_PIXELS = QUAD - 1  # pixels behind each packed row, for a block that begins at its last key
-NO_WINDOW = 2  # begins nowhere: not even at the second query's column, 1, as windows do for K = 1
-BOTH, UPPER, LOWER = 0, 1, 2  # which of a tile's queries see a row of keys
+PAD_PIXELS = QUAD - 1  # zero pixels after each packed row, for a block that starts at its last key
+NO_WINDOW = 2  # not a valid start: relative to the first query, windows start at column 1 or less
+BOTH, UPPER, LOWER = 0, 1, 2  # mask of a row of keys: attended by both rows of queries or by one of them
 
 
 class Shape(NamedTuple):
-    """The sizes of a call, and what follows from them; see `neighborhood.make_shape`."""
+    """Sizes of a call and derived sizes, made by `neighborhood.make_shape`."""
 
     batch: int
     heads: int
@@ -36,21 +36,21 @@ class Shape(NamedTuple):
     depth: int
     kernel: int
     dilation: int
-    keys_y: int  # keys that a query sees on each axis
+    keys_y: int  # keys per query on each axis
     keys_x: int
     band_rows: int  # rows of queries in a band, even
-    num_bands: int  # of a sub-map
-    band_groups: int  # so far apart bands have no key in common
-    pixel_stride: int  # length of a pixel in packed memory
-    row_stride: int  # of a row of pixels
-    bias_size: int  # elements in all blocks of bias of a head
-    phases: int  # blocks of bias, four columns apart, in a row of them
-    table_row_stride: int  # length of a row of a table with margins, so that four blocks can be read at its last column
+    num_bands: int  # bands per sub-map
+    band_groups: int  # bands i and i + band_groups have no key in common
+    pixel_stride: int  # elements per pixel in packed memory
+    row_stride: int  # elements per row of pixels in packed memory
+    bias_size: int  # elements in all bias blocks of a head
+    phases: int  # bias blocks of a row with equal column modulo 4
+    table_row_stride: int  # elements per row of the padded table, enough to load four blocks at its last column
 
 
 @compiled
 def load_shape(call: Any) -> Shape:
-    """Return the sizes as values: what stands in memory would be read again after every store."""
+    """Copy the sizes from the argument record to local values. LLVM would reload them from memory after each store."""
     return Shape(
         call.batch, call.heads, call.height, call.width, call.depth, call.kernel, call.dilation, call.keys_y,
         call.keys_x, call.band_rows, call.num_bands, call.band_groups, call.pixel_stride, call.row_stride,
@@ -59,30 +59,30 @@ def load_shape(call: Any) -> Shape:
 
 
 class Map(NamedTuple):
-    """A sub-map, and in it a band: some rows of queries, and the rows of keys that these see."""
+    """A band of a sub-map: rows of queries, and the rows of keys in their neighborhoods."""
 
     image: int
     head: int
-    first_pixel: int  # its first one on the whole map
-    height: int
+    first_pixel: int  # index of the sub-map's first pixel in the whole map
+    height: int  # size of the sub-map
     width: int
-    first_row: int
+    first_row: int  # rows of queries
     stop_row: int
     first_key_row: int
     stop_key_row: int
 
 
 class Tile(NamedTuple):
-    """2 × 2 queries, or fewer at the end of a map, and the window of keys that they see; offsets in packed memory."""
+    """Tile of 2 × 2 queries (fewer at the border of a map) and its window of keys, as offsets in packed memory."""
 
-    queries: int
-    right: int  # from a query to its neighbor, 0 where there is none
-    below: int
-    keys: int
-    rows: int  # of the window
-    blocks: int  # in each of them
-    bias: int
-    lower_start: int  # first row that the lower queries see
+    queries: int  # offset of the first query
+    right: int  # offset from a query to its right neighbor, 0 if it has none
+    below: int  # offset from a query to the one below, 0 if it has none
+    keys: int  # offset of the first key of the window
+    rows: int  # rows of the window
+    blocks: int  # blocks of four keys per row
+    bias: int  # offset of the first bias block
+    lower_start: int  # first window row that the lower queries attend to
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -90,13 +90,20 @@ class Tile(NamedTuple):
 
 @inlined
 def first_key(query: int, length: int, num_keys: int) -> int:
+    """Return the first key of a query's neighborhood on one axis."""
     return max(min(query - num_keys // 2, length - num_keys), 0)
 
 
 @compiled
 def make_map(item: int, column: int, band: int, shape: Shape) -> Map:
-    """Return a band of a sub-map: the one that begins at this column and a row that `item` counts, head by head."""
-    rows = min(shape.dilation, shape.height)  # where sub-maps begin
+    """Return a band of a sub-map.
+
+    Args:
+        item: index over heads, images and first rows of sub-maps; the last varies fastest.
+        column: first column of the sub-map.
+        band: index of the band in the sub-map.
+    """
+    rows = min(shape.dilation, shape.height)  # first rows of sub-maps
     row, image, head = item % rows, item // rows % shape.batch, item // rows // shape.batch
     height, width = -(-(shape.height - row) // shape.dilation), -(-(shape.width - column) // shape.dilation)
     first_row = band * shape.band_rows
@@ -109,7 +116,7 @@ def make_map(item: int, column: int, band: int, shape: Shape) -> Map:
 
 @inlined
 def make_tile(map_: Map, row: int, column: int, shape: Shape) -> Tile:
-    """Return the tile whose first query this is."""
+    """Return the tile whose first query is at (row, column)."""
     below, right = row + 1 < map_.stop_row, column + 1 < map_.width
     y, x = first_key(row, map_.height, shape.keys_y), first_key(column, map_.width, shape.keys_x)
     lower_start = first_key(row + 1, map_.height, shape.keys_y) - y if below else shape.keys_y
@@ -128,7 +135,7 @@ def make_tile(map_: Map, row: int, column: int, shape: Shape) -> Tile:
 
 @inlined
 def query_index(map_: Map, row: int, column: int, tile: Tile, slot: int, shape: Shape) -> int:
-    """Return the index of one of a tile's queries, or of one next to it where there is no such query."""
+    """Return the index of a query of a tile; for a missing query, the index of its neighbor."""
     y = row + (slot // 2 if tile.below else 0)
     x = column + (slot % 2 if tile.right else 0)
     first = (map_.image * shape.heads + map_.head) * shape.height * shape.width + map_.first_pixel
@@ -136,34 +143,36 @@ def query_index(map_: Map, row: int, column: int, tile: Tile, slot: int, shape: 
 
 
 @inlined
-def row_visibility(row: int, tile: Tile, shape: Shape) -> int:
-    """Return which of a tile's queries see this row of its window."""
+def mask_index(row: int, tile: Tile, shape: Shape) -> int:
+    """Return the mask for a row of the window: UPPER, BOTH or LOWER."""
     if row < tile.lower_start:
         return UPPER
     return BOTH if row < shape.keys_y else LOWER
 
 
-# ------------------------------------------------------------------------------------------------ bias and visibility
+# ------------------------------------------------------------------------------------------------ bias and masks
 
-# Block (r, c) of a table holds what query (y, x) of a tile sees at keys r - (K-1) rows below the tile's first query and
-# in four columns, of which the first is c - (K-1) to the right of it: entries r - y and c - x to c - x + 3. Blocks four
-# columns apart are neighbors in memory, as they are in a row of a window.
+# Bias block (r, c) contains the bias of four neighboring keys for the four queries of a tile. Relative to the first
+# query, the first key is r - (K-1) rows below and c - (K-1) columns to the right. So query (y, x) of the tile reads the
+# table at row r - y and columns c - x to c - x + 3. Blocks four columns apart, the neighbors in a row of a window, are
+# neighbors in memory.
 
 
 @inlined
 def bias_offset(row: int, column: int, phases: int) -> int:
+    """Return the offset of bias block (row, column)."""
     return ((row * QUAD + column % QUAD) * phases + column // QUAD) * LANES
 
 
 @compiled
 def fill_bias(bias: Any, padded_table: Any, table: Any, head: int, shape: Shape) -> None:
-    """Lay out the blocks of a head's table (2K-1, 2K-1); `padded_table` is room for a copy with margins."""
+    """Write the bias blocks of a head from its table (2K-1, 2K-1). `padded_table` is a scratch buffer."""
     side, row_stride, like = 2 * shape.kernel - 1, shape.table_row_stride, broadcast(bias[0], LANES)
     padded_table[:] = 0
     copy_rows(padded_table, row_stride + 1, row_stride, table, head * side * side, side, side, side, LOG2_E)
     for row in range(side + 1):
         for column in range(side + 1):
-            if column % LANES < QUAD:  # four blocks at a time, each four columns from the one before
+            if column % LANES < QUAD:  # write four blocks at once, at columns c, c + 4, c + 8 and c + 12
                 offset = (row + 1) * row_stride + column + 1
                 interleave(
                     bias, bias_offset(row, column, shape.phases),
@@ -174,7 +183,7 @@ def fill_bias(bias: Any, padded_table: Any, table: Any, head: int, shape: Shape)
 
 @compiled
 def fold_bias(grad_table: Any, head: int, grad_bias: Any, shape: Shape) -> None:
-    """Add up the gradients of each entry of a table, which stands in 16 lanes of the blocks."""
+    """Write the gradient of a head's table: each entry is the sum of 16 lanes of the bias blocks."""
     side = 2 * shape.kernel - 1
     for row in range(side):
         for column in range(side):
@@ -188,21 +197,21 @@ def fold_bias(grad_table: Any, head: int, grad_bias: Any, shape: Shape) -> None:
 
 @compiled
 def fill_masks(masks: Any, map_: Map, column: int, blocks: int, shape: Shape) -> None:
-    """Write for each block of a row what is added to its logits, 0 or -∞: for rows that BOTH, UPPER and LOWER see."""
+    """Write the additive masks (0 or -∞) of a row of blocks, one set for each of BOTH, UPPER and LOWER."""
     window = first_key(column, map_.width, shape.keys_x)
     for block in range(blocks):
         for lane in range(LANES):
             y, x, key = lane // 8, column + lane // QUAD % 2, window + QUAD * block + lane % QUAD
             first = first_key(x, map_.width, shape.keys_x)
             visible = x < map_.width and first <= key < first + shape.keys_x
-            for rows in range(3):
-                offset = (rows * blocks + block) * LANES + lane
-                masks[offset] = 0 if visible and (rows == BOTH or rows == UPPER + y) else -np.inf
+            for kind in range(3):
+                offset = (kind * blocks + block) * LANES + lane
+                masks[offset] = 0 if visible and (kind == BOTH or kind == UPPER + y) else -np.inf
 
 
 @inlined
 def column_windows(map_: Map, column: int, shape: Shape) -> Any:
-    """Return where the windows of a column of tiles begin: what its masks follow from."""
+    """Return the first column of each query's window, relative to `column`. The masks depend only on these."""
     right = first_key(column + 1, map_.width, shape.keys_x) - column
     return first_key(column, map_.width, shape.keys_x) - column, right if column + 1 < map_.width else NO_WINDOW
 
@@ -212,7 +221,7 @@ def column_windows(map_: Map, column: int, shape: Shape) -> Any:
 
 @compiled
 def pack(target: Any, source: StridedTensor, map_: Map, first_row: int, stop_row: int, shape: Shape) -> None:
-    """Copy some rows of a sub-map, pixels one behind the other."""
+    """Copy rows of a sub-map to packed memory, with zero pixels after each row."""
     for row in range(first_row, stop_row):
         target_start = (row - first_row) * shape.row_stride
         source_start, step = _row_offset(source, map_, row, shape)
@@ -225,7 +234,7 @@ def pack(target: Any, source: StridedTensor, map_: Map, first_row: int, stop_row
 def unpack(
     target: StridedTensor, source: Any, map_: Map, first_row: int, stop_row: int, shape: Shape, factor: float
 ) -> None:
-    """Copy packed rows back, times a factor."""
+    """Copy packed rows, multiplied by a factor, back to a tensor."""
     for row in range(first_row, stop_row):
         target_start, step = _row_offset(target, map_, row, shape)
         source_start = (row - first_row) * shape.row_stride
@@ -238,6 +247,7 @@ def unpack(
 def add_packed(
     target: StridedTensor, source: Any, map_: Map, first_row: int, stop_row: int, shape: Shape, factor: float
 ) -> None:
+    """Add packed rows, multiplied by a factor, to a tensor."""
     like, vectorized = broadcast(source[0], LANES), shape.depth - shape.depth % LANES
     for row in range(first_row, stop_row):
         target_start, step = _row_offset(target, map_, row, shape)
@@ -254,7 +264,7 @@ def add_packed(
 
 @inlined
 def _row_offset(tensor: StridedTensor, map_: Map, row: int, shape: Shape) -> Any:
-    """Return where a row of a sub-map begins in a tensor, and how far its pixels are apart."""
+    """Return the offset of a row of a sub-map in a tensor, and the stride of its pixels."""
     pixel = map_.first_pixel + row * shape.dilation * shape.width
     start = map_.image * tensor.image_stride + map_.head * tensor.head_stride + pixel * tensor.row_stride
     return start, shape.dilation * tensor.row_stride

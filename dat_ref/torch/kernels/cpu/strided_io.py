@@ -1,4 +1,4 @@
-"""Tensors in memory, and copies of their rows to scratch memory and back: in the type to compute in, or in bfloat16."""
+"""Strided tensors: load rows to scratch memory and store them back, in the compute dtype or in bfloat16."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .vectors import NARROW, array_at, broadcast, compiled, load, load_bfloat16,
 
 
 class StridedTensor(NamedTuple):
-    """A tensor (image, head, row, channel) in memory: its elements, and the strides of all axes but the last."""
+    """A tensor (image, head, row, channel) in memory, with unit stride in the last dimension."""
 
     elements: Any
     image_stride: int
     head_stride: int
     row_stride: int
-    bfloat16_bits: Any  # the same memory as 16-bit integers, and whether that is what it holds
+    bfloat16_bits: Any  # the same memory as 16-bit integers, valid if is_bfloat16
     is_bfloat16: int
 
 
 @compiled
 def strided_tensor(call: Any, operand: Any) -> StridedTensor:
-    """Return an operand of a call, see `launch.ArgumentLayout`."""
+    """Return an operand of the argument record, see `launch.ArgumentLayout`."""
     bfloat16_bits = array_at(operand[0], uint16(0))
     return StridedTensor(array_at(operand[0], call.zero), operand[1], operand[2], operand[3], bfloat16_bits, operand[4])
 
@@ -40,7 +40,7 @@ def load_rows(
     length: int,
     factor: float,
 ) -> None:
-    """`tiles.copy_rows` from a tensor."""
+    """Load rows of a tensor: `tiles.copy_rows` with conversion from bfloat16."""
     if not source.is_bfloat16:
         copy_rows(
             target, target_start, target_stride, source.elements, source_start, source_stride, rows, length, factor
@@ -68,7 +68,7 @@ def store_rows(
     length: int,
     factor: float,
 ) -> None:
-    """`tiles.copy_rows` into a tensor."""
+    """Store rows to a tensor: `tiles.copy_rows` with conversion to bfloat16."""
     if not target.is_bfloat16:
         copy_rows(
             target.elements, target_start, target_stride, source, source_start, source_stride, rows, length, factor

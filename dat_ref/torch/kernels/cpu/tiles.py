@@ -1,8 +1,8 @@
-"""Tiles in scratch memory, and their products.
+"""Tiles in scratch memory and matrix products of tiles.
 
-A tile is flat: entry (i, lane) stands at ``i * TILE_STRIDE + lane``, with queries along the lanes, so that a softmax
-over keys is work on whole vectors. Products run on strips of a tile, as many lanes as a vector has, and keep a few rows
-of sums in registers while they go along the axis that is summed.
+A tile is a 1D array with element (i, lane) at index ``i * TILE_STRIDE + lane``. The lanes are queries, so a softmax
+over keys works on whole vectors. Products process one strip of a tile at a time: four rows, with as many lanes as a
+vector, accumulated in registers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from .vectors import NARROW, broadcast, compiled, load, load_broadcast, store, transpose_block
 
-BLOCK_M = 448  # queries in a tile, at most; 448 = 8·56 = 16·28 = 32·14 = 64·7
-# Room for a vector that begins at the last lane. An odd number of cache lines, or else the rows would all fall on the
-# same few sets of the cache and throw each other out.
+BLOCK_M = 448  # maximum number of queries in a tile; 448 = 8·56 = 16·28 = 32·14 = 64·7
+# Padding for a vector that starts at the last lane. The stride is an odd number of cache lines. With an even number,
+# the rows would map to few cache sets and evict each other.
 TILE_STRIDE = BLOCK_M + NARROW
 
 
@@ -21,9 +21,9 @@ TILE_STRIDE = BLOCK_M + NARROW
 def add_product(
     out: Any, factor: Any, a: Any, a_row: int, a_column: int, b: Any, rows: int, depth: int, lane: int
 ) -> None:
-    """out[i, strip] = factor · out[i, strip] + Σ_j a[i·a_row + j·a_column] · b[j, strip], for four i at a time.
+    """Compute out[i, strip] = factor · out[i, strip] + Σ_j a[i·a_row + j·a_column] · b[j, strip], four i at a time.
 
-    The strip begins at `lane`, and is as long as the vector `factor`.
+    The strip starts at `lane` and has as many lanes as the vector `factor`.
     """
     for i in range(0, rows, 4):
         offset, first = i * TILE_STRIDE + lane, i * a_row
@@ -48,9 +48,9 @@ def add_product(
 def add_outer(
     out: Any, out_start: int, a: Any, b: Any, row_stride: int, rows: int, lanes: int, channel: int, like: Any
 ) -> None:
-    """out[out_start + i·row_stride + channels] += Σ_lane a[i, lane] · b[lane·row_stride + channels], four i at a time.
+    """Add Σ_lane a[i, lane] · b[lane·row_stride + channels] to out[out_start + i·row_stride + channels].
 
-    The channels begin at `channel`, and are as many as the vector `like` has lanes.
+    Four i at a time. The channels start at `channel`; their number is the number of lanes of the vector `like`.
     """
     for i in range(0, rows, 4):
         target, first = out_start + i * row_stride + channel, i * TILE_STRIDE
@@ -82,7 +82,7 @@ def copy_rows(
     length: int,
     factor: float,
 ) -> None:
-    """target[target_start + i·target_stride + j] = factor · source[source_start + i·source_stride + j].
+    """Copy rows: target[target_start + i·target_stride + j] = factor · source[source_start + i·source_stride + j].
 
     For i < rows and j < length.
     """
@@ -98,7 +98,7 @@ def copy_rows(
 
 @compiled
 def transpose(target: Any, target_stride: int, source: Any, source_stride: int, rows: int, columns: int) -> None:
-    """target[j, i] = source[i, j] for i < rows and j < columns, and beyond them up to multiples of NARROW."""
+    """Compute target[j, i] = source[i, j] for i < rows and j < columns, both rounded up to multiples of NARROW."""
     for i in range(0, rows, NARROW):
         for j in range(0, columns, NARROW):
             transpose_block(target, j * target_stride + i, target_stride, source, i * source_stride + j, source_stride)

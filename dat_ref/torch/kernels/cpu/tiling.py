@@ -1,4 +1,4 @@
-"""How a call is cut into tiles, splits and work items, and how the scratch memory of a thread is laid out."""
+"""Tile sizes, splits and scratch memory layout of a call."""
 
 from __future__ import annotations
 
@@ -10,34 +10,38 @@ from .bias import table_padding
 from .tiles import BLOCK_M, TILE_STRIDE
 from .vectors import NARROW, PAIR, WIDE
 
-BLOCK_N = 64  # keys in a block, at most; a multiple of 4
+BLOCK_N = 64  # maximum number of keys in a block, a multiple of 4
 
 
 class Tiling(NamedTuple):
-    """What follows from the sizes of a call alone; the names are those of `deformable.FIELDS`."""
+    """Sizes derived from the sizes of a call. The names are fields of `deformable.FIELDS`."""
 
     tile_rows: int
     tile_columns: int
     tiles: int
-    splits: int  # of the queries of each (image, head) in the backward pass
+    splits: int  # splits of the queries of each (image, head) in the backward pass
     table_start: int  # see `bias.Table`
     table_stride: int
-    padded_depth: int  # length of a row of channels in scratch memory: whole vectors
+    padded_depth: int  # channels per row in scratch memory, padded to whole vectors
 
 
 def make_tiling(
     batch_heads: int, depth: int, query_size: tuple[int, int], table_size: tuple[int, int], threads: int
 ) -> Tiling:
-    """Cut a call into tiles and splits.
+    """Choose the tiles and splits of a call.
 
     Args:
-        batch_heads: pairs of an image and a head.
-        depth: channels of a head.
+        batch_heads: number of images times number of heads.
+        depth: channels per head.
+        query_size: (H, W).
+        table_size: (T_y, T_x).
+        threads: number of threads.
     """
     height, width = query_size
     rows, columns = tile_size(height, width, min(BLOCK_M, -(-batch_heads * height * width // threads)))
     tiles = -(-height // rows) * -(-width // columns)
-    # Each thread gets as many splits as the others, or so many that it hardly matters.
+    # With at least 4 work items per thread the load is balanced without splits. Otherwise split so that the number of
+    # work items is a multiple of the number of threads.
     splits = 1 if batch_heads >= 4 * threads else min(threads // math.gcd(batch_heads, threads), tiles)
     above, before, behind = table_padding(rows, columns)
     stride = before + table_size[1] + behind
@@ -45,7 +49,7 @@ def make_tiling(
 
 
 def forward_offsets(tiling: Tiling, table_rows: int) -> tuple[int, ...]:
-    """Return where in a thread's memory each array of `deformable.Forward` begins, and the end."""
+    """Return the offsets of the arrays of `deformable.Forward` in scratch memory and the total size, in elements."""
     padded_depth = tiling.padded_depth
     block, logits, tile = BLOCK_N * padded_depth, BLOCK_N * TILE_STRIDE, padded_depth * TILE_STRIDE
     return _aligned_offsets(
@@ -54,7 +58,7 @@ def forward_offsets(tiling: Tiling, table_rows: int) -> tuple[int, ...]:
 
 
 def backward_offsets(tiling: Tiling, table_rows: int, samples: int) -> tuple[int, ...]:
-    """Return where in a thread's memory each array of `deformable.Backward` begins, and the end."""
+    """Return the offsets of the arrays of `deformable.Backward` in scratch memory and the total size, in elements."""
     padded_depth, cells = tiling.padded_depth, _table_elements(tiling, table_rows)
     block, logits, tile = BLOCK_N * padded_depth, BLOCK_N * TILE_STRIDE, padded_depth * TILE_STRIDE
     all_keys = (samples + 3) * padded_depth
@@ -64,11 +68,12 @@ def backward_offsets(tiling: Tiling, table_rows: int, samples: int) -> tuple[int
 
 
 def _table_elements(tiling: Tiling, table_rows: int) -> int:
+    """Return the number of elements of the padded table."""
     return (table_rows + 2 * table_padding(tiling.tile_rows, tiling.tile_columns)[0]) * tiling.table_stride
 
 
 def _aligned_offsets(*lengths: int) -> tuple[int, ...]:
-    """Lay arrays of these sizes one after the other, each at the start of a cache line."""
+    """Return the offsets of consecutive arrays, each aligned to 16 elements (a cache line), and the total size."""
     return tuple(accumulate((-(-size // 16) * 16 for size in lengths), initial=0))
 
 
@@ -76,7 +81,11 @@ def _aligned_offsets(*lengths: int) -> tuple[int, ...]:
 
 
 def tile_size(height: int, width: int, lanes: int) -> tuple[int, int]:
-    """Return rows and columns of the tiles that cover a map at the least cost, with about so many queries at most.
+    """Return the rows and columns of the tiles that cover a map at the lowest cost.
+
+    Args:
+        height, width: size of the map.
+        lanes: approximate maximum number of queries in a tile.
 
     >>> tile_size(56, 56, 448), tile_size(3, 1000, 448)
     ((8, 56), (1, 334))
@@ -87,13 +96,17 @@ def tile_size(height: int, width: int, lanes: int) -> tuple[int, int]:
 
 
 def _cost(height: int, width: int, rows: int) -> float:
-    """Return the time that tiles of so many rows take, in units of a vector in a wide strip."""
+    """Return the estimated time to process a map in tiles of `rows` rows, in units of one vector of a wide strip."""
     tiles, remainder = divmod(height, rows)
     return tiles * _tile_cost(rows * width) + (_tile_cost(remainder * width) if remainder else 0)
 
 
 def _tile_cost(lanes: int) -> float:
-    """What is left after the wide strips goes into narrow ones, or into one more wide one if it fills half of it."""
+    """Return the estimated time of one tile.
+
+    The remainder after the wide strips is processed in narrow strips, or in one more wide strip if it fills more than
+    half of it (`deformable._is_wide`).
+    """
     wide, remainder = divmod(lanes, WIDE)
     last = WIDE / NARROW if remainder > WIDE // 2 else 1.7 * -(-remainder // NARROW)
     return 1 + wide * WIDE / NARROW + last

@@ -1,15 +1,15 @@
-"""SIMD vectors as values in Numba: what the kernels of this folder are written in.
+"""SIMD vector type for Numba. All CPU kernels are written with it.
 
-    query = load(queries, start, zero)              # as many elements as `zero` has lanes, from there on
-    total += load_broadcast(keys, n, zero) * query  # one element for all lanes; × and + become fused multiply-adds
+    query = load(queries, start, zero)              # consecutive elements, as many as `zero` has lanes
+    total += load_broadcast(keys, n, zero) * query  # one element in all lanes; * and + fuse to a multiply-add
     store(logits, start, total)
 
-LLVM maps a vector to whatever registers there are: 16 float32 lanes are one register with AVX-512, two with AVX2, four
-with NEON. Written as loops over scalars, the same needs the loop vectoriser to see that arrays do not overlap and that
-indices are not negative, and a small edit can silently cost a factor of ten. Here nothing is left to be found out, and
-sums can stay in registers while a loop runs.
+LLVM maps a vector to the registers of the host CPU: 16 float32 lanes are one AVX-512 register, two AVX2 registers or
+four NEON registers. Scalar loops would depend on LLVM's loop vectorizer. It must prove that arrays do not overlap and
+indices are not negative, and a small edit can silently cost a factor of ten. Explicit vectors need no such proof, and
+accumulators stay in registers during a loop.
 
-`load`, `load_broadcast` and `store` check no bounds, and indices do not count from the end.
+`load`, `load_broadcast` and `store` do not check bounds. Negative indices are not supported.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 from numba.np.arrayobj import populate_array
 
-# Of the processor that Numba compiles for, which is part of the key under which it keeps compiled code.
+# Feature of the CPU that Numba compiles for. The CPU is part of Numba's cache key.
 _HAS_AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 
-# Numbers of lanes. Four wide sums at a time are 16 registers of the 32 that AVX-512 and NEON have, or 8 of AVX2's 16.
+# Numbers of lanes. Four wide accumulators take 16 of the 32 registers of AVX-512 or NEON, or 8 of the 16 of AVX2.
 NARROW = 16 if _HAS_AVX512 else 8
 PAIR = 2 * NARROW
 WIDE = 4 * NARROW if _HAS_AVX512 else 2 * NARROW
 
-FUSED = ("contract",)  # lets LLVM fuse a product and a sum
+FUSED = ("contract",)  # LLVM may fuse a multiplication and an addition
 
-# No flag that assumes numbers to be finite: NaN must come out as NaN.
+# No fast-math flag that assumes finite values: NaN must propagate.
 compiled = njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class Vector(types.Type):
-    """The Numba type of a vector: an element type and a number of lanes."""
+    """Numba type of a vector: element type and number of lanes."""
 
     def __init__(self, dtype: types.Type, lanes: int) -> None:
         self.dtype, self.lanes = dtype, lanes
@@ -58,7 +58,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _broadcast_value(context: Any, builder: Any, value: Any, value_type: types.Type, vector: Vector) -> Any:
-    """All lanes the one value, converted to the vector's element type; a vector stays what it is."""
+    """Return a vector with a scalar, converted to the element type, in all lanes. A vector is returned unchanged."""
     if isinstance(value_type, Vector):
         return value
     scalar = context.cast(builder, value, value_type, vector.dtype)
@@ -91,7 +91,7 @@ for _name, _instruction in (("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"), (
 
 @intrinsic(prefer_literal=True)
 def broadcast(typing: Any, value: Any, lanes: Any) -> Any:
-    """Return that many lanes of this value; their number must be a constant."""
+    """Return a vector with a scalar in all lanes. The number of lanes must be a compile-time constant."""
     vector = Vector(types.unliteral(value), lanes.literal_value)
     return vector(value, lanes), lambda context, builder, sig, args: _broadcast_value(
         context, builder, args[0], value, vector
@@ -100,7 +100,7 @@ def broadcast(typing: Any, value: Any, lanes: Any) -> Any:
 
 @intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
-    """Return the larger one in each lane, and b where either is NaN."""
+    """Return the elementwise maximum, and b in lanes where a or b is NaN."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *args), *args)
@@ -110,7 +110,7 @@ def maximum(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def where_not_negative(typing: Any, condition: Any, a: Any, b: Any) -> Any:
-    """Return a in the lanes where the condition is 0 or more, b in the others."""
+    """Return a in lanes where `condition` ≥ 0, and b in the others."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         zero = ir.Constant(args[0].type, None)
@@ -121,7 +121,7 @@ def where_not_negative(typing: Any, condition: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def lane_indices(typing: Any, like: Any) -> Any:
-    """Return 0, 1, 2, …"""
+    """Return the vector 0, 1, 2, …"""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return ir.Constant(args[0].type, [float(lane) for lane in range(like.lanes)])
@@ -131,7 +131,7 @@ def lane_indices(typing: Any, like: Any) -> Any:
 
 @intrinsic
 def mask_lanes(typing: Any, vector: Any, first: Any, last: Any) -> Any:
-    """Return the vector with zeros in all lanes but first ≤ lane < last, whatever stood there."""
+    """Return the vector with zeros in all lanes outside first ≤ lane < last, even where it is NaN."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lane_ids = ir.Constant(ir.VectorType(ir.IntType(64), vector.lanes), list(range(vector.lanes)))
@@ -151,7 +151,7 @@ def lane_sum(typing: Any, vector: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         total, lanes = args[0], vector.lanes
-        while lanes > 1:  # halves onto each other
+        while lanes > 1:  # add the upper half to the lower half
             lanes //= 2
             low, high = (
                 ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes)))
@@ -167,18 +167,18 @@ def lane_sum(typing: Any, vector: Any) -> Any:
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, pointee: Any) -> Any:
-    """Return the address of array[index] as a pointer to the pointee type."""
+    """Return the address of array[index] as a pointer to `pointee`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
 
 
 def _alignment(context: Any, dtype: types.Type) -> int:
-    return context.get_abi_sizeof(context.get_value_type(dtype))  # of one element, not of a whole vector
+    return context.get_abi_sizeof(context.get_value_type(dtype))  # alignment of an element, not of a vector
 
 
 @intrinsic
 def array_at(typing: Any, address: Any, like: Any) -> Any:
-    """Return the memory at an address as a flat array of elements of the type of `like`, of no known length."""
+    """Return the memory at an address as a 1D array of unknown length, with elements of the type of `like`."""
     kind = types.Array(like, 1, "C")
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -193,7 +193,7 @@ def array_at(typing: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any, like: Any) -> Any:
-    """Return array[index : index + lanes] with the lanes of `like`. The array is flat and contiguous."""
+    """Return array[index : index + lanes], with as many lanes as `like`. The array must be 1D and contiguous."""
     vector = Vector(array.dtype, like.lanes)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -205,7 +205,7 @@ def load(typing: Any, array: Any, index: Any, like: Any) -> Any:
 
 @intrinsic
 def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Set array[index : index + lanes]."""
+    """Store a vector to array[index : index + lanes]."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address = _address(context, builder, array, args[0], args[1], context.get_value_type(vector))
@@ -216,18 +216,18 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 def _bfloat16_types(lanes: int) -> Any:
-    """Return the types of vectors of bfloat16 as bits, of float32 as bits, and of float32."""
+    """Return three LLVM vector types: bfloat16 as 16-bit integers, float32 as 32-bit integers, float32."""
     return (ir.VectorType(kind, lanes) for kind in (ir.IntType(16), ir.IntType(32), ir.FloatType()))
 
 
 @intrinsic
 def load_bfloat16(typing: Any, array: Any, index: Any, like: Any) -> Any:
-    """Return array[index : index + lanes], bfloat16 numbers as their 16 bits, with the lanes and the type of `like`."""
+    """Return array[index : index + lanes], an array of bfloat16 bit patterns, converted to the type of `like`."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         narrow, wide, single = _bfloat16_types(like.lanes)
         address = _address(context, builder, array, args[0], args[1], narrow)
-        bits = builder.zext(builder.load(address, align=2), wide)  # they are the upper half of a float32
+        bits = builder.zext(builder.load(address, align=2), wide)  # bfloat16 is the upper half of a float32
         value = builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * like.lanes)), single)
         return value if like.dtype == types.float32 else builder.fpext(value, args[2].type)
 
@@ -236,7 +236,7 @@ def load_bfloat16(typing: Any, array: Any, index: Any, like: Any) -> Any:
 
 @intrinsic
 def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Set array[index : index + lanes] to the nearest bfloat16 numbers, the even one of two, as their 16 bits."""
+    """Store a vector to array[index : index + lanes] as bfloat16 bit patterns, rounded to nearest even."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes = vector.lanes
@@ -249,7 +249,7 @@ def store_bfloat16(typing: Any, array: Any, index: Any, vector: Any) -> Any:
         bits = builder.bitcast(value, wide)
         odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
         rounded = builder.add(builder.add(bits, constant(0x7FFF)), odd)
-        # A NaN could be rounded to infinity.
+        # Handle NaN separately, because rounding could turn it into infinity.
         result_bits = builder.select(builder.fcmp_unordered("uno", value, value), constant(0x7FC00000), rounded)
         address = _address(context, builder, array, args[0], args[1], narrow)
         builder.store(builder.trunc(builder.lshr(result_bits, constant(16)), narrow), address, align=2)
@@ -274,9 +274,10 @@ def load_broadcast(typing: Any, array: Any, index: Any, like: Any) -> Any:
 def transpose_block(
     typing: Any, target: Any, target_start: Any, target_stride: Any, source: Any, source_start: Any, source_stride: Any
 ) -> Any:
-    """target[target_start + i·target_stride + j] = source[source_start + j·source_stride + i] for i, j < NARROW.
+    """Transpose a block: target[target_start + i·target_stride + j] = source[source_start + j·source_stride + i].
 
-    In log₂ NARROW rounds, each of which swaps the blocks next to the diagonal of blocks twice as large.
+    For i, j < NARROW. The algorithm has log₂ NARROW rounds. Each round swaps the off-diagonal quarters of square
+    blocks. The block size halves from round to round.
     """
     vector = Vector(source.dtype, NARROW)
 
@@ -312,11 +313,12 @@ def transpose_block(
 
 @intrinsic
 def exp2(typing: Any, x: Any) -> Any:
-    """Return 2ˣ in each lane, for x ≤ 100; 2^-126 for anything below -126; NaN stays NaN.
+    """Return 2ˣ in each lane, for x ≤ 100; 2^-126 for x < -126; NaN for NaN.
 
-    With n the integer nearest to x and f = x - n, it is 2ⁿ · Σ (f ln 2)ᵏ / k!, and n is added to the sum's exponent.
+    With the nearest integer n and f = x - n, 2ˣ = 2ⁿ · Σ (f ln 2)ᵏ / k!. The factor 2ⁿ is applied by adding n to the
+    exponent bits of the sum.
     """
-    # For |f| ≤ ½ the first term left out is 5e-9 or 4e-18: below the rounding of either type.
+    # For |f| ≤ ½ the first omitted term is 5e-9 (float32) or 4e-18 (float64), below the rounding error.
     degree, bits, mantissa = (7, 32, 23) if x.dtype == types.float32 else (13, 64, 52)
     series = [math.log(2) ** k / math.factorial(k) for k in range(degree + 1)]
 
@@ -328,7 +330,7 @@ def exp2(typing: Any, x: Any) -> Any:
 
         lowest = constant(-126.0)
         power = builder.select(builder.fcmp_ordered(">", lowest, args[0]), lowest, args[0])
-        # Adding 1.5·2^mantissa leaves no room for a fraction: x is rounded, and the lowest bits of the result hold n.
+        # Adding 1.5·2^mantissa rounds x to an integer, and the lowest bits of the result are n.
         shift = constant(1.5 * 2.0**mantissa)
         shifted = builder.fadd(power, shift)
         f = builder.fsub(power, builder.fsub(shifted, shift))
@@ -343,11 +345,11 @@ def exp2(typing: Any, x: Any) -> Any:
 
 @intrinsic
 def log2(typing: Any, x: Any) -> Any:
-    """Return the logarithm to base 2 in each lane, for normal x > 0; NaN stays NaN.
+    """Return log₂ x in each lane, for normal x > 0; NaN for NaN.
 
-    With x = 2ⁿ m, √½ ≤ m < √2, and z = (m - 1)/(m + 1), it is n + 2/ln 2 · Σ z^(2k+1) / (2k+1).
+    With x = 2ⁿ m, √½ ≤ m < √2, and z = (m - 1)/(m + 1): log₂ x = n + 2/ln 2 · Σ z^(2k+1) / (2k+1).
     """
-    # For |z| ≤ 0.172 the first term left out is 4e-10 or 3e-19.
+    # For |z| ≤ 0.172 the first omitted term is 4e-10 (float32) or 3e-19 (float64).
     terms, bits, mantissa = (5, 32, 23) if x.dtype == types.float32 else (12, 64, 52)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -368,7 +370,7 @@ def log2(typing: Any, x: Any) -> Any:
                 builder.fmul(total, square, flags=FUSED), constant(2 / math.log(2) / (2 * k + 1)), flags=FUSED
             )
         result = builder.fadd(builder.fmul(total, z, flags=FUSED), builder.sitofp(n, kind), flags=FUSED)
-        return builder.fadd(result, builder.fsub(args[0], args[0]))  # what is no number must not become one
+        return builder.fadd(result, builder.fsub(args[0], args[0]))  # x - x is NaN if x is NaN or infinite
 
     return x(x), lower
 
@@ -378,7 +380,7 @@ def log2(typing: Any, x: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fetch_add(typing: Any, record: Any, field: Any) -> Any:
-    """Return the integer in a field of a record, by index, and add 1 to it, as one atomic step."""
+    """Return an integer field of a record, given by its index, and atomically add 1 to it."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         counters = builder.bitcast(args[0], ir.IntType(64).as_pointer())

@@ -1,7 +1,13 @@
-"""The Triton kernels, for CUDA devices; see `dat_ref.torch.kernels`.
+"""Triton kernels for CUDA devices, see `dat_ref.torch.kernels`.
 
-`common` has what all of them share, `lookup` how the bias table is read, `table_gradient` how it gets its gradient;
-`deformable` and `neighborhood` are the two attentions.
+================  ===============================================================
+`deformable`      deformable attention, forward and backward
+`neighborhood`    neighborhood attention, forward and backward
+`lookup`          bias table as cells of polynomial coefficients, and its lookup
+`table_gradient`  gradient of the bias table
+`tile_config`     tile sizes and autotuning
+`common`          input checks, loads and stores of rows, online softmax
+================  ===============================================================
 """
 
 from .deformable import deformable_backward, deformable_forward

@@ -1,4 +1,4 @@
-"""What all kernels share: which values they take, how rows of a matrix are loaded and stored, and the softmax."""
+"""Helpers of all Triton kernels: input checks, loads and stores of rows, online softmax."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How deep a head may be: beyond, tiles no longer fit into the registers.
+# Maximum head dimension. With more channels the tiles do not fit into the registers.
 MAX_DEPTH = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
-LOG2_E = 1.4426950408889634  # the kernels work with powers of two
+LOG2_E = 1.4426950408889634  # the kernels compute exponentials as powers of 2
 LN_2 = 0.6931471805599453
 
-# ------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------------ inputs
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Return queries, keys and values with unit stride in the channels.
+    """Check q, k and v, and return them with unit stride in the last dimension.
 
     Raises:
-        TypeError: for values of a dtype that is not in `MAX_DEPTH`, or of several.
-        ValueError: for deeper heads.
+        TypeError: if the dtype is not in `MAX_DEPTH`, or the three dtypes differ.
+        ValueError: if the head dimension is larger than `MAX_DEPTH`.
     """
     dtypes = [each.dtype for each in (q, k, v)]
     if q.dtype not in MAX_DEPTH or len(set(dtypes)) > 1:
@@ -32,22 +32,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def contiguous_last_dim(x: Tensor) -> Tensor:
-    """Return the tensor, or a copy of it, so that its last axis has unit stride."""
+    """Return the tensor, or a contiguous copy if its last dimension does not have unit stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def match_strides(x: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor with the strides of another one: cotangents come expanded, transposed, from anywhere."""
+    """Return the tensor with the strides of `like`. Incoming gradients may be expanded or transposed."""
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def restore_layout(x: Tensor, like: Tensor) -> Tensor:
-    """Return a result in the memory layout of the argument it belongs to, before `contiguous_last_dim`."""
+    """Return a result in the memory layout of `like`, the input before `contiguous_last_dim`."""
     return x if like.stride(-1) == 1 else torch.empty_like(like).copy_(x)
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Return the strides of the first three axes of each (B, heads, N, d) tensor."""
+    """Return the strides of the first three dimensions of each (B, heads, N, d) tensor."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
@@ -56,7 +56,7 @@ def strides(*tensors: Tensor) -> list[int]:
 
 @triton.jit
 def load_rows(ptr, rows, stride, mask, DEPTH: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False):
-    """Load rows of DEPTH elements, zeros where masked; EVEN promises that no row is masked."""
+    """Load rows of DEPTH elements, with zeros in masked rows. With EVEN, `mask` must be true for all rows."""
     offs_d = tl.arange(0, BLOCK_D)
     ptr += rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     if EVEN and DEPTH == BLOCK_D:
@@ -67,7 +67,7 @@ def load_rows(ptr, rows, stride, mask, DEPTH: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def store_rows(ptr, rows, stride, mask, values, DEPTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store the rows that are not masked, in the dtype of the memory."""
+    """Store the rows where `mask` is true, converted to the dtype of `ptr`."""
     offs_d = tl.arange(0, BLOCK_D)
     ptr += rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     tl.store(ptr, values.to(ptr.dtype.element_ty), mask=mask[:, None] & (offs_d < DEPTH)[None, :])
@@ -75,11 +75,11 @@ def store_rows(ptr, rows, stride, mask, values, DEPTH: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def online_softmax_step(m, l, acc, logits, v_tile, PRECISION: tl.constexpr):
-    """One step of the online softmax, in powers of two.
+    """Update m, l and acc of the online softmax with one tile of keys. Exponentials are powers of 2.
 
     Args:
-        m, l, acc: each query's running maximum, running sum of exponentials and unnormalised output.
-        logits: (BLOCK_M, BLOCK_N) times log₂ e, -inf where a key does not count.
+        m, l, acc: running maximum (BLOCK_M,), running sum (BLOCK_M,) and unnormalized output (BLOCK_M, BLOCK_D).
+        logits: (BLOCK_M, BLOCK_N) times log₂ e, -inf for masked keys.
         v_tile: (BLOCK_N, BLOCK_D).
     """
     m_new = tl.maximum(m, tl.max(logits, 1))

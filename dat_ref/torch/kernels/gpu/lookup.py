@@ -1,22 +1,23 @@
-"""The bias table as the GPU kernels read it: one polynomial a cell, found by adding two integers.
+"""Bias table lookup of the GPU kernels: one polynomial per table cell.
 
-Between four neighbouring entries T the bilinear interpolation is a polynomial of the place (y, x) in [0, 1)² inside the
-cell,
+Between four neighboring table entries T, bilinear interpolation is a polynomial in the position (y, x) ∈ [0, 1)² in the
+cell:
 
-    B(y, x) = c₀ + y c₂ + x (c₁ + y c₃),    c₀ = T₀₀,  c₁ = T₀₁ - T₀₀,  c₂ = T₁₀ - T₀₀,  c₃ = T₁₁ - T₁₀ - T₀₁ + T₀₀,
+    B(y, x) = c₀ + y c₂ + x (c₁ + y c₃),    c₀ = T₀₀,  c₁ = T₀₁ - T₀₀,  c₂ = T₁₀ - T₀₀,  c₃ = T₁₁ - T₁₀ - T₀₁ + T₀₀.
 
-whose slopes along y and x cost one more multiply-add. So each cell keeps its four coefficients side by side: a single
-load of 64 bits where the values are half precision (the coefficients are then float16, and differences keep their
-relative precision, which the gradient with respect to the points needs), four loads where they are float32.
+Its slopes along y and x need one more multiply-add. Each cell stores its four coefficients. If q, k and v have half
+precision, the coefficients are float16, packed into one 64-bit load. Storing differences preserves their relative
+precision, which the gradient of the points needs. If q, k and v are float32, a lookup needs four loads.
 
-Query (i, j) reads key n in row origin[n, 0] + i·step. Both summands are split into an integer and a fraction once, the
-key's by a kernel here and the query's at the start of each program; in the inner loop the integers are added, which
-gives the cell, and the fractions, which give the place in it, with a carry where they reach 1. For a step of 1 the
-query has no fraction: there is nothing to carry, and all queries read a key at the same place of different cells.
+Query (i, j) reads the bias of key n at row origin[n, 0] + i·step_y; the column is analogous. Each summand is split into
+an integer and a fraction once: a kernel in this module splits the keys', and each program splits its queries' at the
+start. In the inner loop the sum of the integers gives the cell, and the sum of the fractions gives the position in it,
+with a carry if the sum reaches 1. For step 1 the queries have no fraction, so there is no carry, and all queries read a
+key at the same position in different cells.
 
-No address is ever out of bounds, and no test is needed for that: keys are clamped to where they just read nothing, and
-around the table there are as many empty cells as a map of queries can reach from there. Memory: 16 times the map's
-pixels times 4 coefficients, a head.
+All addresses are within bounds without a check. Keys outside the table are clamped to the nearest position at which
+no query reads a table entry. The table is surrounded by empty cells for all queries of such keys. Memory per head:
+16 × 4 coefficients per pixel of the map.
 """
 
 from __future__ import annotations
@@ -36,33 +37,33 @@ _MAX_FLOAT16 = tl.constexpr(65504.0)
 _CELL_BLOCK = 1024
 _KEY_BLOCK = 128
 
-# ------------------------------------------------------------------------------------------------ preparing
+# ------------------------------------------------------------------------------------------------ preparation
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """A table and the keys that read it, laid out for the kernels."""
+    """Bias table and keys' positions in the memory layout of the kernels."""
 
-    cells: Tensor  # coefficients · log₂ e: (heads, rows, width) of 4 float16 in an int64, or (heads, 4, rows, width)
-    keys: Tensor  # (B·G, 5, pitch) int32: the cell of query (0, 0), the bits of the two fractions, its row and column
-    samples: int
-    rows: int  # of cells, the empty ones around the table included
-    width: int
-    extent: tuple[int, int]  # how many cells further than the first the last query can read, on each axis
-    step: tuple[float, float]
+    cells: Tensor  # coefficients · log₂ e: (heads, rows, width) int64 of 4 float16, or (heads, 4, rows, width) float32
+    keys: Tensor  # (B·G, 5, pitch) int32: cell of query (0, 0), bits of the fractions y and x, row and column of the cell
+    samples: int  # Ns
+    rows: int  # rows of cells, including the empty border
+    width: int  # columns of cells, including the empty border
+    extent: tuple[int, int]  # maximum distance, in cells, from the first to the last query on each axis
+    step: tuple[float, float]  # table cells between neighboring queries, (y, x)
 
     @property
     def unit(self) -> bool:
-        """Whether queries are exactly one cell apart."""
+        """True if neighboring queries are exactly one cell apart."""
         return self.step == (1.0, 1.0)
 
     @property
     def packed(self) -> bool:
-        """Whether the four coefficients of a cell share a word."""
+        """True if the four coefficients of a cell are packed into one 64-bit integer."""
         return self.cells.dtype is torch.int64
 
     def arguments(self) -> dict[str, Any]:
-        """Return what every kernel that reads the table takes, by name."""
+        """Return the keyword arguments of all kernels that read the table."""
         return {
             "keys": self.keys,
             "cells": self.cells,
@@ -79,18 +80,18 @@ class Lookup:
 def prepare_lookup(
     origin: Tensor, table: Tensor, query_size: tuple[int, int], step: tuple[float, float], packed: bool
 ) -> Lookup:
-    """Lay out a table and the keys that read it.
+    """Compute the cells of a table and the positions of the keys.
 
     Args:
-        origin: (B, G, Ns, 2), where query (0, 0) reads each key, in cells of the table.
+        origin: (B, G, Ns, 2), table position (y, x) of query (0, 0) for each key, in cells.
         table: (heads, T_y, T_x).
         query_size: (H, W).
-        step: cells from one query to the next, positive.
-        packed: whether to keep the coefficients as float16.
+        step: table cells between neighboring queries, (y, x), positive.
+        packed: store the coefficients as packed float16.
     """
     heads, table_height, table_width = table.shape
     batch, groups, samples, _ = origin.shape
-    # A single query takes no step.
+    # An axis with a single query takes no step; 1 selects the fast path.
     step_y, step_x = (1.0 if length == 1 else axis_step for length, axis_step in zip(query_size, step, strict=True))
     extent = math.floor((query_size[0] - 1) * step_y) + 1, math.floor((query_size[1] - 1) * step_x) + 1
     rows, width = table_height + 2 * extent[0] + 3, table_width + 2 * extent[1] + 3
@@ -157,7 +158,7 @@ def _locate_keys(
 ):
     group = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # Beyond the last key, up to the pitch, there are keys that read nothing, so that whole tiles can be loaded.
+    # The padding keys from `samples` to `pitch` read empty cells. So kernels can load whole tiles of keys.
     ptr = origin + group * samples * 2 + 2 * offs_n
     row, frac_y = _cell_and_fraction(tl.load(ptr, mask=offs_n < samples, other=-1e9), table_height, extent_y)
     column, frac_x = _cell_and_fraction(tl.load(ptr + 1, mask=offs_n < samples, other=-1e9), table_width, extent_x)
@@ -171,9 +172,10 @@ def _locate_keys(
 
 @triton.jit
 def _cell_and_fraction(position, length, extent):
-    """Split a position on one axis, after clamping it to [-(extent + 2), length], from where no query reads anything.
+    """Split a position on one axis into a cell and a fraction.
 
-    NaN becomes a valid cell and the fraction NaN.
+    The position is first clamped to [-(extent + 2), length]; at both ends no query reads a table entry. NaN gives a
+    valid cell and the fraction NaN.
     """
     position = position.to(tl.float32)
     lowest, highest = -1.0 * (extent + 2), 1.0 * length
@@ -183,14 +185,14 @@ def _cell_and_fraction(position, length, extent):
     return cell + extent + 2, position - floor
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------------ lookup
 
 
 @triton.jit
 def query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT: tl.constexpr):
-    """Return how many cells further than query 0 each query reads, and the fractions left over on both axes.
+    """Return the cell offset of each query relative to query 0, and its fractions in y and x.
 
-    Queries beyond the last one read what that reads.
+    Padding queries after the last one get the values of the last one.
     """
     offs_m = tl.minimum(offs_m, queries - 1)
     i, j = offs_m // map_width, offs_m % map_width
@@ -205,12 +207,13 @@ def query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT: tl.cons
 
 @triton.jit
 def read_bias(cell_ptr, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT: tl.constexpr, PACKED: tl.constexpr):
-    """Read the bias of a tile of keys, BLOCK_N × BLOCK_M queries, times log₂ e, and its slopes along y and x.
+    """Return the bias of a tile, (BLOCK_N, BLOCK_M), times log₂ e, and its slopes along y and x.
 
     Args:
-        cell_ptr: (BLOCK_M,) pointers to the cell that each query would read for a key that starts at cell 0.
-        frac_y, frac_x: (BLOCK_M,) the queries' fractions.
-        offs_n: (BLOCK_N,).
+        cell_ptr: (BLOCK_M,), pointer of each query to the cell that it reads for a key with cell 0.
+        frac_y, frac_x: (BLOCK_M,), fractions of the queries.
+        keys: pointer to the keys of the head's group, see `keys_of_head`.
+        offs_n: (BLOCK_N,), indices of the keys.
     """
     start, y, x = locate(keys, offs_n, pitch, frac_y, frac_x, width, UNIT)
     ptr = cell_ptr[None, :] + start
@@ -225,13 +228,16 @@ def read_bias(cell_ptr, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT:
 
 @triton.jit
 def keys_of_head(keys, b, h, heads, group_heads, pitch):
-    """Return where the keys of a head's group begin."""
+    """Return the pointer to the keys of the group of a head."""
     return keys + (b * (heads // group_heads) + h // group_heads) * 5 * pitch
 
 
 @triton.jit
 def locate(keys, offs_n, pitch, frac_y, frac_x, width, UNIT: tl.constexpr):
-    """Return the cells from which the queries count for each key, and the fractions, (BLOCK_N, BLOCK_M or 1)."""
+    """Return the cell offset of each key, and the fractions in y and x, (BLOCK_N, BLOCK_M or 1).
+
+    With UNIT they are the same for all queries. Otherwise they include the queries' fractions and carries.
+    """
     start = tl.load(keys + offs_n)[:, None]
     y = tl.load(keys + pitch + offs_n).to(tl.float32, bitcast=True)[:, None]
     x = tl.load(keys + 2 * pitch + offs_n).to(tl.float32, bitcast=True)[:, None]
