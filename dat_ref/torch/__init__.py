@@ -1,6 +1,6 @@
-"""Deformable attention in PyTorch: modules and backbones that load the released checkpoints and take any input size.
+"""Deformable attention in PyTorch: modules and backbones that load the released checkpoints and accept any input size.
 
-The same names as the NumPy spec, the same conventions, the same parameter names::
+Function names, coordinate conventions and parameter names are the same as in the NumPy spec::
 
     import dat_ref.torch
 
@@ -8,19 +8,19 @@ The same names as the NumPy spec, the same conventions, the same parameter names
     layer = dat_ref.torch.DeformableAttention(dat_ref.DeformableAttentionConfig(dim=96, heads=3, size=(14, 14)))
 
 ==============  =========================================================================================
-`functional`    the operations, on tensors
+`functional`    tensor operations
 `layer`         the deformable-attention layer
-`peers`         the systems it is compared with: ``create_model("dat_tiny", attention="pyramid")``
+`peers`         the attention modules it is compared with: ``create_model("dat_tiny", attention="pyramid")``
 `block`         the Transformer block
 `backbone`      `DAT`
-`features`      `DATFeatures`, a backbone that gives its maps
-`checkpoints`   files of weights, all of one or nothing
-`models`        `create_model`, by name
-`inference`     `optimize_for_inference`, on a CPU
-`bridge`        to the spec and back; released names
+`features`      `DATFeatures`, a backbone that returns feature maps
+`checkpoints`   loading and saving of weights; a file is loaded completely or not at all
+`models`        `create_model` and `list_models`
+`inference`     `optimize_for_inference`, for CPUs
+`bridge`        conversion to and from NumPy parameters and released names
 ==============  =========================================================================================
 
-Run programs in this package with ``python -m`` only: as a script, a file beside this folder would import it for
+Run programs in `dat_ref` with ``python -m`` only. A file in ``dat_ref/`` that is run as a script imports this folder as
 ``torch``.
 """
 

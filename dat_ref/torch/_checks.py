@@ -1,4 +1,4 @@
-"""The checks of `dat_ref._checks` on tensors: the same messages. They are left out while a graph is being captured."""
+"""Input checks on tensors, with the messages of `dat_ref._checks`. They are skipped during graph capture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule:
     """Raise unless `value` is a floating-point tensor whose shape fits `axes` (``None`` fits any length).
 
     Raises:
-        ShapeError: naming the argument, the pattern, the rule and what was found.
+        ShapeError: with the name of the argument, the expected pattern, the rule, and the actual shape or dtype.
     """
     if torch.compiler.is_compiling():
-        return  # a comparison of symbolic sizes would pin them
+        return  # a comparison would specialize the graph to this size
     shape = tuple(value.shape)
     fits = len(shape) == len(axes) and all(
         size is None or size == actual for size, actual in zip(axes.values(), shape, strict=True)

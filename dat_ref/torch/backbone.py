@@ -1,6 +1,6 @@
-"""The whole backbone as a module: `dat_ref.backbone` in PyTorch, in the idiom of timm.
+"""The backbone as a module: `dat_ref.backbone` in PyTorch, with timm's interface.
 
-Maps are ``(B, C, H, W)`` in channels_last layout from the patch embedding on; images may come in either.
+Maps are ``(B, C, H, W)``, in channels_last layout from the patch embedding on. Images may have either layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Embed(nn.Module):
-    """A strided convolution and a norm: a 3 × 3 one overlaps (stride 2), any other tiles (stride = kernel)."""
+    """Strided convolution and layer norm.
+
+    A 3 × 3 kernel has stride 2, so its windows overlap. Any other kernel has stride = kernel size, without overlap.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, bias: bool) -> None:
         super().__init__()
@@ -39,20 +42,20 @@ class Embed(nn.Module):
         self.norm = ChannelNorm(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉), the map filled up with zeros to whole tiles."""
+        """Embed a map: (B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉) at stride r, with zero padding at the bottom and right."""
         return self.norm(self.project(x))
 
     def project(self, x: Tensor) -> Tensor:
-        """The convolution alone."""
+        """Apply the convolution without the norm."""
         if self.kernel != 3:
             height, width = x.shape[2:]
             if not statically_zero(height % self.kernel, width % self.kernel):
-                # As much as any size may lack: the convolution leaves out what does not fill a tile.
+                # Pad by the most that any size needs: the convolution ignores an incomplete last window.
                 x = F.pad(x, (0, self.kernel - 1, 0, self.kernel - 1))
         return self.projection(x)
 
     def traced(self, x: Tensor) -> tuple[Tensor, EmbedTrace]:
-        """`forward` with its intermediates."""
+        """Return the output of `forward`, and its intermediates."""
         projected = self.project(x)
         output = self.norm(projected)
         fields: dict[str, Any] = {"x": x, "projected": projected, "output": output}
@@ -60,7 +63,7 @@ class Embed(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one stage, all at one size."""
+    """The blocks of one stage, all at the same resolution."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+        """Apply the blocks: (B, C, H, W) → (B, C, H, W)."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -78,19 +81,18 @@ class Stage(nn.Module):
 
 
 class DAT(SpecModule):
-    """A DAT or DAT++ backbone and classifier: images (B, channels, H, W) of any size → logits (B, classes).
+    """DAT or DAT++ backbone with a classifier: images (B, channels, H, W) of any size → logits (B, classes).
 
     Args:
-        config: what the backbone is; ``dat_ref.config("dat_tiny")`` gives a preset, and `create_model` builds from its
-            name.
-        backend: how deformable and neighborhood attention are computed, one of `dat_ref.torch.backends()`; ``"auto"``
-            chooses.
-        sampler: how features are sampled, see `functional.bilinear_sample`.
+        config: backbone configuration. ``dat_ref.config("dat_tiny")`` returns a preset; `create_model` builds a
+            backbone from the name of a preset.
+        backend: backend of deformable and neighborhood attention, one of `dat_ref.torch.backends()`, or ``"auto"``.
+        sampler: sampling method, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
         global_pool: ``"avg"``, or ``""`` to classify every position of the last map; as the config says if None.
 
-    `forward_features` gives the normed last map, `forward_head` pools and classifies it, `forward_intermediates` gives
-    the maps of all stages; `feature_info` says what they are.
+    `forward_features` returns the last map after the final norm. `forward_head` pools and classifies it.
+    `forward_intermediates` returns the maps of all stages, and `feature_info` describes them.
     """
 
     def __init__(
@@ -158,13 +160,13 @@ class DAT(SpecModule):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, DATTrace]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, DATTrace]:
-        """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
+        """Return logits (B, classes) of images (B, channels, H, W), and the trace if requested.
 
         With ``global_pool=""``: logits of every position of the last map, (B, classes, H/32, W/32) with four stages.
         Without a head (``num_classes=0``): the features instead of the logits.
 
         Raises:
-            ShapeError, ConfigError: if an image does not fit.
+            ShapeError, ConfigError: if the shape of the images does not fit the configuration.
         """
         if not return_trace:
             return self.forward_head(self.forward_features(x))
@@ -174,17 +176,17 @@ class DAT(SpecModule):
         return self.forward_head(normed), DATTrace(**fields)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map, normed and unpooled: (B, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
+        """Return the last feature map after the final norm, without pooling: (B, num_features, ⌈H/32⌉, ⌈W/32⌉)."""
         x = self._embed(x)
         for index in range(len(self.stages)):
             x = self._run_stage(x, index)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify a map of `forward_features`.
+        """Pool and classify the output of `forward_features`.
 
         Args:
-            pre_logits: stop after the pooling.
+            pre_logits: whether to return the features before the classifier.
         """
         if self.global_pool == "avg":
             x = x.mean(dim=(2, 3))
@@ -201,17 +203,18 @@ class DAT(SpecModule):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return the maps that stages put out.
+        """Return the output maps of the stages.
 
         Args:
-            indices: which stages: all if None, the last n if an integer; negative ones count from the end.
+            indices: indices of the stages. None selects all, an integer n the last n. Negative indices count from the
+                end.
             norm: whether to apply the final norm to the last stage's map.
-            stop_early: whether to stop after the last stage asked for.
+            stop_early: whether to skip the stages after the last selected one.
             output_fmt: ``"NCHW"``, or ``"NHWC"`` for channels last.
-            intermediates_only: whether to return the list alone.
+            intermediates_only: whether to return only the list of maps.
 
         Returns:
-            the list of maps, or (what `forward_features` returns, the list).
+            the list of maps, or (output of `forward_features`, list of maps).
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -248,7 +251,7 @@ class DAT(SpecModule):
     # -------------------------------------------------------------------------------------------- traces
 
     def walk(self, x: Tensor) -> Iterator[Step]:
-        """Run block by block; a trace that the caller does not keep is freed before the next block."""
+        """Run the backbone block by block. A trace that the caller does not store is freed before the next block."""
         check_map("x", x, self.in_chans)
         embeddings: list[EmbedTrace] = []
         for index, embed in enumerate(self.patch_embedding):
@@ -278,10 +281,10 @@ class DAT(SpecModule):
             stages[-1] = StageTrace(stages[-1].embeddings, blocks, output)
         return stages, output
 
-    # -------------------------------------------------------------------------------------------- in the idiom of timm
+    # -------------------------------------------------------------------------------------------- timm's interface
 
     def get_classifier(self) -> nn.Module:
-        """Return the head: a linear layer, or an identity without classes."""
+        """Return the head: a linear layer, or an identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -294,14 +297,17 @@ class DAT(SpecModule):
         self.head = _classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """While training, keep each block's input only and compute its inside again in the backward pass."""
+        """Store only the input of each block during training, and recompute the block in the backward pass."""
         self.grad_checkpointing = enable
         for stage in self.modules():
             if isinstance(stage, Stage):
                 stage.grad_checkpointing = enable
 
     def set_backend(self, backend: str = "auto", sampler: Sampler | None = None) -> None:
-        """Choose how all deformable and neighborhood attentions are computed, see `dat_ref.torch.backends()`."""
+        """Set the backend, and optionally the sampler, of all attention modules that have one.
+
+        See `dat_ref.torch.backends()`.
+        """
         for module in self.modules():
             if isinstance(module, attentions_with("backend")):
                 module.backend = backend
@@ -309,14 +315,14 @@ class DAT(SpecModule):
                 module.sampler = sampler or module.sampler
 
     def no_weight_decay(self) -> set[str]:
-        """Return the full names of the bias tables (1-d parameters are for the caller to exempt)."""
+        """Return the names of the bias tables. The caller has to exempt 1-d parameters itself."""
         return {name for name, _ in self.named_parameters() if name.endswith(".table")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that order parameters by depth, for layer-wise learning rates."""
-        end = (99999,)  # joins the group before
+        """Return patterns that group parameters by depth, for layer-wise learning rates."""
+        end = (99999,)  # merged into the group before it
         if coarse:
-            # A downsampling comes after the stage of its own number: (i, 0) sorts behind (i,).
+            # Downsampling i follows stage i: (i, 0) sorts after (i,).
             blocks = [(r"^stages\.(\d+)", None), (r"^downsamples\.(\d+)", (0,)), (r"^norm", end)]
         else:
             blocks = [
@@ -329,7 +335,13 @@ class DAT(SpecModule):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what comes behind the last stage asked for, perhaps norm and head too; return the stages asked for."""
+        """Remove the stages after the last selected one; return the selected stages.
+
+        Args:
+            indices: stages to keep, as in `forward_intermediates`.
+            prune_norm: whether to remove the final norm.
+            prune_head: whether to remove the head and the pooling.
+        """
         selected = self._stage_indices(indices)
         count = max(selected, default=-1) + 1
         self.stages, self.downsamples = self.stages[:count], self.downsamples[: max(count - 1, 0)]
@@ -342,23 +354,23 @@ class DAT(SpecModule):
     # -------------------------------------------------------------------------------------------- released names
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict."""
+        """Return the released name and layout of each parameter."""
         return official.backbone_names(self.config)
 
     @classmethod
     def from_official(
         cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str, **options: Any
     ) -> DAT:
-        """Build from the released model's arguments and its state dict, in the dtype of that.
+        """Build a backbone from a released model's arguments and state dict, in the dtype of the state dict.
 
         Args:
-            mapping: the released ``DAT`` class's arguments by name.
-            state: its state dict, tensors or arrays.
+            mapping: arguments of the released ``DAT`` class, by name.
+            state: released state dict, tensors or arrays.
             release: ``"cvpr2022"`` or ``"datpp2023"``.
-            options: `backend`, `sampler` and `global_pool` of the class.
+            options: further arguments of this class: `backend`, `sampler`, `global_pool`.
 
         Raises:
-            CheckpointError: with a report of missing, unexpected and mis-shaped keys.
+            CheckpointError: if the state dict does not fit; with a report of missing, unexpected and mis-shaped keys.
         """
         model = cls(DATConfig.from_official(mapping, release=release), **options).to(state_dtype(state))
         model.load_official(state)
@@ -366,7 +378,7 @@ class DAT(SpecModule):
 
 
 def _stages(config: DATConfig, options: dict[str, Any]) -> list[Stage]:
-    """Build the blocks; stochastic depth grows linearly, from 0 at the first to its full rate at the last."""
+    """Build the stages. The drop rate of stochastic depth grows linearly from 0 at the first block to its maximum."""
     last = max(sum(len(blocks) for blocks in config.stages) - 1, 1)
     stages, depth = [], 0
     for blocks in config.stages:

@@ -28,31 +28,31 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of every pixel of a map (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised map; one in channels_last layout stays in it."""
+        """Normalize a map (B, C, H, W). The channels_last layout is preserved."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((dim,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale a map (B, C, H, W)."""
+        """Multiply a map (B, C, H, W) by the factors."""
         return x * self.weight[:, None, None]
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, drop a residual branch for a share of the images, and scale up the others."""
+    """Stochastic depth: in training, drop a residual branch for random images and scale it up for the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the branch (B, C, H, W), or zeros where it is dropped."""
+        """Return the scaled branch (B, C, H, W), zero for the images where it is dropped."""
         if not self.training or self.rate == 0:
             return x
         keep_prob = 1 - self.rate
@@ -60,12 +60,12 @@ class DropPath(nn.Module):
         return x * (mask / keep_prob) if keep_prob > 0 else x * mask
 
     def extra_repr(self) -> str:
-        """Say the rate where the module is printed."""
+        """Return the drop rate for the module's ``repr``."""
         return f"rate={self.rate:.3f}"
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, and perhaps a 3 × 3 depthwise convolution before that."""
+    """Two linear layers with a GELU between them, and an optional 3 × 3 depthwise convolution before the GELU."""
 
     def __init__(self, dim: int, ratio: int, kind: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, MLPTrace]:
-        """Return y (B, C, H, W), and the trace if asked."""
+        """Return y (B, C, H, W), and the trace if requested."""
         hidden = self.linear1(x.permute(0, 2, 3, 1))  # (B, H, W, ratio·C)
         pre_activation = hidden
         if self.kind != "linear":
@@ -94,14 +94,14 @@ class MLP(nn.Module):
         return y, MLPTrace(inputs, *maps)
 
 
-# Which module computes the attention that a configuration describes; others may be added.
+# Attention module for each type of configuration. Other modules may be added.
 ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
     DeformableAttentionConfig: DeformableAttention,
     **PEER_MODULES,
 }
 
 
-# What else a module takes than its configuration.
+# Arguments of a module besides its configuration.
 _OPTIONS: dict[Any, tuple[str, ...]] = {
     DeformableAttention: ("backend", "sampler", "init"),
     NeighborhoodAttention: ("backend",),
@@ -113,18 +113,18 @@ _OPTIONS: dict[Any, tuple[str, ...]] = {
 
 
 def attentions_with(option: str) -> tuple[Any, ...]:
-    """Return the attentions that take an option, such as ``"sampler"``."""
+    """Return the attention modules that have an option, such as ``"sampler"``."""
     return tuple(module for module, options in _OPTIONS.items() if option in options)
 
 
 def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
-    """Return the attention that a configuration describes.
+    """Build the attention module for a configuration.
 
     Args:
-        options: `backend`, `sampler` and `init`, for the modules that have them.
+        options: `backend`, `sampler` and `init`. A module receives only the options that it has.
 
     Raises:
-        ConfigError: if no module computes it.
+        ConfigError: if there is no module for this type of configuration.
     """
     if type(config) not in ATTENTION_MODULES:
         known = ", ".join(each.__name__ for each in ATTENTION_MODULES)
@@ -135,14 +135,14 @@ def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
 
 
 class Block(nn.Module):
-    """One Transformer block: (B, C, H, W) → (B, C, H, W).
+    """Transformer block: (B, C, H, W) → (B, C, H, W).
 
     Args:
-        config: what the block is.
-        drop_path: rate of stochastic depth, on both residual branches.
-        dropout: rate inside the MLP.
-        backend, sampler, init: of a deformable attention, see `DeformableAttention`; `backend` of a neighborhood's too,
-            `sampler` of every peer that samples.
+        config: block configuration.
+        drop_path: drop rate of stochastic depth, for both residual branches.
+        dropout: dropout rate in the MLP.
+        backend, sampler, init: options of the attention module, see `DeformableAttention`. Modules without an option
+            ignore it.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, BlockTrace]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, BlockTrace]:
-        """Return y (B, C, H, W), and the trace if asked."""
+        """Return y (B, C, H, W), and the trace if requested."""
         if return_trace:
             return self._traced(x)
         if self.local_perception is not None:

@@ -1,7 +1,6 @@
-"""Between the NumPy spec and the modules: parameter trees, gradients, traces, released names.
+"""Conversion between the NumPy spec and the modules: parameter trees, gradients, traces, released names.
 
-A module's state-dict names are the flattened names of the spec's parameter tree, so crossing over is a matter of
-arrays.
+A module's state-dict names are the flattened names of the spec's parameter tree, so only the arrays are converted.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from ..params import flatten, mismatch_report, unflatten
 
 
 def as_numpy(value: Any) -> Any:
-    """Return tensors as NumPy arrays, inside lists, dicts, tuples and traces too; other values as they are.
+    """Convert tensors to NumPy arrays, also in lists, dicts, tuples and traces. Other values are returned unchanged.
 
-    Half-precision types that NumPy does not have become float32.
+    bfloat16, which NumPy does not have, becomes float32.
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -39,17 +38,18 @@ def as_numpy(value: Any) -> Any:
 
 
 class SpecModule(nn.Module):
-    """A module with a counterpart in the spec: its parameters go there and back, or to their released names."""
+    """Base class of modules with a counterpart in the spec: imports and exports parameters under both sets of names."""
 
     def official_names(self) -> NameMapping:
-        """Return where each parameter lives in a released state dict."""
+        """Return the released name and layout of each parameter."""
         raise NotImplementedError
 
     def load_numpy(self, tree: Tree) -> None:
-        """Copy a parameter tree of the spec (arrays or tensors) into the module, converting to its dtype and device.
+        """Copy a parameter tree of the spec (arrays or tensors) into the module, in the module's dtype and device.
 
         Raises:
-            CheckpointError: with a report of missing, unexpected and mis-shaped names; nothing is copied then.
+            CheckpointError: if the tree does not fit; with a report of missing, unexpected and mis-shaped names.
+                Nothing is copied.
         """
         leaves = flatten(tree)
         own = dict(self.named_parameters())
@@ -65,15 +65,15 @@ class SpecModule(nn.Module):
                 leaf.copy_(source if isinstance(source, Tensor) else torch.from_numpy(np.array(source)))
 
     def to_numpy(self, *, grad: bool = False) -> Tree:
-        """Return the parameters as a tree of the spec, or their gradients (zeros where there is none)."""
+        """Return the parameters as a tree of the spec, or their gradients (zeros for parameters without a gradient)."""
         return unflatten({name: as_numpy(leaf) for name, leaf in self._leaves(grad).items()})
 
     def to_official(self, params_or_grads: Tree | None = None) -> dict[str, Any]:
         """Return parameters or gradients under their released names and in their released shapes.
 
         Args:
-            params_or_grads: a tree of the spec, a state dict, or gradients by parameter name; the module's own
-                parameters if None. A leaf that is None (a parameter without gradient) counts as zero.
+            params_or_grads: tree of the spec, state dict, or gradients by parameter name; the module's own parameters
+                if None. A leaf that is None (a parameter without a gradient) becomes zeros.
         """
         leaves = self._leaves(grad=False) if params_or_grads is None else flatten(params_or_grads)
         own = dict(self.named_parameters())
@@ -84,7 +84,8 @@ class SpecModule(nn.Module):
         """Copy a released state dict (tensors or arrays) into the module.
 
         Raises:
-            CheckpointError: with a report of missing, unexpected and mis-shaped keys; nothing is copied then.
+            CheckpointError: if the state dict does not fit; with a report of missing, unexpected and mis-shaped keys.
+                Nothing is copied.
         """
         shapes = unflatten({name: tuple(leaf.shape) for name, leaf in self.named_parameters()})
         self.load_numpy(to_ours(as_numpy(dict(state)), self.official_names(), shapes))
@@ -98,7 +99,7 @@ class SpecModule(nn.Module):
 
 
 def state_dtype(state: Mapping[str, Any]) -> torch.dtype:
-    """Return the widest floating-point dtype among the arrays of a state dict, float32 or float64."""
+    """Return float64 if any array of a state dict is float64, else float32."""
     double = any(str(getattr(leaf, "dtype", "")).endswith("float64") for leaf in state.values())
     return torch.float64 if double else torch.float32
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the modules: all of a file goes into a model, or nothing of it."""
+"""Checkpoints of the modules. A file is loaded into a model completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = True) -> LoadReport:
-    """Load a checkpoint of either release, or of ours, into a model; dtype and device stay the model's.
+    """Load a checkpoint of this project or of either release into a model. The model keeps its dtype and device.
 
-    A features-only model has no use for the final norm and the head, so a detector's backbone loads too; the norms
-    that a detector applies to each map (``norms.*``) are ignored.
+    A features-only model does not use the final norm and the head, so the file may lack them. This allows loading the
+    backbone of a detector; the norms that a detector applies to each map (``norms.*``) are ignored.
 
     Args:
-        model: what `dat_ref.torch.create_model` returns.
-        path: ``.pth``, ``.safetensors`` or ``.npz``, see `dat_ref.checkpoints.read_state`; never executed.
-        strict: whether a missing, unexpected or mis-shaped array is an error. If not, the parameters that the
-            file does not give keep their values: for fine-tuning with another number of classes.
+        model: model that `dat_ref.torch.create_model` returned.
+        path: ``.pth``, ``.safetensors`` or ``.npz`` file, see `dat_ref.checkpoints.read_state`. Code in it is never
+            executed.
+        strict: whether a missing, unexpected or mis-shaped array is an error. If False, parameters without a fitting
+            array keep their values; use it for fine-tuning with another number of classes.
 
     Returns:
-        What became of every array in the file.
+        A report on every array in the file.
 
     Raises:
-        CheckpointError: with the report; the model is as it was.
+        CheckpointError: if the file does not fit; with the report. The model is unchanged.
     """
     _check_model(model)
     parameters = dict(model.named_parameters())
@@ -43,7 +44,7 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
     optional: tuple[str, ...] = ("norm.", "head.") if isinstance(model, DATFeatures) else ()
     wanted = {name for name in parameters if not name.startswith(optional)}
     fit = fit_state(state, _config_with_head(model), strict=strict, wanted=wanted, source=os.fspath(path))
-    # Every copy is made before the first is written: from here on nothing can fail half-way.
+    # Convert all arrays before writing the first one, so that an error leaves the model unchanged.
     values = {name: torch.from_numpy(array.copy()).to(parameters[name]) for name, array in fit.arrays.items()}
     with torch.no_grad():
         for name, value in values.items():
@@ -52,21 +53,22 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
 
 
 def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = False) -> None:
-    """Write a model's parameters; the file is there whole or not at all. bfloat16 is written as float32.
+    """Write a model's parameters to a file, atomically. bfloat16 is written as float32.
 
     Args:
-        path: ``.safetensors``, ``.npz`` or ``.pth``.
-        official: released names, shapes and buffers instead of ours: with ``.pth`` a file that the released code loads.
+        path: ``.safetensors``, ``.npz`` or ``.pth`` file.
+        official: whether to use the released names, shapes and buffers. A ``.pth`` file can then be loaded by the
+            released code.
 
     Raises:
-        CheckpointError: for another suffix; for released names of a model without all its stages, or whose maps
-            the released code cannot cut into windows.
+        CheckpointError: if the suffix is unknown. With `official` also for a features-only model, and if the released
+            code cannot partition the model's maps into windows.
     """
     _check_model(model)
     arrays = as_numpy(dict(model.named_parameters()))
     if official:
         if isinstance(model, DATFeatures):
-            raise CheckpointError("model: expected a whole one for released names, got a features-only model")
+            raise CheckpointError("model: expected a complete model for released names, got a features-only model")
         arrays = official_state(unflatten(arrays), _config_with_head(model))
     save_state(path, arrays)
 
@@ -74,10 +76,10 @@ def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = F
 def _check_model(model: DAT) -> None:
     if not isinstance(model, DAT):
         raise CheckpointError(
-            f"model: expected a dat_ref.torch.DAT, got {type(model).__name__}; hand over what it wraps (model.module)"
+            f"model: expected a dat_ref.torch.DAT, got {type(model).__name__}; pass the wrapped model (model.module)"
         )
 
 
 def _config_with_head(model: DAT) -> DATConfig:
-    """Return the configuration with the classes of the present head, which `reset_classifier` may have changed."""
+    """Return the configuration with the current number of classes, which `reset_classifier` may have changed."""
     return replace(model.config, num_classes=model.num_classes)

@@ -1,4 +1,4 @@
-"""A backbone that gives its feature maps, for detectors and segmenters."""
+"""Backbone that returns feature maps, for detection and segmentation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .backbone import DAT
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What the maps of a features-only backbone are."""
+    """Description of the maps of a features-only backbone, with timm's interface."""
 
-    entries: tuple[dict[str, Any], ...]  # one a map: num_chs, reduction, module
+    entries: tuple[dict[str, Any], ...]  # per map: num_chs, reduction, module
     out_indices: tuple[int, ...]
 
     def channels(self) -> list[int]:
-        """Return the channels of each map."""
+        """Return the number of channels of each map."""
         return [entry["num_chs"] for entry in self.entries]
 
     def reduction(self) -> list[int]:
-        """Return how many image pixels one pixel of each map spans."""
+        """Return the stride of each map in image pixels."""
         return [entry["reduction"] for entry in self.entries]
 
     def module_name(self) -> list[str]:
-        """Return the name of the module that puts out each map."""
+        """Return the name of the module that computes each map."""
         return [entry["module"] for entry in self.entries]
 
     def get_dicts(self) -> list[dict[str, Any]]:
-        """Return all of it."""
+        """Return a copy of the entries."""
         return [dict(entry) for entry in self.entries]
 
     def __len__(self) -> int:
@@ -44,17 +44,18 @@ class FeatureInfo:
 class DATFeatures(DAT):
     """A backbone that returns feature maps: images → a list of (B, dims[i], ⌈H/reduction⌉, ⌈W/reduction⌉).
 
-    Stages behind the last map, the final norm and the head are left out; names of parameters are `DAT`'s.
+    The stages after the last returned map, the final norm and the head are removed. Parameter names are the same as in
+    `DAT`.
     """
 
     out_indices: tuple[int, ...]
 
     def keep_stages(self, out_indices: Sequence[int]) -> None:
-        """Keep what the maps of these stages need, drop the rest."""
+        """Select the stages whose maps are returned, and remove everything that those maps do not need."""
         entries = self.feature_info
         self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True, prune_head=True))
         self.feature_info = FeatureInfo(tuple(entries[index] for index in self.out_indices), self.out_indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """Return the maps, shallow to deep."""
+        """Return the maps, in order of depth."""
         return self.forward_intermediates(x, indices=self.out_indices, stop_early=True, intermediates_only=True)

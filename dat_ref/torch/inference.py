@@ -1,14 +1,14 @@
-"""Models rewritten for inference on a CPU: `optimize_for_inference`.
+"""Optimization of models for inference on a CPU: `optimize_for_inference`.
 
-What is rewritten, and what it saves:
+Optimizations:
 
-- linear layers hold their weights packed as oneDNN reads them, with the GELU inside the product;
-- factors and identities are folded into weights: layer scale into the projection before it, ``x + conv(x)`` into the
-  middle of the kernel;
-- residual branches are added in place;
-- shallow stages run a few images at a time, so that memory is used again instead of asked for;
-- windows that see all their pixels are attended to by the core's kernels, where those are; the masks of the others are
-  kept from call to call.
+- Linear layers store their weights in oneDNN's packed layout, and the GELU is fused into the matrix product.
+- Layer scale is folded into the weights of the projection before it. The identity of ``x + conv(x)`` is folded into the
+  center of the kernel.
+- Residual branches are added in place.
+- Stages with large maps process a few images at a time, so that memory is reused instead of allocated again.
+- Complete windows without shift are computed by the CPU kernels of deformable attention, if these are available. The
+  masks of other windows are cached between calls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .peers.mhsa import MultiHeadAttention
 
 M = TypeVar("M", bound=nn.Module)
 
-# The layers of each attention that are called as modules; others lend their weights to functions, and stay.
+# Layers that are called as modules, for each attention. Other layers only pass their weights to functions: not packed.
 _PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     DeformableAttention: ("query", "key", "value", "output"),
     WindowAttention: ("qkv", "output"),
@@ -41,27 +41,29 @@ _PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     MultiHeadAttention: ("qkv", "output"),
 }
 _OPERATORS = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")  # not public in torch
-# Bytes of the widest maps of a stage at a time. Much less, and products of few rows grow slow; much more, and the
-# allocator gives the memory back to the system after each use and gets it page by page again.
+# Bytes of a stage's widest map for the images that are processed together. With far less, matrix products have too few
+# rows to be fast. With far more, the allocator returns the memory to the system after each use, and every page faults
+# again.
 _HIDDEN_BYTES = 1 << 24
 
 
 def optimize_for_inference(model: M) -> M:
-    """Return a copy of a model that computes the same, faster: for inference alone, on a CPU.
+    """Return a copy of a model that is optimized for inference on a CPU.
 
-    The copy takes any H and W and any batch, as the model does, and gives the same outputs but for rounding. It can be
-    copied and pickled; it cannot be trained, traced, exported, moved or cast, and has no state dict: keep the model for
-    those. For half precision cast the model first: ``optimize_for_inference(copy.deepcopy(model).to(torch.bfloat16))``.
+    The copy accepts any H, W and batch size, as the model does, and its outputs are the same up to rounding. It can be
+    copied and pickled. It cannot be trained, traced, exported, moved or cast, and it has no state dict; use the
+    original model for that. For half precision, cast the model first:
+    ``optimize_for_inference(copy.deepcopy(model).to(torch.bfloat16))``.
 
     Args:
-        model: `DAT`, `DeformableAttention`, or any module with such inside, in eval mode.
+        model: `DAT`, `DeformableAttention`, or any module that contains them, in eval mode.
 
     Returns:
-        the copy; if the device, the dtype or this machine has no packed products, a plain copy, with a warning that
-        says why.
+        the optimized copy. If the device, the dtype, the CPU or this build of torch does not support packed linear
+        layers: a plain copy, with a warning that gives the reason.
 
     Raises:
-        ValueError: for a model in training mode.
+        ValueError: if the model is in training mode.
 
     >>> import dat_ref.torch
     >>> model = dat_ref.torch.create_model("dat_tiny", num_classes=10).eval()
@@ -71,11 +73,11 @@ def optimize_for_inference(model: M) -> M:
     True
     """
     if any(module.training for module in model.modules()):
-        raise ValueError("model: expected eval mode, got a model that is training: call model.eval() first")
+        raise ValueError("model: expected eval mode, got a model in training mode: call model.eval() first")
     fast = copy.deepcopy(model).requires_grad_(False)
     reason = _unsupported_reason(model)
     if reason:
-        warnings.warn(f"optimize_for_inference: {reason}; the model is copied as it is", stacklevel=2)
+        warnings.warn(f"optimize_for_inference: {reason}; returning an unoptimized copy", stacklevel=2)
         return fast
     for module in fast.modules():
         if type(module) is Block:
@@ -86,17 +88,17 @@ def optimize_for_inference(model: M) -> M:
 
 
 def _unsupported_reason(model: nn.Module) -> str:
-    """Return what stands against packing the weights, or nothing."""
+    """Return the reason why the weights cannot be packed, or an empty string."""
     weights = list(model.parameters())
     devices = {weight.device.type for weight in weights}
     if devices - {"cpu"}:
-        return f"weights are on {', '.join(sorted(devices))}, and only those of a CPU are packed (use torch.compile)"
+        return f"weights are on {', '.join(sorted(devices))}, but only a CPU is supported (use torch.compile)"
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
     if not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
-        return f"torch {torch.__version__} has no packed products"
+        return f"torch {torch.__version__} has no packed linear layers"
     dtypes = {str(weight.dtype) for weight in weights if not _supports_packing(weight.dtype)}
-    return f"this machine has no packed products in {', '.join(sorted(dtypes))}" if dtypes else ""
+    return f"this CPU has no packed linear layers in {', '.join(sorted(dtypes))}" if dtypes else ""
 
 
 @cache
@@ -122,7 +124,7 @@ def _fold_block(block: Block) -> None:
 
 
 def _fold_identity(depthwise: nn.Conv2d) -> None:
-    """Make ``conv(x)`` what ``x + conv(x)`` was."""
+    """Change the weights so that ``conv(x)`` returns what ``x + conv(x)`` returned."""
     rows, columns = depthwise.kernel_size
     depthwise.weight[:, :, rows // 2, columns // 2].add_(1)
 
@@ -137,26 +139,26 @@ def _fold_scale(scale: nn.Module, linear: nn.Linear) -> None:
 
 
 class InferenceModule(nn.Module):
-    """A module that refuses what a rewritten model cannot do."""
+    """Base class of optimized modules: raises an error for operations that they do not support."""
 
     def __init__(self) -> None:
         super().__init__()
         self.training = False
 
     def train(self, mode: bool = True) -> Any:
-        """Refuse to train."""
+        """Raise an error for training mode."""
         if mode:
-            raise RuntimeError(f"{_REWRITTEN} and cannot be trained: train the one it was made of")
+            raise RuntimeError(f"{_OPTIMIZED} and cannot be trained: train the original model")
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        raise RuntimeError(f"{_REWRITTEN}: move or cast the one it was made of, and rewrite that")
+        raise RuntimeError(f"{_OPTIMIZED}: move or cast the original model, then optimize it again")
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        raise RuntimeError(f"{_REWRITTEN}: save the one it was made of")
+        raise RuntimeError(f"{_OPTIMIZED}: save the original model")
 
 
-_REWRITTEN = "this model was rewritten for inference"
+_OPTIMIZED = "this model is optimized for inference"
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -164,22 +166,22 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 class PackedLinear(InferenceModule):
-    """A linear layer whose weight lies as oneDNN reads it, perhaps with a GELU behind it."""
+    """Linear layer with its weight in oneDNN's packed layout, and optionally a fused GELU."""
 
     def __init__(self, layer: nn.Linear, gelu: bool = False) -> None:
         super().__init__()
         self.dtype = layer.weight.dtype
-        self.weight = _pack(layer.weight)  # opaque to all but the operator
+        self.weight = _pack(layer.weight)  # opaque layout: only the operator can read it
         self.bias = layer.bias.detach().clone()
         self.activation = "gelu" if gelu else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, C) → (…, C')."""
+        """Apply the layer: (…, C) → (…, C')."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"{_REWRITTEN}: compile or export the one it was made of")
+            raise RuntimeError(f"{_OPTIMIZED}: compile or export the original model")
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"{_REWRITTEN} and has no gradients: differentiate the one it was made of")
-        x = x.to(self.dtype)  # autocast has no say here
+            raise RuntimeError(f"{_OPTIMIZED} and has no gradients: differentiate the original model")
+        x = x.to(self.dtype)  # autocast does not cast the inputs of this operator
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,16 +192,16 @@ class PackedLinear(InferenceModule):
 
 
 class FastMLP(InferenceModule):
-    """`MLP` with the GELU inside the first product or inside the convolution."""
+    """`MLP` with the GELU fused into the first linear layer or into the convolution."""
 
     def __init__(self, mlp: MLP) -> None:
         super().__init__()
-        self.depthwise = None if mlp.kind == "linear" else mlp.depthwise  # x + conv(x) has been folded
+        self.depthwise = None if mlp.kind == "linear" else mlp.depthwise  # the identity is already folded in
         self.linear1 = PackedLinear(mlp.linear1, gelu=mlp.kind == "linear")
         self.linear2 = PackedLinear(mlp.linear2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+        """Apply the MLP: (B, C, H, W) → (B, C, H, W)."""
         hidden = self.linear1(x.permute(0, 2, 3, 1))
         if self.depthwise is not None:
             hidden = _convolve_gelu(hidden.permute(0, 3, 1, 2), self.depthwise).permute(0, 2, 3, 1)
@@ -212,9 +214,9 @@ def _convolve_gelu(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 class FastWindowAttention(InferenceModule, WindowAttention):
-    """`WindowAttention` that keeps the mask of the last size, and needs none where the core's kernels can do it.
+    """`WindowAttention` with a cached mask, or without one where the kernels of deformable attention apply.
 
-    Where windows see all their pixels, this is deformable attention whose points are the pixels of a window.
+    A complete window without shift is deformable attention whose points are the window's pixels: it needs no mask.
     """
 
     def __init__(self, attention: WindowAttention) -> None:
@@ -223,11 +225,11 @@ class FastWindowAttention(InferenceModule, WindowAttention):
         side = (attention.config.window_size,) * 2
         self.pixels = functional.reference_points(side, Convention.CELL_CENTER, dtype=torch.float32).view(1, 1, -1, 2)
         self.kernels = "cpu" in functional.backends()
-        self.cached_mask: Any = None  # ((size, dtype), mask)
+        self.cached_mask: Any = None  # ((size, dtype), mask) of the last call
         self.eval()
 
     def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
-        """Attend inside the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
+        """Attend within the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
         config, side = self.config, self.config.window_size
         if config.shift or size[0] % side or size[1] % side or not self.kernels:
             return super().attend_in_windows(qkv, size)
@@ -246,7 +248,7 @@ class FastWindowAttention(InferenceModule, WindowAttention):
         return attended.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[:2])
 
     def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
+        """Return the term that is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
         key = (size, dtype)
         if self.cached_mask is None or self.cached_mask[0] != key:
             self.cached_mask = key, super().mask(size, dtype)
@@ -254,18 +256,18 @@ class FastWindowAttention(InferenceModule, WindowAttention):
 
 
 class FastBlock(InferenceModule):
-    """`Block` with its residual branches added in place."""
+    """`Block` that adds its residual branches in place."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.local_perception = block.local_perception  # x + conv(x) has been folded
+        self.local_perception = block.local_perception  # the identity is already folded in
         self.norm1, self.attention, self.layer_scale1 = block.norm1, block.attention, block.layer_scale1
         self.norm2, self.mlp = block.norm2, block.mlp
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+        """Apply the block: (B, C, H, W) → (B, C, H, W)."""
         if return_trace:
-            raise RuntimeError(f"{_REWRITTEN} and keeps no trace: trace the one it was made of")
+            raise RuntimeError(f"{_OPTIMIZED} and has no trace: trace the original model")
         if self.local_perception is not None:
             x = self.local_perception(x)
         x = self.layer_scale1(self.attention(self.norm1(x))).add_(x)
@@ -273,7 +275,7 @@ class FastBlock(InferenceModule):
 
 
 class FastStage(InferenceModule):
-    """`Stage`, a few images at a time."""
+    """`Stage` that processes a few images at a time."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -281,9 +283,9 @@ class FastStage(InferenceModule):
         self.blocks = stage.blocks
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
-        image = x.shape[2] * x.shape[3] * self.hidden_channels * x.element_size()
-        parts = [self._run(part) for part in x.split(max(_HIDDEN_BYTES // max(image, 1), 1))]
+        """Apply the blocks: (B, C, H, W) → (B, C, H, W)."""
+        image_bytes = x.shape[2] * x.shape[3] * self.hidden_channels * x.element_size()
+        parts = [self._run(part) for part in x.split(max(_HIDDEN_BYTES // max(image_bytes, 1), 1))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -301,7 +303,7 @@ _FAST: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> Any:
-    """Return what stands for a module, its children first; one that is shared stays shared."""
+    """Return the optimized form of a module, after optimizing its children. A shared module remains shared."""
     if module not in replaced:
         for name, child in module._modules.items():
             if child is not None:

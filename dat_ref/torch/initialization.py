@@ -1,7 +1,7 @@
-"""Parameter initialization: the rules of `dat_ref.initialization`, drawn from torch's generator.
+"""Parameter initialization: the rules of `dat_ref.initialization`, with random numbers from torch's generator.
 
-Linear layers and convolutions keep PyTorch's own default, uniform in ±1/√fan_in, which is what the released models
-start from. What remains are the bias tables and the offset network's last layer.
+Linear layers and convolutions have PyTorch's default initialization, uniform in ±1/√fan_in, as in the released models.
+This module initializes the bias tables and the last layer of the offset network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..config import Init
 
 
 def init_table(table: Tensor, sigma: float) -> None:
-    """Fill a bias table with a normal distribution, cut at ±2."""
+    """Initialize a bias table from a normal distribution with standard deviation `sigma`, truncated at ±2."""
     nn.init.trunc_normal_(table, std=sigma, a=-2.0, b=2.0)
 
 

@@ -1,7 +1,7 @@
 """The deformable-attention layer as a module: `dat_ref.layer` in PyTorch.
 
-Inside, maps lie channels last, so that every 1 × 1 projection is one matrix product over all pixels. A map in
-``torch.channels_last`` layout enters and leaves without a copy.
+The layer works on channels-last maps, so that every 1 × 1 projection is one matrix product over all pixels. A map in
+``torch.channels_last`` layout is read and returned without a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .initialization import init_offsets, init_table
 
 
 class OffsetNetwork(nn.Module):
-    """θ: depthwise convolution, norm, GELU, and a projection to (y, x) without bias; one network for all groups."""
+    """Offset network θ, shared by all groups: depthwise convolution, norm, GELU, projection to (y, x) without bias."""
 
     def __init__(self, config: DeformableAttentionConfig, init: Init = "released") -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class OffsetNetwork(nn.Module):
         init_offsets(self.pointwise, init)
 
     def forward(self, query: Tensor, padding: Padding) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return raw offsets (B·G, 2, Hk, Wk) of a query map (B, C, H, W), and the intermediates."""
+        """Return raw offsets (B·G, 2, Hk, Wk) for a query map (B, C, H, W), and the intermediates."""
         params: dict[str, dict[str, Any]] = {
             "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
             "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
@@ -53,11 +53,11 @@ class OffsetNetwork(nn.Module):
 
 
 class TableBias(nn.Module):
-    """A bias table a head: relative (2H-1 × 2W-1), or fixed (H·W × Ns)."""
+    """Bias table per head: relative (2H-1 × 2W-1), or fixed (H·W × Ns)."""
 
     def __init__(self, config: DeformableAttentionConfig) -> None:
         super().__init__()
-        assert config.size is not None  # the config has checked
+        assert config.size is not None  # checked by the config
         height, width = config.size
         shape = (2 * height - 1, 2 * width - 1)
         if config.bias is BiasKind.FIXED:
@@ -68,7 +68,7 @@ class TableBias(nn.Module):
 
 
 class LogBias(nn.Module):
-    """The small network of the log-scaled displacement."""
+    """Bias network: an MLP on the log-scaled displacement between query and point."""
 
     def __init__(self, config: DeformableAttentionConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class LogBias(nn.Module):
 
 
 class DepthwiseBias(nn.Module):
-    """A 3 × 3 depthwise convolution of the queries, added to the attention's output."""
+    """A 3 × 3 depthwise convolution of the queries, which is added to the output of the attention."""
 
     def __init__(self, config: DeformableAttentionConfig) -> None:
         super().__init__()
@@ -100,16 +100,16 @@ _BIASES = {
 
 
 class DeformableAttention(SpecModule):
-    """Deformable attention on a map: (B, C, H, W) → (B, C, H, W), any H and W at every call.
+    """Deformable attention on a map: (B, C, H, W) → (B, C, H, W), for any H and W per call.
 
     Args:
-        config: what the layer is.
-        backend: how the core is computed, one of `dat_ref.torch.backends()`; ``"auto"`` chooses.
-        sampler: how features are sampled, ``"gather"`` or ``"grid_sample"``, see `functional.bilinear_sample`.
+        config: layer configuration.
+        backend: backend that computes the attention core, one of `dat_ref.torch.backends()`, or ``"auto"``.
+        sampler: sampling method, ``"gather"`` or ``"grid_sample"``, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
 
-    A bias table that was built for another size than the map's is read as ``config.bias_resolution`` says: in
-    ``"fractions"`` of the map, or in ``"pixels"``.
+    If the size of the map differs from ``config.size``, ``config.bias_resolution`` sets the unit of displacements in
+    the bias table: ``"fractions"`` of the map, or ``"pixels"``.
 
     >>> config = DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(5, 7))
     >>> layer = DeformableAttention(config)
@@ -149,10 +149,12 @@ class DeformableAttention(SpecModule):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, LayerTrace]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, LayerTrace]:
-        """Return y (B, C, H, W), and every intermediate by name if asked (attention dropout is then left out).
+        """Return y (B, C, H, W), and the trace of all intermediates if requested.
+
+        Attention dropout is not applied when a trace is requested.
 
         Raises:
-            ShapeError: if x has another number of channels, or another size than a fixed bias table was built for.
+            ShapeError: if `x` does not have the configured number of channels, or the size of a fixed bias table.
             ConfigError: if the stride is larger than the map.
         """
         config = self.config
@@ -208,7 +210,7 @@ class DeformableAttention(SpecModule):
         return y, LayerTrace(**fields)
 
     def _raw_offsets(self, query: Tensor, size: Size, key_size: Size) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Δ (B, G, Hk, Wk, 2), float32 or wider, and the network's intermediates."""
+        """Return the raw offsets Δ (B, G, Hk, Wk, 2), float32 or wider, and the intermediates of the network."""
         config = self.config
         batch, (rows, columns) = query.shape[0], key_size
         if self.offset_network is None:
@@ -219,7 +221,7 @@ class DeformableAttention(SpecModule):
         return raw.view(batch, config.groups, 2, rows, columns).permute(0, 1, 3, 4, 2), network
 
     def _features(self, tokens: Tensor, points_px: Tensor, key_size: Size) -> Tensor:
-        """Return the features that keys and values are projected from, (B, Hk·Wk, C)."""
+        """Return the features that are projected to keys and values, (B, Hk·Wk, C)."""
         config = self.config
         batch, height, width, channels = tokens.shape
         rows, columns = key_size
@@ -231,7 +233,7 @@ class DeformableAttention(SpecModule):
         return sampled.transpose(1, 2).reshape(batch, rows * columns, channels)
 
     def _pool(self, tokens: Tensor, key_size: Size) -> Tensor:
-        """Average whole r × r cells: (B, H, W, C) → (B, Hk·Wk, C)."""
+        """Average over r × r cells: (B, H, W, C) → (B, Hk·Wk, C)."""
         batch, height, width, channels = tokens.shape
         (rows, columns), stride = key_size, self.config.stride
         if not torch.compiler.is_compiling() and (height, width) != (rows * stride, columns * stride):
@@ -267,7 +269,7 @@ class DeformableAttention(SpecModule):
         )
 
     def _bias(self, points: Tensor, size: Size) -> Tensor | None:
-        """Return what is added to the logits, (B or 1, heads, H·W, Ns), or None."""
+        """Return the bias that is added to the logits, (B or 1, heads, H·W, Ns), or None."""
         config, flat = self.config, points.flatten(2, 3)
         if isinstance(self.position_bias, LogBias):
             return functional.log_bias(flat, self.position_bias.params(), query_size=size, convention=config.convention)
@@ -281,7 +283,7 @@ class DeformableAttention(SpecModule):
         )
 
     def _log_bias_trace(self, points: Tensor, size: Size) -> LogBiasTrace | None:
-        """Return the intermediates of the logarithmic bias, or None where there is another one."""
+        """Return the intermediates of the log-scaled bias, or None for another kind of bias."""
         if not isinstance(self.position_bias, LogBias):
             return None
         options: dict[str, Any] = {"query_size": size, "convention": self.config.convention}
@@ -291,23 +293,23 @@ class DeformableAttention(SpecModule):
     # -------------------------------------------------------------------------------------------- names
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict."""
+        """Return the released name and layout of each parameter."""
         return official.attention_names(self.config)
 
     @classmethod
     def from_official(
         cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str, **options: Any
     ) -> DeformableAttention:
-        """Build from the released module's arguments and its state dict, in the dtype of that.
+        """Build a layer from a released module's arguments and state dict, in the dtype of the state dict.
 
         Args:
-            mapping: the released ``DAttentionBaseline``'s arguments by name.
-            state: its state dict, tensors or arrays.
+            mapping: arguments of the released ``DAttentionBaseline`` class, by name.
+            state: released state dict, tensors or arrays.
             release: ``"cvpr2022"`` or ``"datpp2023"``.
-            options: `backend` and `sampler` of the class.
+            options: further arguments of this class: `backend`, `sampler`.
 
         Raises:
-            CheckpointError: with a report of missing, unexpected and mis-shaped keys.
+            CheckpointError: if the state dict does not fit; with a report of missing, unexpected and mis-shaped keys.
         """
         layer = cls(DeformableAttentionConfig.from_official(mapping, release=release), **options).to(state_dtype(state))
         layer.load_official(state)
@@ -315,12 +317,12 @@ class DeformableAttention(SpecModule):
 
 
 def _tokens_to_heads(tokens: Tensor, heads: int) -> Tensor:
-    """(B, N, C) → (B, heads, N, d), without a copy."""
+    """Split channels into heads without a copy: (B, N, C) → (B, heads, N, d)."""
     return tokens.unflatten(2, (heads, tokens.shape[2] // heads)).transpose(1, 2)
 
 
 def _network_trace(query: Tensor, network: dict[str, Tensor], groups: int) -> OffsetNetworkTrace | None:
-    """Lay the network's intermediates out as the spec has them: (B·G, C/G, Hk, Wk)."""
+    """Return the intermediates of the network in the layout of the spec: (B·G, C/G, Hk, Wk)."""
     if not network:
         return None
     grouped = {"queries": query.unflatten(3, (groups, query.shape[3] // groups)), **network}

@@ -1,4 +1,4 @@
-"""Backbones by name: `create_model` and `list_models`, as users of timm know them."""
+"""Model registry with timm's interface: `create_model` and `list_models`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .backbone import DAT
 from .checkpoints import load_checkpoint
 from .features import DATFeatures
 
-# Options of `create_model` that go to the module; all others change its configuration.
+# Options of `create_model` that are passed to the module. All others change the configuration.
 _MODULE_OPTIONS = ("backend", "sampler", "init")
 _HEADS = ("head.", "cls_head.")  # our name and the released one
 _ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
 _CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
 
 
-def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's own name for it
-    """Return the names of the models, those that match a pattern with ``*`` if one is given.
+def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's name
+    """Return the model names, optionally only those that match a pattern with ``*``.
 
     >>> list_models("dat_pp_*")
     ['dat_pp_base', 'dat_pp_base_384', 'dat_pp_small', 'dat_pp_tiny']
@@ -38,10 +38,11 @@ def _load(model: DAT, checkpoint: str | PathLike[str]) -> None:
     report = load_checkpoint(model, checkpoint, strict=False)
     heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
     if report.missing or report.unexpected or len(heads) < len(report.misshaped):
-        load_checkpoint(model, checkpoint)  # raises, with the report
+        load_checkpoint(model, checkpoint)  # raises an error with the report
     if heads:
         warnings.warn(
-            f"checkpoint: {', '.join(heads)} are for another number of classes and left out; the head starts anew",
+            f"checkpoint: {', '.join(heads)} are for another number of classes and were not loaded; the head keeps "
+            "its random initialization",
             stacklevel=3,
         )
 
@@ -112,7 +113,7 @@ def create_model(
 
 
 def _override(config: DATConfig, changes: dict[str, Any]) -> DATConfig:
-    """Return the configuration with fields changed, under our names or timm's."""
+    """Return the configuration with changed fields. The keys are field names or timm's names for them."""
     attention = {ours: changes.pop(theirs) for theirs, ours in _ATTENTION_OPTIONS.items() if theirs in changes}
     changes = {_CONFIG_ALIASES.get(key, key): value for key, value in changes.items()}
     known = [field.name for field in fields(DATConfig)]

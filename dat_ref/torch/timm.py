@@ -1,15 +1,15 @@
 """The eight backbones in timm's registry: import this module, then ``timm.create_model("dat_tiny", ...)``.
 
-No weights are published under a name that timm could fetch, so ``pretrained=True`` needs a file, given as timm does
-it::
+The weights are not published in a place that timm can download from. ``pretrained=True`` therefore needs a local file,
+which is passed in timm's usual way::
 
     import timm, dat_ref.torch.timm
 
     overlay = {"file": "dat_tiny_in1k_224.pth"}
     model = timm.create_model("dat_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
 
-With another number of classes than the file's the head keeps its initialization. Files with released names also load
-through timm's own ``checkpoint_path=`` and ``load_state_dict``.
+If the file has another number of classes, the head keeps its random initialization. Files with released names can also
+be loaded with timm's ``checkpoint_path=`` argument and with ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"timm 0.9 or newer is needed to register the models with it, and does not import ({error}): pip install timm; "
-        "dat_ref.torch.create_model needs no timm and takes the same options"
+        f"timm 0.9 or newer is needed to register the models, and cannot be imported ({error}): pip install timm; "
+        "dat_ref.torch.create_model needs no timm and has the same options"
     ) from error
 
 __all__ = ["checkpoint_filter_fn", "default_cfgs"]
 
 
 def _data_settings(name: str) -> dict[str, Any]:
-    """Return timm's settings of a model: what it is fed with, and the layers that depend on the data."""
+    """Return timm's default configuration of a model: preprocessing, and names of the first and last layer."""
     side = 384 if name.endswith("_384") else 224
-    year = "2309.01430" if name.startswith("dat_pp") else "2201.00520"
+    paper_id = "2309.01430" if name.startswith("dat_pp") else "2201.00520"
     return {
         "num_classes": PRESETS[name].num_classes,
         "input_size": (3, side, side),
@@ -59,7 +59,7 @@ def _data_settings(name: str) -> dict[str, Any]:
         "std": IMAGENET_STD,
         "first_conv": "patch_embedding.0.projection",
         "classifier": "head",
-        "paper_ids": f"arXiv:{year}",
+        "paper_ids": f"arXiv:{paper_id}",
     }
 
 
@@ -67,13 +67,13 @@ default_cfgs = generate_default_cfgs({name: _data_settings(name) for name in PRE
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: DAT) -> dict[str, Tensor]:
-    """Return a state dict under our names and with tables of the model's size, from one of either release or of ours.
+    """Convert a state dict of this project or of either release to our names, and resize its bias tables to the model.
 
-    It has timm's signature: ``timm.models.load_checkpoint(model, path, filter_fn=checkpoint_filter_fn)``. What
-    does not fit is left out, for ``load_state_dict`` to report as missing.
+    The signature is timm's: ``timm.models.load_checkpoint(model, path, filter_fn=checkpoint_filter_fn)``. Arrays that
+    do not fit are omitted; ``load_state_dict`` then reports them as missing.
 
     Raises:
-        CheckpointError: if the state dict is of another model.
+        CheckpointError: if the state dict belongs to another model.
     """
     state, _ = select_backbone(as_numpy(dict(state_dict)))
     config = replace(model.config, num_classes=model.num_classes)
@@ -82,7 +82,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: DAT) -> dict[s
 
 
 def _rename_released(model: DAT, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: put our names into one with released names, in place."""
+    """Convert a state dict with released names to our names, in place, before it is loaded."""
     if prefix or not any(name.startswith("patch_proj.") for name in state_dict):
         return
     ours = checkpoint_filter_fn(state_dict, model)
@@ -91,7 +91,7 @@ def _rename_released(model: DAT, state_dict: dict[str, Any], prefix: str, *_: An
 
 
 def _load(model: DAT, file: str) -> None:
-    """Load a file, all of it but a head for other classes."""
+    """Load a file completely, except for a head with another number of classes."""
     report = load_checkpoint(model, file, strict=False)
     mismatched = [*report.missing, *report.unexpected, *(name for name, _, _ in report.misshaped)]
     if any(not name.startswith(("head.", "cls_head.")) for name in mismatched):
@@ -99,13 +99,13 @@ def _load(model: DAT, file: str) -> None:
 
 
 def _entrypoint(name: str) -> Callable[..., DAT]:
-    """Return the function that builds a model as timm asks for it."""
+    """Return the function that timm calls to build a model."""
 
     def build(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: Any = None,  # of downloads, of which there are none
+        cache_dir: Any = None,  # unused: nothing is downloaded
         **options: Any,
     ) -> DAT:
         settings = resolve_pretrained_cfg(
@@ -113,7 +113,7 @@ def _entrypoint(name: str) -> Callable[..., DAT]:
         )
         if pretrained and not settings.file:
             raise RuntimeError(
-                f"No pretrained weights exist for {name} that could be fetched. Download the released file and pass "
+                f"No pretrained weights exist for {name} that timm can download. Download the released file and pass "
                 "pretrained_cfg_overlay={'file': PATH}, or use pretrained=False for random initialization."
             )
         options = {key: value for key, value in options.items() if value is not None}
@@ -127,7 +127,7 @@ def _entrypoint(name: str) -> Callable[..., DAT]:
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"Build {name}; options are those of `dat_ref.torch.create_model`."
+    build.__doc__ = f"Build {name}. The options are the same as for `dat_ref.torch.create_model`."
     return build
 
 

@@ -1,7 +1,7 @@
-"""The systems that deformable attention is compared with, as modules: `dat_ref.peers` in PyTorch.
+"""Attention modules that deformable attention is compared with: `dat_ref.peers` in PyTorch.
 
-Each takes a map (B, C, H, W) of any size to one of the same shape, has the parameter names of the spec, and stands in a
-block's place for attention: ``create_model("dat_tiny", attention="pyramid")``.
+Each module maps (B, C, H, W) of any size to the same shape, has the parameter names of the spec, and can replace the
+attention of a block: ``create_model("dat_tiny", attention="pyramid")``.
 """
 
 from ..._deprecation import deprecated_names

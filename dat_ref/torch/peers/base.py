@@ -1,4 +1,4 @@
-"""What the peers' modules share."""
+"""Base class and helpers of the peers' modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..functional._dtypes import autocast_disabled, wide_dtype
 
 
 class PeerAttention(SpecModule):
-    """An attention in a block's place for one: (B, C, H, W) → (B, C, H, W), any H and W at every call."""
+    """Base class of attention modules for a block: (B, C, H, W) → (B, C, H, W), for any H and W per call."""
 
     config: AttentionConfig
 
@@ -26,43 +26,43 @@ class PeerAttention(SpecModule):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, Any]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, Any]:
-        """Return y (B, C, H, W), and the spec's trace if asked (attention dropout is then left out)."""
+        """Return y (B, C, H, W), and the trace of the spec if requested (then without attention dropout)."""
         check_map("x", x, self.config.dim)
         y, trace = self._attend(x, return_trace)
         return (y, trace) if return_trace else y
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, Any]:
-        """Return y and the trace, which may be None if it is not asked for."""
+        """Return y and the trace, which may be None if `traced` is False."""
         raise NotImplementedError
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict.
+        """Return the released name and layout of each parameter.
 
         Raises:
-            ConfigError: where there is none.
+            ConfigError: if there is no released module for this configuration.
         """
         return official.attention_names(self.config)
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H·W, C), without a copy of a map in channels_last layout."""
+    """Flatten a map to tokens: (B, C, H, W) → (B, H·W, C). A map in channels_last layout is not copied."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H·W, C) → (B, C, H, W)."""
+    """Unflatten tokens to a map: (B, H·W, C) → (B, C, H, W)."""
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a layer in float32 or wider, under autocast too: it predicts where points go."""
+    """Apply a layer in float32 or wider, also under autocast: the positions of points need the precision."""
     with autocast_disabled(x):
         dtype = wide_dtype(x)
         return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 def wide_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """`wide_linear` for a convolution that leaves the map its size."""
+    """Apply a convolution with "same" padding in float32 or wider, as `wide_linear` does."""
     with autocast_disabled(x):
         dtype = wide_dtype(x)
         bias = None if layer.bias is None else layer.bias.to(dtype)

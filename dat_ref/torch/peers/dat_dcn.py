@@ -1,4 +1,4 @@
-"""Deformable DETR's attention as a block of DAT: `dat_ref.peers.dat_dcn` in PyTorch."""
+"""Deformable DETR's attention as it is used in DAT's blocks: `dat_ref.peers.dat_dcn` in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .ms_deform_attn import init_ring_offsets
 
 
 class DATDCNAttention(PeerAttention):
-    """Sums of values sampled around every pixel, with weights predicted from it; offsets count in half maps.
+    """Weighted sum of values sampled around each pixel: (B, C, H, W) → (B, C, H, W).
 
-    (B, C, H, W) → (B, C, H, W); under ``DATPP2023`` any map of more than one row and column. It starts as released.
+    Weights and offsets are predicted from the pixel's features; offsets are in units of half a map. Under ``DATPP2023``
+    the map must have more than one row and column. The initialization is the released one.
 
     Args:
-        config: what the layer is.
-        sampler: how values are sampled, see `functional.bilinear_sample`.
+        config: layer configuration.
+        sampler: sampling method, see `functional.bilinear_sample`.
 
     >>> import torch
     >>> layer = DATDCNAttention(DATDCNAttentionConfig(dim=12, heads=3))
@@ -81,5 +82,5 @@ class DATDCNAttention(PeerAttention):
             )
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict (``DAttentionDCN``)."""
+        """Return the name and layout of each parameter in the released ``DAttentionDCN``."""
         return dat_dcn_names(self.config)

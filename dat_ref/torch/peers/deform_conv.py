@@ -14,13 +14,14 @@ from .base import PeerAttention, wide_conv2d
 
 
 class DeformableConv(PeerAttention):
-    """A deformable convolution that predicts its offsets, and in version 2 its modulation, from the map.
+    """Deformable convolution: (B, C, H, W) → (B, C, H, W), for any H and W.
 
-    (B, C, H, W) → (B, C, H, W), any H and W. It starts without offsets, and with every modulation at 1/2.
+    It predicts its offsets from the map, and in version 2 also its modulation. Initially all offsets are zero and all
+    modulation factors are 1/2.
 
     Args:
-        config: what the layer is.
-        sampler: how features are sampled, see `functional.bilinear_sample`.
+        config: layer configuration.
+        sampler: sampling method, see `functional.bilinear_sample`.
 
     >>> layer = DeformableConv(DeformableConvConfig(dim=12, offset_groups=2))
     >>> layer(torch.ones(2, 12, 5, 7)).shape

@@ -1,4 +1,4 @@
-"""Plain multi-head self-attention as a module: `dat_ref.peers.mhsa` in PyTorch."""
+"""Multi-head self-attention as a module: `dat_ref.peers.mhsa` in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PositionBias(nn.Module):
-    """A (2H₀-1) × (2W₀-1) table a head."""
+    """Relative position bias with a (2H₀-1) × (2W₀-1) table per head."""
 
     def __init__(self, heads: int, size: Size) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class PositionBias(nn.Module):
         init_table(self.table, 0.01)
 
     def forward(self, size: Size, like: Tensor) -> Tensor:
-        """Return the bias of every pair of pixels, (1, heads, H·W, H·W), read in fractions of the map."""
+        """Return the bias of every pair of pixels, (1, heads, H·W, H·W). Displacements are in fractions of the map."""
         dtype = wide_dtype(like)
         points = functional.reference_points(size, Convention.CELL_CENTER, dtype=dtype, device=like.device)
         geometry: dict[str, Any] = {"query_size": size, "convention": Convention.CELL_CENTER}
@@ -34,7 +34,7 @@ class PositionBias(nn.Module):
 
 
 class MultiHeadAttention(PeerAttention):
-    """Attention of every pixel to every pixel: (B, C, H, W) → (B, C, H, W), any H and W.
+    """Global self-attention over all pixels: (B, C, H, W) → (B, C, H, W), for any H and W.
 
     >>> layer = MultiHeadAttention(MultiHeadAttentionConfig(dim=12, heads=3, size=(5, 7)))
     >>> layer(torch.ones(2, 12, 4, 9)).shape

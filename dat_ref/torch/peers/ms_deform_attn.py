@@ -25,22 +25,22 @@ from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
 
 
 def cell_centers(size: Size, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-    """Return the centers of a map's pixels, (H·W, 1, 2), (x, y) in [0, 1]: the references of a map's own pixels."""
+    """Return the pixel centers of a map, (H·W, 1, 2), (x, y) in [0, 1]: its reference points in self-attention."""
     rows, columns = ((torch.arange(length, dtype=dtype, device=device) + 0.5) / length for length in size)
     centers = torch.stack((columns.expand(size), rows[:, None].expand(size)), dim=-1)
     return centers.flatten(0, 1)[:, None]
 
 
 class MultiScaleDeformableAttention(PeerAttention):
-    """Sums of values sampled at a few points around a reference, with weights predicted from the query.
+    """Multi-scale deformable attention: a weighted sum of values sampled at a few points around a reference.
 
-    `attend` takes queries, maps of several sizes and references (points or boxes). Called on a map, (B, C, H, W) → (B,
-    C, H, W), every pixel is a query with its own center for a reference. It starts as released: with a ring of points
-    and equal weights, whatever the query.
+    Offsets and weights are predicted from the query. `attend` takes queries, maps of several sizes, and references
+    (points or boxes). `forward` takes one map, (B, C, H, W) → (B, C, H, W): every pixel is a query, and its center is
+    the reference point. The initialization is the released one: a ring of points with equal weights for every query.
 
     Args:
-        config: what the layer is.
-        sampler: how values are sampled, see `functional.bilinear_sample`.
+        config: layer configuration.
+        sampler: sampling method, see `functional.bilinear_sample`.
 
     >>> layer = MultiScaleDeformableAttention(MultiScaleDeformableConfig(dim=12, heads=3))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
@@ -63,7 +63,7 @@ class MultiScaleDeformableAttention(PeerAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize: a ring of offsets, equal weights, projections by Xavier."""
+        """Initialize the offsets to a ring, the weights to equal values, and the projections with Xavier's method."""
         config = self.config
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Linear)
@@ -83,16 +83,17 @@ class MultiScaleDeformableAttention(PeerAttention):
         reference_points: Tensor,
         spatial_shapes: Sequence[Size] | Tensor,
     ) -> tuple[Tensor, MultiScaleDeformableTrace]:
-        """Attend from queries to maps.
+        """Compute the attention of queries over maps of several sizes.
 
         Args:
-            query: (B, Q, C).
-            value: (B, S, C), S = Σ H_l·W_l.
-            reference_points: (B, Q, L, 2), (x, y), or boxes (B, Q, L, 4), (x, y, w, h), in [0, 1] of each level.
-            spatial_shapes: (L, 2), the (H_l, W_l); pairs of integers where a graph is being captured.
+            query: queries (B, Q, C).
+            value: pixels of all maps (B, S, C), S = Σ H_l·W_l.
+            reference_points: points (B, Q, L, 2) as (x, y), or boxes (B, Q, L, 4) as (x, y, w, h). Both are in [0, 1]
+                of each level.
+            spatial_shapes: sizes (H_l, W_l) of the levels, (L, 2). During graph capture they must be pairs of integers.
 
         Returns:
-            (B, Q, C) and the trace.
+            output (B, Q, C) and the trace.
         """
         config, shapes = self.config, level_sizes(spatial_shapes)
         if not torch.compiler.is_compiling():
@@ -132,7 +133,10 @@ class MultiScaleDeformableAttention(PeerAttention):
         return self.output(merged), MultiScaleDeformableTrace(**fields)
 
     def _locations(self, offsets: Tensor, reference_points: Tensor, shapes: Sequence[Size]) -> Tensor:
-        """Return where points lie, (B, Q, heads, L, P, 2): offsets in pixels of the level, or in fractions of a box."""
+        """Return the sampling locations (B, Q, heads, L, P, 2), (x, y) in [0, 1] of each level.
+
+        With reference points, offsets are in pixels of the level. With boxes, an offset of P is half the box's side.
+        """
         references = reference_points.to(wide_dtype(reference_points))[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
         if reference_points.shape[-1] == 4:
             return references[..., :2] + offsets * references[..., 2:] / (2 * self.config.points)
@@ -157,19 +161,19 @@ class MultiScaleDeformableAttention(PeerAttention):
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, MultiScaleDeformableTrace]:
         if self.config.levels != 1:
-            raise ConfigError(f"levels: expected 1, a block attends to its own map, got {self.config.levels}")
+            raise ConfigError(f"levels: expected 1, since a block attends to its own map, got {self.config.levels}")
         size, tokens = (x.shape[2], x.shape[3]), map_to_tokens(x)
         centers = cell_centers(size, dtype=wide_dtype(x), device=x.device)
         y, trace = self.attend(tokens, tokens, centers.expand(x.shape[0], *centers.shape), [size])
         return tokens_to_map(y, size), trace
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict (Deformable DETR's ``MSDeformAttn``)."""
+        """Return the name and layout of each parameter in Deformable DETR's ``MSDeformAttn``."""
         return multi_scale_deformable_names(self.config)
 
 
 def init_ring_offsets(offset: nn.Linear, heads: int, levels: int, points: int) -> None:
-    """Let a layer predict the released ring of offsets, whatever its input."""
+    """Initialize an offset layer so that it predicts the released ring of offsets for every input."""
     nn.init.zeros_(offset.weight)
     with torch.no_grad():
         offset.bias.copy_(torch.from_numpy(ring_offsets(heads, levels, points).copy()).flatten())

@@ -18,14 +18,14 @@ from .window import RelativeBias
 
 
 class NeighborhoodAttention(SpecModule):
-    """Attention of each pixel to the K × K pixels around it: (B, C, H, W) → (B, C, H, W), any H and W.
+    """Attention of each pixel over the K × K pixels around it: (B, C, H, W) → (B, C, H, W), for any H and W.
 
-    On an axis shorter than K (times the dilation) the neighborhood shrinks to the map (``small_map="shrink"``), or the
-    map is padded with zeros that take part as keys (``"pad"``, the released DAT++).
+    On an axis shorter than K times the dilation, the neighborhood shrinks to the map (``small_map="shrink"``), or the
+    map is padded with zeros that are included as keys (``"pad"``, as in the released DAT++).
 
     Args:
-        config: what the layer is.
-        backend: how it is computed, see `functional.neighborhood_attention`; ``"auto"`` chooses.
+        config: layer configuration.
+        backend: backend of the computation, see `functional.neighborhood_attention`, or ``"auto"``.
 
     >>> import torch
     >>> layer = NeighborhoodAttention(NeighborhoodAttentionConfig(dim=12, heads=3, kernel_size=3))
@@ -49,7 +49,7 @@ class NeighborhoodAttention(SpecModule):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, NeighborhoodTrace]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, NeighborhoodTrace]:
-        """Return y (B, C, H, W), and the trace if asked (attention dropout is then left out)."""
+        """Return y (B, C, H, W), and the trace if requested (then without attention dropout)."""
         config = self.config
         check_map("x", x, config.dim)
         height, width = x.shape[2:]
@@ -80,5 +80,5 @@ class NeighborhoodAttention(SpecModule):
         return y, NeighborhoodTrace(**fields)
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict."""
+        """Return the released name and layout of each parameter."""
         return official.attention_names(self.config)

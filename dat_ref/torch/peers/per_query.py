@@ -1,4 +1,4 @@
-"""Attention with sampled keys of every query's own, as a module: `dat_ref.peers.per_query` in PyTorch."""
+"""Attention with separate sampled keys for each query, as a module: `dat_ref.peers.per_query` in PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PointsNetwork(nn.Module):
-    """The offset network of a deformable layer, with two channels a key."""
+    """Offset network of a deformable layer, with two output channels per key."""
 
     def __init__(self, config: PerQueryAttentionConfig, init: Init) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class PointsNetwork(nn.Module):
         init_offsets(self.pointwise, init)
 
     def forward(self, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return raw offsets (B·G, 2N, H, W) of a query map (B, C, H, W), and the intermediates."""
+        """Return raw offsets (B·G, 2N, H, W) for a query map (B, C, H, W), and the intermediates."""
         params: dict[str, dict[str, Any]] = {
             "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
             "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
@@ -41,13 +41,14 @@ class PointsNetwork(nn.Module):
 
 
 class PerQueryAttention(PeerAttention):
-    """Attention of every pixel to sampled keys of its own: (B, C, H, W) → (B, C, H, W), any H and W.
+    """Attention of each pixel over N sampled keys of its own: (B, C, H, W) → (B, C, H, W), for any H and W.
 
-    The keys take N times the memory of the map, and autograd keeps them: this is what sharing them avoids.
+    The keys need N times the memory of the map, and autograd stores them for the backward pass. Keys that are shared by
+    all queries, as in deformable attention, avoid this cost.
 
     Args:
-        config: what the layer is.
-        sampler: how features are sampled, see `functional.bilinear_sample`.
+        config: layer configuration.
+        sampler: sampling method, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every key on the lattice around its query.
 
     >>> import torch

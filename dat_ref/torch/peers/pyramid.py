@@ -15,7 +15,7 @@ from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 class PyramidAttention(PeerAttention):
-    """Attention of every pixel to the map made coarser: (B, C, H, W) → (B, C, H, W), any H and W.
+    """Attention of every pixel over a downsampled map: (B, C, H, W) → (B, C, H, W), for any H and W.
 
     >>> import torch
     >>> layer = PyramidAttention(PyramidAttentionConfig(dim=12, heads=3, reduction=2))
@@ -59,7 +59,7 @@ class PyramidAttention(PeerAttention):
         return y, PyramidTrace(**fields)
 
     def _reduce(self, x: Tensor) -> Tensor:
-        """Convolve whole cells, the map filled up with zeros at the bottom and right."""
+        """Downsample by a strided convolution, with zero padding at the bottom and right to whole cells."""
         if self.reduction is None:
             return x
         bottom, right = (-length % self.config.reduction for length in x.shape[2:])
@@ -68,5 +68,5 @@ class PyramidAttention(PeerAttention):
         return self.reduction(x)
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict (``PyramidAttention``)."""
+        """Return the name and layout of each parameter in the released ``PyramidAttention``."""
         return pyramid_names(self.config)

@@ -1,4 +1,4 @@
-"""Which module computes each peer, by the type of its configuration: `dat_ref.peers.registry` in PyTorch."""
+"""Registry of the peers' modules by configuration type: `dat_ref.peers.registry` in PyTorch."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ..initialization import init_table
 
 
 class RelativeBias(nn.Module):
-    """A (2w-1)² table a head."""
+    """Relative position bias with a (2w-1)² table per head."""
 
     def __init__(self, heads: int, window: int, sigma: float) -> None:
         super().__init__()
@@ -28,7 +28,9 @@ class RelativeBias(nn.Module):
 
 
 class WindowAttention(SpecModule):
-    """Attention inside (shifted) windows: (B, C, H, W) → (B, C, H, W), any H and W; a last window is filled and masked.
+    """Attention within (shifted) windows: (B, C, H, W) → (B, C, H, W), for any H and W.
+
+    Incomplete windows at the border are padded and masked.
 
     >>> layer = WindowAttention(WindowAttentionConfig(dim=12, heads=3, window_size=4, shift=2))
     >>> layer(torch.ones(2, 12, 5, 7)).shape
@@ -50,7 +52,7 @@ class WindowAttention(SpecModule):
     def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, WindowTrace]: ...
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, WindowTrace]:
-        """Return y (B, C, H, W), and the trace if asked (attention dropout is then left out)."""
+        """Return y (B, C, H, W), and the trace if requested (then without attention dropout)."""
         check_map("x", x, self.config.dim)
         return self._traced(x) if return_trace else self._attend(x)
 
@@ -61,19 +63,19 @@ class WindowAttention(SpecModule):
         if statically_zero(size[0] % config.window_size, size[1] % config.window_size):
             windows = self.qkv(functional.window_partition(tokens, *geometry))
             y = functional.window_reverse(self.output(self.attend_in_windows(windows, size)), size, *geometry)
-        else:  # what the last windows are filled up with need not be projected
+        else:  # project before partitioning, because the padding needs no projection
             windows = functional.window_partition(self.qkv(tokens), *geometry)
             y = self.output(functional.window_reverse(self.attend_in_windows(windows, size), size, *geometry))
         return self.projection_dropout(y).permute(0, 3, 1, 2)
 
     def attend_in_windows(self, qkv: Tensor, size: Size) -> Tensor:
-        """Attend inside the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
+        """Attend within the windows of a map of this size: (B, nW, w², 3C) → (B, nW, w², C)."""
         dropout = self.config.attention_dropout if self.training else 0.0
         mask = self.mask(size, qkv.dtype)
         return functional.attend_in_windows(qkv, mask, scale=self.config.scale, dropout=dropout)
 
     def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
+        """Return the term that is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
         return functional.window_mask(
             self.window_bias.table.to(dtype), size, self.config.window_size, self.config.shift
         )
@@ -94,5 +96,5 @@ class WindowAttention(SpecModule):
         return y, WindowTrace(**fields)
 
     def official_names(self) -> official.NameMapping:
-        """Return where each parameter lives in a released state dict."""
+        """Return the released name and layout of each parameter."""
         return official.attention_names(self.config)
