@@ -1,7 +1,7 @@
-"""Operation ``attention``: the core, attention over sampled keys with a bias that is read at their positions.
+"""Operation ``attention``: attention over sampled keys with a relative position bias looked up at their positions.
 
-Where the bias is read is seen through attention as in operation ``bias``: dot products are zero, and one key lies so
-far away that it has no bias, so that the others' weights tell theirs.
+The checks of the bias lookup are those of operation ``bias``. To observe the bias through attention, the dot products
+are zero, and one far key has zero bias: the weights of the other keys then determine their biases.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .attention_mutants import MUTANTS
 from .bias import SLOPE_SIZES, dyadic_sizes
 from .displacements import LOOKUP_CHECKS, Coordinate, Strategy, bias_case, draw_keys, table_shape
 
-LARGEST_BIAS = 2.0  # where weights still differ visibly
+LARGEST_BIAS = 2.0  # small enough that no attention weight vanishes
 CORNERS = np.s_[:, [0, 0, -1, -1], [0, -1, 0, -1]]
 
 # ------------------------------------------------------------------------------------------------ cases
 
 
 def via_attention(setting: Setting, case: Case) -> Case:
-    """Return a case of operation ``bias`` as one of attention: with a last key that has no bias.
+    """Convert a case of operation ``bias`` to a case of ``attention``, with an added last key that has zero bias.
 
-    That key lies far away. The table's corners are zero, so that it has none even where the border is repeated.
+    The added key is far away. The corners of the table are zero, so its bias is zero even if the border is replicated.
     """
     table, points, size = (case.arguments[name] for name in ("table", "points", "query_size"))
     table = table * (LARGEST_BIAS / np.abs(table).max(initial=1))
     table[CORNERS] = 0
     far_point = from_pixels(np.full(2, -3.0 * max(size) - 5), size, setting.convention)
     if points.shape[2] == size[0] * size[1]:
-        points = points[:, :, :-1]  # it takes the last key's place where there are as many as queries
+        points = points[:, :, :-1]  # the far key replaces the last key: as many keys as queries in this case
     points = np.concatenate([points, np.broadcast_to(far_point, (*points.shape[:2], 1, 2))], axis=2)
     images, _, keys, _ = points.shape
     v = np.zeros((images, len(table), keys, 1))
@@ -53,10 +53,10 @@ def via_attention(setting: Setting, case: Case) -> Case:
     return Case(arguments, case.name)
 
 
-def core_case(
+def attention_case(
     setting: Setting, query_size: Size, points_px: Any, name: str = "", *, heads: int = 1, depth: int = 1, seed: int = 1
 ) -> Case:
-    """Return a case with numbers of order one, from a seed."""
+    """Return a case with values of order one, drawn from a seed."""
     case = bias_case(setting, query_size, points_px, heads=heads, seed=seed)
     points = case.arguments["points"]
     images, _, keys, _ = points.shape
@@ -67,8 +67,15 @@ def core_case(
 
 
 @dataclass(frozen=True)
-class CoreStrategy:
-    """What a strategy draws cores from."""
+class AttentionStrategy:
+    """Strategy of a check: the distributions that `draw_attention` draws a case from.
+
+    Args:
+        coordinate: axis length -> strategy for a point's coordinate, in pixels.
+        keys, heads, groups, images, depth: possible numbers; `heads` per group, `depth` channels per head.
+        sizes: strategy for (H, W); None for non-square maps with sides 2 … 4.
+        change: function applied to each case.
+    """
 
     coordinate: Coordinate = on_pixel
     keys: Sequence[int] = (3, 1)
@@ -81,22 +88,22 @@ class CoreStrategy:
 
     def __call__(self, setting: Setting) -> st.SearchStrategy[Case]:
         """Return the strategy."""
-        return draw_core(setting, self)
+        return draw_attention(setting, self)
 
 
 @st.composite
-def draw_core(draw: st.DrawFn, setting: Setting, options: CoreStrategy) -> Case:
-    """Draw a core."""
+def draw_attention(draw: st.DrawFn, setting: Setting, options: AttentionStrategy) -> Case:
+    """Draw a case of ``attention``."""
     size = draw(map_sizes(smallest=2, largest=4) if options.sizes is None else options.sizes)
     shape = [draw(st.sampled_from(counts)) for counts in (options.images, options.groups, options.keys)]
     points = [[draw(options.coordinate(length)) for length in size] for _ in range(int(np.prod(shape)))]
     heads, depth = shape[1] * draw(st.sampled_from(options.heads)), draw(st.sampled_from(options.depth))
     points_px = np.array(points, dtype=np.float64).reshape(*shape, 2)
-    return options.change(core_case(setting, size, points_px, heads=heads, depth=depth, seed=1 + draw(seeds)))
+    return options.change(attention_case(setting, size, points_px, heads=heads, depth=depth, seed=1 + draw(seeds)))
 
 
 def zeroed(*names: str) -> Callable[[Case], Case]:
-    """Return what sets some arrays to zero."""
+    """Return a function that sets some arrays of a case to zero."""
     return lambda case: case.with_arrays({name: np.zeros_like(case.arguments[name]) for name in names})
 
 
@@ -105,19 +112,19 @@ no_bias = zeroed("bias_table")
 
 
 def uniform_bias(case: Case) -> Case:
-    """A table that is constant but for its corners, which a key far away reads at most: it has no bias."""
+    """Change a case to a table of ones with zero corners: all keys but a far one have a bias of 1."""
     table = np.ones_like(case.arguments["bias_table"])
     table[CORNERS] = 0
     q, k, v = (np.zeros_like(case.arguments[name]) for name in "qkv")
     v[:, :, :-1] = 1
     points, size = case.arguments["points"].copy(), case.arguments["query_size"]
-    points[:, :, :-1] = 0  # the middle of the map
+    points[:, :, :-1] = 0  # the center of the map
     points[:, :, -1] = 3.0 * max(size) + 5
     return case.with_arrays({"q": q, "k": k, "v": v, "points": points, "bias_table": table})
 
 
 def large_logits(case: Case) -> Case:
-    """Dot products of hundreds and thousands, whole numbers."""
+    """Change a case to integer dot products in the hundreds and thousands, without bias."""
     return no_bias(case.with_arrays({"q": case.arguments["q"] * 512, "k": np.round(case.arguments["k"] * 8)}))
 
 
@@ -125,25 +132,25 @@ THREE_KEYS = [(0, 0), (1, 2), (0, 1)]
 
 
 def typical(setting: Setting) -> Sequence[Case]:
-    """Two groups of two heads, two images."""
+    """Return a case with two groups of two heads and two images."""
     points = np.array([0.25, 1.75, 1.25, 0.5, 0.0, 1.0, 1.5, 2.25]).reshape(2, 2, 1, 2)
     points = np.concatenate([points, points[::-1] + 0.5], axis=2)
-    return [core_case(setting, (2, 3), points, "two images, two groups of two heads, two keys", heads=4, depth=4)]
+    return [attention_case(setting, (2, 3), points, "two images, two groups of two heads, two keys", heads=4, depth=4)]
 
 
 def keys_between_pixels(setting: Setting) -> Sequence[Case]:
-    """Two groups, keys off the lattice."""
+    """Return a case with two groups and keys between pixel centers."""
     points = np.array([0.25, 1.5, 1.75, 3.25, 0.5, 2.25, 1.25, 0.75]).reshape(1, 2, 2, 2)
-    return [core_case(setting, (3, 5), points, "two groups, two keys between pixels", heads=2, depth=4)]
+    return [attention_case(setting, (3, 5), points, "two groups, two keys between pixels", heads=2, depth=4)]
 
 
 def keys_on_pixels(setting: Setting) -> Sequence[Case]:
-    """Keys on the lattice, exactly."""
+    """Return a case with keys exactly on pixel centers."""
     size = (3, 5) if setting.convention.align_corners else (4, 2)
-    return [core_case(setting, size, [(1, 1), (0, 1)], "two keys on pixels", depth=2)]
+    return [attention_case(setting, size, [(1, 1), (0, 1)], "two keys on pixels", depth=2)]
 
 
-smooth_cores = CoreStrategy(
+smooth_cases = AttentionStrategy(
     lambda length: quarters(-0.75, length - 0.25), (2, 3), (1, 2), (1, 2), depth=(2, 3), sizes=SLOPE_SIZES
 )
 
@@ -151,9 +158,9 @@ smooth_cores = CoreStrategy(
 
 
 def gradient_on_the_lattice(ctx: CheckContext, case: Case) -> None:
-    """From the right in the table is from the left in the points."""
+    """Compare one-sided derivatives; a step to the right in the table is a step to the left of the point."""
     if ctx.setting.convention is Convention.CVPR2022:
-        raise Skip("its queries do not sit on pixels")
+        raise Skip("queries of CVPR2022 are not on pixel centers")
     cotangent = integers(1, *ctx.expected(case).shape)
     ctx.compare_gradient("points", cotangent, case, one_sided=True, step=-STEP)
 
@@ -171,7 +178,7 @@ def order_of_keys(ctx: CheckContext, case: Case) -> None:
 
 
 def flips(ctx: CheckContext, case: Case) -> None:
-    """Mirrored queries, points and tables give the mirrored result."""
+    """Require that flipped queries, points and tables give the flipped result."""
     size = case.arguments["query_size"]
 
     def mirrored(queries: Array, axis: int) -> Array:
@@ -193,7 +200,7 @@ def nan_comes_out(ctx: CheckContext, case: Case) -> None:
     expected = np.zeros(got.shape, dtype=bool)
     expected[0, : got.shape[1] // points.shape[1]] = True
     if not (np.isnan(got) == expected).all():
-        raise Mismatch("NaN must come out for the heads of its group, and nowhere else", None, got, with_nan)
+        raise Mismatch("expected NaN in the heads of the point's group, and nowhere else", None, got, with_nan)
 
 
 def memory(ctx: CheckContext, case: Case) -> None:
@@ -206,55 +213,57 @@ def memory(ctx: CheckContext, case: Case) -> None:
 
 
 def via_attention_examples(examples: Callable[[Setting], Sequence[Case]]) -> Callable[[Setting], Sequence[Case]]:
-    """Return examples of operation ``bias`` as those of attention."""
+    """Convert the examples of a check of ``bias`` to ``attention``."""
     return lambda setting: [via_attention(setting, case) for case in examples(setting)]
 
 
 def via_attention_strategy(strategy: Strategy) -> Strategy:
-    """Return a strategy of operation ``bias`` as one of attention."""
+    """Convert the strategy of a check of ``bias`` to ``attention``."""
     return lambda setting: strategy(setting).map(lambda case: via_attention(setting, case))
 
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.", typical, test=runs,
+        "runs", Stage.SMOKE, "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.", typical, test=runs,
     ),
     Check(
-        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.", typical, test=leaves_inputs_alone,
+        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.", typical,
+        test=leaves_inputs_alone,
     ),
     Check(
         "shapes", Stage.SHAPES,
-        "Queries (N, M, H·W, D) and keys (N, M, K, D) give (N, M, H·W, D), for any batch, none included.",
-        "Axes are exchanged, squeezed, or an empty batch is not thought of.",
-        lambda setting: [core_case(setting, (2, 3), np.zeros((0, 2, 3, 2)), "no images", heads=4, depth=2)],
-        CoreStrategy(anywhere, (1, 4), (1, 2), (1, 3), (1, 2), (1, 3), map_sizes()), shape,
+        "Queries (N, M, H·W, D) and keys (N, M, K, D) give a result (N, M, H·W, D); N may be 0.",
+        "Axes are swapped or squeezed, or an empty batch is not handled.",
+        lambda setting: [attention_case(setting, (2, 3), np.zeros((0, 2, 3, 2)), "no images", heads=4, depth=2)],
+        AttentionStrategy(anywhere, (1, 4), (1, 2), (1, 3), (1, 2), (1, 3), map_sizes()), shape,
     ),
     Check(
-        "equal_shares", Stage.VALUES, "Where no logit differs, every key has the same share: the mean of the values.",
-        "The weights do not sum to one over the keys: softmax runs along another axis; or keys stand for values.",
-        lambda setting: [equal_logits(core_case(setting, (2, 3), THREE_KEYS, "three keys, all logits zero"))],
-        CoreStrategy(keys=(3, 1, 2), depth=(1, 3), change=equal_logits),
+        "equal_shares", Stage.VALUES, "If all logits are equal, the result is the mean of the values.",
+        "Softmax runs along another axis, so weights do not sum to one over the keys, or keys and values are swapped.",
+        lambda setting: [equal_logits(attention_case(setting, (2, 3), THREE_KEYS, "three keys, all logits zero"))],
+        AttentionStrategy(keys=(3, 1, 2), depth=(1, 3), change=equal_logits),
     ),
     Check(
-        "dot_products", Stage.VALUES, "The logits of a head one channel wide are q·k.",
+        "dot_products", Stage.VALUES, "In a head with one channel, the logits are the products q·k.",
         "Queries and keys are multiplied in another way.",
-        lambda setting: [no_bias(core_case(setting, (2, 3), THREE_KEYS, "three keys, an empty table"))],
-        CoreStrategy(change=no_bias),
+        lambda setting: [no_bias(attention_case(setting, (2, 3), THREE_KEYS, "three keys, a table of zeros"))],
+        AttentionStrategy(change=no_bias),
     ),
     Check(
-        "scale", Stage.VALUES, "Dot products are divided by the root of the head's width.",
-        "The scale is missing, or is another one.",
-        lambda setting: [no_bias(core_case(setting, (2, 3), THREE_KEYS, "heads four channels wide", depth=4))],
-        CoreStrategy(depth=(4, 2, 3), change=no_bias),
+        "scale", Stage.VALUES, "Dot products are divided by √d, where d is the number of channels per head.",
+        "The scale is missing or wrong.",
+        lambda setting: [no_bias(attention_case(setting, (2, 3), THREE_KEYS, "four channels per head", depth=4))],
+        AttentionStrategy(depth=(4, 2, 3), change=no_bias),
     ),
     Check(
-        "bias_is_added", Stage.VALUES, "The bias is added to the logits as it is.",
-        "It is subtracted, or scaled with the dot products.",
-        lambda setting: [uniform_bias(core_case(setting, (3, 3), THREE_KEYS, "a bias of 1 for all but the last key",
-                                                depth=4))],
-        CoreStrategy(sizes=st.sampled_from([(3, 3), (5, 5)]), keys=(2, 3), depth=(4, 2), change=uniform_bias),
+        "bias_is_added", Stage.VALUES, "The bias is added to the scaled dot products.",
+        "The bias is subtracted, or it is multiplied by the scale too.",
+        lambda setting: [
+            uniform_bias(attention_case(setting, (3, 3), THREE_KEYS, "a bias of 1 for all but the last key", depth=4))
+        ],
+        AttentionStrategy(sizes=st.sampled_from([(3, 3), (5, 5)]), keys=(2, 3), depth=(4, 2), change=uniform_bias),
         lambda ctx, case: ctx.compare(case, np.s_[:, :, [case.arguments["q"].shape[2] // 2]]),
     ),
     *(
@@ -263,95 +272,100 @@ CHECKS = (
         for each in LOOKUP_CHECKS
     ),
     Check(
-        "large_logits", Stage.VALUES, "Logits of hundreds do not overflow.",
-        "The largest logit is not taken off before the exponential.",
-        lambda setting: [large_logits(core_case(setting, (2, 3), THREE_KEYS, "logits of hundreds"))],
-        CoreStrategy(change=large_logits),
+        "large_logits", Stage.VALUES, "Logits in the hundreds do not overflow.",
+        "The maximum logit is not subtracted before the exponential.",
+        lambda setting: [large_logits(attention_case(setting, (2, 3), THREE_KEYS, "logits in the hundreds"))],
+        AttentionStrategy(change=large_logits),
     ),
     Check(
-        "anywhere", Stage.VALUES, "The reference's result for any queries, keys, points and tables.",
-        "A mistake that none of the checks above isolates.", typical,
-        CoreStrategy(anywhere, (1, 3), (1, 2), (1, 2), (1, 2), (1, 3)),
+        "anywhere", Stage.VALUES, "The result equals the reference for any queries, keys, points and tables.",
+        "A mistake that no earlier check isolates.", typical,
+        AttentionStrategy(anywhere, (1, 3), (1, 2), (1, 2), (1, 2), (1, 3)),
     ),
     Check(
-        "gradient_of_the_values", Stage.GRADIENTS, "A value gains the gradient of each query times its weight.",
-        "A wrong factor, or queries that are forgotten.", keys_between_pixels, smooth_cores, slopes("v"),
+        "gradient_of_the_values", Stage.GRADIENTS,
+        "The gradient of a value is the sum over the queries of attention weight times output gradient.",
+        "A factor is wrong, or queries are missing.", keys_between_pixels, smooth_cases, slopes("v"),
     ),
     Check(
-        "gradient_of_the_queries", Stage.GRADIENTS, "The queries' gradient is right.",
-        "A wrong factor, the scale most likely; or the softmax's gradient without its mean.", keys_between_pixels,
-        smooth_cores, slopes("q"),
+        "gradient_of_the_queries", Stage.GRADIENTS, "The gradient of the queries agrees with finite differences.",
+        "A factor is wrong, most likely the scale, or the softmax gradient lacks the subtracted weighted mean.",
+        keys_between_pixels, smooth_cases, slopes("q"),
     ),
     Check(
-        "gradient_of_the_keys", Stage.GRADIENTS, "The keys' gradient is right.",
-        "A wrong factor, the scale most likely; or the softmax's gradient without its mean.", keys_between_pixels,
-        smooth_cores, slopes("k"),
+        "gradient_of_the_keys", Stage.GRADIENTS, "The gradient of the keys agrees with finite differences.",
+        "A factor is wrong, most likely the scale, or the softmax gradient lacks the subtracted weighted mean.",
+        keys_between_pixels, smooth_cases, slopes("k"),
     ),
     Check(
-        "gradient_of_the_table", Stage.GRADIENTS, "Each entry gains from every pair that reads it, in all images.",
-        "A wrong factor, or pairs, images or heads that are forgotten.", keys_between_pixels, smooth_cores,
+        "gradient_of_the_table", Stage.GRADIENTS,
+        "The gradient of an entry is summed over all images and all query-key pairs that read it.",
+        "A factor is wrong, or pairs, images or heads are missing.", keys_between_pixels, smooth_cases,
         slopes("bias_table"),
     ),
     Check(
         "gradient_of_the_points", Stage.GRADIENTS,
-        "The points get their gradient through the bias, in normalised coordinates.",
-        "It is missing, which is the gradient that ports forget; or it has a wrong factor or sign: the displacement "
-        "falls as the point rises.", keys_between_pixels, smooth_cores, slopes("points"),
+        "The points receive a gradient through the bias lookup, in normalized coordinates.",
+        "The gradient is missing (ports often omit it), or its factor or sign is wrong. The displacement is query "
+        "minus point.", keys_between_pixels, smooth_cases, slopes("points"),
     ),
     Check(
         "gradient_on_the_lattice", Stage.GRADIENTS,
-        "On an entry, where the slope jumps, it is the one to the right and below in the table.",
-        "The slope is taken from the other side or from between. Any choice trains; this one is the choice of torch.",
-        keys_on_pixels, lambda setting: CoreStrategy(sizes=dyadic_sizes(setting), keys=(1, 2))(setting),
+        "At a table entry, where the derivative jumps, the gradient uses the derivative to the right and below.",
+        "The derivative is taken from the other side, or averaged over both. Training works with any choice; PyTorch "
+        "uses this one.",
+        keys_on_pixels, lambda setting: AttentionStrategy(sizes=dyadic_sizes(setting), keys=(1, 2))(setting),
         gradient_on_the_lattice,
     ),
     Check(
-        "weights_sum_to_one", Stage.IDENTITIES, "Values of one give one.", "The weights do not sum to one.", typical,
-        CoreStrategy(anywhere, (1, 3), (1, 2), (1, 2)), weights_sum_to_one,
+        "weights_sum_to_one", Stage.IDENTITIES, "If all values are one, the result is one.",
+        "The attention weights do not sum to one over the keys.", typical,
+        AttentionStrategy(anywhere, (1, 3), (1, 2), (1, 2)), weights_sum_to_one,
     ),
     Check(
-        "order_of_keys", Stage.IDENTITIES, "Keys, values and points in another order change nothing.",
-        "A key's place among the keys matters, where its position should.", typical,
-        CoreStrategy(anywhere, (3, 2), (1, 2), (1, 2)), order_of_keys,
+        "order_of_keys", Stage.IDENTITIES, "The result does not depend on the order of the keys.",
+        "The bias depends on the index of a key instead of its position.", typical,
+        AttentionStrategy(anywhere, (3, 2), (1, 2), (1, 2)), order_of_keys,
     ),
     Check(
-        "flips", Stage.IDENTITIES, "A mirrored map with a mirrored table gives the mirrored result.",
+        "flips", Stage.IDENTITIES, "Flipped queries, points and tables give the flipped result.",
         "Left and right, or top and bottom, are treated differently.", typical,
-        CoreStrategy(lambda length: quarters(-0.75, length - 0.25), depth=(1, 2)), flips,
+        AttentionStrategy(lambda length: quarters(-0.75, length - 0.25), depth=(1, 2)), flips,
     ),
     Check(
-        "nan_comes_out", Stage.IDENTITIES, "A point that is not a number gives NaN to the heads of its group only.",
-        "NaN is clamped to the border or skipped, which hides a diverged training run.", typical, test=nan_comes_out,
+        "nan_comes_out", Stage.IDENTITIES, "A NaN in a point gives NaN in the heads of its group, and nowhere else.",
+        "NaN is clamped to the border or ignored, which hides a diverged training run.", typical, test=nan_comes_out,
     ),
     Check(
-        "memory", Stage.COST, "A wider head costs memory for its queries, keys and values, not for every pair of them.",
-        "Products are kept for each pair and channel before they are summed.",
-        lambda setting: [core_case(setting, (6, 8), np.full((1, 1, 40, 2), 2.25), "48 queries, 40 keys, 64 channels",
-                                   depth=64)],
+        "memory", Stage.COST, "Memory per channel grows with queries plus keys, not with queries times keys.",
+        "Products of queries and keys are stored for every channel before they are summed.",
+        lambda setting: [
+            attention_case(setting, (6, 8), np.full((1, 1, 40, 2), 2.25), "48 queries, 40 keys, 64 channels", depth=64)
+        ],
         test=memory,
     ),
 )  # fmt: skip
 
 
 def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
-    """Draw queries and keys, with the sizes of the rest."""
+    """Draw the queries and the keys, and list the shapes of the other arguments."""
     table, size = case.arguments["bias_table"], case.arguments["query_size"]
     arguments = ", ".join(f"{name} {case.arguments[name].shape}" for name in ("q", "k", "bias_table"))
-    note = "" if table.shape[1:] == table_shape(size) else " (of another size)"
+    note = "" if table.shape[1:] == table_shape(size) else " (size of another map)"
     return f"{arguments}{note}\n{draw_keys(case, mismatch, convention)}"
 
 
 ATTENTION = OpSpec(
     name="attention",
-    title="the core: attention over sampled keys, with a bias read at their positions",
+    title="attention over sampled keys, with a relative position bias looked up at their positions",
     function="deformable_attention",
     arguments=(
-        Argument("q", "NMQD", "queries, one a pixel", differentiable=True),
+        Argument("q", "NMQD", "queries, one per pixel", differentiable=True),
         Argument("k", "NMKD", "keys", differentiable=True),
         Argument("v", "NMKD", "values", differentiable=True),
-        Argument("points", "NGK2", "where the keys are (y, x), normalised by the convention", differentiable=True),
-        Argument("bias_table", "MYX", "(2H - 1) × (2W - 1) entries a head", differentiable=True),
-        Argument("query_size", "", "(H, W) of the map; its pixels are the queries"),
+        Argument("points", "NGK2", "positions (y, x) of the keys in the convention's coordinates", differentiable=True),
+        Argument("bias_table", "MYX", "(2H - 1) × (2W - 1) entries per head", differentiable=True),
+        Argument("query_size", "", "(H, W) of the map, with one query per pixel"),
     ),
     returns="NMQD",
     reference=Implementation(

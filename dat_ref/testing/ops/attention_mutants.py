@@ -1,4 +1,4 @@
-"""Cores of attention that are wrong in one way each, and the first check that sees it."""
+"""Mutants of ``attention``: each has one mistake and names the first check that fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .steps import Steps, attend_in_steps, replace_steps
 
 
 def with_attend(change: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Return an attention whose core is called otherwise: ``change(right_attend, q, k, v, bias, scale)``."""
+    """Return a mutation that replaces `attend` by ``change(correct_attend, q, k, v, bias, scale)``."""
 
     def mistake(fn: Function) -> Function:
         return lambda q, k, v, bias, scale: change(fn, q, k, v, bias, scale)
@@ -22,13 +22,13 @@ def with_attend(change: Callable[..., Any]) -> Callable[[Function], Function]:
     return replace_steps(attend_in_steps, Steps(), attend=mistake)
 
 
-def with_scale(of_depth: Callable[[int], float]) -> Callable[[Function], Function]:
-    """Return an attention whose dot products have another factor."""
-    return replace_steps(attend_in_steps, Steps(), scale=lambda fn: of_depth)
+def with_scale(scale: Callable[[int], float]) -> Callable[[Function], Function]:
+    """Return a mutation that multiplies the dot products by ``scale(depth)``."""
+    return replace_steps(attend_in_steps, Steps(), scale=lambda fn: scale)
 
 
 def softmax_over_queries(fn: Function, q: Array, k: Array, v: Array, bias: Array, scale: float) -> Any:
-    """The weights of each key sum to one."""
+    """Normalize the weights over the queries instead of the keys."""
     with np.errstate(over="ignore", invalid="ignore"):
         exponentials = np.exp((q * q.dtype.type(scale)) @ k.swapaxes(-1, -2) + bias)
         weights = exponentials / exponentials.sum(axis=-2, keepdims=True)
@@ -36,7 +36,7 @@ def softmax_over_queries(fn: Function, q: Array, k: Array, v: Array, bias: Array
 
 
 def overflowing_softmax(fn: Function, q: Array, k: Array, v: Array, bias: Array, scale: float) -> Any:
-    """Softmax without the largest logit taken off."""
+    """Compute the softmax without subtracting the maximum logit."""
     with np.errstate(over="ignore", invalid="ignore"):
         exponentials = np.exp((q * q.dtype.type(scale)) @ k.swapaxes(-1, -2) + bias)
         weights = exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -44,32 +44,32 @@ def overflowing_softmax(fn: Function, q: Array, k: Array, v: Array, bias: Array,
 
 
 def without_scale(name: str) -> Callable[[Function], Function]:
-    """Return a VJP that forgets the scale in one gradient, for heads four channels wide."""
+    """Return a mutation of the VJP without the scale in one gradient, for heads with four channels."""
     return scaled_gradient(name, 2.0)
 
 
 MUTANTS = (
     Mutant("softmax over the queries instead of the keys", "equal_shares", with_attend(softmax_over_queries)),
     Mutant(
-        "keys and values exchanged", "equal_shares",
+        "keys and values swapped", "equal_shares",
         with_attend(lambda fn, q, k, v, bias, scale: fn(q, v, k, bias, scale)),
     ),
     Mutant("the scale is missing", "scale", with_scale(lambda depth: 1.0)),
-    Mutant("dot products are divided by d, not by its root", "scale", with_scale(lambda depth: 1 / depth)),
+    Mutant("the scale is 1/d instead of 1/√d", "scale", with_scale(lambda depth: 1 / depth)),
     Mutant(
         "the bias is subtracted", "bias_is_added",
         with_attend(lambda fn, q, k, v, bias, scale: fn(q, k, v, -bias, scale)),
     ),
     Mutant(
-        "the bias is scaled with the dot products", "bias_is_added",
+        "the bias is multiplied by the scale", "bias_is_added",
         with_attend(lambda fn, q, k, v, bias, scale: fn(q, k, v, bias * bias.dtype.type(scale), scale)),
     ),
     *lookup_mutants(attend_in_steps),
-    Mutant("softmax overflows: the largest logit is not taken off", "large_logits", with_attend(overflowing_softmax)),
+    Mutant("softmax overflows: the maximum logit is not subtracted", "large_logits", with_attend(overflowing_softmax)),
     Mutant("the queries' gradient is 0.1 % too large", "gradient_of_the_queries", vjp=scaled_gradient("q", 1.001)),
-    Mutant("the queries' gradient lacks the scale", "gradient_of_the_queries", vjp=without_scale("q")),
+    Mutant("the scale is missing in the queries' gradient", "gradient_of_the_queries", vjp=without_scale("q")),
     Mutant("the keys' gradient is 0.1 % too large", "gradient_of_the_keys", vjp=scaled_gradient("k", 1.001)),
-    Mutant("the keys' gradient lacks the scale", "gradient_of_the_keys", vjp=without_scale("k")),
+    Mutant("the scale is missing in the keys' gradient", "gradient_of_the_keys", vjp=without_scale("k")),
     Mutant("the values' gradient is 0.1 % too large", "gradient_of_the_values", vjp=scaled_gradient("v", 1.001)),
     Mutant("the table's gradient is 0.1 % too large", "gradient_of_the_table",
            vjp=scaled_gradient("bias_table", 1.001)),

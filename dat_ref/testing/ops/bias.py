@@ -1,4 +1,4 @@
-"""Operation ``bias``: the relative position bias, a table read at continuous displacements."""
+"""Operation ``bias``: relative position bias from a table interpolated at continuous displacements."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from ..strategies import anywhere, integers, map_sizes, on_pixel, quarters
 from .bias_mutants import MUTANTS
 from .displacements import LOOKUP_CHECKS, bias_case, bias_strategy, draw_keys, table_shape, worst_index
 
-# Quarter pixels lie off the table's lattice for every convention; on a side of 2 those of CVPR2022 do not.
+# Points at quarter pixels are never on table entries in any convention; with a side of 2, they are in CVPR2022.
 SLOPE_SIZES = st.sampled_from([(3, 5), (5, 3), (3, 7)])
 
 
 def typical(setting: Setting) -> Sequence[Case]:
-    """Two groups of two heads, two images."""
+    """Return a case with two groups of two heads and two images."""
     points = np.array([0.25, 1.75, 1.25, 0.5, 0.0, 1.0, 1.5, 2.25]).reshape(2, 2, 1, 2)
     return [bias_case(setting, (2, 3), points, "two images, two groups of two heads", heads=4)]
 
 
 def dyadic_sizes(setting: Setting) -> st.SearchStrategy[Size]:
-    """Draw sizes whose pixel centers are whole numbers after normalisation, exactly."""
+    """Draw map sizes for which normalized pixel centers are exact in floating point."""
     sizes = [(3, 5), (5, 3), (2, 5)] if setting.convention.align_corners else [(2, 4), (4, 2), (8, 4)]
     return st.sampled_from(sizes)
 
 
 def keys_on_pixels(setting: Setting) -> st.SearchStrategy[Case]:
-    """Draw a key on a pixel, exactly."""
+    """Draw a key exactly on a pixel center."""
     return bias_strategy(dyadic_sizes(setting), on_pixel)(setting)
 
 
 def one_key_per_pixel(setting: Setting) -> st.SearchStrategy[Case]:
-    """Draw maps; `integer_gather` puts the keys on the pixels."""
+    """Draw map sizes; `integer_gather` places one key on each pixel."""
     return bias_strategy(map_sizes(), on_pixel, heads=(2, 1))(setting)
 
 
@@ -54,18 +54,18 @@ def gradient_of_points(ctx: CheckContext, case: Case) -> None:
 
 
 def gradient_on_the_lattice(ctx: CheckContext, case: Case) -> None:
-    """From the right in the table is from the left in the points."""
+    """Compare one-sided derivatives; a step to the right in the table is a step to the left of the point."""
     if ctx.setting.convention is Convention.CVPR2022:
-        raise Skip("its queries do not sit on pixels")
+        raise Skip("queries of CVPR2022 are not on pixel centers")
     cotangent = integers(0, *ctx.expected(case).shape)
     ctx.compare_gradient("points", cotangent, case, one_sided=True, step=-STEP)
 
 
 def integer_gather(ctx: CheckContext, case: Case) -> None:
-    """Without offsets the table is read at whole displacements, as Swin's is."""
+    """Require that zero offsets give integer displacements, and so table entries, as in Swin."""
     convention = ctx.setting.convention
     if convention not in (Convention.CELL_CENTER, Convention.PAPER):
-        raise Skip(f"{convention.name} does not have it: the release mixes two geometries")
+        raise Skip(f"not true for {convention.name}, because the release mixes two geometries")
     size, table = case.arguments["query_size"], case.arguments["table"]
     zero_offsets = case.with_arrays({"points": reference_points(size, convention).reshape(1, 1, -1, 2)})
     ctx.require_close(ctx.got(zero_offsets), gather_table(table, size)[None], case=zero_offsets)
@@ -78,14 +78,14 @@ def gather_table(table: Array, size: Size) -> Array:
 
 
 def flips(ctx: CheckContext, case: Case) -> None:
-    """Mirrored points and a mirrored table give mirrored queries."""
+    """Require that flipped points and a flipped table give the flipped bias."""
     table, points, size = (case.arguments[name] for name in ("table", "points", "query_size"))
     for axis in range(2):
         sign = np.where(np.arange(2) == axis, -1.0, 1.0)
         mirrored = case.with_arrays({"table": np.flip(table, 1 + axis).copy(), "points": points * sign})
-        typical = ctx.got(case)
-        by_pixel = typical.reshape(*typical.shape[:2], *size, -1)
-        ctx.require_close(ctx.got(mirrored), np.flip(by_pixel, 2 + axis).reshape(typical.shape), case=mirrored)
+        result = ctx.got(case)
+        by_pixel = result.reshape(*result.shape[:2], *size, -1)
+        ctx.require_close(ctx.got(mirrored), np.flip(by_pixel, 2 + axis).reshape(result.shape), case=mirrored)
 
 
 def nan_comes_out(ctx: CheckContext, case: Case) -> None:
@@ -96,24 +96,25 @@ def nan_comes_out(ctx: CheckContext, case: Case) -> None:
     expected = np.zeros(got.shape, dtype=bool)
     expected[0, : got.shape[1] // points.shape[1], :, 0] = True
     if not (np.isnan(got) == expected).all():
-        raise Mismatch("NaN must come out for the heads of its group, and nowhere else", None, got, with_nan)
+        raise Mismatch("expected NaN for the key in the heads of its group, and nowhere else", None, got, with_nan)
 
 
 # ------------------------------------------------------------------------------------------------ checks
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.", typical, test=runs,
+        "runs", Stage.SMOKE, "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.", typical, test=runs,
     ),
     Check(
-        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.", typical, test=leaves_inputs_alone,
+        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.", typical,
+        test=leaves_inputs_alone,
     ),
     Check(
         "shapes", Stage.SHAPES,
-        "A table (M, 2H - 1, 2W - 1) and points (N, G, K, 2) give (N, M, H·W, K), for any batch, none included.",
-        "Axes are exchanged, squeezed, or an empty batch is not thought of.",
+        "A table (M, 2H - 1, 2W - 1) and points (N, G, K, 2) give a bias (N, M, H·W, K); N may be 0.",
+        "Axes are swapped or squeezed, or an empty batch is not handled.",
         lambda setting: [bias_case(setting, (2, 3), np.zeros((0, 2, 3, 2)), "no images", heads=4)],
         bias_strategy(map_sizes(), anywhere, keys=(1, 4), heads=(1, 2), groups=(1, 3), images=(1, 2)), shape,
     ),
@@ -122,54 +123,58 @@ CHECKS = (
         for each in LOOKUP_CHECKS
     ),
     Check(
-        "anywhere", Stage.VALUES, "The reference's bias for points anywhere, any heads, groups and images.",
-        "A mistake that none of the checks above isolates.", typical,
+        "anywhere", Stage.VALUES, "The bias equals the reference for any points, heads, groups and images.",
+        "A mistake that no earlier check isolates.", typical,
         bias_strategy(map_sizes(smallest=2), anywhere, keys=(1, 3), heads=(1, 2), groups=(1, 2), images=(1, 2)),
     ),
     Check(
-        "gradient_of_the_table", Stage.GRADIENTS, "Each entry gains its weight in every displacement that reads it.",
-        "A wrong factor, or pairs, images or heads that are forgotten.", typical,
+        "gradient_of_the_table", Stage.GRADIENTS,
+        "The gradient of an entry is summed over all images and all query-key pairs that read it.",
+        "A factor is wrong, or pairs, images or heads are missing.", typical,
         bias_strategy(map_sizes(smallest=2, largest=4), anywhere, keys=(2,), heads=(2,), groups=(2,), images=(1, 2)),
         slopes("table"),
     ),
     Check(
         "gradient_of_the_points", Stage.GRADIENTS,
-        "A point's gradient is the slope of its biases, summed over queries and heads, in normalised coordinates.",
-        "It is missing, which is the gradient that ports forget; or it has a wrong factor or sign: the displacement "
-        "falls as the point rises.",
+        "The gradient of a point is the derivative of its biases, summed over queries and heads, in normalized "
+        "coordinates.",
+        "The gradient is missing (ports often omit it), or its factor or sign is wrong. The displacement is query "
+        "minus point.",
         lambda setting: [bias_case(setting, (3, 5), [(0.25, 1.5), (1.75, 3.25)], "two keys between pixels", seed=1)],
         bias_strategy(SLOPE_SIZES, lambda length: quarters(-0.75, length - 0.25), keys=(1, 2), heads=(1, 2)),
         gradient_of_points,
     ),
     Check(
         "gradient_on_the_lattice", Stage.GRADIENTS,
-        "On an entry, where the slope jumps, it is the one to the right and below in the table.",
-        "The slope is taken from the other side or from between. Any choice trains; this one is the choice of torch.",
+        "At a table entry, where the derivative jumps, the gradient uses the derivative to the right and below.",
+        "The derivative is taken from the other side, or averaged over both. Training works with any choice; PyTorch "
+        "uses this one.",
         lambda setting: [bias_case(setting, (3, 5) if setting.convention.align_corners else (4, 2), [(1, 1)],
                                    "a key on a pixel", seed=1)],
         keys_on_pixels, gradient_on_the_lattice,
     ),
     Check(
         "integer_gather", Stage.IDENTITIES,
-        "With a key on each pixel the bias is the table's own entries: Swin's gather.",
-        "Between whole displacements the table is interpolated where nothing is to be interpolated.",
-        lambda setting: [bias_case(setting, (2, 3), [(0, 0)], "a key for each pixel")], one_key_per_pixel,
+        "With one key on each pixel, the bias is a gather of table entries, as in Swin.",
+        "Displacements between pixel centers are not integers, so entries are interpolated.",
+        lambda setting: [bias_case(setting, (2, 3), [(0, 0)], "one key per pixel")], one_key_per_pixel,
         integer_gather,
     ),
     Check(
-        "flips", Stage.IDENTITIES, "Mirrored points and a mirrored table give the mirrored bias.",
+        "flips", Stage.IDENTITIES, "Flipped points and a flipped table give the flipped bias.",
         "Left and right, or top and bottom, are treated differently.", typical,
         bias_strategy(map_sizes(smallest=2), lambda length: quarters(-0.75, length - 0.25), keys=(2,)), flips,
     ),
     Check(
-        "nan_comes_out", Stage.IDENTITIES, "A point that is not a number gives NaN to its own heads and key only.",
-        "NaN is clamped to the border or skipped, which hides a diverged training run.", typical, test=nan_comes_out,
+        "nan_comes_out", Stage.IDENTITIES,
+        "A NaN in a point gives NaN for this key in the heads of its group, and nowhere else.",
+        "NaN is clamped to the border or ignored, which hides a diverged training run.", typical, test=nan_comes_out,
     ),
 )  # fmt: skip
 
 
 def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
-    """Draw queries and keys, and the worst head's table with the places that should be read for the worst query."""
+    """Draw queries and keys, and the table of the head with the largest error with its lookup positions."""
     parts = [draw_keys(case, mismatch, convention)]
     table, points, size = (case.arguments[name] for name in ("table", "points", "query_size"))
     n, head, query = worst_index(mismatch)
@@ -177,19 +182,19 @@ def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
         group = head * points.shape[1] // len(table)
         index = to_pixels(query_points(size, convention), size, convention).reshape(-1, 2)[query]
         positions = index - to_pixels(points[n, group], size, convention) + np.asarray(size) - 1
-        parts.append(f"the table of head {head}, and where it is to be read for query {query}")
+        parts.append(f"table of head {head}, with the correct lookup positions for query {query}")
         parts.append(draw_map(table[head], positions))
     return "\n".join(parts)
 
 
 BIAS = OpSpec(
     name="bias",
-    title="the relative position bias, a table read at continuous displacements",
+    title="relative position bias from a table interpolated at continuous displacements",
     function="table_bias",
     arguments=(
-        Argument("table", "MYX", "(2H - 1) × (2W - 1) entries a head", differentiable=True),
-        Argument("points", "NGK2", "points (y, x), normalised by the convention", differentiable=True),
-        Argument("query_size", "", "(H, W) of the map; its pixels are the queries"),
+        Argument("table", "MYX", "(2H - 1) × (2W - 1) entries per head", differentiable=True),
+        Argument("points", "NGK2", "positions (y, x) of the keys in the convention's coordinates", differentiable=True),
+        Argument("query_size", "", "(H, W) of the map, with one query per pixel"),
     ),
     returns="NMQK",
     reference=Implementation(

@@ -180,79 +180,91 @@ def widened_about_the_middle(geometry: ConvGeometry) -> ConvGeometry:
 
 
 TAP_GRID_MISTAKES: dict[str, tuple[str, Function]] = {
-    "half a pixel down and right": ("one_tap", change_result(lambda tap_grid, *others: tap_grid + 0.5)),
-    "half a pixel up and left": ("one_tap", change_result(lambda tap_grid, *others: tap_grid - 0.5)),
-    "the kernel's middle stands on the pixel, whatever the padding": ("without_offsets", with_geometry(centered)),
-    "padding makes the result larger, but moves nothing": (
+    "positions are shifted by half a pixel down and right": (
+        "one_tap",
+        change_result(lambda tap_grid, *others: tap_grid + 0.5),
+    ),
+    "positions are shifted by half a pixel up and left": (
+        "one_tap",
+        change_result(lambda tap_grid, *others: tap_grid - 0.5),
+    ),
+    "the kernel is centered on the pixel, and the padding is ignored": ("without_offsets", with_geometry(centered)),
+    "padding enlarges the output but does not shift the taps": (
         "padding",
         with_geometry(lambda s: s._replace(padding=(0, 0))),
     ),
     "the stride is ignored": ("stride", with_geometry(lambda s: s._replace(stride=(1, 1)))),
     "the dilation is ignored": ("dilation", with_geometry(lambda s: s._replace(dilation=(1, 1)))),
-    "dilation leaves the kernel's middle where it is": ("dilation", with_geometry(widened_about_the_middle)),
-    "stride, padding and dilation are taken as (x, y)": ("pairs_are_y_x", with_geometry(axes_swapped)),
+    "dilation keeps the kernel center fixed instead of the first tap": (
+        "dilation",
+        with_geometry(widened_about_the_middle),
+    ),
+    "stride, padding and dilation are taken as (x, y) instead of (y, x)": (
+        "pairs_are_y_x",
+        with_geometry(axes_swapped),
+    ),
 }
 OFFSET_MISTAKES: dict[str, tuple[str, Function]] = {
     "offsets are ignored": ("offset_direction", change_result(lambda offsets, *others: 0 * offsets)),
     "offsets have the wrong sign": ("offset_direction", change_result(lambda offsets, *others: -offsets)),
-    "offsets are taken for normalised ones, of half a map": (
+    "offsets are taken as normalized coordinates: 1 is half the map": (
         "offset_direction", change_result(lambda offsets, offset, geometry, size: offsets * size / 2)
     ),
-    "offsets are (dx, dy)": ("offset_is_y_x", change_result(lambda offsets, *others: offsets[..., ::-1])),
-    "the offset's channels are all dy, then all dx": ("offset_channels", all_y_then_all_x),
-    "the offset's taps are numbered column by column": ("offset_channels", change_result(taps_column_by_column)),
-    "all taps are moved by the first tap's offset": ("offset_channels", change_result(share_first(2))),
+    "offsets are taken as (dx, dy) instead of (dy, dx)": ("offset_is_y_x", change_result(lambda offsets, *others: offsets[..., ::-1])),
+    "offset channels are ordered as all dy, then all dx": ("offset_channels", all_y_then_all_x),
+    "offset channels number the taps column by column": ("offset_channels", change_result(taps_column_by_column)),
+    "all taps use the first tap's offset": ("offset_channels", change_result(share_first(2))),
     "offsets are multiplied by the dilation": (
         "offset_channels",
         change_result(lambda offsets, offset, geometry, size: offsets * np.asarray(geometry.dilation)),
     ),
-    "the offset's channels are numbered by tap first, then by group": ("offset_groups", taps_before_groups),
-    "all groups are moved by the first group's offsets": ("offset_groups", change_result(share_first(1))),
-    "all images are moved by the first image's offsets": ("images", change_result(share_first(0))),
+    "offset channels are ordered by tap, then by group": ("offset_groups", taps_before_groups),
+    "all groups use the first group's offsets": ("offset_groups", change_result(share_first(1))),
+    "all images use the first image's offsets": ("images", change_result(share_first(0))),
 }  # fmt: skip
 OTHER_MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
-    "H for H - 1: positions times H/(H - 1)": (
+    "H instead of H - 1: positions are multiplied by H/(H - 1)": (
         "one_tap", {"sample": sample_at(lambda p, s: p * s / np.maximum(s - 1, 1))}
     ),
-    "x is normalised by the height": ("not_square", {"sample": sample_at(lambda p, s: (p + 0.5) * s / s[0] - 0.5)}),
-    "x is normalised by the height, and y by the width": (
+    "x is normalized by the height": ("not_square", {"sample": sample_at(lambda p, s: (p + 0.5) * s / s[0] - 0.5)}),
+    "x is normalized by the height, and y by the width": (
         "not_square", {"sample": sample_at(lambda p, s: (p + 0.5) * s / s[::-1] - 0.5)}
     ),
-    "an axis of one pixel is divided by zero": (
+    "division by zero on an axis of one pixel": (
         "single_row", {"sample": sample_at(lambda p, s: np.where(s == 1, p.dtype.type(np.nan), p))}
     ),
     "the kernel is flipped": ("without_offsets", {"weights": change_result(lambda w, _: w[:, :, ::-1, ::-1])}),
     "the kernel is transposed": (
         "without_offsets", {"weights": change_result(lambda w, _: w.swapaxes(2, 3) if w.shape[2] == w.shape[3] else w)}
     ),
-    "nearest pixel instead of linear": (
+    "nearest neighbor instead of bilinear interpolation": (
         "between_pixels", {"sample": sample_at(lambda p, s: np.floor(p + p.dtype.type(0.5)))}
     ),
-    "the border is repeated outside": (
+    "the border is replicated outside the map": (
         "zeros_outside", {"sample": sample_at(lambda p, s: np.clip(p, 0, s.astype(p.dtype) - 1))}
     ),
-    "the map wraps around: a negative index counts from the end": ("zeros_outside", {"sample": wrap_around}),
-    "points outside the pixel centers are dropped": ("border_fades", {"sample": zero_unless_inside}),
-    "positions are rounded towards zero instead of down": ("border_fades", {"sample": truncated}),
+    "the map wraps around: negative indices count from the end": ("zeros_outside", {"sample": wrap_around}),
+    "points outside the outermost pixel centers read zero": ("border_fades", {"sample": zero_unless_inside}),
+    "positions are truncated towards zero instead of floored": ("border_fades", {"sample": truncated}),
     "the mask is ignored": ("modulation", {"mask": change_result(lambda m, _: np.ones_like(m))}),
-    "a sigmoid is taken of the mask once more": ("modulation", {"mask": change_result(lambda m, _: expit(m))}),
-    "a softmax over the taps is taken of the mask": (
+    "a sigmoid is applied to the mask again": ("modulation", {"mask": change_result(lambda m, _: expit(m))}),
+    "a softmax over the taps is applied to the mask": (
         "modulation", {"mask": change_result(lambda m, _: softmax_over_taps(m))}
     ),
-    "the mask is (1 + m)": ("modulation", {"mask": change_result(lambda m, _: 1 + m)}),
+    "the mask factor is 1 + m instead of m": ("modulation", {"mask": change_result(lambda m, _: 1 + m)}),
     "the mask's taps are in reverse order": ("modulation", {"mask": change_result(lambda m, _: m[:, :, ::-1])}),
     "the bias is ignored": ("bias", {"add_bias": lambda fn: identity}),
-    "input and output channels of the weights are exchanged": (
+    "input and output channels of the weights swapped": (
         "channels", {"weights": change_result(lambda w, _: w.swapaxes(0, 1) if w.shape[0] == w.shape[1] else w)}
     ),
-    "channels are averaged, not summed": ("channels", {"weights": change_result(lambda w, _: w / w.shape[1])}),
-    "groups of the weights are in reverse order": ("weight_groups", {"weight_groups": change_result(reversed_groups)}),
-    "channels are dealt to the groups of the weights in turn": (
+    "input channels are averaged instead of summed": ("channels", {"weights": change_result(lambda w, _: w / w.shape[1])}),
+    "weight groups in reverse order": ("weight_groups", {"weight_groups": change_result(reversed_groups)}),
+    "channels are interleaved across the weight groups": (
         "weight_groups", {"weight_groups": lambda fn: interleaved}
     ),
-    "offset groups are in reverse order": ("offset_groups", {"offset_groups": change_result(reversed_groups)}),
-    "channels are dealt to the offset groups in turn": ("offset_groups", {"offset_groups": lambda fn: interleaved}),
-    "positions are kept in bfloat16": (
+    "offset groups in reverse order": ("offset_groups", {"offset_groups": change_result(reversed_groups)}),
+    "channels are interleaved across the offset groups": ("offset_groups", {"offset_groups": lambda fn: interleaved}),
+    "positions are stored in bfloat16": (
         "fine_positions", {"positions": change_result(lambda points, _: round_to_bits(points, 8))}
     ),
 }  # fmt: skip
@@ -331,17 +343,19 @@ MUTANTS = (
     ),
     Mutant("the offset gets no gradient", "gradient_of_the_offset", vjp=change_gradient("offset", lambda g, _: 0 * g)),
     Mutant(
-        "the offset's gradient is (x, y)", "gradient_of_the_offset", vjp=change_gradient("offset", swapped_components)
+        "the offset's gradient is in (dx, dy) order",
+        "gradient_of_the_offset",
+        vjp=change_gradient("offset", swapped_components),
     ),
     Mutant(
-        "the mask is forgotten in the offset's gradient",
+        "the mask is missing in the offset's gradient",
         "gradient_of_the_offset",
         vjp=change_gradient("offset", without_mask),
     ),
     Mutant(
-        "the offset's gradient stops at the border",
+        "the offset's gradient is zero outside the outermost pixel centers",
         "gradient_at_the_border",
         vjp=change_gradient("offset", stopped_at_border),
     ),
-    Mutant("the slope on a pixel is taken from the left", "gradient_on_the_lattice", vjp=slope_from_left),
+    Mutant("the derivative at a pixel center is taken from the left", "gradient_on_the_lattice", vjp=slope_from_left),
 )

@@ -43,86 +43,86 @@ def attend_mistake(change: Callable[..., Any]) -> dict[str, Function]:
 
 # Each mistake with the first check that sees it, in the order of the checks.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
-    "weight matrices are used transposed": ("projections", {"linear": weights_transposed}),
-    "the projections lack their biases": ("projections", {"linear": biases_missing}),
-    "features are sampled from the queries": ("projections", {"sample_input": lambda fn: lambda x, query: query}),
-    "keys and values exchanged": (
+    "weight matrices are transposed": ("projections", {"linear": weights_transposed}),
+    "the biases of the projections are missing": ("projections", {"linear": biases_missing}),
+    "features are sampled from the queries instead of the input map": ("projections", {"sample_input": lambda fn: lambda x, query: query}),
+    "keys and values swapped": (
         "projections", attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, v, k, bias, scale))),
     "softmax over the queries instead of the keys": ("projections", attend_mistake(softmax_over_queries)),
     "the scale is missing": ("scale", {"scale": lambda fn: lambda depth: 1.0}),
-    "dot products are divided by d, not by its root": ("scale", {"scale": lambda fn: lambda depth: 1 / depth}),
-    "channels are dealt to the heads in turn": ("heads", {"split": split_interleaved, "merge": merge_interleaved}),
+    "the scale is 1/d instead of 1/√d": ("scale", {"scale": lambda fn: lambda depth: 1 / depth}),
+    "channels are interleaved across the heads": ("heads", {"split": split_interleaved, "merge": merge_interleaved}),
     **{
         name: (check, GEOMETRY_MISTAKES[name])
         for name, check in {
-            "half a pixel up and left": "middle",
-            "half a pixel down and right": "middle",
-            "H for H - 1: positions times H/(H - 1)": "middle",
-            "-1 and 1 are edges where pixel centers are meant, or the reverse (align_corners)": "spread",
+            "positions are shifted by half a pixel up and left": "middle",
+            "positions are shifted by half a pixel down and right": "middle",
+            "H instead of H - 1: positions are multiplied by H/(H - 1)": "middle",
+            "align_corners is inverted: -1 and 1 are edges instead of pixel centers, or the reverse": "spread",
         }.items()
     },
-    "nearest pixel instead of linear": (
+    "nearest neighbor instead of bilinear interpolation": (
         "between_pixels", {"sample": sample_at(lambda p, size: np.floor(p + p.dtype.type(0.5)))}),
     "no bound: the tanh is missing": ("offset_bound", {"bound": bounded_by(lambda raw, limit: limit * raw)}),
-    "clipped instead of tanh": (
+    "clipping instead of tanh": (
         "offset_bound", {"bound": bounded_by(lambda raw, limit: limit * np.clip(raw, -1, 1))}),
-    "the region is 2s key cells wide, not s: s·tanh where s/2·tanh is meant": (
+    "the offset limit is s key cells instead of s/2": (
         "offset_bound", {"bound": bounded_by(lambda raw, limit: 2 * limit * np.tanh(raw))}),
-    "the tanh comes after the range: the offset is bounded by the map": (
+    "tanh is applied after scaling: tanh(limit · x) instead of limit · tanh(x)": (
         "offset_bound", {"bound": bounded_by(lambda raw, limit: np.tanh(limit * raw))}),
     "x and y of the offsets swapped": ("rows_before_columns", {"bound": offsets_swapped}),
     "x and y swapped": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped"]),
-    "x and y swapped, in pixels": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped, in pixels"]),
+    "x and y swapped after conversion to pixels": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped after conversion to pixels"]),
     **{
         name: ("not_square", GEOMETRY_MISTAKES[name])
-        for name in ("x is normalised by the height", "y is normalised by the width",
-                     "x is normalised by the height, and y by the width")
+        for name in ("x is normalized by the height", "y is normalized by the width",
+                     "x is normalized by the height, and y by the width")
     },
-    "the range of x is that of y": (
+    "the offset limit of y is also used for x": (
         "not_square", {"bound": bounded_by(lambda raw, limit: limit[[0, 0]] * np.tanh(raw))}),
-    "the border of the map is repeated outside": (
+    "the border is replicated outside the map": (
         "zero_outside", {"sample": sample_at(lambda p, size: np.clip(p, 0, size.astype(p.dtype) - 1))}),
-    "the map wraps around: a negative index counts from the end": ("zero_outside", {"sample": wrap_around}),
-    "points outside the pixel centers are dropped": ("border_fades", {"sample": zero_unless_inside}),
-    "positions are kept in bfloat16": ("fine_positions", GEOMETRY_MISTAKES["positions are kept in bfloat16"]),
+    "the map wraps around: negative indices count from the end": ("zero_outside", {"sample": wrap_around}),
+    "points outside the outermost pixel centers read zero": ("border_fades", {"sample": zero_unless_inside}),
+    "positions are stored in bfloat16": ("fine_positions", GEOMETRY_MISTAKES["positions are stored in bfloat16"]),
     "the bias is subtracted": (
         "bias_middle", attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, k, v, -bias, scale))),
     **{
         name: (check, BIAS_MISTAKES[name])
         for name, check in {
-            "H for H - 1 in the middle of the table: off by one": "bias_middle",
-            "displacements are twice as long: the half is missing": "bias_distance",
-            "queries and keys exchanged": "bias_of_queries_and_keys",
-            "the displacement has the wrong sign: from query to key": "bias_direction",
+            "the center of the table is off by one: H instead of H - 1": "bias_middle",
+            "displacements are doubled: the factor 1/2 is missing": "bias_distance",
+            "queries and keys swapped": "bias_of_queries_and_keys",
+            "the displacement has the wrong sign: key minus query": "bias_direction",
             "the table is transposed": "bias_rows_before_columns",
             "queries are numbered column by column": "bias_middle",
-            "nearest entry instead of linear": "bias_between_entries",
-            "what the table does not cover wholly is dropped": "bias_border_fades",
+            "nearest entry instead of bilinear interpolation": "bias_between_entries",
+            "displacements outside the outermost entries have no bias": "bias_border_fades",
             "heads in reverse order": "bias_of_heads",
         }.items()
     },
-    "the bias is scaled with the dot products": (
+    "the bias is multiplied by the scale": (
         "bias_is_added",
         attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, k, v, bias * bias.dtype.type(scale), scale))),
-    "the border of the table is repeated outside": (
-        "bias_zero_outside", BIAS_MISTAKES["the border is repeated outside"]),
-    "the table wraps around: a negative index counts from the end": (
-        "bias_zero_outside", BIAS_MISTAKES["the table wraps around: a negative index counts from the end"]),
-    "offsets are predicted from the map, not from the queries": (
+    "the border is replicated outside the table": (
+        "bias_zero_outside", BIAS_MISTAKES["the border is replicated outside the table"]),
+    "the table wraps around: negative indices count from the end": (
+        "bias_zero_outside", BIAS_MISTAKES["the table wraps around: negative indices count from the end"]),
+    "offsets are predicted from the input map instead of the queries": (
         "offset_network", {"offset_input": lambda fn: lambda x, query: x}),
-    "the depthwise kernel is flipped: a convolution, not a correlation": (
+    "the depthwise kernel is flipped: convolution instead of cross-correlation": (
         "offset_network", {"predict": kernel_flipped}),
-    "GELU by its tanh approximation": ("offset_network", {"predict": custom_network(activation=gelu_by_tanh)}),
-    "ReLU for GELU": ("offset_network", {"predict": custom_network(activation=lambda x: np.maximum(x, 0))}),
-    "a layer norm with an epsilon of 1e-6": ("offset_network", {"predict": custom_network(norm=smaller_epsilon_norm)}),
-    "no layer norm but for its weight and bias": ("offset_network", {"predict": custom_network(norm=affine_only)}),
-    "the padding of another convention": ("stride", {"padding": other_padding}),
+    "tanh approximation instead of exact GELU": ("offset_network", {"predict": custom_network(activation=gelu_by_tanh)}),
+    "ReLU instead of GELU": ("offset_network", {"predict": custom_network(activation=lambda x: np.maximum(x, 0))}),
+    "layer norm with epsilon 1e-6 instead of 1e-5": ("offset_network", {"predict": custom_network(norm=smaller_epsilon_norm)}),
+    "layer norm does not normalize: only its weight and bias are applied": ("offset_network", {"predict": custom_network(norm=affine_only)}),
+    "the convolution padding of another convention": ("stride", {"padding": other_padding}),
     **{
         name: ("groups", GEOMETRY_MISTAKES[name])
         for name in ("all groups use the first group's points", "groups in reverse order")
     },
-    "channels are dealt to the groups in turn": ("groups", {"split_groups": groups_interleaved}),
-    "heads are dealt to the groups in turn": ("groups", BIAS_MISTAKES["heads are dealt to the groups in turn"]),
+    "channels are interleaved across the groups": ("groups", {"split_groups": groups_interleaved}),
+    "heads are interleaved across the groups": ("groups", BIAS_MISTAKES["heads are interleaved across the groups"]),
     "all images use the first image's points": ("images", GEOMETRY_MISTAKES["all images use the first image's points"]),
     "the clamp is missing": ("other_bounds", {"bound": clamp_missing}),
 }  # fmt: skip
@@ -178,9 +178,9 @@ MUTANTS = (
            vjp=scaled_gradient("weights", 1.001)),
     Mutant("the table's gradient is 0.1 % too large", "gradient_of_the_table",
            vjp=scaled_gradient("weights.position_bias", 1.001)),
-    Mutant("the points get no gradient: they are detached", "gradient_through_the_samples",
+    Mutant("the points are detached: they get no gradient", "gradient_through_the_samples",
            vjp=detached(POINTWISE, zero_gradients=(POINTWISE,))),
-    Mutant("the position gradient through the bias is forgotten", "gradient_through_the_bias",
+    Mutant("the points' gradient through the bias is missing", "gradient_through_the_bias",
            vjp=detached("position_bias.table")),
     Mutant("the queries' gradient is 0.1 % too large", "gradient_of_the_queries",
            vjp=scaled_gradient("weights.query", 1.001)),

@@ -148,58 +148,62 @@ def reversed_tokens(value: Array, sizes: Sequence[Size], locations: Array, weigh
 
 MUTANTS = (
     Mutant(
-        "0 and 1 are read as the centers of the first and the last pixel (align_corners)", "pixel_centers",
+        "0 and 1 are the centers of the first and last pixel instead of the edges (align_corners=True)", "pixel_centers",
         sample_at(lambda p, size: (p + 0.5) * (size - 1) / size),
     ),
-    Mutant("half a pixel down and right: pixel = location · W", "pixel_centers", sample_at(lambda p, size: p + 0.5)),
-    Mutant("locations are read as -1 … 1", "pixel_centers", sample_at(lambda p, size: (p + 0.5 + size) / 2 - 0.5)),
+    Mutant("positions are shifted by half a pixel down and right: pixel = location · W", "pixel_centers",
+           sample_at(lambda p, size: p + 0.5)),
+    Mutant("locations are assumed to be in [-1, 1] instead of [0, 1]", "pixel_centers",
+           sample_at(lambda p, size: (p + 0.5 + size) / 2 - 0.5)),
     Mutant(
-        "(y, x) where (x, y) is meant", "columns_before_rows",
+        "locations are taken as (y, x) instead of (x, y)", "columns_before_rows",
         with_arguments(lambda value, sizes, locations, weights: (value, sizes, locations[..., ::-1], weights)),
     ),
     Mutant("the maps are stored column by column", "columns_before_rows", with_arguments(column_by_column)),
     Mutant(
-        "the sizes are taken for (W, H)", "not_square",
+        "sizes are taken as (W, H) instead of (H, W)", "not_square",
         with_arguments(lambda value, sizes, *others: (value, [tuple(size)[::-1] for size in sizes], *others)),
     ),
     Mutant(
-        "x is scaled with the height", "not_square",
+        "x is scaled by the height", "not_square",
         sample_at(lambda p, size: (p + 0.5) * size[..., :1] / size - 0.5),
     ),
     Mutant(
-        "x is scaled with the height, and y with the width", "not_square",
+        "x is scaled by the height, and y by the width", "not_square",
         sample_at(lambda p, size: (p + 0.5) * size[..., ::-1] / size - 0.5),
     ),
-    Mutant("an axis of one pixel is divided by zero", "single_row",
+    Mutant("division by zero on an axis of one pixel", "single_row",
            sample_at(lambda p, size: np.where(size == 1, np.nan, p))),
-    Mutant("nearest pixel instead of linear", "between_pixels", sample_at(lambda p, size: np.floor(p + 0.5))),
-    Mutant("the border is repeated outside", "zeros_outside", sample_at(lambda p, size: np.clip(p, 0, size - 1))),
-    Mutant("the map wraps around: a negative index counts from the end", "zeros_outside", wrapped),
-    Mutant("locations outside the pixel centers are dropped", "border_fades", with_arguments(dropped)),
-    Mutant("a softmax is taken of the weights once more", "weights_as_they_are", with_weights(softmax_over_points)),
+    Mutant("nearest neighbor instead of bilinear interpolation", "between_pixels",
+           sample_at(lambda p, size: np.floor(p + 0.5))),
+    Mutant("the border is replicated outside the map", "zeros_outside",
+           sample_at(lambda p, size: np.clip(p, 0, size - 1))),
+    Mutant("the map wraps around: negative indices count from the end", "zeros_outside", wrapped),
+    Mutant("locations outside the outermost pixel centers read zero", "border_fades", with_arguments(dropped)),
+    Mutant("a softmax is applied to the weights again", "weights_as_they_are", with_weights(softmax_over_points)),
     Mutant("the weights are divided by their sum", "weights_as_they_are", with_weights(normalized)),
     Mutant(
-        "samples are averaged over the points, not summed", "weights_as_they_are",
+        "samples are averaged over the points instead of summed", "weights_as_they_are",
         with_weights(lambda weights: weights / max(weights.shape[4], 1)),
     ),
     Mutant("the points' weights are in reverse order", "weights_as_they_are",
            with_weights(lambda each: each[..., ::-1])),
-    Mutant("the levels are in reverse order", "levels", with_arguments(reversed_locations)),
-    Mutant("the last level's tokens are taken to come first", "levels", with_arguments(reversed_tokens)),
+    Mutant("locations and weights of the levels are in reverse order", "levels", with_arguments(reversed_locations)),
+    Mutant("tokens are assumed to start with the last level", "levels", with_arguments(reversed_tokens)),
     Mutant(
-        "every level is scaled with the first level's size", "levels",
+        "every level is scaled by the size of the first level", "levels",
         sample_at(lambda p, size: (p + 0.5) * size[:1] / size - 0.5),
     ),
     Mutant("levels are not summed: the last one overwrites the others", "levels", with_weights(last_level_only)),
-    Mutant("levels are averaged, not summed", "levels", with_weights(lambda weights: weights / weights.shape[3])),
-    Mutant("heads are in reverse order", "heads", with_arguments(
+    Mutant("levels are averaged instead of summed", "levels", with_weights(lambda weights: weights / weights.shape[3])),
+    Mutant("heads in reverse order", "heads", with_arguments(
         lambda value, sizes, locations, weights: (value, sizes, locations[:, :, ::-1], weights[:, :, ::-1])
     )),
     Mutant("all heads use the first head's locations", "heads", share_first(2)),
-    Mutant("the result lists channels before heads", "heads", channels_first),
+    Mutant("the result is ordered by channel, then by head", "heads", channels_first),
     Mutant("all queries use the first query's locations", "queries_and_images", share_first(1)),
     Mutant("all images use the first image's locations", "queries_and_images", share_first(0)),
-    Mutant("positions in pixels are kept in bfloat16", "fine_positions",
+    Mutant("positions are stored in bfloat16", "fine_positions",
            sample_at(lambda p, size: round_to_bits(p, 8))),
     Mutant(
         "the value's gradient is 0.1 % too large", "gradient_of_the_value",
@@ -214,11 +218,11 @@ MUTANTS = (
         vjp=change_gradient("sampling_locations", lambda g, p, e: 1.001 * g),
     ),
     Mutant(
-        "the locations' gradient is that of pixels: the map's extent is missing", "gradient_of_the_locations",
+        "the locations' gradient is taken in pixels: the factor of the map size is missing", "gradient_of_the_locations",
         vjp=change_gradient("sampling_locations", lambda g, p, e: g / e),
     ),
     Mutant(
-        "the locations' gradient is (y, x)", "gradient_of_the_locations",
+        "the locations' gradient is in (y, x) order", "gradient_of_the_locations",
         vjp=change_gradient("sampling_locations", lambda g, p, e: g[..., ::-1]),
     ),
     Mutant(
@@ -226,7 +230,7 @@ MUTANTS = (
         vjp=change_gradient("sampling_locations", lambda g, p, e: 0 * g),
     ),
     Mutant(
-        "the locations' gradient stops at the border", "gradient_at_the_border",
+        "the locations' gradient is zero outside the outermost pixel centers", "gradient_at_the_border",
         vjp=change_gradient("sampling_locations", lambda g, p, e: g * _inside(p, e)),
     ),
 )  # fmt: skip

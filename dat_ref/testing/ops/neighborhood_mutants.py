@@ -167,41 +167,41 @@ def masked(bias: Array, outside: Array) -> Array:
 
 # Each mistake: the first check that sees it, and the steps that are wrong.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
-    "windows lie a pixel further down and right": ("inside", {"window": with_window(shifted)}),
-    "windows are cut off at the border, so that fewer keys are left": (
+    "windows are shifted by one pixel down and right": ("inside", {"window": with_window(shifted)}),
+    "windows are cropped at the border: border queries see fewer keys": (
         "at_the_border", {"window": with_window(not_clamped), "mask": lambda fn: masked}
     ),
-    "windows reach over the border, and keys of zeros are attended": (
+    "windows extend over the border, and zero padding is attended to": (
         "at_the_border", {"window": with_window(not_clamped)}
     ),
-    "windows reach over the border, where the last pixel is repeated": (
+    "windows extend over the border, where the last pixel is replicated": (
         "at_the_border", {"window": with_window(border_repeated)}
     ),
-    "windows wrap around": ("at_the_border", {"window": with_window(wrapped)}),
-    "windows are clamped a row and a column too early": ("at_the_border", {"window": with_window(clamped_too_early)}),
-    "columns are clamped by the height": ("not_square", {"limit": lambda fn: lambda size: (size[0], size[0])}),
-    "rows are clamped by the width": ("not_square", {"limit": lambda fn: lambda size: (size[1], size[1])}),
-    "a row of keys is taken to be as long as the height": (
+    "windows wrap around at the border": ("at_the_border", {"window": with_window(wrapped)}),
+    "windows are clamped one row and one column too early": ("at_the_border", {"window": with_window(clamped_too_early)}),
+    "columns are clamped to the height": ("not_square", {"limit": lambda fn: lambda size: (size[0], size[0])}),
+    "rows are clamped to the width": ("not_square", {"limit": lambda fn: lambda size: (size[1], size[1])}),
+    "flat key indices use the height as the row length": (
         "not_square", {"flat_index": lambda fn: height_for_width}
     ),
     "the dilation is ignored": (
         "dilation", {"window": lambda fn: lambda length, limit, kernel, dilation: fn(length, limit, kernel, 1)}
     ),
-    "with dilation, windows are clamped at the map's border: they leave their sub-map": (
+    "with dilation, windows are clamped to the map instead of their sub-map": (
         "dilation", {"window": with_window(across_submaps)}
     ),
-    "with dilation, all sub-maps are taken to be as long as the shortest": (
+    "with dilation, all sub-maps are assumed to be as long as the shortest": (
         "dilation", {"window": with_window(shortest_submap)}
     ),
-    "padding keys are attended: a map smaller than the window grows by zeros": (
+    "padding keys are attended to: a map smaller than the window is zero-padded": (
         "small_map", {"window": with_window(zero_padded)}
     ),
-    "keys and values are exchanged": ("scores", {"inputs": lambda fn: lambda q, k, v: (q, v, k)}),
+    "keys and values swapped": ("scores", {"inputs": lambda fn: lambda q, k, v: (q, v, k)}),
     "the scale is missing": ("scores", {"scale": lambda fn: lambda depth: 1.0}),
-    "the scale is 1/d": ("scores", {"scale": lambda fn: lambda depth: 1 / depth}),
+    "the scale is 1/d instead of 1/√d": ("scores", {"scale": lambda fn: lambda depth: 1 / depth}),
     "the bias is ignored": ("bias_direction", {"table": lambda fn: np.zeros_like}),
     "the bias has the wrong sign": ("bias_direction", {"table": lambda fn: lambda table: -table}),
-    "the displacement has the wrong sign: from key to query": (
+    "the displacement has the wrong sign: query minus key": (
         "bias_direction", {"table": lambda fn: lambda table: table[:, ::-1, ::-1]}
     ),
     "the bias is multiplied by the scale": (
@@ -210,14 +210,14 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "the table is transposed": (
         "bias_rows_before_columns", {"table": lambda fn: lambda table: table.swapaxes(1, 2)}
     ),
-    "the bias belongs to the place in the window, not to the displacement": (
+    "the bias is indexed by the position in the window instead of the displacement": (
         "bias_at_the_border", {"table_index": index_in_window}
     ),
-    "with dilation, displacements are counted in pixels": (
+    "with dilation, displacements are counted in pixels instead of steps of the dilation": (
         "bias_dilated", {"table_index": lambda fn: lambda keys, kernel, dilation: fn(keys, kernel, 1)}
     ),
-    "on a small map the middle of the table moves": ("bias_small_map", {"table_index": middle_of_present_keys}),
-    "heads use the tables in reverse order": ("heads", {"table": lambda fn: lambda table: table[::-1]}),
+    "on a small map, the center of the table is computed from the number of visible keys": ("bias_small_map", {"table_index": middle_of_present_keys}),
+    "tables of the heads in reverse order": ("heads", {"table": lambda fn: lambda table: table[::-1]}),
     "all heads use the first head's table": (
         "heads", {"table": lambda fn: lambda table: np.broadcast_to(table[:1], table.shape)}
     ),

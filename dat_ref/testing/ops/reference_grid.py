@@ -140,33 +140,36 @@ def meshgrid_xy(fn: Function) -> Function:
 
 
 MUTANTS = (
-    Mutant("half a key cell down and right", "middle", change_points(lambda p, keys, size: p + size / keys / 2)),
-    Mutant("half a key cell up and left", "middle", change_points(lambda p, keys, size: p - size / keys / 2)),
-    Mutant("half a pixel down and right", "middle", change_points(lambda p, keys, size: p + 0.5)),
-    Mutant("half a pixel up and left", "middle", change_points(lambda p, keys, size: p - 0.5)),
-    Mutant("the pitch of Hk - 1 intervals where Hk are meant", "pitch", change_points(stretched)),
+    Mutant("the grid is shifted by half a key cell down and right", "middle",
+           change_points(lambda p, keys, size: p + size / keys / 2)),
+    Mutant("the grid is shifted by half a key cell up and left", "middle",
+           change_points(lambda p, keys, size: p - size / keys / 2)),
+    Mutant("the grid is shifted by half a pixel down and right", "middle",
+           change_points(lambda p, keys, size: p + 0.5)),
+    Mutant("the grid is shifted by half a pixel up and left", "middle", change_points(lambda p, keys, size: p - 0.5)),
+    Mutant("the grid has the pitch of Hk - 1 intervals instead of Hk", "pitch", change_points(stretched)),
     Mutant(
-        "-1 and 1 are normalised as pixel centers and read as edges (align_corners=False where True is meant)", "pitch",
+        "positions are normalized with align_corners=True but sampled with align_corners=False", "pitch",
         change_points(lambda p, keys, size: p * size / np.maximum(size - 1, 1) - 0.5),
     ),
     Mutant(
-        "-1 and 1 are normalised as edges and read as pixel centers (align_corners=True where False is meant)", "pitch",
+        "positions are normalized with align_corners=False but sampled with align_corners=True", "pitch",
         change_points(lambda p, keys, size: (p + 0.5) * (size - 1) / size),
     ),
     Mutant("x and y swapped", "rows_before_columns", change_points(lambda p, keys, size: p[..., ::-1])),
-    Mutant("meshgrid's 'xy' for 'ij': rows and columns exchanged", "rows_before_columns", meshgrid_xy),
+    Mutant("meshgrid with indexing='xy' instead of 'ij': rows and columns swapped", "rows_before_columns", meshgrid_xy),
     Mutant(
-        "x is normalised by the height, and y by the width", "not_square",
+        "x is normalized by the height, and y by the width", "not_square",
         with_sizes(lambda key_size, size: (key_size, size[::-1])),
     ),
     Mutant(
-        "x is normalised by the number of rows of keys, and y by that of columns", "not_square",
+        "x is normalized by the number of key rows, and y by the number of key columns", "not_square",
         normalised_by_other_axis
     ),
-    Mutant("x is normalised by the height", "not_square", with_sizes(lambda keys, size: (keys, (size[0], size[0])))),
-    Mutant("y is normalised by the width", "not_square", with_sizes(lambda keys, size: (keys, (size[1], size[1])))),
-    Mutant("a single key is divided by zero", "single_key", change_points(divided_by_zero)),
-    Mutant("a single key sits in the corner", "single_key",
+    Mutant("x is normalized by the height", "not_square", with_sizes(lambda keys, size: (keys, (size[0], size[0])))),
+    Mutant("y is normalized by the width", "not_square", with_sizes(lambda keys, size: (keys, (size[1], size[1])))),
+    Mutant("division by zero for a single key", "single_key", change_points(divided_by_zero)),
+    Mutant("a single key is placed in the corner", "single_key",
            change_points(lambda p, keys, size: np.where(keys == 1, 0.0, p))),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Operation ``sampler``: the value of a map at a point between its pixels, with zeros outside."""
+"""Operation ``sampler``: bilinear sampling of maps at points, with zeros outside the map."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE = st.just(1)
 def example(
     size: Size, *points: tuple[float, float], name: str, maps: int = 1, channels: int = 1, seed: int = 0
 ) -> Case:
-    """Return a named case: numbered pixels, the same points for every map."""
+    """Return a named case: maps with numbered pixels, and the same points for every map."""
     points_px = np.broadcast_to(np.array(points, dtype=np.float64).reshape(-1, 2), (maps, len(points), 2))
     return Case({"x": integers(seed, maps, channels, *size), "points_px": points_px.copy()}, name)
 
@@ -54,7 +54,7 @@ def sampling_strategy(
     channels: st.SearchStrategy[int] = ONE,
     counts: tuple[int, ...] = (1, 3),
 ) -> Callable[[Setting], st.SearchStrategy[Case]]:
-    """Return a strategy for a check; one map of one channel unless told otherwise."""
+    """Return the strategy of a check; one map with one channel by default."""
     return lambda setting: draw_sampling(sizes, coordinate, maps, channels, counts)
 
 
@@ -67,7 +67,7 @@ def just_outside(length: int) -> st.SearchStrategy[float]:
 
 
 def far_outside(length: int) -> st.SearchStrategy[float]:
-    # Whole above and to the left: rounding towards zero goes wrong at -1.5, and that is another check's business.
+    # Negative coordinates are integers: truncation instead of floor goes wrong at -1.5, which `border_fades` tests.
     return st.sampled_from([-1.0, float(length), -2.0, length + 1.0, length + 0.5, 1e6, -1e6])
 
 
@@ -75,7 +75,7 @@ def far_outside(length: int) -> st.SearchStrategy[float]:
 
 
 def gradient_of(name: str, *, one_sided: bool = False) -> Callable[[CheckContext, Case], None]:
-    """Return the test of one gradient; the cotangent numbers the samples."""
+    """Return the test of one gradient; the elements of the cotangent are 1, 2, 3 …."""
 
     def test(ctx: CheckContext, case: Case) -> None:
         cotangent = integers(0, *ctx.expected(case).shape)
@@ -91,7 +91,7 @@ def weights_sum_to_one(ctx: CheckContext, case: Case) -> None:
 
 
 def zero_frame(ctx: CheckContext, case: Case) -> None:
-    """Pad by (1, 2) and move the points along."""
+    """Require the same samples after padding the map by (1, 2) pixels and shifting the points by (1, 2)."""
     x, points = case.arguments["x"], case.arguments["points_px"]
     padded = case.with_arrays({"x": np.pad(x, ((0, 0), (0, 0), (1, 1), (2, 2))), "points_px": points + [1.0, 2.0]})
     ctx.require_close(ctx.got(padded), ctx.got(case), case=padded)
@@ -110,7 +110,7 @@ def nan_comes_out(ctx: CheckContext, case: Case) -> None:
     got = ctx.got(case)
     with_nan = np.isnan(case.arguments["points_px"]).any(axis=-1)[:, None]
     if got.shape != (got.shape[0], got.shape[1], with_nan.shape[2]) or not (np.isnan(got) == with_nan).all():
-        raise Mismatch("NaN must come out where a point is NaN, and nowhere else", None, got)
+        raise Mismatch("expected NaN in the samples of NaN points, and nowhere else", None, got)
 
 
 def memory(ctx: CheckContext, case: Case) -> None:
@@ -123,21 +123,21 @@ def memory(ctx: CheckContext, case: Case) -> None:
 CHECKS = (
     Check(
         "runs", Stage.SMOKE,
-        "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.",
+        "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.",
         [example((3, 5), (1, 2), (0.5, 3.25), name="two points on a map of 3 × 5", channels=2)], test=runs,
     ),
     Check(
         "leaves_inputs_alone", Stage.SMOKE,
-        "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.",
+        "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.",
         [example((3, 5), (1, 2), (0.5, 3.25), name="two points on a map of 3 × 5", channels=2)],
         test=leaves_inputs_alone,
     ),
     Check(
         "shapes", Stage.SHAPES,
-        "Maps (N, C, H, W) and points (N, P, 2) give (N, C, P), for any number of each, none included.",
-        "Axes are exchanged, squeezed, or an empty batch or a single pixel is not thought of.",
+        "Maps (N, C, H, W) and points (N, P, 2) give samples (N, C, P); N and P may be 0.",
+        "Axes are swapped or squeezed, or an empty batch or a map of one pixel is not handled.",
         [
             example((3, 5), (1, 2), name="no maps", maps=0, channels=2),
             example((3, 5), name="no points", maps=2, channels=4),
@@ -148,15 +148,15 @@ CHECKS = (
     Check(
         "first_pixel", Stage.VALUES,
         "Position (0, 0) is the center of the first pixel.",
-        "All positions are shifted, by half a pixel most likely: 0 is taken for the edge of the map, or -1 and 1 for "
-        "edges where they are centers (align_corners).",
+        "All positions are shifted, most likely by half a pixel: 0 is taken as the edge of the map, or align_corners "
+        "is wrong.",
         [example((2, 3), (0, 0), name="the first pixel")],
         sampling_strategy(map_sizes(smallest=2), lambda length: st.just(0.0), counts=(1,)),
     ),
     Check(
         "last_pixel", Stage.VALUES,
         "Position (H - 1, W - 1) is the center of the last pixel.",
-        "Positions are stretched: a length H stands where H - 1 is meant, or the reverse.",
+        "Positions are stretched: H is used instead of H - 1, or the reverse.",
         [example((3, 3), (2, 2), name="the last pixel of a square")],
         sampling_strategy(square_sizes(), lambda length: st.just(length - 1.0), counts=(1,)),
     ),
@@ -169,43 +169,43 @@ CHECKS = (
     ),
     Check(
         "not_square", Stage.VALUES,
-        "On a map that is not square each axis has its own length.",
-        "One axis is normalised by the length of the other: x by the height, say. Square maps hide it.",
-        [example((3, 5), (2, 4), (0, 4), (1, 3), name="whole positions on 3 × 5")],
+        "On a non-square map, each axis uses its own length.",
+        "One axis is normalized by the length of the other, e.g. x by the height. Square maps hide this mistake.",
+        [example((3, 5), (2, 4), (0, 4), (1, 3), name="integer positions on 3 × 5")],
         sampling_strategy(map_sizes(smallest=2), on_pixel, counts=(1,)),
     ),
     Check(
         "between_pixels", Stage.VALUES,
-        "Between pixels the four around are mixed by distance: (1 - dy)(1 - dx), and so on.",
-        "Another interpolation (nearest, cubic), or weights that belong to other corners.",
+        "Between pixels, interpolation is bilinear: the four neighbors have weights (1 - dy)(1 - dx), and so on.",
+        "Another interpolation is used (nearest, bicubic), or weights are assigned to the wrong neighbors.",
         [example((2, 3), (0.25, 1.5), name="a quarter down, a half to the right", seed=1)],
         sampling_strategy(map_sizes(smallest=2), inside, counts=(1,)),
     ),
     Check(
         "zeros_outside", Stage.VALUES,
-        "One pixel outside the map and further, everything is zero.",
-        "The border is repeated, mirrored or wrapped around (a negative index reads the last row).",
+        "A point one pixel or more outside the outermost pixel centers reads zero.",
+        "The border is replicated, reflected or wrapped around (a negative index reads the last row).",
         [example((2, 3), (-1, 0), (2, 1), (1, 3), (1, -2), (0, 1e6), name="one, two and many pixels outside")],
         sampling_strategy(map_sizes(smallest=2), far_outside, counts=(1,)),
     ),
     Check(
         "border_fades", Stage.VALUES,
-        "Between the last pixel and one pixel outside, the value fades to zero with the distance.",
-        "Points there are dropped, or rounded towards zero instead of down: a corner outside counts as zero, but the "
-        "corner inside still counts.",
+        "From the outermost pixel center to one pixel outside it, the sample decreases linearly to zero.",
+        "Points in this strip read zero, or positions are truncated instead of floored. A neighbor outside the map "
+        "counts as zero, but a neighbor inside still contributes.",
         [example((2, 3), (-0.25, 0), (1.5, 1), (0, 2.75), (-0.5, -0.5), name="within a pixel of the border")],
         sampling_strategy(map_sizes(smallest=2), just_outside, counts=(1,)),
     ),
     Check(
         "single_row", Stage.VALUES,
-        "A map of one row or one column is a map like any other.", "A division by H - 1 = 0.",
+        "A map with a single row or column is sampled like any other.", "The function divides by H - 1 = 0.",
         [example((1, 4), (0, 2), (0.5, 1.25), name="a map of one row"), example((3, 1), (1, 0), name="one column")],
         sampling_strategy(st.sampled_from([(1, 4), (5, 1), (1, 1)]), anywhere, counts=(1,)), degenerate=True,
     ),
     Check(
         "channels_and_maps", Stage.VALUES,
-        "Every channel of every map is sampled at that map's own points.",
-        "Channels or maps are mixed up, or all maps share one map's points.",
+        "Every channel of a map is sampled at the points of that map.",
+        "Channels or maps are mixed up, or all maps use the points of one map.",
         [
             Case(
                 {"x": integers(0, 2, 3, 2, 4), "points_px": np.array([[[0.0, 1.0]], [[1.0, 2.0]]])},
@@ -216,83 +216,83 @@ CHECKS = (
     ),
     Check(
         "fine_positions", Stage.VALUES,
-        "Positions keep their fractions on a large map.",
-        "Positions are kept in half precision: bfloat16 has 8 bits, so that beyond pixel 256 halves are lost.",
+        "On a large map, positions keep their fractional part.",
+        "Positions are stored in half precision. bfloat16 has 8 significant bits and loses half pixels above 128.",
         [example((2, 301), (0, 290.75), (1, 153.25), name="far along a map of 2 × 301")],
         sampling_strategy(st.sampled_from([(2, 301), (257, 3)]), inside, counts=(1,)),
     ),
     Check(
         "anywhere", Stage.VALUES,
-        "The reference's value at any point of any map.",
-        "A mistake that none of the checks above isolates.",
+        "Samples equal the reference at any point of any map.",
+        "A mistake that no earlier check isolates.",
         [example((4, 7), (1, 2), (3.5, -0.5), (2.75, 6.5), name="three points on 4 × 7", maps=2, channels=2, seed=3)],
         sampling_strategy(map_sizes(), anywhere, st.sampled_from([1, 2]), st.sampled_from([1, 3])),
     ),
     Check(
         "gradient_of_the_map", Stage.GRADIENTS,
-        "Each of the four pixels around a point gains the point's gradient times its weight.",
-        "A wrong factor, or a corner that is forgotten.",
+        "Each of the four pixels around a point receives the sample's gradient times its interpolation weight.",
+        "A factor is wrong, or one of the four pixels is missing.",
         [example((2, 3), (0.25, 1.5), name="one point between pixels", channels=2)],
         sampling_strategy(map_sizes(largest=4), lambda length: quarters(-0.75, length - 0.25), counts=(1,)),
         gradient_of("x"),
     ),
     Check(
         "gradient_adds_up", Stage.GRADIENTS,
-        "Points that share a pixel add to its gradient.",
-        "The gradient is assigned where it should be added: of several points the last one wins.",
+        "Gradients of points that share a pixel are summed.",
+        "The gradient is assigned instead of accumulated, so only the last point counts.",
         [example((2, 3), (0.25, 1.5), (0.5, 1.25), name="two points among the same pixels")],
         sampling_strategy(map_sizes(largest=4), lambda length: quarters(-0.75, length - 0.25), counts=(3,)),
         gradient_of("x"),
     ),
     Check(
         "gradient_of_the_points", Stage.GRADIENTS,
-        "A point's gradient is the slope of its sample, in pixels, y first.",
-        "A wrong factor (normalised coordinates are (H - 1)/2 or H/2 pixels), y and x swapped, or no gradient at all.",
+        "The gradient of a point is the derivative of its sample with respect to (y, x) in pixels.",
+        "A factor is wrong (H/2 or (H - 1)/2 if coordinates are normalized), y and x are swapped, or it is missing.",
         [example((3, 5), (0.25, 1.5), (1.75, 3.25), name="two points between pixels", channels=2, seed=1)],
         sampling_strategy(map_sizes(smallest=2, largest=4), inside, counts=(1, 2)), gradient_of("points_px"),
     ),
     Check(
         "gradient_at_the_border", Stage.GRADIENTS,
-        "Within a pixel outside the map a point still has a slope: the value fades there.",
-        "The gradient is stopped at the border, where the value is not.",
+        "A point less than one pixel outside the map still has a gradient, because its sample decreases there.",
+        "The gradient is set to zero outside the outermost pixel centers, although the sample is not zero.",
         [example((2, 3), (-0.25, 1.25), (1.5, 0.75), name="just above and just below the map", seed=1)],
         sampling_strategy(map_sizes(largest=4), just_outside, counts=(1,)), gradient_of("points_px"),
     ),
     Check(
         "gradient_on_the_lattice", Stage.GRADIENTS,
-        "On a pixel center, where the slope jumps, it is the one to the right and below.",
-        "The slope is taken from the other side or from between. Any choice trains; this one is the choice of torch, "
-        "and it makes two implementations agree.",
-        # Sides of 2, 4, 8: there pixel centers are exact also as fractions of the map.
+        "At a pixel center, where the derivative jumps, the gradient is the derivative towards larger y and x.",
+        "The derivative is taken from the other side, or averaged over both. Training works with any choice; PyTorch "
+        "uses this one.",
+        # With sides of 2, 4 or 8, normalized pixel centers are exact in floating point.
         [example((2, 4), (1, 2), name="on a pixel", seed=1)],
         sampling_strategy(st.sampled_from([(2, 4), (4, 2)]), on_pixel, counts=(1,)),
         gradient_of("points_px", one_sided=True),
     ),
     Check(
         "weights_sum_to_one", Stage.IDENTITIES,
-        "Inside the map a map of ones reads one.",
-        "The weights do not add up.",
+        "Every sample inside a map of ones is one.",
+        "The interpolation weights do not sum to one.",
         [example((3, 5), (0, 0), (2, 4), (0.3, 3.9), name="corners and in between")],
         sampling_strategy(map_sizes(), inside), weights_sum_to_one,
     ),
     Check(
         "zeros_around", Stage.IDENTITIES,
-        "A frame of zeros around the map changes nothing but the origin.",
-        "The border is special somehow, or positions are relative to the size of the map.",
+        "Samples do not change when the map is padded with zeros and the points are shifted accordingly.",
+        "The border is treated differently, or positions are relative to the size of the map.",
         [example((3, 5), (-0.5, 1), (1.25, 4.5), (2, 0), name="at the border")],
         sampling_strategy(map_sizes(), anywhere), zero_frame,
     ),
     Check(
         "flips", Stage.IDENTITIES,
-        "Mirrored points on a mirrored map read the same.",
+        "Samples do not change when the map and the points are flipped.",
         "Left and right, or top and bottom, are treated differently.",
         [example((3, 5), (0.25, 1), (2.5, 3.75), name="two points")],
         sampling_strategy(map_sizes(), lambda length: quarters(-0.75, length - 0.25)), flips,
     ),
     Check(
         "nan_comes_out", Stage.IDENTITIES,
-        "A point that is not a number gives NaN, and only its own sample.",
-        "NaN is clamped to the border or skipped, which hides a diverged training run.",
+        "A NaN in a point gives NaN in the samples of this point, and nowhere else.",
+        "NaN is clamped to the border or ignored, which hides a diverged training run.",
         [
             Case(
                 {"x": integers(0, 1, 2, 3, 4), "points_px": np.array([[[1.0, 1.5], [np.nan, 1.0], [0.5, np.nan]]])},
@@ -302,15 +302,15 @@ CHECKS = (
         test=nan_comes_out,
     ),
     Check(
-        "memory", Stage.COST, "A larger map costs no more than itself: each point reads four pixels.",
-        "Weights are kept for every pixel and point.",
+        "memory", Stage.COST, "Memory grows with the size of the map, not with pixels times points.",
+        "Weights are stored for every pair of pixel and point.",
         [example((64, 64), *((3.5, 1.25),) * 256, name="256 points on 64 × 64")], test=memory,
     ),
 )  # fmt: skip
 
 
 def draw(case: Case, mismatch: Mismatch) -> str:
-    """Draw the first map's first channel and its points."""
+    """Draw the map with the largest error (first channel) and its points."""
     x, points = case.arguments["x"], case.arguments["points_px"]
     if not x.size or not points.size:
         return f"maps {x.shape}, points {points.shape}"
@@ -332,7 +332,7 @@ def _reference_vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Ar
 
 SAMPLER = OpSpec(
     name="sampler",
-    title="bilinear sampling of maps at points, with zeros outside",
+    title="bilinear sampling of maps at points, with zeros outside the map",
     function="bilinear_sample",
     arguments=(
         Argument("x", "NCHW", "maps", differentiable=True),

@@ -1,4 +1,4 @@
-"""Samplers that are wrong in one way each, and the first check that sees it."""
+"""Mutants of ``sampler``: each has one mistake and names the first check that fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..op_spec import Function, Mutant
 
 
 def sample_at(move: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a sampler that looks elsewhere: ``move(points, size, last)``, last = size - 1 (1 at least)."""
+    """Return a mutation that samples at ``move(points, size, last)``, with last = max(size - 1, 1)."""
 
     def mutate(fn: Function) -> Function:
         def sample(x: Array, points_px: Array) -> Any:
@@ -25,7 +25,7 @@ def sample_at(move: Callable[[Array, Array, Array], Array]) -> Callable[[Functio
 
 
 def scaled_by(factor: Callable[[Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a sampler whose samples are multiplied by ``factor(points, last)`` (N, P)."""
+    """Return a mutation that multiplies the samples by ``factor(points, last)`` (N, P), with last = size - 1."""
 
     def mutate(fn: Function) -> Function:
         def sample(x: Array, points_px: Array) -> Any:
@@ -38,7 +38,7 @@ def scaled_by(factor: Callable[[Array, Array], Array]) -> Callable[[Function], F
 
 
 def round_to_bits(array: Array, count: int) -> Array:
-    """Round to `count` significant bits: 8 is bfloat16, 11 float16.
+    """Round to `count` significant bits: 8 for bfloat16, 11 for float16.
 
     >>> round_to_bits(np.array([290.75, 0.1]), 8).tolist()
     [290.0, 0.10009765625]
@@ -49,7 +49,7 @@ def round_to_bits(array: Array, count: int) -> Array:
 
 
 def truncated(fn: Function) -> Function:
-    """Positions are rounded towards zero: between -1 and 0 the corner 0 gets a weight above one."""
+    """Truncate positions instead of flooring them: between -1 and 0, pixel 0 gets a weight greater than one."""
 
     def sample(x: Array, points_px: Array) -> Any:
         base = np.trunc(points_px)
@@ -65,7 +65,7 @@ def truncated(fn: Function) -> Function:
 
 
 def wrapped(fn: Function) -> Function:
-    """A negative index counts from the end, as Python's does."""
+    """Let negative indices count from the end, as in Python."""
 
     def sample(x: Array, points_px: Array) -> Any:
         tiled = np.tile(x, (1, 1, 2, 2))[:, :, : 2 * x.shape[2], : 2 * x.shape[3]]
@@ -87,7 +87,7 @@ def stored_column_by_column(fn: Function) -> Function:
 
 
 def change_gradients(change: Callable[..., dict[str, Array]]) -> Callable[[Function], Function]:
-    """Return a VJP whose gradients are changed: ``change(grads, x, points_px)``."""
+    """Return a mutation of the VJP that replaces the gradients by ``change(grads, x, points_px)``."""
 
     def mutate(fn: Function) -> Function:
         def vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Array]:
@@ -99,12 +99,12 @@ def change_gradients(change: Callable[..., dict[str, Array]]) -> Callable[[Funct
 
 
 def change_gradient(name: str, change: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a VJP of which one gradient is changed."""
+    """Return a mutation of the VJP that replaces one gradient by ``change(grad, x, points_px)``."""
     return change_gradients(lambda grads, x, points: {**grads, name: change(grads[name], x, points)})
 
 
 def last_point_wins(fn: Function) -> Function:
-    """Scattered by assignment: a pixel keeps the gradient of the last point that touches it."""
+    """Assign instead of accumulating: a pixel gets the gradient of the last point that reads it."""
 
     def vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Array]:
         grads = dict(fn(cotangent, x, points_px))
@@ -123,7 +123,7 @@ def _inside(points: Array, last: Array) -> Array:
 
 
 def from_the_left(fn: Function) -> Function:
-    """On a pixel center the slope of the other side."""
+    """Return the left-sided derivative at pixel centers."""
 
     def vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Array]:
         grads = dict(fn(cotangent, x, points_px))
@@ -139,64 +139,69 @@ def from_the_left(fn: Function) -> Function:
 
 
 MUTANTS = (
-    Mutant("half a pixel up and left", "first_pixel", sample_at(lambda p, size, last: p - 0.5)),
-    Mutant("half a pixel down and right", "first_pixel", sample_at(lambda p, size, last: p + 0.5)),
+    Mutant("positions are shifted by half a pixel up and left", "first_pixel",
+           sample_at(lambda p, size, last: p - 0.5)),
+    Mutant("positions are shifted by half a pixel down and right", "first_pixel",
+           sample_at(lambda p, size, last: p + 0.5)),
     Mutant(
-        "-1 and 1 are normalised as pixel centers and read as edges (align_corners=False where True is meant)",
+        "positions are normalized with align_corners=True but sampled with align_corners=False",
         "first_pixel", sample_at(lambda p, size, last: p * size / last - 0.5),
     ),
     Mutant(
-        "-1 and 1 are normalised as edges and read as pixel centers (align_corners=True where False is meant)",
+        "positions are normalized with align_corners=False but sampled with align_corners=True",
         "first_pixel", sample_at(lambda p, size, last: (p + 0.5) * (size - 1) / size),
     ),
-    Mutant("H for H - 1: positions times H/(H - 1)", "last_pixel", sample_at(lambda p, size, last: p * size / last)),
-    Mutant("H - 1 for H: positions times (H - 1)/H", "last_pixel",
+    Mutant("H instead of H - 1: positions are multiplied by H/(H - 1)", "last_pixel",
+           sample_at(lambda p, size, last: p * size / last)),
+    Mutant("H - 1 instead of H: positions are multiplied by (H - 1)/H", "last_pixel",
            sample_at(lambda p, size, last: p * (size - 1) / size)),
     Mutant("x and y swapped", "rows_before_columns", sample_at(lambda p, size, last: p[..., ::-1])),
     Mutant(
-        "x is normalised by the height", "not_square",
+        "x is normalized by the height", "not_square",
         sample_at(lambda p, size, last: p * np.array([1, last[1] / last[0]])),
     ),
     Mutant(
-        "y is normalised by the width", "not_square",
+        "y is normalized by the width", "not_square",
         sample_at(lambda p, size, last: p * np.array([last[0] / last[1], 1])),
     ),
     Mutant(
-        "x is normalised by the height, and y by the width", "not_square",
+        "x is normalized by the height, and y by the width", "not_square",
         sample_at(lambda p, size, last: p * last / last[::-1]),
     ),
     Mutant("the map is stored column by column", "rows_before_columns", stored_column_by_column),
-    Mutant("nearest pixel instead of linear", "between_pixels", sample_at(lambda p, size, last: np.floor(p + 0.5))),
-    Mutant("the border is repeated outside", "zeros_outside", sample_at(lambda p, size, last: np.clip(p, 0, size - 1))),
-    Mutant("the map wraps around: a negative index counts from the end", "zeros_outside", wrapped),
-    Mutant("points outside the pixel centers are dropped", "border_fades", scaled_by(_inside)),
-    Mutant("positions are rounded towards zero instead of down", "border_fades", truncated),
-    Mutant("an axis of one pixel is divided by zero", "single_row", sample_at(
+    Mutant("nearest neighbor instead of bilinear interpolation", "between_pixels",
+           sample_at(lambda p, size, last: np.floor(p + 0.5))),
+    Mutant("the border is replicated outside the map", "zeros_outside",
+           sample_at(lambda p, size, last: np.clip(p, 0, size - 1))),
+    Mutant("the map wraps around: negative indices count from the end", "zeros_outside", wrapped),
+    Mutant("points outside the outermost pixel centers read zero", "border_fades", scaled_by(_inside)),
+    Mutant("positions are truncated towards zero instead of floored", "border_fades", truncated),
+    Mutant("division by zero on an axis of one pixel", "single_row", sample_at(
         lambda p, size, last: np.where(size == 1, np.nan, p)
     )),
     Mutant("all maps use the first map's points", "channels_and_maps", first_map_points),
     Mutant("channels in reverse order", "channels_and_maps", channels_reversed),
-    Mutant("positions are kept in bfloat16", "fine_positions", sample_at(lambda p, size, last: round_to_bits(p, 8))),
+    Mutant("positions are stored in bfloat16", "fine_positions", sample_at(lambda p, size, last: round_to_bits(p, 8))),
     Mutant("the map's gradient is 0.1 % too large", "gradient_of_the_map",
            vjp=change_gradient("x", lambda g, x, p: 1.001 * g)),
-    Mutant("the gradient is assigned instead of added", "gradient_adds_up", vjp=last_point_wins),
+    Mutant("the gradient is assigned instead of accumulated", "gradient_adds_up", vjp=last_point_wins),
     Mutant(
         "the points' gradient is 0.1 % too large", "gradient_of_the_points",
         vjp=change_gradient("points_px", lambda g, x, p: 1.001 * g),
     ),
     Mutant(
-        "the points' gradient is (x, y)", "gradient_of_the_points",
+        "the points' gradient is in (x, y) order", "gradient_of_the_points",
         vjp=change_gradient("points_px", lambda g, x, p: g[..., ::-1]),
     ),
     Mutant("the points get no gradient", "gradient_of_the_points",
            vjp=change_gradient("points_px", lambda g, x, p: 0 * g)),
     Mutant(
-        "the points' gradient is that of normalised coordinates", "gradient_of_the_points",
+        "the points' gradient is taken in normalized coordinates instead of pixels", "gradient_of_the_points",
         vjp=change_gradient("points_px", lambda g, x, p: g * (np.asarray(x.shape[2:]) - 1) / 2),
     ),
     Mutant(
-        "the points' gradient stops at the border", "gradient_at_the_border",
+        "the points' gradient is zero outside the outermost pixel centers", "gradient_at_the_border",
         vjp=change_gradient("points_px", lambda g, x, p: g * _inside(p, np.asarray(x.shape[2:]) - 1)[..., None]),
     ),
-    Mutant("the slope on a pixel is taken from the left", "gradient_on_the_lattice", vjp=from_the_left),
+    Mutant("the derivative at a pixel center is taken from the left", "gradient_on_the_lattice", vjp=from_the_left),
 )  # fmt: skip

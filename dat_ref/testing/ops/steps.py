@@ -140,19 +140,21 @@ def other_alignment(fn: Function) -> Function:
 
 
 PIXEL_MISTAKES = {
-    "half a pixel up and left": change_pixels(lambda p, size: p - 0.5),
-    "half a pixel down and right": change_pixels(lambda p, size: p + 0.5),
-    "H for H - 1: positions times H/(H - 1)": change_pixels(lambda p, size: p * size / np.maximum(size - 1, 1)),
-    "-1 and 1 are edges where pixel centers are meant, or the reverse (align_corners)": other_alignment,
+    "positions are shifted by half a pixel up and left": change_pixels(lambda p, size: p - 0.5),
+    "positions are shifted by half a pixel down and right": change_pixels(lambda p, size: p + 0.5),
+    "H instead of H - 1: positions are multiplied by H/(H - 1)": change_pixels(
+        lambda p, size: p * size / np.maximum(size - 1, 1)
+    ),
+    "align_corners is inverted: -1 and 1 are edges instead of pixel centers, or the reverse": other_alignment,
     "x and y swapped": lambda fn: lambda points, size, convention: fn(points[..., ::-1], size, convention),
-    "x and y swapped, in pixels": change_pixels(lambda p, size: p[..., ::-1]),
-    "x is normalised by the height": with_size(lambda size: (size[0], size[0])),
-    "y is normalised by the width": with_size(lambda size: (size[1], size[1])),
-    "x is normalised by the height, and y by the width": with_size(lambda size: size[::-1]),
+    "x and y swapped after conversion to pixels": change_pixels(lambda p, size: p[..., ::-1]),
+    "x is normalized by the height": with_size(lambda size: (size[0], size[0])),
+    "y is normalized by the width": with_size(lambda size: (size[1], size[1])),
+    "x is normalized by the height, and y by the width": with_size(lambda size: size[::-1]),
     "all groups use the first group's points": change_pixels(lambda p, size: np.broadcast_to(p[:, :1], p.shape)),
     "groups in reverse order": change_pixels(lambda p, size: p[:, ::-1]),
     "all images use the first image's points": change_pixels(lambda p, size: np.broadcast_to(p[:1], p.shape)),
-    "positions are kept in bfloat16": change_pixels(lambda p, size: round_to_bits(p, 8)),
+    "positions are stored in bfloat16": change_pixels(lambda p, size: round_to_bits(p, 8)),
 }
 
 # ------------------------------------------------------------------------------------------------ mistakes elsewhere
@@ -209,28 +211,30 @@ def queries_by_column(bias: Array, query_size: Size) -> Array:
 
 
 BIAS_MISTAKES: dict[str, dict[str, Function]] = {
-    "H for H - 1 in the middle of the table: off by one": {
+    "the center of the table is off by one: H instead of H - 1": {
         "table_positions": change_positions(lambda p, middle: p + 1)
     },
-    "the displacement has the wrong sign: from query to key": {
+    "the displacement has the wrong sign: key minus query": {
         "table_positions": change_positions(lambda p, middle: 2 * middle - p)
     },
-    "displacements are twice as long: the half is missing": {
+    "displacements are doubled: the factor 1/2 is missing": {
         "table_positions": change_positions(lambda p, middle: 2 * p - middle)
     },
     "the table is transposed": {
         "table_positions": change_positions(lambda p, middle: p[..., ::-1] - middle[::-1] + middle)
     },
     "queries are numbered column by column": {"reorder": lambda fn: queries_by_column},
-    "nearest entry instead of linear": {"sample_table": sample_at(lambda p, size: np.floor(p + p.dtype.type(0.5)))},
-    "the border is repeated outside": {
+    "nearest entry instead of bilinear interpolation": {
+        "sample_table": sample_at(lambda p, size: np.floor(p + p.dtype.type(0.5)))
+    },
+    "the border is replicated outside the table": {
         "sample_table": sample_at(lambda p, size: np.clip(p, 0, size.astype(p.dtype) - 1))
     },
-    "the table wraps around: a negative index counts from the end": {"sample_table": wrap_around},
-    "what the table does not cover wholly is dropped": {"sample_table": zero_unless_inside},
-    "queries and keys exchanged": {"reorder": lambda fn: swap_queries_and_keys},
+    "the table wraps around: negative indices count from the end": {"sample_table": wrap_around},
+    "displacements outside the outermost entries have no bias": {"sample_table": zero_unless_inside},
+    "queries and keys swapped": {"reorder": lambda fn: swap_queries_and_keys},
     "heads in reverse order": {"sample_table": lambda fn: lambda maps, points: fn(maps[::-1], points)},
-    "heads are dealt to the groups in turn": {
+    "heads are interleaved across the groups": {
         "head_groups": lambda fn: lambda heads, groups: np.arange(heads) % groups
     },
 }
