@@ -311,7 +311,7 @@ def test_impossible_configurations_are_refused(make, message):
 
 def test_dat_dcn_has_no_references_on_a_single_row():
     config = DATDCNAttentionConfig(6, 3)
-    with pytest.raises(ConfigError, match="convention: DATPP2023 has no references on a map of one row"):
+    with pytest.raises(ConfigError, match="convention: DATPP2023 has no reference points on a map of one row"):
         ATTENTIONS[DATDCNAttentionConfig].forward(np.zeros((1, 6, 1, 5)), init_params(config, 0), config)
 
 

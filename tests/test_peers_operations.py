@@ -82,7 +82,7 @@ def test_deform_conv2d_takes_numbers_for_pairs():
         ({"mask": np.zeros((1, 8, 5, 3))}, r"mask: expected \(B=1, G_o·k_y·k_x=9, H'=5, W'=3\)"),
         (
             {"weight": np.zeros((3, 4, 3, 3))},
-            r"weight.shape\[1\] \(channels a group\): expected a divisor of C=6, got 4",
+            r"weight.shape\[1\] \(channels per group\): expected a divisor of C=6, got 4",
         ),
         ({"weight": np.zeros((3, 3, 3, 3))}, "groups: expected a divisor of O=3, got 2"),
         ({"offset": np.zeros((1, 72, 5, 3))}, "offset groups: expected a divisor of C=6, got 4"),

@@ -171,9 +171,9 @@ def test_receptive_field_refuses_what_it_cannot_answer():
     _, trace = ATTENTIONS[DeformableConvConfig].forward(x, init_params(config, 0, dtype=np.float64), config)
     with pytest.raises(ShapeError, match=r"query: expected a pixel \(y, x\) of a map of \(5, 7\), got \(5, 0\)"):
         receptive_field((5, 0), (5, 7), config, trace)
-    with pytest.raises(ShapeError, match="trace: expected the trace of a pass, by which deformable_convolution"):
+    with pytest.raises(ShapeError, match="expected the trace of a forward pass, needed for deformable_convolution"):
         receptive_field((0, 0), (5, 7), config)
-    with pytest.raises(ShapeError, match=r"trace: expected a pass over a map of \(7, 5\), got one of \(5, 7\)"):
+    with pytest.raises(ShapeError, match=r"trace: expected a trace of a map of size \(7, 5\), got \(5, 7\)"):
         receptive_field((0, 0), (7, 5), config, trace)
 
 

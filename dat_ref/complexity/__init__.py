@@ -1,13 +1,13 @@
-"""What everything costs: closed forms, term by term, and counters of what actually runs.
+"""Computational cost: closed-form formulas by term, and counters of executed operations.
 
 - `formulas`: parameters, multiply-adds, gathers and memory of any attention, block and backbone.
-- `counter`: multiply-adds, gathers and bytes of a forward pass of the spec, counted while it runs.
-- `torch_counter`: the same for a torch module, through torch's own hooks.
-- `growth`: exponents fitted on counts.
-- `curves`: the systems that are compared.
+- `counter`: multiply-adds, gathers and bytes of a forward pass of the NumPy spec, counted during execution.
+- `torch_counter`: multiply-adds and bytes of a torch module, counted through torch's own hooks.
+- `growth`: exponents fitted to counts.
+- `curves`: cost of all compared systems against the map size.
 
-Counts equal the formulas as integers, for every attention and for whole backbones. `torch_counter` needs torch and is
-imported by name.
+Counts equal the formulas exactly, as integers, for every attention and for whole backbones. `torch_counter` needs torch
+and must be imported explicitly.
 """
 
 from .._deprecation import deprecated_names

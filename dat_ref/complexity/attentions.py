@@ -1,7 +1,8 @@
-"""Each attention in closed form: multiply-adds by term, and the steps that its memory takes.
+"""Closed forms of the backbones' attentions: multiply-adds by term, and memory.
 
-Per kind, beside the sum that stands in the spec (``*_macs``): the same sum cut into terms, which terms interpolate,
-and the forward as seen by a `Tape`. `FORMULAS` is the table.
+The spec has the total multiply-adds of each attention (``*_macs``). This module splits the total into terms, marks the
+terms that interpolate, and describes the memory of the forward pass as steps on a `Tape`. `FORMULAS` maps configuration
+types to these functions.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ from .peer_formulas import (
 
 
 class Formula(NamedTuple):
-    """What is known in closed form of a kind of attention, beside its parameters.
+    """Closed forms of one kind of attention, except its parameters.
 
     Args:
-        macs: (batch, size, config) → multiply-adds by term.
-        memory: takes the steps of the forward after its input, on a tape.
-        interpolated: (config) → the terms of `macs` that interpolate.
-        data_dependent_points: (config) → whether it interpolates at points that depend on the data.
-        saves_input: (config) → whether the trace holds the input (or else a copy of it).
+        macs: function (batch, size, config) → multiply-adds by term.
+        memory: function that records the memory steps of the forward pass, without its input, on a tape.
+        interpolated: function (config) → names of the terms of `macs` that interpolate.
+        data_dependent_points: function (config) → whether the interpolation points depend on the data.
+        saves_input: function (config) → whether the trace holds the input itself (otherwise a copy).
     """
 
     macs: Callable[[int, Size, Any], Macs]
@@ -64,7 +65,7 @@ class Formula(NamedTuple):
     saves_input: Callable[[Any], bool] = lambda config: True
 
 
-# Which term a parameter belongs to, by the first part of its name; others are terms of their own.
+# Term of a parameter, by the first part of its name. A name that is not listed is a separate term.
 TERM_OF_PARAMETER = {
     "query": "query and output",
     "output": "query and output",
@@ -86,7 +87,7 @@ TERM_OF_PARAMETER = {
 
 
 def deformable_memory(tape: Tape, batch: int, size: Size, config: DeformableAttentionConfig) -> None:
-    """Take the steps of `deformable_layer`."""
+    """Record the memory steps of `deformable_layer`."""
     key_size = key_grid_size(size, config.kernel_size, config.stride, config.convention)
     pixels, keys = math.prod(size), math.prod(key_size)
     queries, samples = batch * pixels * config.dim, batch * keys * config.dim
@@ -97,23 +98,22 @@ def deformable_memory(tape: Tape, batch: int, size: Size, config: DeformableAtte
         tape.step("sampling", samples)
     else:
         workspace = sampling_workspace(batch * config.groups * keys, config.group_dim, tape.itemsize)
-        tape.step("sampling", samples, queries + workspace)  # beside the map as rows
+        tape.step("sampling", samples, queries + workspace)  # workspace includes the map as rows
     tape.step("key and value", 2 * samples)
     _bias_memory(tape, batch, pixels * keys, config)
     tape.attend(batch * config.heads * pixels * keys)
-    with tape.temporary(queries):  # heads, before they are merged
+    with tape.temporary(queries):  # heads before merging
         if config.bias is BiasKind.DEPTHWISE:
             workspace = depthwise_workspace(batch * config.dim, size, BIAS_KERNEL, 1, SAME_3X3)
-            tape.step(
-                "attention", queries, queries + workspace
-            )  # beside the convolution and the merged heads without it
+            # The workspace also includes the merged heads without the convolution.
+            tape.step("attention", queries, queries + workspace)
         else:
             tape.step("attention", queries)
         tape.step("query and output", queries)
 
 
 def _points_memory(tape: Tape, batch: int, size: Size, keys: int, config: DeformableAttentionConfig) -> None:
-    """Take the steps of the offset network and of the geometry."""
+    """Record the memory steps of the offset network and of the geometry."""
     samples, coordinates = batch * keys * config.dim, 2 * batch * config.groups * keys
     if config.offset_bound is not OffsetBound.NONE:
         padding = offset_padding(size, config.kernel_size, config.stride, config.convention)
@@ -121,26 +121,24 @@ def _points_memory(tape: Tape, batch: int, size: Size, keys: int, config: Deform
         tape.step("offset network", samples, workspace)
         tape.step("offset network", samples, samples)  # layer norm
         tape.step("offset network", samples, samples)  # GELU
-    # The offsets are numbers of their own, or those that the network put out.
+    # Network output, offsets, points, and points in pixels. With the other bounds the offsets are the network output.
     separate = config.offset_bound in (OffsetBound.NONE, OffsetBound.TANH_CELLS)
-    tape.step(
-        "offset network", coordinates * (4 if separate else 3)
-    )  # network's output, offsets, points, points in pixels
-    tape.step("offset network", 2 * 2 * keys)  # the reference, normalised and in pixels
+    tape.step("offset network", coordinates * (4 if separate else 3))
+    tape.step("offset network", 2 * 2 * keys)  # reference points, normalized and in pixels
 
 
 def _bias_memory(tape: Tape, batch: int, pairs: int, config: DeformableAttentionConfig) -> None:
-    """Take the steps of the bias on the logits, for `pairs` = queries · keys."""
+    """Record the memory steps of the position bias, for `pairs` = queries · keys."""
     positions = batch * config.groups * pairs
     if config.bias is BiasKind.TABLE:
-        contiguous = batch == 1 or config.groups == 1  # else the positions are copied to bring each group together
+        contiguous = batch == 1 or config.groups == 1  # otherwise the positions are copied, grouped
         workspace = sampling_workspace(positions, config.heads // config.groups, tape.itemsize)
         tape.step("bias", batch * config.heads * pairs, (2 if contiguous else 4) * positions + workspace)
     elif config.bias is BiasKind.LOG_CPB:
         tape.step("bias", 2 * positions, 2 * positions)  # displacement
         tape.step("bias", 2 * positions, 2 * 2 * positions)  # log-scaled
         tape.step("bias", LOG_CPB_HIDDEN * positions)
-        tape.step("bias", batch * config.heads * pairs, LOG_CPB_HIDDEN * positions)  # beside the ReLU
+        tape.step("bias", batch * config.heads * pairs, LOG_CPB_HIDDEN * positions)  # workspace: the ReLU
 
 
 def _deformable_interpolated(config: DeformableAttentionConfig) -> set[str]:
@@ -151,19 +149,19 @@ def _deformable_interpolated(config: DeformableAttentionConfig) -> set[str]:
 
 
 def _projected_macs(pixels: int, batch: int, size: Size, config: Any) -> Macs:
-    """Cut the cost of an attention that projects every pixel four times: what is left is the attention."""
+    """Split the cost of an attention with four projections per pixel; the remainder is the term ``"attention"``."""
     projections = 2 * linear_macs(pixels, config.dim, config.dim)
     attention = ATTENTIONS[type(config)].macs(batch, size, config) - 2 * projections
     return {"attention": attention, "query and output": projections, "key and value": projections}
 
 
 def window_terms(batch: int, size: Size, config: WindowAttentionConfig) -> Macs:
-    """Cut `window_attention_macs` into terms."""
+    """Split `window_attention_macs` into terms."""
     return _projected_macs(batch * math.prod(size), batch, size, config)
 
 
 def window_memory(tape: Tape, batch: int, size: Size, config: WindowAttentionConfig) -> None:
-    """Take the steps of `window_attention`."""
+    """Record the memory steps of `window_attention`."""
     window_area = config.window_size**2
     windows = math.prod(-(-length // config.window_size) for length in size)
     pixels, window_elements = batch * math.prod(size) * config.dim, batch * windows * window_area * config.dim
@@ -171,40 +169,38 @@ def window_memory(tape: Tape, batch: int, size: Size, config: WindowAttentionCon
     logits = batch * windows * config.heads * window_area**2
     pairs = windows * window_area**2
 
-    tape.step("attention", 2 * windows * window_area, itemsize=INDEX)  # the pixel of each place
+    tape.step("attention", 2 * windows * window_area, itemsize=INDEX)  # the pixel at each position
     tape.step("query and output", window_elements)
-    tape.step(
-        "key and value", 2 * window_elements, 3 * pixels + 3 * window_elements
-    )  # beside the projected map, and its windows in another order
-    # Where keys are hidden, each window has a bias of its own, and a mask of numbers beside that of booleans.
+    # The workspace is the projected map, and its windows in another order.
+    tape.step("key and value", 2 * window_elements, 3 * pixels + 3 * window_elements)
+    # With masked keys, each window has its own bias, and there are a float mask and a boolean mask.
     with tape.temporary(pairs // tape.itemsize + (logits + pairs if masked else config.heads * window_area**2)):
         tape.attend(logits)
-        with tape.temporary(window_elements):  # heads, before they are merged
-            tape.step(
-                "attention", pixels, 2 * window_elements
-            )  # beside the heads joined, and their pixels that lie in the map
+        with tape.temporary(window_elements):  # heads before merging
+            # The workspace is the merged heads, and their pixels inside the map.
+            tape.step("attention", pixels, 2 * window_elements)
             tape.step("query and output", pixels)
 
 
 def neighborhood_terms(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> Macs:
-    """Cut `neighborhood_attention_macs` into terms, over the padded map where there is padding."""
+    """Split `neighborhood_attention_macs` into terms, for the padded map if there is padding."""
     size = padded_size(size, config)
     return _projected_macs(batch * math.prod(size), batch, size, config)
 
 
 def neighborhood_memory(tape: Tape, batch: int, size: Size, config: NeighborhoodAttentionConfig) -> None:
-    """Take the steps of `neighborhood_attention`."""
+    """Record the memory steps of `neighborhood_attention`."""
     size = padded_size(size, config)
     pixels = math.prod(size)
     keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
     elements = batch * pixels * config.dim
 
     if config.small_map == "pad":
-        tape.step("query and output", elements)  # the padded map, a copy even where there is nothing to fill
-    with tape.temporary(pixels * keys * INDEX // tape.itemsize):  # where in the table each displacement stands
+        tape.step("query and output", elements)  # the padded map, a copy even without padding
+    with tape.temporary(pixels * keys * INDEX // tape.itemsize):  # table indices of the displacements
         tape.step("attention", pixels * keys, itemsize=INDEX)
         tape.step("query and output", elements)
-        tape.step("key and value", 2 * elements + 2 * elements * keys)  # projected, then gathered for each query
+        tape.step("key and value", 2 * elements + 2 * elements * keys)  # projected, then gathered per query
         with tape.temporary(config.heads * pixels * keys):  # bias
             tape.attend(batch * config.heads * pixels * keys)
             with tape.temporary(elements):

@@ -1,17 +1,17 @@
-"""What actually ran: multiply-adds and gathers, counted while the spec computes, and the bytes it holds and reserves.
+"""Operation counter of the NumPy spec: multiply-adds, gathers, and bytes of memory, measured during execution.
 
-While `counting` is open, every array of the spec is an `ndarray` of a class that sees each operation on it. No
-formula is involved, and no line of the spec knows: it is NumPy that reports. Three rules say what is counted.
+Inside `counting`, every array of the spec is a `CountingArray`, an `ndarray` subclass that observes each operation. The
+counter uses no formula, and the spec contains no counting code. Three rules define the counts.
 
-1. A **multiply-add** is a product that is added to a sum. NumPy writes it in three ways: a contraction (`a @ b`,
-   `einsum`, `tensordot`: one for every product in it), ``sum += a * b`` (one an element: how depthwise convolution
-   and bilinear sampling are written), and ``(a * b).sum()``. Products that are not summed (scales, norms, GELU,
-   softmax) are not counted, as in the articles.
-2. A **gather** reads a value through an array of indices that depends on the data: on the input or on the parameters.
-3. A **lookup** reads a value through an array of indices that is the same whatever the data: windows,
-   neighborhoods, and tables at whole displacements are read so. It could be written with slices.
+1. A **multiply-add** is a product that is added to a sum. NumPy code has three forms of it: a contraction (`a @ b`,
+   `einsum`, `tensordot`; one per product), ``sum += a * b`` (one per element; depthwise convolution and bilinear
+   sampling use this form), and ``(a * b).sum()``. Products that are not summed (scales, norms, GELU, softmax) are not
+   counted, as in the articles.
+2. A **gather** reads a value through an index array that depends on the data: on the input or on the parameters.
+3. A **lookup** reads a value through an index array that does not depend on the data. Windows, neighborhoods, and
+   tables at integer displacements are read in this way. Slices could replace a lookup.
 
-Each is booked under the names of the spec's functions that were running, so that a total can be taken apart.
+Each count is recorded under the names of the spec functions on the call stack, so totals can be split by function.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from ..params import map_tree
 Path = tuple[str, ...]  # names of running functions of the spec, outermost first
 
 PACKAGE = __name__.split(".", maxsplit=1)[0]
-# Modules of the package that are not the spec: what they do with arrays is not counted.
+# Modules of the package outside the spec; their operations are not counted.
 NOT_THE_SPEC = ("complexity", "torch", "viz", "cli", "testing", "data")
-# Functions of NumPy whose result does not depend on the numbers in their arguments, only on the shape.
+# NumPy functions whose result depends only on the shapes of their arguments, not on the values.
 SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "shape", "ndim", "size", "result_type"}
-# Operations that multiply and add in ways for which no rule is written: refused, so that no count is silently short.
+# Operations that multiply and add but have no counting rule. They raise an error, so no count is silently too low.
 UNSUPPORTED = {"dot", "vdot", "inner", "outer", "kron", "convolve", "correlate", "cross", "interp", "trapezoid"}
 
 
 @dataclass
 class Counts:
-    """What ran inside `counting`, by the path of functions that did it."""
+    """Operations executed inside `counting`, by call path."""
 
     macs_by_path: Counter[Path] = field(default_factory=Counter)
     gathers_by_path: Counter[Path] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class Counts:
         return self.lookups_by_path.total()
 
     def within(self, *names: str) -> Counts:
-        """Return what ran while any of these functions did.
+        """Return the counts from calls of any of these functions.
 
         >>> counts = Counts(Counter({("layer", "linear"): 3, ("layer", "attend"): 4}))
         >>> counts.within("attend").macs
@@ -84,10 +84,10 @@ class Counts:
 
 
 class CountingArray(np.ndarray):
-    """An array that reports what is done with it to the open `Counts`."""
+    """Array that records its operations in the active `Counts`."""
 
-    data_dependent: bool  # on the input or the parameters, rather than on shapes alone
-    product: bool  # whether each element is a fresh product, which becomes a multiply-add once it is summed
+    data_dependent: bool  # whether values depend on the input or the parameters, not only on shapes
+    product: bool  # whether each element is an unsummed product; summing it makes a multiply-add
 
     def __array_finalize__(self, parent: Any) -> None:
         self.data_dependent = getattr(parent, "data_dependent", False)
@@ -113,7 +113,7 @@ class CountingArray(np.ndarray):
         name = function.__name__
         module = getattr(function, "__module__", "") or ""
         if name in UNSUPPORTED or "linalg" in module or "fft" in module:
-            raise NotImplementedError(f"counting: no rule says what {module}.{name} counts")
+            raise NotImplementedError(f"counting: no rule for {module}.{name}")
         result = function(*_unwrap(list(args)), **_unwrap(kwargs))
         if name == "einsum":
             _record("macs_by_path", _einsum(*args))
@@ -147,11 +147,11 @@ class CountingArray(np.ndarray):
         return np.take(self, *args, **kwargs)
 
     def dot(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("counting: no rule says what ndarray.dot counts; write @")
+        raise NotImplementedError("counting: no rule for ndarray.dot; use @")
 
 
 def _unwrap(value: Any) -> Any:
-    """Return arrays, in nested lists, tuples and dicts too, as plain arrays."""
+    """Return arrays as plain arrays, also inside nested lists, tuples and dicts."""
     if isinstance(value, CountingArray):
         return value.view(np.ndarray)
     if isinstance(value, (list, tuple)):
@@ -163,7 +163,7 @@ def _unwrap(value: Any) -> Any:
 
 
 def _as_counting(result: Any, out: tuple[Any, ...], *, data_dependent: bool, product: bool) -> Any:
-    """Return a result as counting arrays, with what is known of them."""
+    """Return a result as counting arrays with the given flags."""
     if isinstance(result, (list, tuple)):
         items = [_as_counting(item, (), data_dependent=data_dependent, product=product) for item in result]
         return items if isinstance(result, list) else tuple(items)
@@ -188,9 +188,9 @@ def _is_data_dependent(value: Any) -> bool:
 
 
 def _contraction(ufunc: np.ufunc, inputs: tuple[Any, ...]) -> int:
-    """Products of a matrix multiplication: rows · columns · inner, times the stack of matrices."""
+    """Return the products of a matrix multiplication: rows · columns · inner length, times the batch of matrices."""
     if ufunc is not np.matmul:
-        raise NotImplementedError(f"counting: no rule says what numpy.{ufunc.__name__} counts")
+        raise NotImplementedError(f"counting: no rule for numpy.{ufunc.__name__}")
     left, right = (np.shape(array) for array in inputs)
     rows, inner = (left[-2] if len(left) > 1 else 1), left[-1]
     columns = right[-1] if len(right) > 1 else 1
@@ -198,16 +198,16 @@ def _contraction(ufunc: np.ufunc, inputs: tuple[Any, ...]) -> int:
 
 
 def _einsum(subscripts: str, *operands: Any) -> int:
-    """Products of a contraction of two operands: the lengths of all its axes, multiplied."""
+    """Return the products of a contraction of two operands: the product of all axis lengths."""
     inputs = subscripts.replace(" ", "").split("->")[0].split(",")
     if len(inputs) != 2 or "..." in subscripts:
-        raise NotImplementedError(f"counting: no rule says what einsum({subscripts!r}) counts")
+        raise NotImplementedError(f"counting: no rule for einsum({subscripts!r})")
     lengths = {axis: length for axes, array in zip(inputs, operands) for axis, length in zip(axes, np.shape(array))}
     return math.prod(lengths.values())
 
 
 def _tensordot(result: Any, left: Any, right: Any, axes: Any = 2) -> int:
-    """Products of a contraction: the result's size times the lengths of the axes that are summed."""
+    """Return the products of a contraction: the result's size times the lengths of the summed axes."""
     if isinstance(axes, int):
         summed = np.shape(left)[np.ndim(left) - axes :]
     else:
@@ -216,7 +216,7 @@ def _tensordot(result: Any, left: Any, right: Any, axes: Any = 2) -> int:
 
 
 def _summed_products(method: str, inputs: tuple[Any, ...], out: tuple[Any, ...]) -> int:
-    """Products that an addition adds to a running sum: the right side of ``+=``, or the elements of ``.sum()``."""
+    """Return the number of products added to a sum: the right side of ``+=``, or the elements of ``.sum()``."""
     in_place = method == "__call__" and bool(out) and out[0] is inputs[0]
     summand = inputs[1] if in_place else inputs[0]
     if not (in_place or method == "reduce") or not (isinstance(summand, CountingArray) and summand.product):
@@ -257,14 +257,14 @@ def _is_spec(module: str) -> bool:
 
 
 class _CountingNumPy:
-    """NumPy as the spec sees it while `counting` is open: what its functions return counts."""
+    """Replacement of ``np`` in spec modules inside `counting`; its functions return counting arrays."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(np, name)
         if isinstance(value, (type, ModuleType, np.ufunc)) or not callable(value):
             return value
         if name in ("asarray", "ascontiguousarray"):
-            # These give a plain array, whatever they are given: the same numbers, with what was known of them.
+            # These return plain arrays; keep the data-dependence flag of their argument.
             return lambda array, *args, **kwargs: _as_counting(
                 value(_unwrap(array), *args, **kwargs), (), data_dependent=_is_data_dependent(array), product=False
             )
@@ -282,10 +282,10 @@ class _CountingNumPy:
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what the spec computes while the context is open.
+    """Count the operations of the spec inside this context.
 
-    Only arrays that `mark_as_data` returned, and what is computed from them, are known to depend on the data. Counting
-    is for one thread: all of the process's calls of the spec are counted.
+    Only arrays returned by `mark_as_data`, and results computed from them, count as data-dependent. Use one thread: the
+    counter records all calls of the spec in the process.
 
     >>> from dat_ref.ops.basic import linear
     >>> with counting() as counts:
@@ -309,7 +309,7 @@ def counting() -> Iterator[Counts]:
 
 
 def mark_as_data(tree: Tree) -> Tree:
-    """Return a tree of arrays (or one array) whose numbers are data: the input or the parameters."""
+    """Return a tree of arrays (or one array) marked as data: the input or the parameters."""
 
     def mark(leaf: Any) -> Any:
         counted = np.asarray(leaf).view(CountingArray)
@@ -320,7 +320,7 @@ def mark_as_data(tree: Tree) -> Tree:
 
 
 def count(function: Callable[..., Any], x: Array, params: Tree, *args: Any, **kwargs: Any) -> Counts:
-    """Run ``function(x, params, ...)``, such as `deformable_layer` or `block`, and return what it did."""
+    """Run ``function(x, params, ...)``, for example `deformable_layer` or `block`, and return its counts."""
     with counting() as counts:
         function(mark_as_data(x), mark_as_data(params), *args, **kwargs)
     return counts
@@ -330,18 +330,18 @@ def count(function: Callable[..., Any], x: Array, params: Tree, *args: Any, **kw
 
 
 def retained_bytes(tree: Any, exclude: Any = ()) -> int:
-    """Return the bytes of the distinct arrays in a tree, a trace or a list of them; views of one array count once.
+    """Return the bytes of the distinct arrays in a tree or trace; views of one array count once.
 
     Args:
         tree: nested dataclasses, tuples, lists and dicts of arrays.
-        exclude: a tree of arrays that were there before.
+        exclude: tree of arrays that are not counted, for example the input and the parameters.
     """
     excluded = _owners(exclude)
     return sum(owner.nbytes for key, owner in _owners(tree).items() if key not in excluded)
 
 
 def _owners(tree: Any) -> dict[int, Array]:
-    """Return the arrays that own the memory which a tree holds, by identity."""
+    """Return the arrays that own the memory of a tree, by `id`."""
     if isinstance(tree, np.ndarray):
         while isinstance(tree.base, np.ndarray):
             tree = tree.base
@@ -358,17 +358,18 @@ def _owners(tree: Any) -> dict[int, Array]:
 
 
 class Allocation(NamedTuple):
-    """What a call reserved, in bytes, and what it returned."""
+    """Memory allocated by a call, in bytes, and its result."""
 
-    peak: int  # the most that was reserved at once, above what was there before
-    retained: int  # what is still reserved when it returns: its result
+    peak: int  # largest allocation during the call, minus the allocation before it
+    retained: int  # bytes still allocated when the call returns: its result
     result: Any
 
 
 def measure_allocation(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Allocation:
-    """Run a function and return what tracemalloc saw it reserve: NumPy reports to it, torch does not.
+    """Run a function and return its memory allocation as measured by tracemalloc.
 
-    Python's own objects are in these numbers, so they carry meaning for arrays that are larger than those.
+    NumPy reports its allocations to tracemalloc, torch does not. The numbers include Python objects, so they are
+    meaningful only for arrays that are much larger than these.
     """
     was_tracing = tracemalloc.is_tracing()
     if not was_tracing:

@@ -1,4 +1,4 @@
-"""The systems that are compared, side by side, as the map grows."""
+"""Cost of the deformable layer and its peers against the map size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops.grid import key_grid_size
 from ..peers.matching import REPLACEMENTS, matched_peer
 from .formulas import attention_terms, total
 
-# Peers that cost what another one costs, so that one line stands for both.
+# Peers with the same cost as another peer; one curve represents both.
 SAME_COST_AS = {"shifted_window": "window", "dat_dcn": "ms_deform"}
 
 
@@ -22,9 +22,9 @@ class Curve:
     Args:
         kind: one of `dat_ref.peers.REPLACEMENTS`; ``"deformable"`` with a fixed stride, ``"deformable_fixed"`` with a
             fixed key grid.
-        sides: of the maps.
-        macs: multiply-adds.
-        saved_bytes: bytes held for the backward.
+        sides: sides of the square maps, in pixels.
+        macs: multiply-adds at each side.
+        saved_bytes: bytes saved for the backward pass at each side.
     """
 
     kind: str
@@ -34,9 +34,9 @@ class Curve:
 
 
 def compared_systems(layer: DeformableAttentionConfig, side: int) -> dict[str, Any]:
-    """Return the systems by kind, each with as many keys as the layer has on a map of `side`², where it can choose.
+    """Return the compared systems by kind, matched in keys to the layer on a map of `side` × `side`.
 
-    What is chosen there stays as it is on larger maps: a window of 7 × 7 remains one.
+    Their parameters do not change on larger maps: a 7 × 7 window stays 7 × 7.
     """
     peers = {kind: matched_peer(layer, (side, side), kind) for kind in REPLACEMENTS if kind not in SAME_COST_AS}
     return {"deformable": layer, **peers}
@@ -45,11 +45,13 @@ def compared_systems(layer: DeformableAttentionConfig, side: int) -> dict[str, A
 def curves(layer: DeformableAttentionConfig, sides: Sequence[int], *, itemsize: int = 4) -> list[Curve]:
     """Return multiply-adds and memory of every system at every side.
 
-    The deformable layer comes twice: with its stride, so that its keys grow with the map, and with a stride that grows
-    with the map, so that they do not.
+    The deformable layer appears twice: with a fixed stride, where the number of keys grows with the map, and with a
+    stride proportional to the side, where it does not.
 
     Args:
-        sides: of the maps, each a multiple of the first.
+        layer: configuration of the deformable layer.
+        sides: sides of the square maps, in pixels, each a multiple of the first.
+        itemsize: bytes per element, 4 or 8.
     """
     systems = {kind: [config] * len(sides) for kind, config in compared_systems(layer, sides[0]).items()}
     growing_strides = [replace(layer, stride=layer.stride * side // sides[0]) for side in sides]
@@ -66,6 +68,6 @@ def curves(layer: DeformableAttentionConfig, sides: Sequence[int], *, itemsize: 
 
 
 def keys_at(layer: DeformableAttentionConfig, side: int) -> int:
-    """Return how many keys a layer has on a map of side²."""
+    """Return the number of keys of a layer on a map of `side` × `side`."""
     rows, columns = key_grid_size((side, side), layer.kernel_size, layer.stride, layer.convention)
     return rows * columns

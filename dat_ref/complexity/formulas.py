@@ -1,13 +1,13 @@
-"""Closed forms of cost, term by term: parameters, multiply-adds, gathers, bytes kept for the backward.
+"""Closed forms of cost by term: parameters, multiply-adds, gathers, bytes saved for the backward pass.
 
-The formulas are those that stand below each operation of the spec (``*_macs``); here they get the article's terms,
+Each operation of the spec has its own formula (``*_macs``). This module groups them into the article's terms,
 
     Ω = 2HW·Ns·C  +  2HW·C²  +  2Ns·C²  +  (k² + 2)·Ns·C
         attention    query      key and    offset
                      and output value      network
 
-and the ones that it leaves out: sampling, bias, MLP, convolutions, embeddings. `dat_ref.complexity.counting` counts
-the same numbers on code that runs.
+and the terms that it leaves out: sampling, bias, MLP, convolutions, embeddings. `dat_ref.complexity.counting` measures
+the same quantities during execution.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .memory import Tape, depthwise_workspace
 
 @dataclass(frozen=True)
 class Term:
-    """The cost of one term.
+    """Cost of one term.
 
     Args:
-        parameters: numbers that are learned.
+        parameters: number of learned parameters.
         macs: multiply-adds.
-        interpolated: those of `macs` that weight the four pixels around a point. They are neither matrix products nor
-            convolutions, and FLOP counters (and the articles' totals) leave them out.
-        gathers: values read at addresses that depend on the data.
-        saved_bytes: bytes held for the backward.
+        interpolated: part of `macs` that weights the four pixels around a point. These are neither matrix products nor
+            convolutions; FLOP counters and the articles' totals leave them out.
+        gathers: values read at indices that depend on the data.
+        saved_bytes: bytes saved for the backward pass.
     """
 
     parameters: int = 0
@@ -58,7 +58,7 @@ class Term:
 
     @property
     def products(self) -> int:
-        """Multiply-adds of matrix products and convolutions, as the articles and `torch.utils.flop_counter` count."""
+        """Multiply-adds of matrix products and convolutions, as in the articles and `torch.utils.flop_counter`."""
         return self.macs - self.interpolated
 
 
@@ -78,10 +78,10 @@ def total(terms: Mapping[str, Term] | Iterable[Term]) -> Term:
 
 
 def formula_of(config: Any) -> Formula:
-    """Return what is known in closed form of an attention.
+    """Return the closed forms of an attention.
 
     Raises:
-        ConfigError: if nothing is.
+        ConfigError: if there are none for this configuration type.
     """
     if type(config) not in FORMULAS:
         known = ", ".join(known.__name__ for known in FORMULAS)
@@ -90,13 +90,13 @@ def formula_of(config: Any) -> Formula:
 
 
 def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -> Terms:
-    """Return the cost of an attention layer, by term.
+    """Return the cost of an attention layer by term.
 
     Args:
-        batch: images B.
-        size: (H, W) of the map.
-        config: of any attention in `dat_ref.block.ATTENTIONS`.
-        itemsize: bytes of a number, 4 or 8.
+        batch: batch size B.
+        size: map size (H, W).
+        config: configuration of any attention in `dat_ref.block.ATTENTIONS`.
+        itemsize: bytes per element, 4 or 8.
 
     >>> from dat_ref import DeformableAttentionConfig
     >>> layer = DeformableAttentionConfig(384, heads=12, groups=3, stride=2, kernel_size=5, size=(14, 14))
@@ -113,7 +113,7 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
     parameters = _parameters(ATTENTIONS[type(config)].shapes(config))
     interpolated = {name: macs[name] for name in formula.interpolated(config) if name in macs}
     gathers = interpolated if formula.data_dependent_points(config) else {}
-    names = dict.fromkeys([*macs, *parameters, *tape.saved_bytes])  # in this order, each once
+    names = dict.fromkeys([*macs, *parameters, *tape.saved_bytes])  # unique, in this order
     return {
         name: Term(
             parameters.get(name, 0),
@@ -127,7 +127,7 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
 
 
 def _parameters(shapes: Tree) -> dict[str, int]:
-    """Return parameters by term; a joint projection ``qkv`` is the queries' to a third."""
+    """Return parameters by term; one third of a joint projection ``qkv`` belongs to the queries."""
     parameters: dict[str, int] = {}
 
     def add(term: str, amount: int) -> None:
@@ -148,15 +148,15 @@ def _parameters(shapes: Tree) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """The cost of one block, or of what stands between stages.
+    """Cost of one part of a backbone: a block, an embedding or the head.
 
     Args:
-        stage: from one; 0 for what is not in a stage.
-        block: from one in its stage; 0 for an embedding or the head.
-        kind: of the attention, or ``"patch embedding"``, ``"downsampling"``, ``"head"``.
-        size: (H, W) of the map that comes out.
+        stage: stage number from 1; 0 for a part outside the stages.
+        block: block number in its stage, from 1; 0 for an embedding or the head.
+        kind: kind of attention, or ``"patch embedding"``, ``"downsampling"``, ``"head"``.
+        size: output map size (H, W).
         terms: cost by term.
-        peak: the most bytes its forward holds at once, its input not counted.
+        peak: peak bytes of its forward pass, without its input.
     """
 
     stage: int
@@ -168,14 +168,14 @@ class BlockCost:
 
     @property
     def total(self) -> Term:
-        """The sum of its terms."""
+        """Sum of all terms."""
         return total(self.terms)
 
 
 def block_cost(
     batch: int, size: Size, config: BlockConfig, *, itemsize: int = 4, stage: int = 0, block: int = 0
 ) -> BlockCost:
-    """Return the cost of one block on a map of `size`: its attention's terms and its own."""
+    """Return the cost of one block on a map of `size`: terms of its attention and of the rest of the block."""
     pixels = batch * math.prod(size)
     tape = Tape(itemsize)
     _block_memory(tape, batch, size, config)
@@ -199,7 +199,7 @@ def block_cost(
 
 
 def _block_memory(tape: Tape, batch: int, size: Size, config: BlockConfig) -> None:
-    """Take the steps of `block`."""
+    """Record the memory steps of `block`."""
     elements = batch * math.prod(size) * config.dim
     hidden = config.mlp_ratio * elements
     layer_scale_elements = elements if config.layer_scale is not None else 0
@@ -228,7 +228,7 @@ def _block_memory(tape: Tape, batch: int, size: Size, config: BlockConfig) -> No
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """The cost of a backbone: its parts in the order in which they run."""
+    """Cost of a backbone: its parts in execution order."""
 
     image_size: Size
     batch: int
@@ -236,20 +236,20 @@ class BackboneCost:
 
     @property
     def total(self) -> Term:
-        """The sum over all parts."""
+        """Sum over all parts."""
         return total([part.total for part in self.parts])
 
     @property
     def terms(self) -> Terms:
-        """The sum over all parts, by term, in order of first appearance."""
+        """Sum over all parts by term, in order of first appearance."""
         names = dict.fromkeys(name for part in self.parts for name in part.terms)
         return {name: total([part.terms.get(name, Term()) for part in self.parts]) for name in names}
 
     @property
     def peak(self) -> int:
-        """The most bytes held at once in a pass without a trace.
+        """Peak bytes of a forward pass that returns no trace.
 
-        While a block runs, the trace of the one before is still there, and that of what led into the stage.
+        While a block runs, the traces of the previous block and of the embedding before the stage are still in memory.
         """
         peak = stage_input = previous_block = stage = 0
         for part in self.parts:
@@ -290,7 +290,7 @@ def backbone_cost(batch: int, size: Size, config: DATConfig, *, itemsize: int = 
 def _embed_cost(
     batch: int, size: Size, shapes: Tree, itemsize: int, stage: int, kind: str, with_gelu: bool = False
 ) -> BlockCost:
-    """Cost of a strided convolution and its norm; `with_gelu` if a GELU comes first."""
+    """Return the cost of a strided convolution and its norm, and of a preceding GELU if `with_gelu`."""
     channels_out, channels_in, kernel, _ = shapes["projection"]["weight"]
     macs, output_size = embed_macs(batch, size, channels_in, channels_out, kernel)
     outputs = batch * math.prod(output_size)

@@ -1,8 +1,8 @@
-"""How fast a cost grows with the side of the map: exponents fitted on counts over doubling sizes.
+"""Growth exponents: power of the map side with which a count grows, fitted over doubling sizes.
 
-A count that goes as sideᵖ is multiplied by 2ᵖ when the side doubles. Sums of terms have no one exponent: theirs
-climbs from that of the term that leads on small maps to that of the term that leads on large ones, which
-`Growth.steps` shows.
+A count proportional to sideᵖ grows by a factor 2ᵖ when the side doubles. A sum of terms has no single exponent. Its
+exponent rises from that of the dominant term on small maps to that of the dominant term on large maps; `Growth.steps`
+gives the exponent of each doubling.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Growth:
     """Counts at sides that double.
 
     Args:
-        sides: of the map.
-        counts: at each side, positive.
+        sides: sides of the map, in pixels.
+        counts: count at each side, positive.
     """
 
     sides: tuple[int, ...]
@@ -36,18 +36,18 @@ class Growth:
 
     @property
     def exponent(self) -> float:
-        """Slope of the straight line through the logarithms, by least squares."""
+        """Least-squares slope of log(count) against log(side)."""
         slope, _ = np.polyfit(np.log2(self.sides), [math.log2(count) for count in self.counts], 1)
         return float(slope)
 
     @property
     def steps(self) -> tuple[float, ...]:
-        """Exponent of each doubling: log₂ of how many times the count grew."""
+        """Exponent of each doubling: log₂ of the growth factor of the count."""
         return tuple(math.log2(following / previous) for previous, following in zip(self.counts, self.counts[1:]))
 
 
 def doubling(first: int, times: int) -> tuple[int, ...]:
-    """Return a side and its doubles.
+    """Return `first` and its next `times` doublings.
 
     >>> doubling(7, 3)
     (7, 14, 28, 56)
@@ -56,7 +56,11 @@ def doubling(first: int, times: int) -> tuple[int, ...]:
 
 
 def growth(counts: Callable[[int], int] | Mapping[int, int], sides: Sequence[int] | None = None) -> Growth:
-    """Return the growth of a count: a function of the side with the sides, or the counts by side.
+    """Return the growth of a count.
+
+    Args:
+        counts: function of the side, or a mapping from side to count.
+        sides: sides at which to call the function; 7, 14, …, 112 by default.
 
     >>> growth(lambda side: 3 * side**2, doubling(7, 3)).steps
     (2.0, 2.0, 2.0)

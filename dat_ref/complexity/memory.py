@@ -1,15 +1,15 @@
-"""How closed forms of memory are written: a tape that goes through the steps of a pass, and what operations need.
+"""Memory formulas: a tape that records the allocations of a forward pass, and the workspace of basic operations.
 
-Two numbers come out, both of arrays alone:
+The tape gives two numbers, both for arrays only:
 
-- **kept**: the bytes of the distinct arrays that a pass makes and its trace holds on to, with its output; views of
-  one array count once, the input and the parameters not at all. An integer, equal to what
+- **saved**: bytes of the distinct arrays that a forward pass allocates and that its trace and output hold. Views of one
+  array count once; the input and the parameters do not count. This is exactly what
   `dat_ref.complexity.retained_bytes` measures.
-- **peak**: the most bytes that arrays take at any moment of the pass, kept ones included. What a step needs beside
-  its result is written with the step. Small index and grid arrays are left out, so tracemalloc agrees within a few
-  percent where maps are large, not to the byte.
+- **peak**: largest number of bytes in use at any time of the forward pass, including saved arrays. Each step gives its
+  temporary workspace. Small index and grid arrays are left out, so on large maps tracemalloc agrees within a few
+  percent, not exactly.
 
-Both are of *this* code, which writes every intermediate down; a fused kernel keeps neither logits nor weights. All
+Both describe *this* code, which stores every intermediate; a fused kernel stores neither logits nor weights. All
 floating-point arrays have the itemsize of the input, at least 4 bytes.
 """
 
@@ -31,7 +31,7 @@ INDEX = 8  # bytes of an index
 
 @dataclass
 class Tape:
-    """Adds up a pass, step by step: what each keeps, by term, and the most that is held at once.
+    """Memory record of a forward pass: saved bytes by term, and peak bytes.
 
     >>> tape = Tape(itemsize=4)
     >>> tape.step("attention", saved=10, workspace=20)
@@ -42,24 +42,24 @@ class Tape:
     """
 
     itemsize: int
-    saved_bytes: Counter[str] = field(default_factory=Counter)  # bytes by term
-    live: int = 0  # bytes there are now: kept, or borrowed for more than one step
+    saved_bytes: Counter[str] = field(default_factory=Counter)  # by term
+    live: int = 0  # bytes currently in use: saved, or temporary for more than one step
     peak: int = 0
 
     def step(self, term: str, saved: int, workspace: int = 0, *, itemsize: int | None = None) -> None:
-        """Make an array of `saved` numbers that stays, with `workspace` numbers beside it that do not."""
+        """Record a saved array of `saved` elements, computed with `workspace` temporary elements."""
         result = saved * (itemsize or self.itemsize)
         self.peak = max(self.peak, self.live + result + workspace * self.itemsize)
         self.saved_bytes[term] += result
         self.live += result
 
     def attend(self, logits: int) -> None:
-        """Take the step of `ops.attention.attend` that makes the weights, what softmax needs beside them."""
+        """Record the attention weights of `ops.attention.attend`, with the workspace of softmax."""
         self.step("attention", logits, 2 * logits)
 
     @contextmanager
     def temporary(self, elements: int, workspace: int = 0) -> Iterator[None]:
-        """Take numbers that outlive a step but are not kept, made with `workspace` numbers beside them."""
+        """Hold `elements` temporary elements inside this context, computed with `workspace` more elements."""
         self.live += elements * self.itemsize
         self.peak = max(self.peak, self.live + workspace * self.itemsize)
         yield
@@ -67,30 +67,29 @@ class Tape:
 
 
 def padded_pixels(size: Size, padding: Padding) -> int:
-    """Pixels of a map with its padding."""
+    """Return the number of pixels of a padded map."""
     return math.prod(length + sum(pad) for length, pad in zip(size, padding, strict=True))
 
 
 def depthwise_workspace(maps: int, size: Size, kernel: int, stride: int, padding: Padding) -> int:
-    """Numbers beside the result of `depthwise_conv2d` over `maps` = B·C: the padded map, and one tap's products."""
+    """Return the workspace elements of `depthwise_conv2d` over `maps` = B·C: padded map, and one tap's products."""
     return maps * (padded_pixels(size, padding) + math.prod(conv_size(size, kernel, stride, padding)))
 
 
 def conv_workspace(
     batch: int, channels: tuple[int, int], size: Size, kernel: int, stride: int, padding: Padding
 ) -> int:
-    """Numbers beside the result of `conv2d`: the padded map, and one tap's pixels with what becomes of them."""
+    """Return the workspace elements of `conv2d`: the padded map, and one tap's pixels and products."""
     outputs = math.prod(conv_size(size, kernel, stride, padding))
     return batch * (channels[0] * (padded_pixels(size, padding) + outputs) + channels[1] * outputs)
 
 
 def sampling_workspace(points: int, channels: int, itemsize: int) -> int:
-    """Numbers beside the result of `bilinear_sample`, but for the map as rows.
+    """Return the workspace elements of `bilinear_sample`, without the map as rows.
 
-    A point has its two coordinates clipped, their floors and distances, both rows and both columns with their
-    weights (10 numbers). Then either a corner is being made while the last one is still there (another 7, and two
-    indices), or its pixel has been found (4, and an index), and each channel has the value gathered and its product
-    with the weight.
+    Each point needs its two clipped coordinates, their floors and distances, and both rows and columns with their
+    weights: 10 elements. While one corner is computed and the previous one is still in memory, it needs 7 more and two
+    indices. After that it needs 4 more, one index, and per channel the gathered value and its weighted product.
     """
     index = INDEX // itemsize
     return points * max(17 + 2 * index, 14 + index + 2 * channels)

@@ -1,4 +1,7 @@
-"""The peers in closed form, as `dat_ref.complexity.attentions` has the attentions of the backbones."""
+"""Closed forms of the peers: multiply-adds by term, and memory.
+
+`dat_ref.complexity.attentions` has the same for the attentions of the backbones.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .memory import Macs, Tape, conv_workspace, depthwise_workspace, sampling_wo
 
 
 def _with_remainder(name: str, total_macs: int, parts: Macs) -> Macs:
-    """Return the parts with what is left of the whole as another term, first."""
+    """Return the parts, preceded by a term `name` with the remaining multiply-adds."""
     return {name: total_macs - sum(parts.values()), **parts}
 
 
@@ -27,7 +30,7 @@ def _with_remainder(name: str, total_macs: int, parts: Macs) -> Macs:
 
 
 def multi_head_terms(batch: int, size: Size, config: MultiHeadAttentionConfig) -> Macs:
-    """Cut `multi_head_attention_macs` into terms."""
+    """Split `multi_head_attention_macs` into terms."""
     pixels = math.prod(size)
     projections = 2 * linear_macs(batch * pixels, config.dim, config.dim)
     parts = {"query and output": projections, "key and value": projections}
@@ -37,7 +40,7 @@ def multi_head_terms(batch: int, size: Size, config: MultiHeadAttentionConfig) -
 
 
 def multi_head_memory(tape: Tape, batch: int, size: Size, config: MultiHeadAttentionConfig) -> None:
-    """Take the steps of `multi_head_attention`; a bias is the same for every image, and not kept."""
+    """Record the memory steps of `multi_head_attention`; a bias is shared by all images and not saved."""
     pixels = math.prod(size)
     elements, pairs = batch * pixels * config.dim, pixels**2
     tape.step("query and output", elements)
@@ -53,7 +56,7 @@ def multi_head_memory(tape: Tape, batch: int, size: Size, config: MultiHeadAtten
 
 
 def pyramid_terms(batch: int, size: Size, config: PyramidAttentionConfig) -> Macs:
-    """Cut `pyramid_attention_macs` into terms."""
+    """Split `pyramid_attention_macs` into terms."""
     cell = config.reduction
     pixels, keys = batch * math.prod(size), batch * _reduced(size, cell)
     parts = {
@@ -70,7 +73,7 @@ def _reduced(size: Size, cell: int) -> int:
 
 
 def pyramid_memory(tape: Tape, batch: int, size: Size, config: PyramidAttentionConfig) -> None:
-    """Take the steps of `pyramid_attention`."""
+    """Record the memory steps of `pyramid_attention`."""
     cell, pixels, keys = config.reduction, math.prod(size), _reduced(size, config.reduction)
     elements, reduced = batch * pixels * config.dim, batch * keys * config.dim
     if cell > 1:
@@ -86,11 +89,11 @@ def pyramid_memory(tape: Tape, batch: int, size: Size, config: PyramidAttentionC
         tape.step("query and output", elements)
 
 
-# ------------------------------------------------------------------------------------------------ moved taps
+# ------------------------------------------------------------------------------------------------ convolution
 
 
 def deformable_conv_terms(batch: int, size: Size, config: DeformableConvConfig) -> Macs:
-    """Cut `deformable_conv_macs` into terms."""
+    """Split `deformable_conv_macs` into terms."""
     pixels = batch * math.prod(size)
     channels = (3 if config.modulated else 2) * config.offset_groups * config.taps
     parts = {
@@ -101,7 +104,7 @@ def deformable_conv_terms(batch: int, size: Size, config: DeformableConvConfig) 
 
 
 def deformable_conv_memory(tape: Tape, batch: int, size: Size, config: DeformableConvConfig) -> None:
-    """Take the steps of `deformable_conv`: K numbers for each of the map are there for a moment."""
+    """Record the memory steps of `deformable_conv`; the K samples per map element are temporary."""
     pixels, half = batch * math.prod(size), config.kernel_size // 2
     points = pixels * config.offset_groups * config.taps
     padding = ((half, half), (half, half))
@@ -117,11 +120,11 @@ def deformable_conv_memory(tape: Tape, batch: int, size: Size, config: Deformabl
     tape.step("offset network", 2 * points)
 
 
-# ------------------------------------------------------------------------------------------------ points of a query
+# ------------------------------------------------------------------------------------------------ points per query
 
 
 def multi_scale_deformable_terms(batch: int, size: Size, config: MultiScaleDeformableConfig) -> Macs:
-    """Cut `multi_scale_deformable_layer_macs` into terms: one level, every pixel a query and a value."""
+    """Split `multi_scale_deformable_layer_macs` into terms; one level, every pixel is a query and a value."""
     pixels, by_dot_product = batch * math.prod(size), config.scoring == "dot_product"
     projections = linear_macs(pixels, config.dim, config.dim) * (2 if by_dot_product else 1)
     parts = {
@@ -134,10 +137,10 @@ def multi_scale_deformable_terms(batch: int, size: Size, config: MultiScaleDefor
 
 
 def multi_scale_deformable_memory(tape: Tape, batch: int, size: Size, config: MultiScaleDeformableConfig) -> None:
-    """Take the steps of `multi_scale_deformable_layer`."""
+    """Record the memory steps of `multi_scale_deformable_layer`."""
     pixels = batch * math.prod(size)
     elements, points = pixels * config.dim, pixels * config.samples
-    tape.step("offset network", 3 * 2 * points + 2 * math.prod(size))  # offsets, locations, pixels; the references
+    tape.step("offset network", 3 * 2 * points + 2 * math.prod(size))  # offsets, locations, pixels; reference points
     tape.step("key and value", elements)
     _sample_tokens(tape, batch, size, config)
     if config.scoring == "dot_product":
@@ -150,7 +153,10 @@ def multi_scale_deformable_memory(tape: Tape, batch: int, size: Size, config: Mu
 
 
 def _sample_tokens(tape: Tape, batch: int, size: Size, config: Any) -> None:
-    """Take the step of `sample_tokens`, one level: map and points laid out by head, sampled, and laid back."""
+    """Record the memory step of `sample_tokens` for one level.
+
+    The workspace is the map and the points in head order, and the samples before their final layout.
+    """
     pixels = batch * math.prod(size)
     points, gathered = pixels * config.heads * config.points, pixels * config.points * config.dim
     workspace = sampling_workspace(points, config.dim // config.heads, tape.itemsize)
@@ -158,7 +164,7 @@ def _sample_tokens(tape: Tape, batch: int, size: Size, config: Any) -> None:
 
 
 def dat_dcn_terms(batch: int, size: Size, config: DATDCNAttentionConfig) -> Macs:
-    """Cut `dat_dcn_attention_macs` into terms."""
+    """Split `dat_dcn_attention_macs` into terms."""
     pixels = batch * math.prod(size)
     parts = {
         "query and output": linear_macs(pixels, config.dim, config.dim),
@@ -170,7 +176,7 @@ def dat_dcn_terms(batch: int, size: Size, config: DATDCNAttentionConfig) -> Macs
 
 
 def dat_dcn_memory(tape: Tape, batch: int, size: Size, config: DATDCNAttentionConfig) -> None:
-    """Take the steps of `dat_dcn_attention`."""
+    """Record the memory steps of `dat_dcn_attention`."""
     pixels = batch * math.prod(size)
     elements, points = pixels * config.dim, pixels * config.heads * config.points
     with tape.temporary(2 * points):  # offsets
@@ -183,7 +189,7 @@ def dat_dcn_memory(tape: Tape, batch: int, size: Size, config: DATDCNAttentionCo
 
 
 def per_query_terms(batch: int, size: Size, config: PerQueryAttentionConfig) -> Macs:
-    """Cut `per_query_attention_macs` into terms."""
+    """Split `per_query_attention_macs` into terms."""
     pixels = batch * math.prod(size)
     projections = 2 * linear_macs(pixels, config.dim, config.dim)
     offsets = depthwise_conv2d_macs(pixels, config.dim, config.offset_kernel_size)
@@ -197,7 +203,7 @@ def per_query_terms(batch: int, size: Size, config: PerQueryAttentionConfig) -> 
 
 
 def per_query_memory(tape: Tape, batch: int, size: Size, config: PerQueryAttentionConfig) -> None:
-    """Take the steps of `per_query_attention`: N keys and values for every pixel are kept."""
+    """Record the memory steps of `per_query_attention`; N keys and values are saved for every pixel."""
     pixels, half = batch * math.prod(size), config.offset_kernel_size // 2
     elements, points = pixels * config.dim, pixels * config.keys
     padding = ((half, half), (half, half))
@@ -208,9 +214,9 @@ def per_query_memory(tape: Tape, batch: int, size: Size, config: PerQueryAttenti
     tape.step("offset network", elements, elements)  # GELU
     tape.step("offset network", 2 * 2 * points * config.groups)  # offsets, points
     projected = 2 * elements
-    tape.step("key and value", config.groups * projected, config.groups * projected)  # beside the parts to be stacked
+    tape.step("key and value", config.groups * projected, config.groups * projected)  # workspace: before stacking
     sampled = 2 * elements * config.keys
-    partial_sum = sampled if config.groups > 1 else 0  # the sum over the groups so far
+    partial_sum = sampled if config.groups > 1 else 0  # partial sum over the groups
     workspace = projected + partial_sum + sampling_workspace(points, 2 * config.dim, tape.itemsize)
     tape.step("sampling", sampled, workspace)
     tape.attend(points * config.heads)

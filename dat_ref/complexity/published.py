@@ -1,6 +1,6 @@
-"""What the articles print of the eight backbones, to stand beside what is counted here.
+"""Published parameters and FLOPs of the eight backbones, for comparison with the counts.
 
-Their "FLOPs" are multiply-adds of matrix products and convolutions: those that interpolate are left out.
+The articles' "FLOPs" are multiply-adds of matrix products and convolutions, without those that interpolate.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """One line of an article's table."""
+    """One row of an article's table."""
 
-    side: int  # of the square image
+    side: int  # of the square image, in pixels
     parameters: float  # in millions
-    macs: float  # in thousands of millions
+    macs: float  # in billions (10⁹)
 
 
 PUBLISHED = {

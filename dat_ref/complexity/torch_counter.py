@@ -1,8 +1,8 @@
-"""What a torch module does, counted through torch's own hooks: multiply-adds, bytes saved for the backward, peak bytes.
+"""Operation counter of torch modules: multiply-adds, bytes saved for the backward pass, peak bytes.
 
-Nothing here knows the module: `torch.utils.flop_counter` sees every matrix product and convolution that is dispatched,
-`saved_tensors_hooks` everything that autograd stores, and a dispatch mode every tensor that an operation returns. With
-fake tensors, which have shapes and no numbers, the first works without any arithmetic being done.
+The counter works with any module. `torch.utils.flop_counter` sees every dispatched matrix product and convolution,
+`saved_tensors_hooks` sees every tensor that autograd stores, and a dispatch mode sees every tensor that an operation
+returns. With fake tensors, which have shapes but no data, multiply-adds are counted without computing anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def _fused_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Operations of fused attention on shapes: its products q kᵀ and A v."""
+    """Return the FLOPs of fused attention: its products q kᵀ and A v."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
@@ -32,25 +32,24 @@ FUSED_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fus
 def torch_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Run a function and return the multiply-adds of its matrix products and convolutions.
 
-    Those are half the operations that torch counts, and equal `dat_ref.complexity.Term.products`. Kernels of other
-    packages are not seen.
+    They are half the FLOPs that torch counts, and equal `dat_ref.complexity.Term.products`. Kernels of other packages
+    are not counted.
     """
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
         function(*args, **kwargs)
     operations = int(counter.get_total_flops())
     if operations % 2:
-        raise ValueError(
-            f"function: expected an even number of operations, two for each multiply-add, got {operations}"
-        )
+        raise ValueError(f"function: expected an even number of FLOPs, two per multiply-add, got {operations}")
     return operations // 2
 
 
 def torch_macs_of_shapes(module: nn.Module, *shapes: tuple[int, ...], **kwargs: Any) -> int:
-    """Return the multiply-adds of a module on inputs of these shapes without computing anything.
+    """Return the multiply-adds of a module on inputs of these shapes, without computing anything.
 
     Args:
-        module: on any device; on ``meta`` it takes no memory either.
-        kwargs: of its forward, handed on.
+        module: module on any device; on ``meta`` it needs no memory either.
+        shapes: shapes of the positional inputs.
+        kwargs: keyword arguments of the forward method.
 
     >>> torch_macs_of_shapes(nn.Linear(10, 20, device="meta"), (7, 10))
     1400
@@ -62,10 +61,10 @@ def torch_macs_of_shapes(module: nn.Module, *shapes: tuple[int, ...], **kwargs: 
 
 
 def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tensor] = (), **kwargs: Any) -> int:
-    """Run a function and return the bytes of the distinct storages that autograd saves for the backward.
+    """Run a function and return the bytes of the distinct storages that autograd saves for the backward pass.
 
     Args:
-        exclude: tensors that were there before, such as the input and the parameters.
+        exclude: tensors that are not counted, for example the input and the parameters.
     """
     excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
     saved: dict[int, Tensor] = {}
@@ -73,7 +72,7 @@ def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tens
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in excluded:
-            saved[key] = tensor  # held, so that the storage is not given to another tensor
+            saved[key] = tensor  # a reference keeps the storage from being reused
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -83,7 +82,10 @@ def saved_bytes(function: Callable[..., Any], *args: Any, exclude: Iterable[Tens
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage that an operation makes until it is freed; buffers inside an operation are not seen."""
+    """Dispatch mode that tracks every storage returned by an operation until it is freed.
+
+    It does not see temporary buffers inside an operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,7 +118,7 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def torch_peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Run a function and return the most bytes that tensors made by it take at once, on any device.
+    """Run a function and return the peak bytes of the tensors that it creates, on any device.
 
     >>> torch_peak_bytes(lambda x: (x + 1).sum(), torch.ones(1000))
     4004

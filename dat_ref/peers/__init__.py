@@ -1,18 +1,20 @@
-"""The systems that deformable attention is compared with, each with forward, gradient, cost and receptive field.
+"""Peers: the attention and convolution layers that deformable attention is compared with.
+
+Each peer has a forward pass, a hand-written gradient (VJP), a cost formula and a receptive field.
 
 ===============================  ====================================================================================
-`dat_ref.peers.mhsa`             plain multi-head self-attention: every query sees the whole map
-`dat_ref.peers.window`           windows and shifted windows (Swin)
-`dat_ref.peers.neighborhood`     the pixels around each query, also dilated (DAT++, NATTEN)
-`dat_ref.peers.pyramid`          the whole map, made coarser (PVT)
+`dat_ref.peers.mhsa`             plain multi-head self-attention over the whole map
+`dat_ref.peers.window`           window and shifted-window attention (Swin)
+`dat_ref.peers.neighborhood`     attention to the pixels around each query, optionally dilated (DAT++, NATTEN)
+`dat_ref.peers.pyramid`          spatial-reduction attention: the whole map at a lower resolution (PVT)
 `dat_ref.peers.deform_conv`      deformable convolution v1 and v2
-`dat_ref.peers.multi_scale`      Deformable DETR's operation, in its usual signature
-`dat_ref.peers.ms_deform_attn`   Deformable DETR's attention, and one with dot products
-`dat_ref.peers.per_query`        sampled keys for every query: what DAT's article argues against
+`dat_ref.peers.multi_scale`      multi-scale deformable sampling (Deformable DETR), in its usual signature
+`dat_ref.peers.ms_deform_attn`   Deformable DETR's attention module, and a variant with dot products
+`dat_ref.peers.per_query`        separate sampled keys for every query, the design that DAT avoids
 `dat_ref.peers.dat_dcn`          Deformable DETR's attention as a block of DAT
-`dat_ref.peers.registry`         all of them by the type of their configuration
-`dat_ref.peers.receptive_field`  which pixels a query sees
-`dat_ref.peers.matching`         a peer in the place of a backbone's deformable layers, matched in keys or cost
+`dat_ref.peers.registry`         all attention layers by configuration type
+`dat_ref.peers.receptive_field`  the pixels that a query attends to
+`dat_ref.peers.matching`         replacement of a backbone's deformable layers, matched in keys or cost
 ===============================  ====================================================================================
 """
 

@@ -1,17 +1,18 @@
-"""The DAT-DCN layer that DAT is compared with: Deformable DETR's attention in the place of a deformable layer.
+"""DAT-DCN layer: Deformable DETR's attention as a replacement for DAT's deformable layer.
 
-    y = W_o Σ_p a[m, p] φ(W_v x; p̃[m, p]),   a = softmax(W_a x[m]),   p̃[m, p] = r_m + W_Δ x[m] + b_Δ      for each head
+    y = W_o Σ_p a[m, p] φ(W_v x; p̃[m, p]),   a = softmax(W_a x[m]),   p̃[m, p] = r_m + W_Δ x[m] + b_Δ   for each head
 
-Weights and offsets are predicted from the query's features; keys there are none. What differs from Deformable DETR
-(`dat_ref.peers.ms_deform_attn`), in the code that DAT's authors left in their detection and segmentation repositories:
+Weights and offsets are predicted from the query's features. There are no keys. The layer follows the code that DAT's
+authors published in their detection and segmentation repositories. It differs from Deformable DETR
+(`dat_ref.peers.ms_deform_attn`) in two ways:
 
-- offsets count in half maps, (y, x), not in pixels, (x, y). The ring of ±1 … ±P, taken over as it is, therefore starts
-  most points outside the map, where they read zero and get no gradient;
-- a pixel's own reference is the 2023 release's, half a pixel down and right of its center. It is undefined on a map of
-  one row or column.
+- Offsets are (y, x) in units of half the map. Deformable DETR's are (x, y) in pixels. The initial ring of ±1 … ±P is
+  the same, so most points start outside the map, where they read zero and get no gradient.
+- The reference point of a pixel follows the 2023 release: half a pixel below and to the right of the pixel's center.
+  It is undefined on a map of one row or column.
 
-Under ``convention=CELL_CENTER`` the references are the pixels' centers, and the layer is Deformable DETR's with offset
-weights scaled by half the map. Whether the article's own comparison ran this code is not known.
+With ``convention=CELL_CENTER`` the reference points are the pixel centers. The layer then equals Deformable DETR's with
+offset weights scaled by half the map. It is not known whether the article's own comparison used this code.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from .multi_scale import sample_tokens, sample_tokens_vjp, weighted_sum, weighte
 
 @dataclass(frozen=True)
 class DATDCNAttentionConfig(PeerConfig):
-    """Deformable-DETR-style attention as a block of DAT.
+    """Configuration of Deformable DETR's attention as a block of DAT.
 
     Args:
-        points: P, sampled points of a query and head.
-        convention: of references and offsets; the released code's geometry is ``DATPP2023``.
+        points: number P of sampled points per query and head.
+        convention: geometry of reference points and offsets; ``DATPP2023`` is the geometry of the released code.
     """
 
     heads: int
@@ -53,7 +54,7 @@ class DATDCNAttentionConfig(PeerConfig):
 
 
 def dat_dcn_shapes(config: DATDCNAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     dim, samples = config.dim, config.heads * config.points
     rows = {"offset": 2 * samples, "weights": samples, "value": dim, "output": dim}
     return {name: {"weight": (count, dim), "bias": (count,)} for name, count in rows.items()}
@@ -75,7 +76,7 @@ def dat_dcn_names(config: DATDCNAttentionConfig) -> NameMapping:
 
 
 def dat_dcn_init(params: Tree, config: DATDCNAttentionConfig, rng: np.random.Generator) -> None:
-    """Set first values as released: Deformable DETR's ring, its (x, y) read as (y, x), and equal weights."""
+    """Initialize as released: Deformable DETR's ring with (x, y) read as (y, x), and equal weights."""
     for leaf in ("weight", "bias"):
         params["offset"][leaf][:] = params["weights"][leaf][:] = 0
     params["offset"]["bias"][:] = ring_offsets(config.heads, 1, config.points).ravel()
@@ -87,8 +88,8 @@ class DATDCNTrace:
 
     x: Array  # (B, C, H, W)
     value: Array  # (B, H·W, heads, d)
-    points: Array  # (B, H·W, heads, 1, P, 2), (y, x), normalised by the convention
-    points_px: Array  # the same in pixels of the map
+    points: Array  # (B, H·W, heads, 1, P, 2), (y, x), normalized by the convention
+    points_px: Array  # the same points in pixels of the map
     sampled: Array  # (B, H·W, heads, 1, P, d)
     attention: Array  # (B, H·W, heads, 1, P)
     merged: Array  # (B, C, H, W), before the output projection
@@ -98,14 +99,14 @@ def dat_dcn_attention(x: Array, params: Tree, config: DATDCNAttentionConfig) -> 
     """Attend from every pixel of a map to points around it.
 
     Args:
-        x: (B, C, H, W).
-        params: tree of `dat_dcn_shapes`.
+        x: input map (B, C, H, W).
+        params: parameter tree with the shapes of `dat_dcn_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace.
+        The output (B, C, H, W) and the trace.
 
     Raises:
-        ConfigError: on a map of one row or column under ``DATPP2023``, which has no references there.
+        ConfigError: for a map of one row or column with ``DATPP2023``, which has no reference points there.
     """
     x = check_map("x", x, config.dim)
     batch, dim, height, width = x.shape
@@ -114,7 +115,7 @@ def dat_dcn_attention(x: Array, params: Tree, config: DATDCNAttentionConfig) -> 
     reference = reference_points(size, config.convention).reshape(-1, 1, 1, 1, 2)
     if not np.isfinite(reference).all():
         raise ConfigError(
-            f"convention: {config.convention.name} has no references on a map of one row or column, got {size}; "
+            f"convention: {config.convention.name} has no reference points on a map of one row or column, got {size}; "
             "use CELL_CENTER"
         )
     offsets = _to_tokens(linear(x, **params["offset"])).reshape(*per_point, 2)
@@ -129,14 +130,14 @@ def dat_dcn_attention(x: Array, params: Tree, config: DATDCNAttentionConfig) -> 
 
 
 def _to_tokens(x: Array) -> Array:
-    """(B, N, H, W) → (B, H·W, N)."""
+    """Reshape (B, N, H, W) → (B, H·W, N)."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]).swapaxes(1, 2)
 
 
 def dat_dcn_attention_vjp(
     cotangent: Array, trace: DATDCNTrace, params: Tree, config: DATDCNAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): x gains as values, through the weights and through the offsets."""
+    """Return (∂L/∂x, ∂L/∂params); x receives gradient through the values, the weights and the offsets."""
     x = trace.x
     size: Size = x.shape[2:]
     output = linear_vjp(cotangent, trace.merged, **params["output"])
@@ -154,7 +155,7 @@ def dat_dcn_attention_vjp(
 
 
 def dat_dcn_attention_macs(batch: int, size: Size, config: DATDCNAttentionConfig) -> int:
-    """Multiply-adds: 2 HW C² + 3 HW C · heads P for offsets and weights + 5 HW P C to sample and sum."""
+    """Return multiply-adds: 2 HW C² + 3 HW C · heads P for offsets and weights + 5 HW P C to sample and sum."""
     pixels, dim = batch * size[0] * size[1], config.dim
     predictor = linear_macs(pixels, dim, 3 * config.heads * config.points)
     samples = pixels * config.points

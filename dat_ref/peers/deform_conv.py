@@ -1,13 +1,13 @@
-"""Deformable convolution: the taps of a convolution leave their lattice (DCN v1), and are weighed besides (v2).
+"""Deformable convolution: kernel taps displaced by predicted offsets (DCN v1) and modulated (DCN v2).
 
     y[o, u] = Σ_c Σ_k W[o, c, k] m[u, k] φ(x[c]; p[u, k]) + b[o],     p[u, k] = r u - pad + δ t_k + Δ[u, k]
 
-t_k = (i, j) is tap k of the kernel, r the stride, δ the dilation, φ bilinear with zeros outside, m = 1 in v1. Every
-output pixel has points of its own (the article's point of departure: k² HW C sampled numbers), and their weights W do
-not depend on what is found there: that would be attention.
+t_k = (i, j) is tap k of the kernel, r the stride, δ the dilation, φ bilinear sampling with zeros outside; m = 1 in v1.
+Every output pixel has its own points, so k² HW C elements are sampled. DAT's article starts from this cost. The weights
+W do not depend on the sampled features; attention weights would.
 
 `deform_conv2d` has torchvision's argument names, argument order and offset layout. The module below it predicts
-offsets and modulation from the map, with convolutions that start at zero.
+offsets and modulation from the map with zero-initialized convolutions.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..ops.basic import Padding, conv2d, conv2d_macs, conv2d_vjp
 from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 
-Pair = int | tuple[int, int]  # one number for both axes, or (y, x)
+Pair = int | tuple[int, int]  # one value for both axes, or (y, x)
 
 # ------------------------------------------------------------------------------------------------ the operation
 
 
 class ConvGeometry(NamedTuple):
-    """How the kernel moves over the map, and what follows: every part is (y, x)."""
+    """Geometry of a convolution; every field is (y, x)."""
 
     kernel: Size
     stride: Size
@@ -38,7 +38,7 @@ class ConvGeometry(NamedTuple):
     dilation: Size
 
     def output_size(self, size: Size) -> Size:
-        """Return (H', W'), ⌊(H + 2 pad - δ (k - 1) - 1)/r⌋ + 1 on each axis."""
+        """Return (H', W') with H' = ⌊(H + 2 pad - δ (k - 1) - 1)/r⌋ + 1, and W' likewise."""
         height, width = (
             (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for length, kernel, stride, pad, dilation in zip(size, *self, strict=True)
@@ -46,7 +46,7 @@ class ConvGeometry(NamedTuple):
         return height, width
 
     def lattice(self, output_size: Size) -> Array:
-        """Return where the taps stand without offsets, in pixels: (k_y·k_x, H', W', 2)."""
+        """Return the tap positions without offsets, in pixels: (k_y·k_x, H', W', 2), (y, x)."""
         axes = [
             np.arange(count)[None, :] * stride - pad + np.arange(kernel)[:, None] * dilation
             for count, kernel, stride, pad, dilation in zip(output_size, *self, strict=True)
@@ -61,13 +61,14 @@ def _pair(value: Pair) -> Size:
 
 
 def deform_points(offset: Array, geometry: ConvGeometry) -> Array:
-    """Return where the taps look, in pixels.
+    """Return the sampling points of the taps, in pixels.
 
     Args:
-        offset: (B, G_o·K·2, H', W'), torchvision's layout: group, then tap, then (dy, dx), along the channels.
+        offset: offsets (B, G_o·K·2, H', W') in pixels; channels ordered by group, then tap, then (dy, dx), as in
+            torchvision.
 
     Returns:
-        (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x.
+        Points (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x.
     """
     batch, _, height, width = offset.shape
     taps = geometry.kernel[0] * geometry.kernel[1]
@@ -88,22 +89,22 @@ def deform_conv2d(
     dilation: Pair = (1, 1),
     mask: Array | None = None,
 ) -> Array:
-    """Convolve with moved (and weighed) taps.
+    """Convolve with displaced and, with a mask, modulated taps.
 
     Args:
-        x: (B, C, H, W).
-        offset: (B, 2·G_o·k_y·k_x, H', W') in pixels, see `deform_points`; G_o is the number of offset groups, each of
+        x: input map (B, C, H, W).
+        offset: offsets (B, 2·G_o·k_y·k_x, H', W') in pixels, see `deform_points`; each of the G_o offset groups has
             C/G_o channels.
-        weight: (O, C/G, k_y, k_x) with G groups.
+        weight: kernel (O, C/G, k_y, k_x) with G groups.
         bias: (O,) or None.
-        stride, padding, dilation: one number, or (y, x).
-        mask: m, (B, G_o·k_y·k_x, H', W'), version 2; None for version 1.
+        stride, padding, dilation: one value for both axes, or (y, x).
+        mask: modulation m, (B, G_o·k_y·k_x, H', W'), for version 2; None for version 1.
 
     Returns:
-        (B, O, H', W'). With zero offsets and without a mask this is a convolution.
+        The output (B, O, H', W'). With zero offsets and without a mask it is a plain convolution.
 
     Raises:
-        ShapeError, ConfigError: if the shapes do not go together.
+        ShapeError, ConfigError: if the shapes are inconsistent.
     """
     geometry = _check(x, offset, weight, bias, mask, stride, padding, dilation)
     columns = _columns(x, deform_points(offset, geometry), mask)  # (B, C, K, H'·W')
@@ -128,7 +129,7 @@ def _check(
     height, width = geometry.output_size((x.shape[2], x.shape[3]))
     if min(height, width) < 1:
         raise ShapeError(f"weight: expected a kernel that fits into the padded map, got {weight.shape} on {x.shape}")
-    check_divides("weight.shape[1] (channels a group)", weight.shape[1], "C", x.shape[1])
+    check_divides("weight.shape[1] (channels per group)", weight.shape[1], "C", x.shape[1])
     check_divides("groups", x.shape[1] // weight.shape[1], "O", len(weight))
     taps = weight.shape[2] * weight.shape[3]
     check_array("offset", offset, {"B": len(x), "2·G_o·k_y·k_x": None, "H'": height, "W'": width})
@@ -160,25 +161,25 @@ def _apply_mask(sampled: Array, mask: Array | None) -> Array:
 
 
 def _columns(x: Array, points: Array, mask: Array | None) -> Array:
-    """Return what each tap finds, weighed: (B, C, K, H'·W')."""
+    """Return the modulated sample of each tap: (B, C, K, H'·W')."""
     modulated = _apply_mask(_sample(x, points), mask)
     return modulated.reshape(len(x), x.shape[1], *modulated.shape[3:])
 
 
 def _by_group(columns: Array, groups: int) -> Array:
-    """(B, C, K, H'·W') → (B, G, C/G·K, H'·W')."""
+    """Reshape (B, C, K, H'·W') → (B, G, C/G·K, H'·W')."""
     batch, channels, taps, pixels = columns.shape
     return columns.reshape(batch, groups, channels // groups * taps, pixels)
 
 
 def _group_weight(weight: Array, x: Array) -> Array:
-    """(O, C/G, k_y, k_x) → (G, O/G, C/G·K)."""
+    """Reshape (O, C/G, k_y, k_x) → (G, O/G, C/G·K)."""
     groups = x.shape[1] // weight.shape[1]
     return weight.reshape(groups, len(weight) // groups, -1)
 
 
 class DeformConvGradients(NamedTuple):
-    """Gradients of `deform_conv2d`; None for a bias or mask that is not there."""
+    """Gradients of `deform_conv2d`; None for a missing bias or mask."""
 
     x: Array
     offset: Array
@@ -198,8 +199,11 @@ def deform_conv2d_vjp(
     dilation: Pair = (1, 1),
     mask: Array | None = None,
 ) -> DeformConvGradients:
-    """With s what the taps find and c = m s: ∂L/∂W = Σ ∂L/∂y cᵀ, ∂L/∂c = Wᵀ ∂L/∂y, ∂L/∂m = Σ_c s ∂L/∂c, and from
-    ∂L/∂s = m ∂L/∂c the gradients of the map and of the offsets, through the sampling."""
+    """Return the gradients of `deform_conv2d`.
+
+    With the samples s and the columns c = m s: ∂L/∂W = Σ ∂L/∂y cᵀ, ∂L/∂c = Wᵀ ∂L/∂y, and ∂L/∂m = Σ s ∂L/∂c over the
+    channels. The VJP of the sampling turns ∂L/∂s = m ∂L/∂c into the gradients of the map and of the offsets.
+    """
     geometry = _check(x, offset, weight, bias, mask, stride, padding, dilation)
     points = deform_points(offset, geometry)
     batch, groups, taps, height, width, _ = points.shape
@@ -226,7 +230,10 @@ def deform_conv2d_vjp(
 
 
 def deform_conv2d_macs(pixels: int, channels_in: int, channels_out: int, taps: int, groups: int = 1) -> int:
-    """Multiply-adds for `pixels` = B·H'·W' outputs: 4 K C to sample, K C O/G to convolve (weighing is not counted)."""
+    """Return multiply-adds for `pixels` = B·H'·W' outputs, each 4 K C to sample and K C O/G to convolve.
+
+    Products with the mask are not counted.
+    """
     return bilinear_sample_macs(pixels * taps, channels_in) + pixels * taps * channels_in * channels_out // groups
 
 
@@ -235,13 +242,13 @@ def deform_conv2d_macs(pixels: int, channels_in: int, channels_out: int, taps: i
 
 @dataclass(frozen=True)
 class DeformableConvConfig(PeerConfig):
-    """A deformable convolution that predicts its own offsets, in an attention's place.
+    """Configuration of a deformable convolution that predicts its own offsets and replaces an attention layer.
 
     Args:
-        kernel_size: k, odd, of the deformable convolution and of those that predict offsets and modulation.
-        groups: groups of the weights.
-        offset_groups: groups of channels that move together.
-        modulated: version 2, with m = σ(convolution) beside the offsets.
+        kernel_size: odd kernel size k of the deformable convolution and of the offset and modulation predictors.
+        groups: number of groups of the kernel.
+        offset_groups: number of channel groups with separate offsets.
+        modulated: whether to predict a modulation m = σ(convolution) as well (version 2).
     """
 
     kernel_size: int = 3
@@ -259,12 +266,12 @@ class DeformableConvConfig(PeerConfig):
 
     @property
     def taps(self) -> int:
-        """Points of an output pixel and offset group, K = k²."""
+        """Number K = k² of points per output pixel and offset group."""
         return self.kernel_size**2
 
 
 def deformable_conv_shapes(config: DeformableConvConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     dim, kernel = config.dim, config.kernel_size
     points = config.offset_groups * config.taps
     shapes: dict[str, Tree] = {
@@ -277,7 +284,7 @@ def deformable_conv_shapes(config: DeformableConvConfig) -> Tree:
 
 
 def deformable_conv_init(params: Tree, config: DeformableConvConfig, rng: np.random.Generator) -> None:
-    """Set first values as released: no offsets, and every modulation σ(0) = 1/2."""
+    """Initialize as released: zero offsets, and modulation σ(0) = 1/2."""
     for name in ("offset", "modulation"):
         for leaf in params.get(name, {}).values():
             leaf[:] = 0
@@ -299,7 +306,11 @@ def _same_padding(config: DeformableConvConfig) -> Padding:
 
 
 def deformable_conv(x: Array, params: Tree, config: DeformableConvConfig) -> tuple[Array, DeformableConvTrace]:
-    """Predict offsets (and modulation) and convolve: (B, C, H, W) → (B, C, H, W), and the trace."""
+    """Predict offsets (and modulation) from a map (B, C, H, W) and convolve it.
+
+    Returns:
+        The output (B, C, H, W) and the trace.
+    """
     x = check_map("x", x, config.dim)
     offset = conv2d(x, **params["offset"], padding=_same_padding(config))
     mask = None
@@ -314,7 +325,7 @@ def deformable_conv(x: Array, params: Tree, config: DeformableConvConfig) -> tup
 def deformable_conv_vjp(
     cotangent: Array, trace: DeformableConvTrace, params: Tree, config: DeformableConvConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): x gains through the sampling, the offsets and the modulation (σ' = σ (1 - σ))."""
+    """Return (∂L/∂x, ∂L/∂params); x receives gradient through samples, offsets and modulation (σ' = σ (1 - σ))."""
     grads = deform_conv2d_vjp(
         cotangent, trace.x, trace.offset, **params["convolution"], padding=config.kernel_size // 2, mask=trace.mask
     )
@@ -332,7 +343,7 @@ def deformable_conv_vjp(
 
 
 def deformable_conv_macs(batch: int, size: Size, config: DeformableConvConfig) -> int:
-    """Multiply-adds: K HW C (C/G + 4), and K HW C · (2 or 3) G_o K to predict offsets (and modulation)."""
+    """Return multiply-adds: K HW C (C/G + 4), plus K HW C · (2 or 3) G_o K to predict offsets (and modulation)."""
     pixels, dim = batch * size[0] * size[1], config.dim
     predicted = (3 if config.modulated else 2) * config.offset_groups * config.taps
     predictor = conv2d_macs(pixels, dim, predicted, config.kernel_size)

@@ -1,25 +1,25 @@
-"""Another attention in the place of the deformable ones of a backbone, matched in keys or in multiply-adds.
+"""Replacement of a backbone's deformable attentions by a peer, matched in keys or in multiply-adds.
 
-Every peer has one number that says how much a query sees. The search goes through all values of it and takes the one
-whose keys of a query, or whose multiply-adds, come nearest to those of the layer it replaces, at the size that the
-backbone is built for (the first of two that are equally near):
+One parameter of each peer sets its number of keys per query. The search tries all values of this parameter at the image
+size of the backbone. It selects the value whose number of keys (or multiply-adds) is closest to the replaced layer's,
+and the first of two that are equally close:
 
 ====================  =====================  ======================================================
-kind                  what is searched       keys of a query
+kind                  searched parameter     keys per query
 ====================  =====================  ======================================================
-``multi_head``        nothing                H W, whatever is asked
+``multi_head``        none                   H W
 ``window``            window size w          w²
 ``shifted_window``    window size w > 1      w², shift ⌈w/2⌉
-``neighborhood``      kernel size K, odd     K², or what the map has of them
+``neighborhood``      kernel size K, odd     K², fewer on a small map
 ``pyramid``           reduction r            ⌈H/r⌉ ⌈W/r⌉
 ``deform_conv``       kernel size k, odd     k² taps
-``ms_deform``         points P               P of each head (heads · P in all)
-``ms_deform_dot``     points P               the same, compared by dot products
+``ms_deform``         points P               P per head (heads · P in total)
+``ms_deform_dot``     points P               P per head, scored by dot products
 ``per_query``         kernel size k, odd     k²
-``dat_dcn``           points P               P of each head
-``no_offsets``        nothing                Hk Wk, at the reference points
-``average_pool``      nothing                Hk Wk, means of the key cells
-``more_keys``         nothing                4 Hk Wk at the reference points: half the stride
+``dat_dcn``           points P               P per head
+``no_offsets``        none                   Hk Wk, at the reference points
+``average_pool``      none                   Hk Wk, means of the key cells
+``more_keys``         none                   4 Hk Wk at the reference points: half the stride
 ====================  =====================  ======================================================
 
 A deformable layer has Ns = Hk Wk keys. The last three are its controls: the same layer without offsets.
@@ -56,7 +56,7 @@ Match = Literal["keys", "macs"]
 
 
 class Candidate(NamedTuple):
-    """A peer that could take a layer's place, and its keys of a query."""
+    """Candidate replacement of a layer, and its number of keys per query."""
 
     config: AttentionConfig
     keys: int
@@ -179,7 +179,7 @@ CONTROLS: dict[str, Rule] = {
 
 
 def resolve_kind(kind: str) -> str:
-    """Return a kind's present name: ``"dat_dcn"`` for ``"swap_in"``, with a deprecation warning, any other as it is."""
+    """Return the current name of a kind: ``"dat_dcn"`` for ``"swap_in"`` (deprecated, with a warning), else `kind`."""
     if kind != "swap_in":
         return kind
     warnings.warn("the kind 'swap_in' is deprecated, use 'dat_dcn'", DeprecationWarning, stacklevel=3)
@@ -187,7 +187,7 @@ def resolve_kind(kind: str) -> str:
 
 
 def matched_peer(layer: DeformableAttentionConfig, size: Size, kind: str, match: Match = "keys") -> AttentionConfig:
-    """Return the peer of a kind that is nearest to a deformable layer on a map of `size`; see the module's table.
+    """Return the peer of a kind that is closest to a deformable layer on a map of `size`; see the module's table.
 
     Raises:
         ConfigError: for an unknown kind or match.
@@ -214,12 +214,12 @@ def _macs(config: AttentionConfig, size: Size) -> int:
 
 
 def replace_attention(config: DATConfig, kind: str, match: Match = "keys") -> DATConfig:
-    """Return a backbone with a peer in the place of each deformable attention.
+    """Return a backbone configuration with a peer in place of each deformable attention.
 
     Args:
-        config: of the backbone.
-        kind: one of the module's table.
-        match: ``"keys"`` or ``"macs"``, what comes as near as the peer allows, at ``config.image_size``.
+        config: backbone configuration.
+        kind: kind of peer from the module's table.
+        match: quantity to match as closely as the peer allows, at ``config.image_size``: ``"keys"`` or ``"macs"``.
 
     Raises:
         ConfigError: for an unknown kind or match.

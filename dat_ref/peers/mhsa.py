@@ -1,10 +1,10 @@
-"""Plain multi-head self-attention: each query sees every pixel of the map (ViT).
+"""Plain multi-head self-attention: each query attends to every pixel of the map (ViT).
 
     z = softmax(q kᵀ / √d_head + B̂[query - key]) v        for each head
 
-What all the others approximate, at a cost that grows with the square of the number of pixels. The relative bias is
-optional; its table, built for a map of H₀ × W₀, is read at another size as the deformable layer reads its own:
-bilinearly and in fractions of the map. At its own size every read is an entry of the table.
+Its cost grows with the square of the number of pixels; the other attentions avoid this. The relative position bias is
+optional. Its table is built for a map of H₀ × W₀. For another map size the table is read as in the deformable layer:
+bilinearly, at positions in fractions of the map. For its own size every read hits one table entry.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..ops.grid import Size, reference_points
 
 @dataclass(frozen=True)
 class MultiHeadAttentionConfig(PeerConfig):
-    """Multi-head self-attention over the whole map.
+    """Configuration of multi-head self-attention over the whole map.
 
     Args:
-        size: (H₀, W₀) of the map that the relative bias is built for, or None for no bias.
-        attention_dropout, projection_dropout: rates while training, used by `dat_ref.torch` only.
+        size: map size (H₀, W₀) of the relative bias table, or None for no bias.
+        attention_dropout, projection_dropout: dropout rates during training, used by `dat_ref.torch` only.
     """
 
     heads: int
@@ -44,12 +44,12 @@ class MultiHeadAttentionConfig(PeerConfig):
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Scale of the dot products, d^(-1/2)."""
         return (self.dim // self.heads) ** -0.5
 
 
 def multi_head_shapes(config: MultiHeadAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     shapes: dict[str, Tree] = {"qkv": {"weight": (3 * config.dim, config.dim), "bias": (3 * config.dim,)}}
     if config.size is not None:
         shapes["position_bias"] = {"table": (config.heads, 2 * config.size[0] - 1, 2 * config.size[1] - 1)}
@@ -73,11 +73,11 @@ def multi_head_attention(x: Array, params: Tree, config: MultiHeadAttentionConfi
     """Attend to the whole map.
 
     Args:
-        x: (B, C, H, W), any H and W.
-        params: tree of `multi_head_shapes`.
+        x: input map (B, C, H, W), any H and W.
+        params: parameter tree with the shapes of `multi_head_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace.
+        The output (B, C, H, W) and the trace.
     """
     x = check_map("x", x, config.dim)
     qkv = split_heads(linear(x, **params["qkv"]), 3 * config.heads)  # (B, 3·heads, H·W, d)
@@ -92,7 +92,7 @@ def multi_head_attention(x: Array, params: Tree, config: MultiHeadAttentionConfi
 
 
 def _table_points(x: Array) -> tuple[Array, dict[str, Any]]:
-    """Return the pixels as points (1, 1, H·W, 2), and how a table is read at them."""
+    """Return the pixels as points (1, 1, H·W, 2), and the geometry arguments of `table_bias`."""
     size: Size = x.shape[2:]
     points = reference_points(size, Convention.CELL_CENTER).astype(np.result_type(x.dtype, np.float32))
     return points.reshape(1, 1, -1, 2), {"query_size": size, "convention": Convention.CELL_CENTER}
@@ -101,7 +101,7 @@ def _table_points(x: Array) -> tuple[Array, dict[str, Any]]:
 def multi_head_attention_vjp(
     cotangent: Array, trace: MultiHeadTrace, params: Tree, config: MultiHeadAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): output projection, attention, table, qkv projection, backwards."""
+    """Return (∂L/∂x, ∂L/∂params): backward through output projection, attention, bias table and qkv projection."""
     output = linear_vjp(cotangent, trace.merged, **params["output"])
     grad_params: dict[str, Tree] = {"output": output.params}
     grad_attended = split_heads(output.x, config.heads)
@@ -117,7 +117,7 @@ def multi_head_attention_vjp(
 
 
 def multi_head_attention_macs(batch: int, size: Size, config: MultiHeadAttentionConfig) -> int:
-    """Multiply-adds: 4 HW C² + 2 (HW)² C, and 4 (HW)² heads, once for the whole batch, to read a bias."""
+    """Return multiply-adds: 4 HW C² + 2 (HW)² C, plus 4 (HW)² heads once per batch to read a bias."""
     pixels = size[0] * size[1]
     bias = 0 if config.size is None else table_bias_macs(1, config.heads, pixels, pixels)
     projections = linear_macs(batch * pixels, config.dim, 4 * config.dim)

@@ -1,16 +1,15 @@
-"""Multi-scale deformable attention (Deformable DETR): each query weighs a few points of its own around a reference.
+"""Multi-scale deformable attention (Deformable DETR): each query sums weighted samples around a reference point.
 
     y = W_o Σ_l Σ_p a[l, p] φ(W_v v_l; p̃[l, p]),       a = softmax(W_a q) over the levels l and points p of a head
 
     p̃[l, p] = r_l + Δ[l, p]/(W_l, H_l)                  reference points: offsets in pixels of the level
-    p̃[l, p] = r_l + Δ[l, p] · (w, h)/(2 P)              reference boxes (x, y, w, h): in fractions of the box
+    p̃[l, p] = r_l + Δ[l, p] · (w, h)/(2 P)              reference boxes (x, y, w, h): offsets in fractions of the box
 
-for each head, with Δ = W_Δ q. The weights a are predicted from the query alone: no key is ever looked at. That makes
-the values all that is sampled, N_q·L·P·C numbers, and it is what DAT objects to. The variant with
-``scoring="dot_product"`` does compare: keys W_k v are sampled at the same points, and a = softmax(W_q q · k̃/√d).
+for each head, with Δ = W_Δ q. The weights a are predicted from the query alone, without keys. Only values are sampled,
+N_q·L·P·C elements. DAT's authors criticize these weights. The variant with ``scoring="dot_product"`` uses keys: it also
+samples W_k v at the same points, and a = softmax(W_q q · k̃/√d).
 
-Arrays of tokens are (B, tokens, C), locations (x, y) in [0, 1], as in the released code: see
-`dat_ref.peers.multi_scale`.
+Tokens are (B, tokens, C) and locations are (x, y) in [0, 1], as in the released code; see `dat_ref.peers.multi_scale`.
 """
 
 from __future__ import annotations
@@ -44,12 +43,14 @@ Scoring = Literal["query", "dot_product"]
 
 @dataclass(frozen=True)
 class MultiScaleDeformableConfig(PeerConfig):
-    """Deformable DETR's attention; as a block's attention, one level, every pixel a query at its own center.
+    """Configuration of Deformable DETR's attention.
+
+    As a block's attention it has one level, and every pixel is a query with its own center as reference point.
 
     Args:
-        points: P, sampled points of a query, head and level.
-        levels: L, maps that are attended to.
-        scoring: weights from the ``"query"`` alone (as released), or ``"dot_product"`` with the sampled keys.
+        points: number P of sampled points per query, head and level.
+        levels: number L of maps.
+        scoring: source of the weights: the ``"query"`` alone (as released), or the ``"dot_product"`` with sampled keys.
     """
 
     heads: int
@@ -68,17 +69,17 @@ class MultiScaleDeformableConfig(PeerConfig):
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Scale of the dot products, d^(-1/2)."""
         return (self.dim // self.heads) ** -0.5
 
     @property
     def samples(self) -> int:
-        """Points of a query over all heads and levels."""
+        """Number of points per query over all heads and levels."""
         return self.heads * self.levels * self.points
 
 
 def multi_scale_deformable_shapes(config: MultiScaleDeformableConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     dim = config.dim
     outputs = {"offset": 2 * config.samples, "value": dim, "output": dim}
     outputs |= {"weights": config.samples} if config.scoring == "query" else {"query": dim, "key": dim}
@@ -88,7 +89,7 @@ def multi_scale_deformable_shapes(config: MultiScaleDeformableConfig) -> Tree:
 def multi_scale_deformable_names(config: MultiScaleDeformableConfig) -> NameMapping:
     """Return the released names of the parameters (Deformable DETR's ``MSDeformAttn``)."""
     if config.scoring != "query":
-        raise ConfigError("scoring: expected 'query', the only one that was released")
+        raise ConfigError(f"scoring: expected 'query', the only released variant, got {config.scoring!r}")
     released = {
         "offset": "sampling_offsets",
         "weights": "attention_weights",
@@ -101,8 +102,11 @@ def multi_scale_deformable_names(config: MultiScaleDeformableConfig) -> NameMapp
 
 
 def ring_offsets(heads: int, levels: int, points: int) -> Array:
-    """Return the offsets that a query starts from, (heads, levels, points, 2), (x, y): head h looks into direction
-    2π h/heads, its points at 1, 2, … P pixels, measured along the longer axis (so for 8 heads they lie on squares)."""
+    """Return the initial offsets of a query, (heads, levels, points, 2), (x, y), in pixels.
+
+    Head h has the direction 2π h/heads. Its points are 1, 2, … P pixels away, measured along the longer axis; with 8
+    heads they form concentric squares.
+    """
     angles = np.arange(heads) * (2 * np.pi / heads)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     directions /= np.abs(directions).max(axis=-1, keepdims=True)
@@ -111,7 +115,7 @@ def ring_offsets(heads: int, levels: int, points: int) -> Array:
 
 
 def multi_scale_deformable_init(params: Tree, config: MultiScaleDeformableConfig, rng: np.random.Generator) -> None:
-    """Set first values as released: a ring of offsets and equal weights, whatever the query; projections by Xavier."""
+    """Initialize as released: a ring of offsets and equal weights for every query, Xavier-uniform projections."""
     for name, leaf in params.items():
         leaf["bias"][:] = 0
         if name in ("offset", "weights"):
@@ -142,7 +146,7 @@ class MultiScaleDeformableTrace:
 
 
 def _linear_tokens(tokens: Array, weight: Array, bias: Array) -> Array:
-    """`linear` on (B, tokens, C)."""
+    """Apply `linear` to tokens (B, tokens, C)."""
     return linear(tokens.swapaxes(1, 2), weight, bias).swapaxes(1, 2)
 
 
@@ -160,7 +164,7 @@ def _merge_heads(per_head: Array) -> Array:
 
 
 def _offset_scale(reference_points: Array, shapes: Sequence[Size], points: int) -> Array:
-    """Return what an offset of one means in locations, (x, y), broadcasting to (B, Q, heads, L, P, 2)."""
+    """Return the change of location per unit of offset, (x, y), broadcastable to (B, Q, heads, L, P, 2)."""
     if reference_points.shape[-1] == 4:
         return reference_points[:, :, None, :, None, 2:] / (2 * points)
     extent = np.asarray(shapes, dtype=reference_points.dtype)[:, ::-1]  # (L, 2), (W, H)
@@ -178,14 +182,14 @@ def multi_scale_deformable(
     """Attend from queries to maps.
 
     Args:
-        query: (B, Q, C).
-        value: (B, S, C), S = Σ H_l W_l.
-        reference_points: (B, Q, L, 2), (x, y), or boxes (B, Q, L, 4), (x, y, w, h), in [0, 1] of each level.
-        spatial_shapes: (L, 2), the (H_l, W_l).
-        params: tree of `multi_scale_deformable_shapes`.
+        query: query tokens (B, Q, C).
+        value: tokens of all levels, concatenated, (B, S, C), S = Σ H_l W_l.
+        reference_points: points (B, Q, L, 2), (x, y), or boxes (B, Q, L, 4), (x, y, w, h), in [0, 1] of each level.
+        spatial_shapes: size (H_l, W_l) of each level, (L, 2).
+        params: parameter tree with the shapes of `multi_scale_deformable_shapes`.
 
     Returns:
-        (B, Q, C) and the trace.
+        The output (B, Q, C) and the trace.
     """
     shapes = _check_module(query, value, reference_points, spatial_shapes, config)
     batch, queries, _ = query.shape
@@ -216,7 +220,7 @@ def multi_scale_deformable(
 
 
 def _joint_softmax(logits: Array) -> Array:
-    """Over levels and points together, (B, Q, heads, L, P)."""
+    """Apply softmax over levels and points jointly, (B, Q, heads, L, P)."""
     levels, points = logits.shape[3:]
     return softmax(logits.reshape(*logits.shape[:3], levels * points)).reshape(logits.shape)
 
@@ -257,9 +261,9 @@ class MultiScaleDeformableGradients(NamedTuple):
 def multi_scale_deformable_vjp(
     cotangent: Array, trace: MultiScaleDeformableTrace, params: Tree, config: MultiScaleDeformableConfig
 ) -> MultiScaleDeformableGradients:
-    """The steps of `multi_scale_deformable` in reverse.
+    """Return the gradients of `multi_scale_deformable`.
 
-    Where weights are predicted from the query, the maps gain through the values alone.
+    If the weights are predicted from the query, the maps receive gradient through the values only.
     """
     shapes = trace.spatial_shapes
     grad_merged, output = _linear_tokens_vjp(cotangent, trace.merged, **params["output"])
@@ -308,14 +312,15 @@ def _joint_softmax_vjp(cotangent: Array, attention: Array) -> Array:
 def multi_scale_deformable_macs(
     batch: int, queries: int, spatial_shapes: Sequence[Size], config: MultiScaleDeformableConfig
 ) -> int:
-    """Multiply-adds: (Q + S) C² to project, 3 Q C · heads L P for offsets and weights, 5 Q L P C to sample and sum.
+    """Return multiply-adds.
 
-    Dot products need (Q + S) C² for queries and keys in place of Q C · heads L P for the weights, and 5 Q L P C more to
-    sample and compare keys.
+    They are (Q + S) C² to project, 3 Q C · heads L P for offsets and weights, and 5 Q L P C to sample and sum. The
+    variant with dot products spends (Q + S) C² on queries and keys instead of Q C · heads L P on the weights, and
+    another 5 Q L P C to sample and score the keys.
     """
     dim, tokens = config.dim, batch * sum(height * width for height, width in spatial_shapes)
     queries *= batch
-    samples = queries * config.levels * config.points  # of all heads together, C channels
+    samples = queries * config.levels * config.points  # all heads together have C channels
     sampling = bilinear_sample_macs(samples, dim) + samples * dim
     macs = linear_macs(queries + tokens, dim, dim) + linear_macs(queries, dim, 2 * config.samples) + sampling
     if config.scoring == "query":
@@ -327,7 +332,7 @@ def multi_scale_deformable_macs(
 
 
 def cell_centers(size: Size) -> Array:
-    """Return the centers of a map's pixels, (H·W, 1, 2), (x, y) in [0, 1]: the references of a map's own pixels."""
+    """Return the pixel centers of a map, its own reference points: (H·W, 1, 2), (x, y) in [0, 1]."""
     rows, columns = ((np.arange(length) + 0.5) / length for length in size)
     return np.stack(np.meshgrid(columns, rows, indexing="xy"), axis=-1).reshape(-1, 1, 2)
 
@@ -343,11 +348,11 @@ def multi_scale_deformable_layer(
     """Attend from every pixel of a map to points around it.
 
     Args:
-        x: (B, C, H, W), any H and W; queries and values both (without DETR's position embedding).
-        params: tree of `multi_scale_deformable_shapes`, one level.
+        x: input map (B, C, H, W), any H and W, used as queries and as values (without DETR's position embedding).
+        params: parameter tree with the shapes of `multi_scale_deformable_shapes` for one level.
 
     Returns:
-        (B, C, H, W) and the trace.
+        The output (B, C, H, W) and the trace.
     """
     _require_one_level(config)
     x = check_map("x", x, config.dim)
@@ -362,7 +367,7 @@ def multi_scale_deformable_layer(
 def multi_scale_deformable_layer_vjp(
     cotangent: Array, trace: MultiScaleDeformableTrace, params: Tree, config: MultiScaleDeformableConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): the map gains as query and as value."""
+    """Return (∂L/∂x, ∂L/∂params); the map receives gradient as query and as value."""
     batch, dim, height, width = cotangent.shape
     grad_tokens = cotangent.reshape(batch, dim, height * width).swapaxes(1, 2)
     grads = multi_scale_deformable_vjp(grad_tokens, trace, params, config)
@@ -370,6 +375,6 @@ def multi_scale_deformable_layer_vjp(
 
 
 def multi_scale_deformable_layer_macs(batch: int, size: Size, config: MultiScaleDeformableConfig) -> int:
-    """Multiply-adds of the layer on a map of `size`: H·W queries, one level."""
+    """Return the multiply-adds of the layer on a map of `size`: H·W queries, one level."""
     _require_one_level(config)
     return multi_scale_deformable_macs(batch, size[0] * size[1], [size], config)

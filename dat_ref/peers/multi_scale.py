@@ -1,10 +1,10 @@
-"""The operation inside Deformable DETR: sums of sampled values, from maps of several sizes at once.
+"""Multi-scale deformable sampling (Deformable DETR): weighted sums of samples from maps of several sizes.
 
     y[q] = Σ_l Σ_p a[q, l, p] φ(v_l; p̃[q, l, p])        for each head
 
-`multi_scale_deformable_attention` has the signature and layouts of the function that transformers and mmcv share:
-tokens (B, tokens, heads, d), maps flattened row by row and one after the other, locations (x, y) in [0, 1] of each
-level with the map's edges at 0 and 1: pixel x = location · W - ½. Outside a map there are zeros.
+`multi_scale_deformable_attention` has the signature and the layouts of the function in transformers and mmcv. Tokens
+are (B, tokens, heads, d): each map is flattened row by row, and the maps are concatenated. Locations are (x, y) in
+[0, 1] of each level, with the map's edges at 0 and 1: pixel x = location · W - ½. Samples outside a map are zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..ops.sampling import bilinear_sample, bilinear_sample_vjp
 
 
 def level_sizes(spatial_shapes: Sequence[Size] | Array) -> list[Size]:
-    """Return the levels' (H_l, W_l) from pairs or from an array (L, 2)."""
+    """Return the sizes (H_l, W_l) of the levels from pairs or from an array (L, 2)."""
     return [(int(height), int(width)) for height, width in np.asarray(spatial_shapes).reshape(-1, 2)]
 
 
@@ -34,11 +34,11 @@ def sample_tokens(value: Array, points_px: Array, spatial_shapes: Sequence[Size]
     """Sample every head of every level at the points of every query.
 
     Args:
-        value: (B, S, heads, d), the levels' pixels one after the other.
-        points_px: (B, Q, heads, L, P, 2), (y, x), in pixels of the level.
+        value: pixels of all levels, concatenated, (B, S, heads, d).
+        points_px: points (B, Q, heads, L, P, 2), (y, x), in pixels of the level.
 
     Returns:
-        (B, Q, heads, L, P, d).
+        Samples (B, Q, heads, L, P, d).
     """
     sampled = np.empty((*points_px.shape[:-1], value.shape[3]), dtype=np.result_type(value, points_px))
     for level, maps, points in _by_level(value, points_px, spatial_shapes):
@@ -76,13 +76,13 @@ def _by_level(value: Array, points_px: Array, spatial_shapes: Sequence[Size]) ->
 
 
 def _to_maps(per_query: Array) -> Array:
-    """(B, Q, heads, P, n) → (B·heads, n, Q·P)."""
+    """Reshape (B, Q, heads, P, n) → (B·heads, n, Q·P)."""
     batch, queries, heads, points, depth = per_query.shape
     return per_query.transpose(0, 2, 4, 1, 3).reshape(batch * heads, depth, queries * points)
 
 
 def _from_maps(values: Array, points_shape: tuple[int, ...]) -> Array:
-    """(B·heads, n, Q·P) → (B, Q, heads, P, n)."""
+    """Reshape (B·heads, n, Q·P) → (B, Q, heads, P, n)."""
     batch, queries, heads, _, points, _ = points_shape
     return values.reshape(batch, heads, values.shape[1], queries, points).transpose(0, 3, 1, 4, 2)
 
@@ -93,16 +93,16 @@ def multi_scale_deformable_attention(
     """Sum sampled values with given weights: y[q] = Σ_l Σ_p a[q, l, p] φ(v_l; p̃[q, l, p]) for each head.
 
     Args:
-        value: (B, S, heads, d), S = Σ H_l W_l.
-        value_spatial_shapes: (L, 2), the (H_l, W_l) of each level.
-        sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1]; outside there are zeros.
+        value: value tokens (B, S, heads, d), S = Σ H_l W_l.
+        value_spatial_shapes: size (H_l, W_l) of each level, (L, 2).
+        sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1] inside a map; samples outside are zero.
         attention_weights: (B, Q, heads, L, P).
 
     Returns:
-        (B, Q, heads·d).
+        Sums (B, Q, heads·d).
 
     Raises:
-        ShapeError: if the shapes do not go together.
+        ShapeError: if the shapes are inconsistent.
     """
     shapes = _check(value, value_spatial_shapes, sampling_locations, attention_weights)
     sampled = sample_tokens(value, location_pixels(sampling_locations, shapes), shapes)
@@ -130,7 +130,7 @@ def multi_scale_deformable_attention_vjp(
     sampling_locations: Array,
     attention_weights: Array,
 ) -> MultiScaleGradients:
-    """∂L/∂a = ⟨φ, ∂L/∂y⟩, ∂L/∂φ = a ∂L/∂y; a location's gradient is its point's times the extent of the level."""
+    """Return the gradients of `multi_scale_deformable_attention`: ∂L/∂a = ⟨φ, ∂L/∂y⟩, ∂L/∂φ = a ∂L/∂y."""
     shapes = _check(value, value_spatial_shapes, sampling_locations, attention_weights)
     points_px = location_pixels(sampling_locations, shapes)
     sampled = sample_tokens(value, points_px, shapes)
@@ -146,7 +146,7 @@ def weighted_sum_vjp(cotangent: Array, sampled: Array, weights: Array) -> tuple[
 
 
 def location_gradient(grad_points: Array, shapes: Sequence[Size]) -> Array:
-    """Return ∂L/∂locations, (x, y), from ∂L/∂points_px, (y, x): the extent of the level is the slope."""
+    """Return ∂L/∂locations, (x, y): ∂L/∂points_px, (y, x), times the size of the level in pixels."""
     extent = np.asarray(shapes, dtype=grad_points.dtype)
     return (grad_points * extent[:, None])[..., ::-1]
 

@@ -1,17 +1,17 @@
-"""Neighborhood attention: each query sees the K × K keys around it (the local block of DAT++).
+"""Neighborhood attention: each query attends to the K × K keys around it (the local block of DAT++).
 
-The window of query i starts at clip(i - ⌊K/2⌋, 0, H - K) on each axis: at the border it slides inwards instead
-of losing keys, so that every query has K² of them. With d = key - query ∈ (-K, K)²,
+The neighborhood of query i starts at clip(i - ⌊K/2⌋, 0, H - K) on each axis. At the border it shifts inward, so every
+query has K² keys. With d = key - query ∈ (-K, K)²,
 
     z = softmax(q kᵀ / √d_head + B̂[d + K - 1]) v.
 
-With dilation δ (as in NATTEN) the map falls into δ² interleaved sub-maps, by i mod δ on each axis, each with a
-neighborhood attention of its own. Query i = ρ + δ j sees the keys ρ + δ j', with j' a neighbor of j in the sub-map of
-⌈(H - ρ)/δ⌉ pixels: windows slide inwards at the sub-map's border, and d counts in steps of δ.
+With dilation δ (as in NATTEN) the map splits into δ² interleaved sub-maps, by i mod δ on each axis. Each sub-map has a
+separate neighborhood attention. Query i = ρ + δ j attends to the keys ρ + δ j', with j' a neighbor of j in the sub-map
+of ⌈(H - ρ)/δ⌉ pixels. Neighborhoods shift inward at the border of the sub-map, and d counts steps of δ.
 
-On an axis with a sub-map shorter than K, the neighborhood shrinks to the shortest one, max(⌊H/δ⌋, 1) keys. DAT++ as
-released instead pads the map with zeros at the bottom and right up to K δ (through NATTEN 0.14): the padding takes
-part, with the projections' biases as its keys and values.
+If a sub-map is shorter than K on an axis, the neighborhood has only max(⌊H/δ⌋, 1) keys on that axis, the length of the
+shortest sub-map. The released DAT++ instead pads the map with zeros at the bottom and right to K δ (with NATTEN up to
+0.14). The padding takes part in the attention: its keys and values are the biases of the projections.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..ops.grid import Size
 
 
 def neighborhood_shapes(config: NeighborhoodAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     side = 2 * config.kernel_size - 1
     return {
         "qkv": {"weight": (3 * config.dim, config.dim), "bias": (3 * config.dim,)},
@@ -48,17 +48,17 @@ class NeighborhoodTrace:
     v: Array
     attention: Array  # (B, heads, H'·W', 1, K_y·K_x)
     merged: Array  # (B, C, H', W'), before the output projection
-    neighbors: Array  # (H'·W', K_y·K_x), index into H'·W' of each key that each query sees
+    neighbors: Array  # (H'·W', K_y·K_x), indices into H'·W' of the keys of each query
     size: Size  # (H, W)
 
 
 def axis_kernel(length: int, kernel: int, dilation: int = 1) -> int:
-    """Return how many keys a query of an axis sees: K, or as many as the shortest sub-map has."""
+    """Return the number of keys per query on one axis: K, or the length of the shortest sub-map if that is less."""
     return min(kernel, length) if dilation == 1 else min(kernel, max(length // dilation, 1))
 
 
 def neighborhood_padding(size: Size, config: NeighborhoodAttentionConfig) -> tuple[int, int]:
-    """Return the rows and columns of zeros at the bottom and right: up to K δ, or none where neighborhoods shrink."""
+    """Return the numbers of zero rows (bottom) and columns (right) that pad the map to K δ; 0 for ``"shrink"``."""
     if config.small_map == "shrink":
         return 0, 0
     bottom, right = (max(config.kernel_size * config.dilation - length, 0) for length in size)
@@ -72,7 +72,7 @@ def padded_size(size: Size, config: NeighborhoodAttentionConfig) -> Size:
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1) -> Array:
-    """Return the keys that each query of an axis sees, (length, `axis_kernel`).
+    """Return the keys of each query on one axis, (length, `axis_kernel`).
 
     >>> axis_neighbors(5, 3).tolist()
     [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
@@ -87,7 +87,10 @@ def axis_neighbors(length: int, kernel: int, dilation: int = 1) -> Array:
 
 
 def neighbor_index(size: Size, kernel: int, dilation: int = 1) -> tuple[Array, Array]:
-    """Return for each query its keys, and where in the (2K-1)² table each displacement stands; both (H·W, K_y·K_x)."""
+    """Return the keys of each query, and the indices of their displacements in the (2K-1)² table.
+
+    Both are (H·W, K_y·K_x).
+    """
     rows, columns = (axis_neighbors(length, kernel, dilation) for length in size)
     row_offset = (rows - np.arange(size[0])[:, None]) // dilation + kernel - 1
     column_offset = (columns - np.arange(size[1])[:, None]) // dilation + kernel - 1
@@ -103,11 +106,11 @@ def neighborhood_attention(
     """Attend to the K² keys around each query.
 
     Args:
-        x: (B, C, H, W), any H and W.
-        params: tree of `neighborhood_shapes`.
+        x: input map (B, C, H, W), any H and W.
+        params: parameter tree with the shapes of `neighborhood_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace. With K at least as large as the map this is plain multi-head attention.
+        The output (B, C, H, W) and the trace. With K at least as large as the map this is plain multi-head attention.
     """
     x = check_map("x", x, config.dim)
     height, width = x.shape[2:]
@@ -128,7 +131,7 @@ def neighborhood_attention(
 def neighborhood_attention_vjp(
     cotangent: Array, trace: NeighborhoodTrace, params: Tree, config: NeighborhoodAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params). The transpose of gathering is `scatter_add`: a key gains from all who see it."""
+    """Return (∂L/∂x, ∂L/∂params); a key receives gradient from all queries that attend to it, by `scatter_add`."""
     height, width = trace.size
     padded_size = trace.padded.shape[2:]
     bottom, right = padded_size[0] - height, padded_size[1] - width
@@ -154,14 +157,14 @@ def neighborhood_attention_vjp(
 
 
 def scatter_neighbors(gathered: Array, neighbors: Array) -> Array:
-    """(B, heads, H·W, K², d) → (B, heads, H·W, d), each key the sum over the queries that see it."""
+    """Sum (B, heads, H·W, K², d) → (B, heads, H·W, d): for each key over the queries that attend to it."""
     batch, heads, count, _, depth = gathered.shape
     values = gathered.transpose(2, 3, 0, 1, 4).reshape(neighbors.size, -1)
     return scatter_add(values, neighbors.ravel(), count).reshape(count, batch, heads, depth).transpose(1, 2, 0, 3)
 
 
 def neighborhood_attention_macs(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> int:
-    """Multiply-adds: 4 HW C² + 2 K² HW C, over the padded map where there is padding."""
+    """Return multiply-adds: 4 HW C² + 2 K² HW C, for the padded map if there is padding."""
     size = padded_size(size, config)
     pixels = math.prod(size)
     keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)

@@ -1,15 +1,15 @@
-"""The naive form: every query has sampled keys of its own, which is what sharing them in DAT avoids.
+"""Attention with separate sampled keys for every query: the naive form that DAT avoids by sharing keys.
 
-    p̃[m, n] = m + t_n + Δ[m, n],   Δ = θ(q)               key n of query m: a tap of a lattice around m, moved
+    p̃[m, n] = m + t_n + Δ[m, n],   Δ = θ(q)               key n of query m: displaced lattice tap around m
     z[m] = softmax_n(q[m] · k̃[m, n] / √d) ṽ[m, n],        k̃ = φ(x; p̃) W_k,  ṽ = φ(x; p̃) W_v
 
-A deformable convolution's sampling with an attention's weights. θ is DAT's offset network at stride 1, with two
-channels a tap instead of two in all. The sampled keys are N_q·N_k·C numbers, where DAT's are N_k·C: with as many keys
-as queries that grows with the fourth power of the map's side. Where all queries share one set of points, the result is
-DAT's.
+The layer combines the sampling of a deformable convolution with attention weights. θ is DAT's offset network at stride
+1, with two output channels per tap instead of two in total. The sampled keys have N_q·N_k·C elements; DAT's have N_k·C.
+With as many keys as queries this number grows with the fourth power of the map's side. If all queries share one set of
+points, the result equals DAT's.
 
-Sampling and projecting are both linear and commute, so the projections run once on the map, 2 HW C², instead of on
-every sample. Channels mix the samples of all G groups, as in DAT: group g contributes W[:, g] x_g, read at its points.
+Sampling and projection are both linear and commute, so the projections run once on the map (2 HW C²) instead of on
+every sample. As in DAT, they mix the samples of all G groups: group g contributes W[:, g] x_g, sampled at its points.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ..ops.grid import Size
 from ..ops.offsets import OffsetNetworkTrace, offset_network, offset_network_vjp
 from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 
-# ------------------------------------------------------------------------------------------------ given the points
+# ------------------------------------------------------------------------------------------------ at given points
 
 
 @dataclass(frozen=True)
 class PointsTrace:
-    """Intermediates of `attend_at_points`; N keys a query."""
+    """Intermediates of `attend_at_points`; N keys per query."""
 
     x: Array  # (B, C, H, W)
     points_px: Array  # (B, G, M, N, 2), (y, x), in pixels of the map
-    projected: Array  # (B, G, 2C, H, W), what each group's channels contribute to keys and values
+    projected: Array  # (B, G, 2C, H, W), contribution of each group's channels to keys and values
     q: Array  # (B, heads, M, 1, d)
     k: Array  # (B, heads, M, N, d)
     v: Array
@@ -46,17 +46,17 @@ class PointsTrace:
 def attend_at_points(
     query: Array, x: Array, points_px: Array, params: Tree, heads: int, bias: Array | None = None
 ) -> tuple[Array, PointsTrace]:
-    """Attend from every query to keys sampled at points of its own.
+    """Attend from every query to keys sampled at its own points.
 
     Args:
-        query: (B, C, M).
-        x: (B, C, H, W), the map that is sampled.
-        points_px: (B, G, M, N, 2), (y, x), in pixels; group g moves channels [g·C/G, (g+1)·C/G) of x.
-        params: ``key`` and ``value``, each weight (C, C) and bias (C,).
-        bias: (B or 1, heads, M, N), or None.
+        query: queries (B, C, M).
+        x: sampled map (B, C, H, W).
+        points_px: points (B, G, M, N, 2), (y, x), in pixels; group g samples channels [g·C/G, (g+1)·C/G) of x.
+        params: ``key`` and ``value``, each with weight (C, C) and bias (C,).
+        bias: position bias (B or 1, heads, M, N), or None.
 
     Returns:
-        (B, C, M), before any output projection, and the trace.
+        The output (B, C, M) without output projection, and the trace.
     """
     batch, dim, queries = query.shape
     num_keys = points_px.shape[3]
@@ -85,12 +85,12 @@ def _project_groups(x: Array, params: Tree, groups: int) -> Array:
 
 
 def _flat_points(points: Array) -> Array:
-    """(B, M, N, 2) → (B, M·N, 2)."""
+    """Reshape (B, M, N, 2) → (B, M·N, 2)."""
     return points.reshape(len(points), points.shape[1] * points.shape[2], 2)
 
 
 class PointsGradients(NamedTuple):
-    """Gradients of `attend_at_points`; ``bias`` (B, heads, M, N) is not yet summed over what it was broadcast along."""
+    """Gradients of `attend_at_points`; ``bias`` (B, heads, M, N) is not yet summed over broadcast axes."""
 
     query: Array
     x: Array
@@ -100,7 +100,7 @@ class PointsGradients(NamedTuple):
 
 
 def attend_at_points_vjp(cotangent: Array, trace: PointsTrace, params: Tree, heads: int) -> PointsGradients:
-    """Attention, sampling of each group, projections, backwards; `cotangent` is (B, C, M)."""
+    """Return the gradients of `attend_at_points` for a cotangent (B, C, M)."""
     batch, dim, queries = cotangent.shape
     groups, num_keys = trace.points_px.shape[1], trace.points_px.shape[3]
     grad_attended = split_heads(cotangent, heads)[:, :, :, None]
@@ -134,12 +134,12 @@ def attend_at_points_vjp(cotangent: Array, trace: PointsTrace, params: Tree, hea
 
 @dataclass(frozen=True)
 class PerQueryAttentionConfig(PeerConfig):
-    """Attention of every query to `kernel_size`² keys of its own.
+    """Configuration of attention with `kernel_size`² separate keys for every query.
 
     Args:
-        groups: offset groups G, as in a deformable layer.
+        groups: number G of offset groups, as in a deformable layer.
         kernel_size: side of the lattice of keys around a query, odd.
-        offset_kernel_size: k of the offset network's depthwise convolution, odd.
+        offset_kernel_size: kernel size k of the offset network's depthwise convolution, odd.
     """
 
     heads: int
@@ -158,12 +158,12 @@ class PerQueryAttentionConfig(PeerConfig):
 
     @property
     def keys(self) -> int:
-        """Keys N of a query."""
+        """Number N of keys per query."""
         return self.kernel_size**2
 
 
 def per_query_shapes(config: PerQueryAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     dim, group, kernel = config.dim, config.dim // config.groups, config.offset_kernel_size
     shapes: dict[str, Tree] = {
         name: {"weight": (dim, dim), "bias": (dim,)} for name in ("query", "key", "value", "output")
@@ -190,12 +190,12 @@ class PerQueryTrace:
 
     @property
     def attention(self) -> Array:
-        """(B, heads, H·W, N)."""
+        """Attention weights (B, heads, H·W, N)."""
         return self.at_points.attention[:, :, :, 0]
 
 
 def lattice(size: Size, kernel: int) -> Array:
-    """Return where keys stand without offsets, in pixels: (H·W, kernel², 2), around every pixel."""
+    """Return the key positions around every pixel without offsets, in pixels: (H·W, kernel², 2), (y, x)."""
     pixels = np.stack(np.divmod(np.arange(size[0] * size[1]), size[1]), axis=-1)
     taps = np.stack(np.divmod(np.arange(kernel * kernel), kernel), axis=-1) - kernel // 2
     return (pixels[:, None] + taps).astype(np.float64)
@@ -210,11 +210,11 @@ def per_query_attention(x: Array, params: Tree, config: PerQueryAttentionConfig)
     """Attend from every pixel to its own sampled keys.
 
     Args:
-        x: (B, C, H, W), any H and W.
-        params: tree of `per_query_shapes`.
+        x: input map (B, C, H, W), any H and W.
+        params: parameter tree with the shapes of `per_query_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace. Without offsets a query away from the border sees its neighborhood.
+        The output (B, C, H, W) and the trace. Without offsets a query away from the border attends to its neighborhood.
     """
     x = check_map("x", x, config.dim)
     batch, dim, height, width = x.shape
@@ -234,7 +234,7 @@ def per_query_attention(x: Array, params: Tree, config: PerQueryAttentionConfig)
 def per_query_attention_vjp(
     cotangent: Array, trace: PerQueryTrace, params: Tree, config: PerQueryAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): x gains through the samples, the offsets and the queries."""
+    """Return (∂L/∂x, ∂L/∂params); x receives gradient through the samples, the offsets and the queries."""
     batch, dim, height, width = trace.x.shape
     output = linear_vjp(cotangent, trace.merged, **params["output"])
     grads = attend_at_points_vjp(output.x.reshape(batch, dim, height * width), trace.at_points, params, config.heads)
@@ -250,7 +250,7 @@ def per_query_attention_vjp(
 
 
 def per_query_attention_macs(batch: int, size: Size, config: PerQueryAttentionConfig) -> int:
-    """Multiply-adds: 4 HW C² + 2 HW N C + (k² + 2N) HW C, and 8 G HW N C to sample keys and values."""
+    """Return multiply-adds: 4 HW C² + 2 HW N C + (k² + 2N) HW C, plus 8 G HW N C to sample keys and values."""
     dim, pixels, keys = config.dim, batch * size[0] * size[1], config.keys
     offsets = depthwise_conv2d_macs(pixels, dim, config.offset_kernel_size) + linear_macs(pixels, dim, 2 * keys)
     sampling = config.groups * bilinear_sample_macs(pixels * keys, 2 * dim)

@@ -1,10 +1,10 @@
-"""Spatial-reduction attention (PVT): each query sees the whole map, made coarser by a factor of r on both axes.
+"""Spatial-reduction attention (PVT): each query attends to the whole map, reduced by a factor r on both axes.
 
     x̄ = LayerNorm(Conv_r×r, stride r (x))                  r = 1: x̄ = x
     z = softmax(q k̄ᵀ / √d_head) v̄,   [k̄, v̄] = x̄ W_kv       for each head
 
-A key is a whole r × r cell, whatever lies in it, and its place is known to nobody: there is no position bias. A map
-that is not a whole number of cells is filled up with zeros at the bottom and right, as the patch embedding does; the
+A key represents a whole r × r cell. There is no position bias, so the scores do not depend on the positions of cells.
+If r does not divide the map size, the map is padded with zeros at the bottom and right, as in the patch embedding. The
 released code drops the incomplete cells instead.
 """
 
@@ -34,11 +34,11 @@ from ..ops.grid import Size
 
 @dataclass(frozen=True)
 class PyramidAttentionConfig(PeerConfig):
-    """Attention to a map that is `reduction` times coarser.
+    """Configuration of attention to a map that is `reduction` times coarser.
 
     Args:
-        reduction: r, map pixels per key on an axis.
-        attention_dropout, projection_dropout: rates while training, used by `dat_ref.torch` only.
+        reduction: number r of map pixels per key on each axis.
+        attention_dropout, projection_dropout: dropout rates during training, used by `dat_ref.torch` only.
     """
 
     heads: int
@@ -55,12 +55,12 @@ class PyramidAttentionConfig(PeerConfig):
 
     @property
     def scale(self) -> float:
-        """What the dot products are multiplied with, d^(-1/2)."""
+        """Scale of the dot products, d^(-1/2)."""
         return (self.dim // self.heads) ** -0.5
 
 
 def pyramid_shapes(config: PyramidAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     dim, cell = config.dim, config.reduction
     shapes: dict[str, Tree] = {
         "query": {"weight": (dim, dim), "bias": (dim,)},
@@ -87,10 +87,10 @@ def pyramid_names(config: PyramidAttentionConfig) -> NameMapping:
 
 @dataclass(frozen=True)
 class PyramidTrace:
-    """Intermediates of `pyramid_attention`; H̄ × W̄ = ⌈H/r⌉ × ⌈W/r⌉ is the map of keys."""
+    """Intermediates of `pyramid_attention`; H̄ × W̄ = ⌈H/r⌉ × ⌈W/r⌉ is the size of the key map."""
 
     x: Array  # (B, C, H, W)
-    convolved: Array  # (B, C, H̄, W̄), before the norm; `x` itself where r = 1
+    convolved: Array  # (B, C, H̄, W̄), before the norm; `x` itself if r = 1
     reduced: Array  # (B, C, H̄, W̄)
     q: Array  # (B, heads, H·W, d)
     k: Array  # (B, heads, H̄·W̄, d)
@@ -108,11 +108,11 @@ def pyramid_attention(x: Array, params: Tree, config: PyramidAttentionConfig) ->
     """Attend to the reduced map.
 
     Args:
-        x: (B, C, H, W), any H and W.
-        params: tree of `pyramid_shapes`.
+        x: input map (B, C, H, W), any H and W.
+        params: parameter tree with the shapes of `pyramid_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace. With r = 1 this is plain multi-head attention.
+        The output (B, C, H, W) and the trace. With r = 1 this is plain multi-head attention.
     """
     x = check_map("x", x, config.dim)
     convolved = reduced = x
@@ -131,7 +131,7 @@ def pyramid_attention(x: Array, params: Tree, config: PyramidAttentionConfig) ->
 def pyramid_attention_vjp(
     cotangent: Array, trace: PyramidTrace, params: Tree, config: PyramidAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): x gains through the queries, and through the reduced map of keys and values."""
+    """Return (∂L/∂x, ∂L/∂params); x receives gradient through the queries and through the reduced map."""
     size = trace.x.shape[2:]
     output = linear_vjp(cotangent, trace.merged, **params["output"])
     grad_attended = split_heads(output.x, config.heads)
@@ -149,7 +149,7 @@ def pyramid_attention_vjp(
 
 
 def pyramid_attention_macs(batch: int, size: Size, config: PyramidAttentionConfig) -> int:
-    """Multiply-adds: 2 HW C² + 2 Nk C² + 2 HW Nk C, and r² Nk C² for the reduction, with Nk = ⌈H/r⌉ ⌈W/r⌉."""
+    """Return multiply-adds: 2 HW C² + 2 Nk C² + 2 HW Nk C, plus r² Nk C² to reduce, with Nk = ⌈H/r⌉ ⌈W/r⌉."""
     dim, cell, pixels = config.dim, config.reduction, size[0] * size[1]
     keys = -(-size[0] // cell) * -(-size[1] // cell)
     projections = linear_macs(batch * (pixels + keys), dim, 2 * dim)

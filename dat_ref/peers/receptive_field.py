@@ -1,9 +1,9 @@
-"""Which pixels a query can see: those whose features reach its output as keys or values.
+"""Receptive field of one attention layer: the pixels whose features enter a query's output as keys or values.
 
-Seeing is meant of one layer, by its structure and, where points move, by where they went in one pass. It counts a pixel
-that is read as (part of) a key or value, also with a small weight; a sampled point reads the up to four pixels whose
-bilinear weight is not zero. It does not count what merely decides where to look or how to weigh: the query's own pixel,
-and the pixels in the window of an offset network.
+The layer's structure fixes it. For layers with predicted points it depends on the points of one traced forward pass. A
+pixel counts if it contributes to a key or value, however small its weight. A sampled point reads at most four pixels,
+those with nonzero bilinear weight. Pixels that only determine point positions or attention weights do not count: the
+query's own pixel, and the pixels in the window of an offset network.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ Pixel = tuple[int, int]
 
 
 def receptive_field(query: Pixel, size: Size, config: AttentionConfig, trace: Any = None, *, image: int = 0) -> Array:
-    """Return which pixels a query sees, (H, W) of booleans.
+    """Return the receptive field of a query as a boolean mask (H, W).
 
     Args:
-        query: (y, x), a pixel of the map.
-        size: (H, W).
-        config: of the attention.
-        trace: of one pass over a map of this size; needed where points move, and not looked at elsewhere.
-        image: which image of the trace's batch.
+        query: pixel (y, x) of the map.
+        size: map size (H, W).
+        config: configuration of the attention.
+        trace: trace of a forward pass on a map of this size; required for layers with predicted points, otherwise
+            ignored.
+        image: index of the image in the trace's batch.
 
     Raises:
-        ShapeError: if the query is not a pixel of the map, or a trace is missing or of another map.
+        ShapeError: if the query is not a pixel of the map, or if a trace is missing or has another map size.
 
     >>> receptive_field((0, 2), (2, 4), WindowAttentionConfig(dim=2, heads=1, window_size=2)).astype(int).tolist()
     [[0, 0, 1, 1], [0, 0, 1, 1]]
@@ -56,12 +57,12 @@ def receptive_field(query: Pixel, size: Size, config: AttentionConfig, trace: An
     if type(config) in _STRUCTURAL:
         return _STRUCTURAL[type(config)](query, size, config)
     if trace is None:
-        raise ShapeError(f"trace: expected the trace of a pass, by which {config.kind} attention looks, got None")
+        raise ShapeError(f"trace: expected the trace of a forward pass, needed for {config.kind} attention, got None")
     return _BY_TRACE[type(config)](query, size, config, trace, image)
 
 
 def sampled_pixels(points_px: Array, size: Size) -> Array:
-    """Return which pixels points (..., 2), (y, x), read with a weight that is not zero: (H, W) of booleans."""
+    """Return the pixels that points (..., 2), (y, x), read with nonzero weight, as a boolean mask (H, W)."""
     flat = points_px.reshape(-1, 2)
     near_y, near_x = (np.abs(flat[:, axis, None] - np.arange(size[axis])) < 1 for axis in range(2))  # (P, H), (P, W)
     return np.any(near_y[:, :, None] & near_x[:, None, :], axis=0)
@@ -111,11 +112,11 @@ _STRUCTURAL: dict[type, Callable[[Pixel, Size, Any], Array]] = {
 
 def _check_size(traced_size: tuple[int, ...], size: Size) -> None:
     if tuple(traced_size) != tuple(size):
-        raise ShapeError(f"trace: expected a pass over a map of {size}, got one of {tuple(traced_size)}")
+        raise ShapeError(f"trace: expected a trace of a map of size {size}, got {tuple(traced_size)}")
 
 
 def _deformable(query: Pixel, size: Size, config: DeformableAttentionConfig, trace: LayerTrace, image: int) -> Array:
-    """The same for every query, but for the depthwise convolution that may stand in for a bias."""
+    """Return the receptive field; it is equal for all queries unless a depthwise convolution replaces the bias."""
     _check_size(trace.x.shape[2:], size)
     if config.average_pool:
         covered = [count * config.stride for count in trace.sampled.shape[2:]]

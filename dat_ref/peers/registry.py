@@ -1,7 +1,8 @@
-"""Every attention that a block can use, by the type of its configuration: the deformable layer and its peers.
+"""Registry of attention layers by configuration type: the deformable layer and its peers.
 
-A new one needs a configuration derived from `PeerConfig`, the four functions of `Attention`, a rule in
-`dat_ref.peers.receptive_field`, and, to take a deformable layer's place in a backbone, one in `dat_ref.peers.matching`.
+A new layer needs a configuration derived from `PeerConfig`, the four functions of `Attention`, and a rule in
+`dat_ref.peers.receptive_field`. To replace deformable layers in a backbone it also needs a rule in
+`dat_ref.peers.matching`.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ AttentionTrace = (
 
 
 class Attention(NamedTuple):
-    """The functions of an attention: parameter shapes, forward, gradient, cost; and first values of its own, if any."""
+    """Functions of an attention: parameter shapes, forward, gradient, cost, and optionally its initialization."""
 
     shapes: Callable[[Any], Tree]
     forward: Callable[..., tuple[Array, Any]]

@@ -1,14 +1,13 @@
-"""Window and shifted-window attention (Swin): each query sees the keys of its window.
+"""Window and shifted-window attention (Swin): each query attends to the keys of its window.
 
-The map is cut into windows of w × w pixels; inside one, with d = query - key ∈ (-w, w)²,
+The map is partitioned into windows of w × w pixels. Inside a window, with d = query - key ∈ (-w, w)²,
 
     z = softmax(q kᵀ / √d_head + B̂[d + w - 1]) v.
 
-The shifted form rolls the map by `shift` pixels first, so that its windows straddle those of the plain form.
-Rolling brings opposite borders together; pixels that are not neighbours in the map stay invisible to each
-other. A map that is not a whole number of windows is filled up at the bottom and right, and what fills it is
-invisible too. The released code, which takes whole windows only, hides keys by adding -100 instead of -∞; the
-difference is a factor e^-100.
+The shifted form first rolls the map by `shift` pixels, so that its windows straddle the windows of the plain form.
+Rolling brings opposite borders together; a mask separates pixels that are not neighbors in the map. If w does not
+divide the map size, the map is padded at the bottom and right, and the padding is masked too. The released code accepts
+whole windows only. It masks by adding -100 instead of -∞; the difference is a factor e^-100.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..ops.grid import Size
 
 
 def window_shapes(config: WindowAttentionConfig) -> Tree:
-    """Return the parameter tree of shapes."""
+    """Return the parameter shapes as a tree."""
     side = 2 * config.window_size - 1
     return {
         "qkv": {"weight": (3 * config.dim, config.dim), "bias": (3 * config.dim,)},
@@ -36,7 +35,7 @@ def window_shapes(config: WindowAttentionConfig) -> Tree:
 
 @dataclass(frozen=True)
 class WindowTrace:
-    """Intermediates of `window_attention`. Windows are numbered row by row, nW = nH·nW' of them."""
+    """Intermediates of `window_attention`. The nW = nH·nW' windows are numbered row by row."""
 
     x: Array  # (B, C, H, W)
     q: Array  # (B·nW, heads, w², d)
@@ -44,14 +43,14 @@ class WindowTrace:
     v: Array
     attention: Array  # (B·nW, heads, w², w²)
     merged: Array  # (B, C, H, W), before the output projection
-    grid: Size  # windows (down, across)
-    cells: Array  # (nW, w², 2), the pixel (y, x) that each position of each window holds; ≥ (H, W) in the padding
+    grid: Size  # number of windows (down, across)
+    cells: Array  # (nW, w², 2), pixel (y, x) at each window position; ≥ (H, W) in the padding
 
 
 def window_cells(size: Size, window: int, shift: int) -> tuple[Size, Array]:
-    """Return the grid of windows and the map pixel (y, x) that each of their positions holds, (nW, w², 2).
+    """Return the window grid (down, across), and the map pixel (y, x) at each window position, (nW, w², 2).
 
-    Positions of the padding hold pixels beyond the map.
+    Positions in the padding have pixel indices outside the map.
     """
     down, across = (-(-length // window) for length in size)
     rows, columns = (np.roll(np.arange(count * window), -shift) for count in (down, across))
@@ -61,13 +60,13 @@ def window_cells(size: Size, window: int, shift: int) -> tuple[Size, Array]:
 
 
 def window_visibility(cells: Array, size: Size, window: int, shift: int) -> Array:
-    """Return which key each query of a window may see, (nW, w², w²) of booleans: [window, query, key].
+    """Return the attention mask [window, query, key], (nW, w², w²) booleans, True for visible keys.
 
-    Rolling puts the first `shift` rows below the last ones. Two positions see each other if they come from the
-    same side of that seam, on both axes, and if both lie in the map or both in the padding (whose queries are
-    thrown away).
+    Rolling puts the first `shift` rows below the last ones. Two positions are visible to each other if they come from
+    the same side of that seam on both axes, and if both are in the map or both in the padding. Outputs of padding
+    queries are discarded.
     """
-    wrapped = cells < shift  # rolled round to the other end
+    wrapped = cells < shift  # rolled to the other end
     if shift == 0:
         wrapped = np.zeros_like(cells, dtype=bool)
     padding = (cells >= np.asarray(size)).any(axis=-1)
@@ -76,7 +75,7 @@ def window_visibility(cells: Array, size: Size, window: int, shift: int) -> Arra
 
 
 def relative_index(window: int) -> Array:
-    """Return d + w - 1 for each pair of positions in a window, flattened into the table: (w²·w²,)."""
+    """Return the flat table index of d + w - 1 for each pair of positions in a window: (w²·w²,)."""
     y, x = np.divmod(np.arange(window * window), window)
     rows = y[:, None] - y + window - 1
     columns = x[:, None] - x + window - 1
@@ -84,7 +83,7 @@ def relative_index(window: int) -> Array:
 
 
 def window_partition(x: Array, cells: Array) -> Array:
-    """Gather the positions of each window: (B, C, H, W) → (B·nW, C, w²), zeros in the padding."""
+    """Gather the pixels of each window: (B, C, H, W) → (B·nW, C, w²), zeros in the padding."""
     height, width = x.shape[2:]
     inside = (cells < (height, width)).all(axis=-1)
     rows, columns = np.where(inside, cells[..., 0], 0), np.where(inside, cells[..., 1], 0)
@@ -93,7 +92,7 @@ def window_partition(x: Array, cells: Array) -> Array:
 
 
 def window_reverse(windows: Array, cells: Array, size: Size) -> Array:
-    """Put the positions of each window back into the map, the inverse (and transpose) of `window_partition`."""
+    """Write windows back to the map: (B·nW, C, w²) → (B, C, H, W), inverse and transpose of `window_partition`."""
     count, area, _ = cells.shape
     channels = windows.shape[1]
     x = np.zeros((len(windows) // max(count, 1), channels, *size), dtype=windows.dtype)
@@ -104,14 +103,14 @@ def window_reverse(windows: Array, cells: Array, size: Size) -> Array:
 
 
 def _split_qkv(qkv: Array, cells: Array, heads: int) -> tuple[Array, Array, Array]:
-    """(B, 3C, H, W) → q, k, v (B·nW, heads, w², d)."""
+    """Split (B, 3C, H, W) → q, k, v (B·nW, heads, w², d)."""
     windows = window_partition(qkv, cells)
     parts = windows.reshape(len(windows), 3, heads, windows.shape[1] // (3 * heads), windows.shape[2]).swapaxes(3, 4)
     return parts[:, 0], parts[:, 1], parts[:, 2]
 
 
 def _merge_heads(windows: Array) -> Array:
-    """(B·nW, heads, w², d) → (B·nW, C, w²)."""
+    """Merge heads (B·nW, heads, w², d) → (B·nW, C, w²)."""
     count, heads, area, depth = windows.shape
     return windows.swapaxes(2, 3).reshape(count, heads * depth, area)
 
@@ -124,11 +123,12 @@ def window_attention(x: Array, params: Tree, config: WindowAttentionConfig) -> t
     """Attend inside (shifted) windows.
 
     Args:
-        x: (B, C, H, W), any H and W.
-        params: tree of `window_shapes`.
+        x: input map (B, C, H, W), any H and W.
+        params: parameter tree with the shapes of `window_shapes`.
 
     Returns:
-        (B, C, H, W) and the trace. With one window as large as the map and no shift this is plain multi-head attention.
+        The output (B, C, H, W) and the trace. With one window as large as the map and no shift this is plain
+        multi-head attention.
     """
     x = check_map("x", x, config.dim)
     size, window = x.shape[2:], config.window_size
@@ -147,7 +147,7 @@ def window_attention(x: Array, params: Tree, config: WindowAttentionConfig) -> t
 def window_attention_vjp(
     cotangent: Array, trace: WindowTrace, params: Tree, config: WindowAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params): output projection, attention, gather of the table, qkv projection, backwards."""
+    """Return (∂L/∂x, ∂L/∂params): backward through output projection, attention, bias table and qkv projection."""
     output = linear_vjp(cotangent, trace.merged, **params["output"])
     grad_attended = _split_heads(window_partition(output.x, trace.cells), config.heads)
     grads = attend_vjp(grad_attended, trace.q, trace.k, trace.v, trace.attention, config.scale)
@@ -165,7 +165,7 @@ def _split_heads(windows: Array, heads: int) -> Array:
 
 
 def window_attention_macs(batch: int, size: Size, config: WindowAttentionConfig) -> int:
-    """Multiply-adds: 4 HW C² + 2 w² HW C on whole windows; the padding of others counts in the second term."""
+    """Return multiply-adds: 4 HW C² + 2 w² HW C; the second term includes the padding of incomplete windows."""
     area = config.window_size**2
     windows = batch * -(-size[0] // config.window_size) * -(-size[1] // config.window_size)
     projections = linear_macs(batch * size[0] * size[1], config.dim, 4 * config.dim)
