@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, the golden fixtures, the rule for GPU tests."""
+"""Shared fixtures and settings: Hypothesis profiles, the golden fixtures, the rule for GPU tests."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from helpers.browser import FLAGS, find_chromium
 from helpers.golden import load_golden
 from hypothesis import settings
 
-# "ci" draws the same examples on every run, so that a red build can be repeated; "deep" looks for new ones.
+# "ci" draws the same examples on every run, so that a failure can be repeated; "deep" draws new ones.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=400, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -42,7 +42,7 @@ def site_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chromium():
-    """Return a headless Chromium that can reach no other host."""
+    """Return a headless Chromium that cannot reach any other host."""
     playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
     try:
         path = find_chromium(playwright)
@@ -58,7 +58,7 @@ def chromium():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where there is no CUDA device; torch is imported only for them."""
+    """Skip tests marked `gpu` without a CUDA device; torch is imported only for them."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _cuda_is_available():
         for item in marked:

@@ -1,7 +1,7 @@
-"""What Hypothesis draws: axes all different, mostly odd; points on, near and off the lattice and outside the map.
+"""Hypothesis strategies: axes of different, mostly odd lengths; points on, near and off the lattice, and outside.
 
-Numbers come from a seed, so that a failure shrinks to a small shape and names the seed; shapes, options and single
-points are drawn one by one.
+Array elements come from a seed, so that a failure shrinks to a small shape and names the seed; shapes, options and
+single points are drawn one by one.
 """
 
 from collections.abc import Sequence
@@ -43,18 +43,18 @@ consistent_conventions = st.sampled_from([Convention.CELL_CENTER, Convention.PAP
 
 
 def numbers(seed: int, *shape: int, dtype: Any = np.float64) -> np.ndarray:
-    """Return standard normal numbers of a seed."""
+    """Return standard normal elements, drawn by seed."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
 def points_px(size: tuple[int, int], count: int) -> st.SearchStrategy[np.ndarray]:
-    """Draw pixel positions (count, 2): whole numbers, next to whole numbers, between them, just and far outside."""
+    """Draw pixel positions (count, 2): integers, next to integers, between them, just outside and far outside."""
     return points_in(size, anywhere, (count,))
 
 
 @dataclass(frozen=True)
 class Case:
-    """An attention layer to run: a configuration, the map it is fed, and the seed of its numbers."""
+    """An attention layer to run: configuration, map size, batch size and the seed of its arrays."""
 
     config: Any
     size: tuple[int, int]
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def keys(self) -> tuple[int, int]:
-        """Return the key grid of a deformable layer."""
+        """Return the size of a deformable layer's key grid."""
         config = self.config
         return key_grid_size(self.size, config.kernel_size, config.stride, config.convention)
 
@@ -92,9 +92,8 @@ def layer_cases(
 ) -> Case:
     """Draw a deformable layer.
 
-    A single key of the 2023 release is at infinity, where an offset alone is not defined: the clamp takes its place. A
-    map of one pixel on an axis leaves "fractions of the map" open where ±1 are pixel centers: such an axis keeps its
-    own table.
+    A single key of the 2023 release is at infinity, where an offset alone is not defined: the clamp replaces it. If ±1
+    are pixel centers, "fractions of the map" are undefined on an axis of one pixel: such an axis keeps its own table.
     """
     size = draw(map_sizes(smallest, largest))
     convention = draw(st.sampled_from(list(among)))
@@ -130,7 +129,7 @@ def layer_cases(
 
 @st.composite
 def window_cases(draw: st.DrawFn, batches: Sequence[int] = (1, 2), largest: int = 7) -> Case:
-    """Draw window attention, shifted or not, on maps larger and smaller than a window."""
+    """Draw window attention, with and without shift, on maps larger and smaller than a window."""
     window = draw(st.sampled_from([3, 2, 4, 1]))
     heads, head_dim = draw(st.sampled_from([(2, 1), (1, 3), (3, 2)]))
     config = WindowAttentionConfig(heads * head_dim, heads, window, shift=draw(st.integers(0, window - 1)))

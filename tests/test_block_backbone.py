@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.agreement import assert_agree
 from helpers.backbones import RELEASES, tiny, tiny_params
-from helpers.counting import count_multiplications, numbers_that_count
+from helpers.counting import count_multiplications, counting_array
 from helpers.layers import random_params, run_oracle
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,16 +202,16 @@ C, H, W, K, R = 6, 5, 7, 3, 2
 
 def test_costs_of_basic_operations_are_counts():
     """The formulas equal the multiplications that the very code makes when fed numbers that count them."""
-    x = numbers_that_count(numbers(0, 2, C, H, W))
+    x = counting_array(numbers(0, 2, C, H, W))
     weight = numbers(1, 4, C)
     assert count_multiplications(lambda: basic.linear(x, weight)) == basic.linear_macs(2 * H * W, C, 4)
     padding = ((1, 1), (1, 1))
     out = np.prod(basic.conv_size((H, W), K, R, padding))
     options = {"stride": R, "padding": padding}
-    counted = count_multiplications(lambda: basic.conv2d(x, numbers_that_count(numbers(1, 4, C, K, K)), **options))
+    counted = count_multiplications(lambda: basic.conv2d(x, counting_array(numbers(1, 4, C, K, K)), **options))
     assert counted == basic.conv2d_macs(2 * out, C, 4, K)
     counted = count_multiplications(
-        lambda: basic.depthwise_conv2d(x, numbers_that_count(numbers(1, C, 1, K, K)), **options)
+        lambda: basic.depthwise_conv2d(x, counting_array(numbers(1, C, 1, K, K)), **options)
     )
     assert counted == basic.depthwise_conv2d_macs(2 * out, C, K)
     points = np.random.default_rng(0).uniform(0, 4, (2, 9, 2))

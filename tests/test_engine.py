@@ -261,10 +261,10 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 def test_every_image_is_looked_at_once_an_epoch(tmp_path):
     data, held_out = Noise(), Noise(7)
     fit(CONFIG, data, held_out, tmp_path, model=tiny_model(), quiet=True)
-    epochs = [data.asked[start : start + 11] for start in (0, 11, 22)]
+    epochs = [data.requested[start : start + 11] for start in (0, 11, 22)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert sorted(held_out.asked) == sorted(list(range(7)) * 3)
+    assert sorted(held_out.requested) == sorted(list(range(7)) * 3)
 
 
 # ------------------------------------------------------------------------------------------------ formulas
@@ -298,7 +298,7 @@ def test_a_step_is_adamw_with_clipping_and_average(tmp_path):
     first, second, mean = ({name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in range(3))
     mean = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     for step in range(3):
-        numbers = data.asked[4 * step : 4 * step + 4]
+        numbers = data.requested[4 * step : 4 * step + 4]
         images, targets = (torch.stack(each) for each in zip(*(Noise()[number] for number in numbers), strict=True))
         logits = model(images)
         smooth = 0.9 * nn.functional.one_hot(targets, 3) + 0.1 / 3

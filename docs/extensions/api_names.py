@@ -1,12 +1,12 @@
-"""Fills in API entries, so that a name added to a module's `__all__` is on its page at once.
+"""API pages: one entry for each name in a module's `__all__`.
 
     <!-- public names of dat_ref.torch
     Markdown that goes before them
     -->
 
-becomes that Markdown and one entry for each public name; nothing at all where there is no such module. Names are
-read from the source: the site is built without importing torch. The build fails if a public name of `COMPLETE` is on no
-page.
+becomes that Markdown and one entry for each public name. A module that does not exist gets nothing. Names are read from
+the source, so that the site is built without importing torch. The build fails if a public name of `COMPLETE` is not on
+any page.
 """
 
 import ast
@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile(r"<!-- public names of ([\w.]+)\n(.*?)-->", re.DOTALL)
 
 
 def public_names(module: Path) -> list[str]:
-    """Return the names in `__all__` of the package or module at a path without ``.py``; none if there is none."""
+    """Return the names in `__all__` of the package or module at a path without ``.py``, if it exists."""
     for source in (module / "__init__.py", module.with_suffix(".py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body if source.exists() else []:
             if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
@@ -32,7 +32,7 @@ def public_names(module: Path) -> list[str]:
 
 
 def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
-    """Replace each mark by its entries."""
+    """Replace each placeholder by its entries."""
     root = Path(config["config_file_path"]).parent
 
     def entries(placeholder: re.Match[str]) -> str:
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
 
 
 def on_post_build(*, config: Any, **_: Any) -> None:
-    """Fail if a public name is on no page."""
+    """Fail if a public name is not on any page."""
     missing = undocumented(Path(config["config_file_path"]).parent, _documented)
     if missing:
         raise Abort(f"no page has an entry for {', '.join(missing)}: add a line `::: NAME` to docs/api.md")

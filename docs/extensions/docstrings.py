@@ -1,4 +1,4 @@
-"""Turns what plain docstrings and Markdown write differently: doctests and tables become blocks, ``::`` a colon."""
+"""Docstrings as Markdown: fence doctests and tables, replace ``::`` at the end of a line by a colon."""
 
 import re
 from typing import Any
@@ -11,9 +11,9 @@ TABLE = re.compile(r"^(=+(?: +=+)+)\n(?:.*\n)*?\1\n(?:(?:.+\n)+?\1(?:\n|$))?", r
 
 
 def to_markdown(docstring: str) -> str:
-    """Return a docstring with its doctests and its tables, drawn with ``=``, fenced.
+    """Return a docstring with its doctests and its tables (drawn with ``=``) in fences.
 
-    A doctest starts at `>>>` and ends at a blank line, as it does for the doctest module.
+    A doctest starts at `>>>` and ends at a blank line, as in the doctest module.
     """
 
     def fenced(example: re.Match[str]) -> str:
@@ -24,9 +24,9 @@ def to_markdown(docstring: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Applies `to_markdown` to every docstring."""
+    """Apply `to_markdown` to every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Called for each module, class, function and attribute."""
+        """Convert the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)

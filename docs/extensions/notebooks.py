@@ -1,4 +1,4 @@
-"""Puts the notebooks on the site: every ``notebooks/*.py`` becomes a page of its own section, under its own title."""
+"""Notebooks on the site: every ``notebooks/*.py`` is a page of one section, titled by its first heading."""
 
 import re
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-AFTER = "Quick start"  # the entry of the navigation that the notebooks follow
+AFTER = "Quick start"  # navigation entry before the notebooks
 TITLE = re.compile(r"^# # (.+)$", re.MULTILINE)
 
 
 def notebooks(config: Any) -> list[Path]:
-    """Return the notebooks, in the order of their numbers."""
+    """Return the notebooks in the order of their numbers."""
     return sorted(Path(config.config_file_path).parent.glob("notebooks/*.py"))
 
 
 def on_config(config: Any) -> None:
-    """Add the section to the navigation; a notebook's title is its first heading."""
+    """Add the section of the notebooks to the navigation."""
     paths = notebooks(config)
     if not paths:
         return
@@ -32,7 +32,7 @@ def on_config(config: Any) -> None:
 
 @event_priority(100)  # before the plugin that turns them into pages
 def on_files(files: Files, config: Any) -> None:
-    """Add the files, which lie beside docs/ and not in it."""
+    """Add the notebooks to the files of the site: they are outside docs/."""
     root = str(Path(config.config_file_path).parent)
     for path in notebooks(config):
         files.append(File(f"notebooks/{path.name}", root, config.site_dir, config.use_directory_urls))

@@ -1,10 +1,10 @@
-"""Writes each live figure as one HTML file that opens alone, also from a disk: docs/figures-live/*.html.
+"""Bundle each live figure into one HTML file that opens without a server: docs/figures-live/*.html.
 
     python docs/figures/bundle.py
 
-Browsers refuse to import modules from a disk, so the modules that a figure needs are written into the file, each as a
-function that returns what it exports. The caption is the one on the page of the site that shows the figure. A test
-fails when the files are not what this script would write.
+Browsers refuse to import modules from a disk. Each module that a figure needs is therefore written into the file, as a
+function that returns its exports. The caption is the one on the figure's page of the site. A test fails if the files
+differ from the output of this script.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ figcaption { font-size: 0.72rem; margin: 1.4rem auto 0; max-width: 38rem; opacit
 
 
 def dependency_order(path: Path, collected: tuple[Path, ...] = ()) -> tuple[Path, ...]:
-    """Return a module with all that it imports, each after what it needs."""
+    """Return a module and all its imports, each after its own dependencies."""
     for _, target in IMPORT.findall(path.read_text(encoding="utf-8")):
         dependency = (path.parent / target).resolve()
         if dependency not in collected:
@@ -76,7 +76,7 @@ def dependency_order(path: Path, collected: tuple[Path, ...] = ()) -> tuple[Path
 
 
 def to_function(path: Path) -> str:
-    """Return a module as a constant of its name that holds what it exports."""
+    """Return a module as a constant that holds its exports."""
     source = path.read_text(encoding="utf-8")
     names = ", ".join(EXPORT.findall(source))
     source = IMPORT.sub(lambda match: f"const {{{match[1]}}} = {Path(match[2]).stem};\n", source)
@@ -87,7 +87,7 @@ def to_function(path: Path) -> str:
 
 
 def find_caption(name: str) -> str:
-    """Return the caption, but for its link, that the site's page has below a figure that starts as it does alone."""
+    """Return a figure's caption on the site without its link, for the state in which the figure opens alone."""
     for page in sorted(DOCS.rglob("*.md")):
         match = re.search(CAPTION.format(name), page.read_text(encoding="utf-8"), re.DOTALL)
         if match:
@@ -111,7 +111,7 @@ def page(name: str) -> str:
 
 
 def outputs() -> dict[str, str]:
-    """Return what this script writes, by path inside docs/."""
+    """Return the files of this script by path inside docs/."""
     return {f"figures-live/{name}.html": page(name) for name in FIGURES}
 
 

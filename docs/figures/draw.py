@@ -1,9 +1,9 @@
-"""Draws the site's diagrams and the tables of released names, all from the spec's own numbers.
+"""Draw the site's diagrams and the tables of released names, all from numbers of the spec.
 
     python docs/figures/draw.py
 
-writes the files beside this one; a test fails when they are not what this script would write. The pages include
-the SVG as text, so that its colours follow the page: currentColor, and --fig-blue, --fig-orange, --fig-green.
+writes the files into this folder; a test fails if they differ from the output of this script. The pages include the
+SVG as text, so that its colors follow the page: currentColor, and --fig-blue, --fig-orange, --fig-green.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dat_ref.ops.grid import reference_points, to_pixels
 from dat_ref.ops.offsets import bound_offsets
 from dat_ref.params import flatten
 
-Rows = tuple[Sequence[float], Sequence[float], Sequence[float]]  # points, targets, the numbers under them
+Rows = tuple[Sequence[float], Sequence[float], Sequence[float]]  # points, targets, the numbers below them
 FOLDER = Path(__file__).parent
 BLUE, ORANGE, GREEN = "var(--fig-blue, #0072b2)", "var(--fig-orange, #d55e00)", "var(--fig-green, #009e73)"
 RELEASED_BOUND = {Convention.DATPP2023: OffsetBound.CLAMP}
@@ -94,7 +94,7 @@ def circle(x: float, y: float, radius: float, *, color: str = "currentColor", op
 
 
 def arrow(points: Sequence[tuple[float, float]], color: str = "currentColor") -> list[str]:
-    """A path with a head on its last segment, which runs along an axis."""
+    """Draw a polyline along the axes with an arrowhead on its last segment."""
     (x0, y0), (x1, y1) = points[-2:]
     dx, dy = np.sign(x1 - x0), np.sign(y1 - y0)
     shaft_end = (x1 - 7 * dx, y1 - 7 * dy)
@@ -110,10 +110,8 @@ def arrow(points: Sequence[tuple[float, float]], color: str = "currentColor") ->
 def box(
     x: float, y: float, width: float, height: float, lines: Sequence[str], color: str = "currentColor"
 ) -> list[str]:
-    """A rounded box around (x, y), its first line of words in the colour."""
-    elements = [
-        rect(x - width / 2, y - height / 2, width, height, color=color, fill=0.07, opacity=0.75, radius=5)
-    ]
+    """Draw a rounded box around (x, y); the first line of its text is in the color."""
+    elements = [rect(x - width / 2, y - height / 2, width, height, color=color, fill=0.07, opacity=0.75, radius=5)]
     for index, label in enumerate(lines):
         baseline = y + 18 * (index - (len(lines) - 1) / 2) + 4.5
         elements.append(text(x, baseline, label, size=13 if index == 0 else 11, opacity=1 if index == 0 else 0.75))
@@ -124,7 +122,7 @@ def box(
 
 
 def layer_flow() -> str:
-    """The way of one map through a layer: where to look in blue, what is found there in orange."""
+    """Draw the data flow of one layer: choosing positions in blue, sampling features in orange."""
     top, middle, low = 44, 140, 236
     body = [
         text(26, top - 2, "x", size=17, attributes=' font-style="italic"'),
@@ -134,7 +132,7 @@ def layer_flow() -> str:
         line(136, top - 5, 170, top - 5, width=1.6),
         text(184, top, "q", size=17, attributes=' font-style="italic"'),
         *arrow([(198, top - 5), (708, top - 5)]),
-        # where to look
+        # choosing positions
         *arrow([(184, top + 12), (184, middle - 25)], BLUE),
         *box(184, middle, 126, 48, ["offset network θ", "one for all groups"], BLUE),
         *arrow([(248, middle), (322, middle)], BLUE),
@@ -145,7 +143,7 @@ def layer_flow() -> str:
         text(494, middle + 17, "G × Ns × 2", size=10, opacity=0.7),
         *box(610, middle, 140, 48, ["read the bias table", "at q − p̃, bilinear"], BLUE),
         *arrow([(681, middle), (708, middle)], BLUE),
-        # what is found there
+        # sampling features
         *arrow([(26, top + 24), (26, low), (322, low)], ORANGE),
         *arrow([(388, middle + 25), (388, low - 25)], BLUE),
         text(402, (middle + low) / 2 + 5, "p̃", size=15, attributes=' font-style="italic"'),
@@ -188,7 +186,7 @@ def strip(
     targets: Sequence[float],
     labels: Sequence[float],
 ) -> list[str]:
-    """A row of cells with a point for each target, joined to it where they differ, and a number under each."""
+    """Draw a row of cells with a point for each target, a line between them if they differ, and a number below."""
     left, pitch = 108, 560 / cells
     body = [
         text(0, y + 5, name, anchor="start", size=12.5),
@@ -210,7 +208,11 @@ def strip(
 
 
 def strips(title: str, cells: int, convention_rows: Callable[[Convention], Rows], notes: tuple[str, str]) -> str:
-    """Four strips, one a convention; `notes` say what it is when every point meets its target, and when not."""
+    """Draw four strips, one for each convention.
+
+    Args:
+        notes: text for a strip in which every point is at its target, and for one in which some are not.
+    """
     body: list[str] = []
     for row, convention in enumerate(Convention):
         points, targets, labels = convention_rows(convention)
@@ -220,7 +222,7 @@ def strips(title: str, cells: int, convention_rows: Callable[[Convention], Rows]
 
 
 def sampled_pixels(length: int, keys: int, convention: Convention) -> list[float]:
-    """Pixel that each key of an axis samples with zero offset, under the convention's own bound."""
+    """Return the pixel that each key of an axis samples with zero offset, under the convention's own bound."""
     reference = reference_points((keys, keys), convention)
     bound = RELEASED_BOUND.get(convention, OffsetBound.TANH_CELLS)
     raw = np.zeros((1, 1, keys, keys, 2))
@@ -234,7 +236,7 @@ def _plain(numbers: Iterable[float]) -> list[float]:
 
 
 def identity() -> str:
-    """Seven pixels, seven keys, stride 1, zero offset: where each key samples."""
+    """Draw the positions that seven keys sample on seven pixels, at stride 1 with zero offset."""
 
     def convention_rows(convention: Convention) -> Rows:
         points = sampled_pixels(7, 7, convention)
@@ -245,7 +247,7 @@ def identity() -> str:
 
 
 def stride_eight() -> str:
-    """56 pixels, seven keys: drawn in key cells of eight pixels, lettered in pixels."""
+    """Draw 56 pixels and seven keys: in key cells of eight pixels, labeled in pixels."""
 
     def convention_rows(convention: Convention) -> Rows:
         points = sampled_pixels(56, 7, convention)
@@ -256,7 +258,7 @@ def stride_eight() -> str:
 
 
 def table_reading() -> str:
-    """Where the displacements of seven queries from seven keys read a table of 13 rows: entries, or between them."""
+    """Draw the table positions of the displacements of seven queries from seven keys, in a table of 13 rows."""
 
     def convention_rows(convention: Convention) -> Rows:
         reference = np.clip(reference_points((7, 7), convention), -1, 1)
@@ -275,7 +277,11 @@ def table_reading() -> str:
 
 
 def names_table(preset: str, stage: int, block: int, *, rest: bool = False) -> str:
-    """Markdown table of names here and in the released state dict: of one block, or of all around the blocks."""
+    """Return a Markdown table of names here and in the released state dict.
+
+    Args:
+        rest: list the names outside the blocks instead of those of one block.
+    """
     model = config(preset)
     shapes = flatten(dat_shapes(model))
     prefix, theirs = f"stages.{stage}.blocks.{block}.", "" if rest else f"stages.{stage}."
@@ -292,7 +298,7 @@ LAYOUTS = {"same": "the same", "conv1x1": "(O, C, 1, 1)", "flat_table": "((2w−
 
 
 def outputs() -> dict[str, str]:
-    """Return every file that this script writes, by name."""
+    """Return the files of this script by name."""
     return {
         "layer.svg": layer_flow(),
         "identity.svg": identity(),

@@ -1,9 +1,9 @@
-"""Draws what a query reaches in each of the systems that are compared, which of them equal which, and how costs grow.
+"""Draw the receptive field of each compared system, the identities between the systems, and the growth of their cost.
 
     python docs/figures/draw_peers.py
 
-`receptive_field.svg` and `identity_graph.svg` are written beside this file, and a test fails when they are not what
-this script would write; `cost.png` is the figure of `dat-ref complexity`, in the folder of images.
+writes `receptive_field.svg` and `identity_graph.svg` into this folder; a test fails if they differ from the output of
+this script. `cost.png` is the figure of `dat-ref complexity`, in the folder of images.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from dat_ref.peers import (
 FOLDER = Path(__file__).parent
 SIZE, QUERY = (12, 12), (3, 8)
 DIM, HEADS = 12, 3
-CELL, ACROSS, DOWN = 10, 146, 184  # pixels of the drawing: of a map's pixel, from panel to panel
+CELL, ACROSS, DOWN = 10, 146, 184  # drawing units: size of a map pixel, distances between panels
 
 # ------------------------------------------------------------------------------------------------ receptive field
 
 
 class Panel(NamedTuple):
-    """A system, and the lines that its structure draws over the map: every `pitch` pixels, from `start` on."""
+    """System with the lines that its structure draws over the map: every `pitch` pixels, from `start` on."""
 
     name: str
     attention: Any
@@ -50,7 +50,7 @@ class Panel(NamedTuple):
     start: int = 0
 
 
-# Nine keys a query wherever a system can choose, counted over all heads.
+# Nine keys for each query wherever a system can choose, counted over all heads.
 PANELS = (
     Panel("plain attention", MultiHeadAttentionConfig(DIM, HEADS)),
     Panel("spatial reduction", PyramidAttentionConfig(DIM, HEADS, reduction=4), 4, 4),
@@ -66,10 +66,10 @@ PANELS = (
 
 
 def run_layer(attention: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Run one layer on a noise map; return which pixels the query reaches, and its points (N, 2), if it has any."""
+    """Run one layer on a noise map; return the query's receptive field and its points (N, 2), if it has any."""
     rng = np.random.default_rng(2)
     params = init_params(attention, seed=2, dtype=np.float64)
-    if not isinstance(attention, DATDCNAttentionConfig):  # offsets of some pixels, which first values do not give
+    if not isinstance(attention, DATDCNAttentionConfig):  # offsets of some pixels; the initialization gives almost none
         for leaf in (params.get("offset", {}), params.get("offset_network", {}).get("pointwise", {})):
             if leaf:
                 leaf["weight"][:] = rng.normal(scale=0.4, size=leaf["weight"].shape) / leaf["weight"][0, 0].size ** 0.5
@@ -79,11 +79,11 @@ def run_layer(attention: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def query_points(points: np.ndarray | None) -> np.ndarray:
-    """Return the query's own points, (N, 2), from (1, …, 2) with an axis of queries somewhere, or of all queries."""
+    """Return the query's own points (N, 2), from (1, …, 2) with or without an axis of queries."""
     number = QUERY[0] * SIZE[1] + QUERY[1]
     if points is None:
         return np.zeros((0, 2))
-    if points.shape[-3:-1] == SIZE:  # a convolution's: (1, G, K, H, W, 2)
+    if points.shape[-3:-1] == SIZE:  # of a convolution: (1, G, K, H, W, 2)
         return points[0, :, :, QUERY[0], QUERY[1]].reshape(-1, 2)
     for axis, length in enumerate(points.shape):
         if length == SIZE[0] * SIZE[1]:
@@ -92,14 +92,14 @@ def query_points(points: np.ndarray | None) -> np.ndarray:
 
 
 def frame(left: float, top: float, side: float) -> list[str]:
-    """A square with strong lines."""
+    """Draw a square with thick lines."""
     right, bottom = left + side, top + side
     corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
     return [line(*a, *b, width=2.2) for a, b in zip(corners, corners[1:])]
 
 
 def lattice(left: float, top: float, positions: range, opacity: float) -> str:
-    """Lines over a map at these places, in its pixels, down and across."""
+    """Draw horizontal and vertical lines over a map at these positions, in pixels of the map."""
     height, width = (CELL * length for length in SIZE)
     down = [f"M{left + CELL * position:g} {top:g}v{height}" for position in positions]
     across = [f"M{left:g} {top + CELL * position:g}h{width}" for position in positions]
@@ -107,13 +107,13 @@ def lattice(left: float, top: float, positions: range, opacity: float) -> str:
 
 
 def pixels(visible: np.ndarray, left: float, top: float) -> str:
-    """The pixels that are reached, a square each."""
+    """Draw the pixels of the receptive field, one square each."""
     squares = [f"M{left + CELL * x:g} {top + CELL * y:g}h{CELL}v{CELL}h-{CELL}z" for y, x in np.argwhere(visible)]
     return f'<path d="{"".join(squares)}" fill="{BLUE}" fill-opacity="0.45"/>'
 
 
 def draw_panel(panel: Panel, left: float, top: float) -> list[str]:
-    """A map with what is reached in blue, points in orange, the query framed."""
+    """Draw a map with the receptive field in blue, points in orange, and a frame around the query."""
     visible, points = run_layer(panel.attention)
     height, width = (CELL * length for length in SIZE)
     body = [pixels(visible, left, top), lattice(left, top, range(1, SIZE[0]), 0.12)]
@@ -134,7 +134,7 @@ def draw_panel(panel: Panel, left: float, top: float) -> list[str]:
 
 
 def receptive_fields() -> str:
-    """All panels, five in a row."""
+    """Draw all panels, five in a row."""
     body: list[str] = []
     for number, panel in enumerate(PANELS):
         row, column = divmod(number, 5)
@@ -145,7 +145,7 @@ def receptive_fields() -> str:
 
 # ------------------------------------------------------------------------------------------------ identities
 
-NODES = {  # name: place, color
+NODES = {  # name: position, color
     "window": (84, 40, BLUE),
     "spatial reduction": (90, 114, BLUE),
     "neighborhood": (84, 188, BLUE),
@@ -158,7 +158,7 @@ NODES = {  # name: place, color
     "deformable conv. v1": (490, 406, GREEN),
     "convolution": (700, 330, "currentColor"),
 }
-EDGES = (  # from, to, under which condition, shift of the words off the middle of the line
+EDGES = (  # from, to, condition, shift of the text from the center of the line
     ("window", "plain attention", "as large as the map", 42, -12),
     ("spatial reduction", "plain attention", "r = 1", -20, -7),
     ("neighborhood", "plain attention", "as large as the map", 14, 22),
@@ -175,7 +175,7 @@ BOX_HEIGHT = 30
 
 
 def border_point(name: str, target: tuple[float, float]) -> tuple[float, float]:
-    """Return where the line from the middle of a box to a point leaves the box."""
+    """Return the point at which the line from the center of a box to a point leaves the box."""
     x, y, _ = NODES[name]
     dx, dy = target[0] - x, target[1] - y
     scale = min(HALF_WIDTH[name] / abs(dx) if dx else np.inf, BOX_HEIGHT / 2 / abs(dy) if dy else np.inf)
@@ -183,7 +183,7 @@ def border_point(name: str, target: tuple[float, float]) -> tuple[float, float]:
 
 
 def identity_graph() -> str:
-    """Which system is which under what condition: a box for each, a line for each identity."""
+    """Draw the identities between systems: a box for each system, a line for each identity with its condition."""
     body: list[str] = []
     for first, second, condition, dx, dy in EDGES:
         (x1, y1), (x2, y2) = border_point(first, NODES[second][:2]), border_point(second, NODES[first][:2])
@@ -198,7 +198,7 @@ def identity_graph() -> str:
 
 
 def outputs() -> dict[str, str]:
-    """Return every text file that this script writes, by name."""
+    """Return the text files of this script by name."""
     return {"receptive_field.svg": receptive_fields(), "identity_graph.svg": identity_graph()}
 
 
@@ -206,8 +206,8 @@ def outputs() -> dict[str, str]:
 
 
 def draw_cost_curves() -> None:
-    """The figure of `dat-ref complexity`, for a layer of dat_tiny's stage 3 with the worked example's 49 keys."""
-    from photographs import save_png  # matplotlib is needed for this one only
+    """Draw the figure of `dat-ref complexity`, for a layer of dat_tiny's stage 3 with the worked example's 49 keys."""
+    from photographs import save_png  # only this figure needs matplotlib
 
     from dat_ref.complexity import curves, doubling
     from dat_ref.complexity.curves import keys_at

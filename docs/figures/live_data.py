@@ -1,10 +1,10 @@
-"""Writes what the live figures are given: a photograph, a map of it, a bias table, and where points went in one pass.
+"""Write the data of the live figures: a photograph, a map of it, a bias table, and sampling points of one pass.
 
     python docs/figures/live_data.py            writes docs/js/figures/data/*.mjs
-    python docs/figures/live_data.py --photo    makes the photograph and its map anew first (needs pillow)
+    python docs/figures/live_data.py --photo    makes the photograph and its map again first (needs pillow)
 
-A test fails when they are not what this script would write. The photograph and its map are kept as files of their
-own, because another version of a JPEG library may write other bytes.
+A test fails if they differ from the output of this script. The photograph and its map are stored as files, because
+another version of a JPEG library may write other bytes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dat_ref.peers.receptive_field import sampled_pixels
 DOCS = Path(__file__).parents[1]
 PHOTO, PICTURE = DOCS / "images" / "live_photo.jpg", DOCS / "images" / "live_map.png"
 PHOTO_SIZE, MAP_SIZE = (450, 300), (36, 24)  # width, height
-TABLE_MAP = (5, 7)  # height, width of the map whose bias table is drawn
+TABLE_MAP = (5, 7)  # height, width of the map of the bias table
 
 # ------------------------------------------------------------------------------------------------ photograph
 
 
 def make_photo() -> None:
-    """Cut the photograph to 3 : 2 and average it to the map that the figures sample."""
+    """Crop the photograph to 3 : 2 and average it to the map that the figures sample."""
     from PIL import Image
 
     from dat_ref.data import photograph_path
@@ -50,7 +50,7 @@ def make_photo() -> None:
 
 
 def photo() -> dict[str, Any]:
-    """The photograph as an address of its own, and its map: (H, W, 3) bytes, flat."""
+    """Return the photograph as a data URL, and its map: (H, W, 3) bytes, flat."""
     from PIL import Image
 
     with Image.open(PICTURE) as picture:
@@ -63,7 +63,7 @@ def photo() -> dict[str, Any]:
 
 
 def bias_table() -> dict[str, Any]:
-    """A table that likes what is near and to the lower right: waves under a bell, to two digits."""
+    """Return a table that favors near keys to the lower right: waves under a bell, to two digits."""
     height, width = TABLE_MAP
     y, x = np.mgrid[1 - height : height, 1 - width : width]
     bell = np.exp(-(y**2 / 9 + x**2 / 22))
@@ -74,17 +74,17 @@ def bias_table() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ receptive field
 
 SIZE, DIM, HEADS = (12, 12), 12, 3
-SEED = 11  # one that leaves all points of the plain deformable layer inside the map
+SEED = 11  # all points of the plain deformable layer stay inside the map
 
 
 class SampledSystem(NamedTuple):
-    """A system whose points move, and whether all queries have the same."""
+    """System whose points move; `shared` if all queries have the same points."""
 
     config: Any
     shared: bool = False
 
 
-# Nine points a query, counted over all heads (nine a group in the second).
+# Nine points for each query, counted over all heads (nine for each group in the second).
 SAMPLED_SYSTEMS = {
     "deformable": SampledSystem(DeformableAttentionConfig(DIM, HEADS, stride=4, kernel_size=5, size=SIZE), shared=True),
     "deformable_groups": SampledSystem(
@@ -95,7 +95,7 @@ SAMPLED_SYSTEMS = {
     "per_query": SampledSystem(PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
     "dat_dcn": SampledSystem(DATDCNAttentionConfig(DIM, HEADS, points=3, convention=Convention.CELL_CENTER)),
 }
-# How strongly the queries move the points, so that offsets of a pixel or two come out: first values give hardly any.
+# Scale of the offset weights that gives offsets of a pixel or two; the initialization gives almost none.
 OFFSET_SCALE = {
     "deformable": 1.1,
     "deformable_groups": 1.1,
@@ -127,11 +127,11 @@ def run_layer(name: str, with_offsets: bool = True) -> Any:
 
 
 def query_points(name: str, trace: Any) -> np.ndarray:
-    """Return the points of every query, (H·W, N, 2), in pixels, or of all queries, (1, N, 2)."""
+    """Return the points in pixels: (H·W, N, 2) for every query, or (1, N, 2) if all queries share them."""
     points = trace.points_px[0]
     if SAMPLED_SYSTEMS[name].shared:
         return np.asarray(points.reshape(1, -1, 2))
-    if points.shape[-3:-1] == SIZE:  # a convolution's: (G, K, H, W, 2)
+    if points.shape[-3:-1] == SIZE:  # of a convolution: (G, K, H, W, 2)
         points = np.moveaxis(points, (-3, -2), (0, 1))
     elif points.shape[0] != SIZE[0] * SIZE[1]:  # (G, H·W, N, 2)
         points = points.swapaxes(0, 1)
@@ -139,10 +139,10 @@ def query_points(name: str, trace: Any) -> np.ndarray:
 
 
 def system_points(name: str) -> dict[str, Any]:
-    """Where a system's points start, and where they went, in hundredths of a pixel, flat.
+    """Return a system's reference points and its sampling points, in hundredths of a pixel, flat.
 
-    The start is given from the query on, where each query has its own. The end is the middle of the hundredth that it
-    lies in, so that rounding moves no point onto or over a pixel center.
+    Where each query has its own points, the references are relative to the query. A sampling point is stored as the
+    lower end of its hundredth and drawn at the center, so that rounding moves no point onto or over a pixel center.
     """
     trace = run_layer(name)
     points, reference = query_points(name, trace), query_points(name, run_layer(name, with_offsets=False))
@@ -160,7 +160,7 @@ def system_points(name: str) -> dict[str, Any]:
 
 
 def check_receptive_field(name: str, trace: Any, points: np.ndarray) -> None:
-    """Rounding must change nothing that any query reaches."""
+    """Check that rounding does not change the receptive field of any query."""
     for index, query in enumerate(np.ndindex(SIZE)):
         actual = sampled_pixels(points[0 if SAMPLED_SYSTEMS[name].shared else index], SIZE)
         expected = receptive_field(query, SIZE, SAMPLED_SYSTEMS[name].config, trace)
@@ -175,7 +175,7 @@ HEAD = """\
 ABOUT = {
     "PHOTO": "A photograph, and the map [H, W] of bytes (red, green, blue) that is its average.",
     "BIAS": "A bias table for a map of `size`.",
-    "POINTS": "Where points start (n / 100 pixels) and went ((n + 0.5) / 100), [y, x], on a map of `size`.",
+    "POINTS": "Reference points (n / 100 pixels) and sampling points ((n + 0.5) / 100), [y, x], on a map of `size`.",
 }
 
 
@@ -184,7 +184,7 @@ def module(name: str, content: dict[str, Any]) -> str:
 
 
 def outputs() -> dict[str, str]:
-    """Return what this script writes, by path inside docs/."""
+    """Return the files of this script by path inside docs/."""
     points = {"size": list(SIZE), "systems": {name: system_points(name) for name in SAMPLED_SYSTEMS}}
     return {
         "js/figures/data/photo.mjs": module("PHOTO", photo()),

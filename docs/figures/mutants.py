@@ -1,8 +1,8 @@
-"""Writes the table of wrong implementations, and of the check that rejects each.
+"""Write the table of wrong implementations and of the check that rejects each.
 
     python docs/figures/mutants.py
 
-`mutants.md` is written beside this file, and a test fails when it is not what this script would write.
+writes `mutants.md` into this folder; a test fails if it differs from the output of this script.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parent
 
 
 def outputs() -> dict[str, str]:
-    """Return what this script writes, by name."""
+    """Return the files of this script by name."""
     return {"mutants.md": "\n".join(table(op) for op in OPS)}
 
 
 def table(op: OpSpec) -> str:
-    """Return a section: a row for each check, with the mistakes that fail there first."""
+    """Return a section: a row for each check, with the mistakes that this check rejects first."""
     lines = [
         f"### `{op.name}`: {len(op.mutants)}",
         "",

@@ -1,9 +1,9 @@
-"""Runs the conformance kit on other people's packages and writes down what it says.
+"""Run the conformance kit on other packages and record its results.
 
     python docs/figures/others.py
 
-`others.json` and `others.md` are written beside this file, with versions and the date. A test runs the kit again on
-each package that is installed in the version written down, and compares.
+writes `others.json` and `others.md` into this folder, with versions and the date. A test runs the kit again on each
+package that is installed in the recorded version, and compares.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dat_ref.testing.report import format_failure
 
 FOLDER = Path(__file__).parent
 ADAPTERS = "dat_ref.testing.adapters"
-MAX_NAMED_CHECKS = 4  # checks that are named in a row of the table
+MAX_NAMED_CHECKS = 4  # number of checks named in a row of the table
 
 
 class Row(NamedTuple):
-    """What is checked, and under which precision; `examples` names the counter-examples that go on the page."""
+    """Function to check and its precision; `examples` names the counter-examples that go on the page."""
 
     title: str
     package: str
@@ -59,7 +59,7 @@ ROWS = (
 
 
 def measure(row: Row, max_examples: int = 50, *, shrink: bool = True) -> Report:
-    """Run the checks of a row, under the convention that is nearest."""
+    """Run the checks of a row under the nearest convention."""
     ((op, implementation),) = find_ops(f"{ADAPTERS}.{row.target}", [row.op])
     setting = Setting(dtype=row.dtype, max_examples=max_examples)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -70,7 +70,7 @@ def measure(row: Row, max_examples: int = 50, *, shrink: bool = True) -> Report:
 
 
 def outcome(row: Row, report: Report) -> dict[str, Any]:
-    """Return what is written down of a report."""
+    """Return the recorded part of a report."""
     return {
         "package": row.package,
         "version": version(row.package),
@@ -87,13 +87,13 @@ def outcome(row: Row, report: Report) -> dict[str, Any]:
 
 
 def page_part(name: str, *lines: str) -> str:
-    """Return a part of the file that a page includes by name."""
+    """Return a part of the file, which a page includes by name."""
     name = re.sub(r"\W+", "-", name)
     return "\n".join([f"<!-- --8<-- [start:{name}] -->", "", *lines, "", f"<!-- --8<-- [end:{name}] -->", ""])
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a row for each: how many checks hold, and which fail."""
+    """Return a table with a row for each function: the number of checks that hold, and the names of those that fail."""
     lines = ["| what | hold | fail | version | precision | convention |", "|---|---|---|---|---|---|"]
     for row, each in zip(ROWS, results, strict=True):
         failed = [name for name, status in each["statuses"].items() if status == "fail"]
@@ -113,10 +113,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def describe_points_outside(size: tuple[int, int]) -> str:
-    """Say how many keys of deformable-attention lie off the map, one a pixel and none moved."""
+    """Return a sentence on the keys of deformable-attention outside the map, with one key per pixel and no offsets."""
     adapter = importlib.import_module(f"{ADAPTERS}.deformable_attention")
     points = adapter.reference_pixels(size, size)
-    outside_map = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # where zeros are read
+    outside_map = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # zeros are read here
     lowest = points[..., 0].max()
     return (
         f"On a map of {size[0]} × {size[1]}, without offsets, {outside_map.sum():,} of {outside_map.size:,} keys lie a "

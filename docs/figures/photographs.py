@@ -1,9 +1,9 @@
-"""Draws the site's photographs with the figures of `dat-ref explain`, small enough to be kept with the pages.
+"""Draw the site's photographs with the figures of `dat-ref explain`, as small files.
 
     python docs/figures/photographs.py
 
-Those of the cat show seeded, untrained weights: where points and windows lie, not what a trained model looks at. The
-scene is seen by the small network that ships, which is trained.
+The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not what a trained
+model attends to. The scene is explained by the small trained network that ships with the package.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ COLOURS = 128
 
 
 def last_blocks(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step | None]:
-    """Return the last deformable step of a stage, and the last local one."""
+    """Return the last deformable step of a stage, and the last local one if there is one."""
     steps = [step for step in model.walk(prepare(photo, 224)) if step.stage == stage]
     kinds = [model.config.stages[stage][step.block].attention.kind for step in steps]
     last_by_kind = {kind == "deformable": step for kind, step in zip(kinds, steps, strict=True)}
@@ -41,7 +41,7 @@ def last_blocks(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step |
 
 
 def with_bounded_offsets(model: DATConfig) -> DATConfig:
-    """Return the backbone with this project's own geometry: cell centers, and offsets of one key cell at most."""
+    """Return the backbone with this project's own geometry: cell centers, and offsets of at most one key cell."""
 
     def bound_block(block: BlockConfig) -> BlockConfig:
         if not isinstance(block.attention, DeformableAttentionConfig):
@@ -57,7 +57,7 @@ def with_bounded_offsets(model: DATConfig) -> DATConfig:
 
 
 def save_png(figure: Figure, name: str, width: int) -> None:
-    """Save as a PNG of `width` pixels and COLOURS colours, which keeps lines sharp and the file small."""
+    """Save as a PNG of `width` pixels and COLOURS colors, which keeps lines sharp and the file small."""
     path = viz.save(figure, IMAGES / f"{name}.png")
     with Image.open(path) as picture:
         size = (width, round(picture.height * width / picture.width))
@@ -66,7 +66,7 @@ def save_png(figure: Figure, name: str, width: int) -> None:
 
 
 def main() -> None:
-    """Draw all four."""
+    """Draw all four photographs."""
     save_png(scene.figures(scene.explain_scene(5))["attention"], "trained", 1000)
     photo = load_photo(None)
     large = np.asarray(Image.fromarray((photo * 255).astype(np.uint8)).resize((1347, 896))) / 255

@@ -1,4 +1,4 @@
-"""Draws docs/images/scenes.jpg, scenes to train on above and held-out ones below: `python docs/figures/scenes.py`."""
+"""Draw docs/images/scenes.jpg, training scenes above and held-out ones below: `python docs/figures/scenes.py`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SIZE, GAP, COLUMNS = 128, 6, 8
 
 
 def contact_sheet():
-    """Return the picture: (H, W, 3) uint8."""
+    """Return the contact sheet: (H, W, 3) uint8."""
     side = SIZE + GAP
     grid = np.full((len(SPLITS) * side - GAP, COLUMNS * side - GAP, 3), 255, np.uint8)
     for row, split in enumerate(SPLITS):

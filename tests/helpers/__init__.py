@@ -1,1 +1,1 @@
-"""Helpers that several test modules share; `tests` is on the import path, so `from helpers... import ...`."""
+"""Helpers of several test modules; `tests` is on the import path, so `from helpers... import ...`."""

@@ -1,4 +1,4 @@
-"""When two arrays agree: the kit's rules."""
+"""Agreement of two arrays: the rules of the conformance kit."""
 
 from dat_ref.testing.agreement import assert_agree, assert_within_budget
 

@@ -1,4 +1,4 @@
-"""Small backbones of both kinds, with every block the released ones have."""
+"""Small backbones of both kinds, with every block type of the released ones."""
 
 from typing import Any
 
@@ -55,5 +55,5 @@ def tiny(release: str, **changes: Any) -> DATConfig:
 
 
 def tiny_params(config: DATConfig, seed: int, dtype: Any = np.float64) -> Any:
-    """Return random parameters for it."""
+    """Return random parameters for a configuration."""
     return random_params(dat_shapes(config), np.random.default_rng(seed), dtype)

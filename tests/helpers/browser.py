@@ -1,4 +1,4 @@
-"""A headless Chromium that can reach no other host, and the pages opened in it."""
+"""Headless Chromium that cannot reach other hosts, and pages opened in it."""
 
 import json
 import os
@@ -18,14 +18,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find_chromium(playwright):
-    """Return the path of a Chromium: that of the system, or the one that playwright has installed; else None."""
+    """Return the path of a Chromium: the system's, or the one that playwright has installed; else None."""
     system = next(filter(None, map(shutil.which, NAMES)), None)
     bundled = playwright.chromium.executable_path
     return system or (bundled if bundled and os.path.exists(bundled) else None)
 
 
 class FigurePage:
-    """A figure's file in a tab, with what went wrong there."""
+    """A figure's file in a tab, with the errors that occurred there."""
 
     def __init__(self, page):
         self.page, self.errors = page, []
@@ -42,7 +42,7 @@ class FigurePage:
         self.page.wait_for_selector("[data-figure].live")
 
     def state(self):
-        """Return the numbers that the figure shows."""
+        """Return the values that the figure shows."""
         return json.loads(self.page.get_attribute("[data-figure]", "data-state"))
 
     def handle(self, label):
@@ -59,7 +59,7 @@ class FigurePage:
         self.page.mouse.up()
 
     def touch(self, handle, right, down):
-        """The same with a finger."""
+        """Drag a handle with a finger by screen pixels."""
         handle.scroll_into_view_if_needed()
         x, y = center(handle)
         finger = self.page.context.new_cdp_session(self.page)
@@ -80,7 +80,7 @@ def center(handle):
 
 @contextmanager
 def tab(browser, **options):
-    """Open a tab with no motion (so that every change is there at once) and close it in the end."""
+    """Open a tab without animations, so that every change is immediate; close it at the end."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options})
     try:
         yield FigurePage(context.new_page())

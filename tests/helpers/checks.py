@@ -1,7 +1,7 @@
-"""Checks beside those of `dat_ref.testing`: against scipy, against the scalar loops, and of what only a trace shows.
+"""Checks in addition to those of `dat_ref.testing`: against scipy, against the scalar loops, and on traces.
 
-They take an implementation, so that the tests can show them a right one and `test_mutants` wrong ones. Each raises
-AssertionError. They run on fixed examples with all axes different; the property tests draw many more.
+Each check takes an implementation, so that the tests can pass a correct one and `test_mutants` wrong ones. It raises
+AssertionError on failure. The examples are fixed and have axes of different lengths; the property tests draw many more.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def example_map() -> tuple[Array, Array]:
 
 
 def sampling_matches_map_coordinates(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
-    """Sampling is scipy's linear interpolation with zeros outside."""
+    """Check that sampling is scipy's linear interpolation with zeros outside."""
     if x is None or points_px is None:
         x, points_px = example_map()
     sampled = sample(x, points_px)
@@ -48,7 +48,7 @@ def sampling_matches_map_coordinates(sample: Sampler, x: Array | None = None, po
 
 
 def sampling_matches_loops(sample: Sampler, x: Array | None = None, points_px: Array | None = None) -> None:
-    """Sampling is the sum over all pixels of hat times hat times pixel."""
+    """Check that sampling is the sum over all pixels of hat times hat times pixel."""
     if x is None or points_px is None:
         x, points_px = example_map()
     sampled = sample(x, points_px)
@@ -75,7 +75,7 @@ def example_input(config: DeformableAttentionConfig) -> tuple[Array, Any]:
 
 
 def layer_matches_loops(layer: Layer) -> None:
-    """The layer equals the scalar loops: points, samples, bias, attention and output, in every convention."""
+    """Check the layer against the scalar loops: points, samples, bias, attention and output, in every convention."""
     for convention in Convention:
         config = example_config(convention)
         x, params = example_input(config)
@@ -83,10 +83,10 @@ def layer_matches_loops(layer: Layer) -> None:
 
 
 def layer_matches_oracle(layer: Layer, x: Array, params: Any, config: DeformableAttentionConfig) -> None:
-    """The layer equals the scalar loops on one input."""
+    """Check the layer against the scalar loops on one input."""
     y, trace = layer(x, params, config)
     expected = run_oracle(x, params, config)
-    # An infinite reference (2023, one key) may read as any pixel; its point is on the map again.
+    # An infinite reference (2023, one key) may map to any pixel; its point is on the map again.
     finite = np.isfinite(expected.reference)
     assert_agree(trace.reference[finite], expected.reference[finite], 1e-12, "reference")
     if not config.average_pool:
@@ -100,7 +100,7 @@ def layer_matches_oracle(layer: Layer, x: Array, params: Any, config: Deformable
 
 
 def zero_offset_is_the_identity(layer: Layer) -> None:
-    """At stride 1 and zero offset the consistent conventions sample the map itself."""
+    """Check that the consistent conventions sample the map itself at stride 1 and zero offset."""
     for convention in CONSISTENT:
         config = example_config(convention)
         x, _ = example_input(config)
@@ -110,7 +110,7 @@ def zero_offset_is_the_identity(layer: Layer) -> None:
 
 
 def zero_offset_bias_is_a_gather(layer: Layer) -> None:
-    """At stride 1 and zero offset the consistent conventions read the table's own entries, as Swin does."""
+    """Check that the consistent conventions read the table's own entries at stride 1 and zero offset, as Swin does."""
     for convention in CONSISTENT:
         config = example_config(convention, offset_bound=OffsetBound.NONE)
         x, params = example_input(config)
@@ -120,7 +120,7 @@ def zero_offset_bias_is_a_gather(layer: Layer) -> None:
 
 
 def layer_commutes_with_transposition(layer: Layer) -> None:
-    """Exchanging y and x everywhere exchanges them in the output."""
+    """Check that exchanging y and x everywhere exchanges them in the output."""
     for convention in Convention:
         config = example_config(convention)
         x, params = example_input(config)
@@ -129,7 +129,7 @@ def layer_commutes_with_transposition(layer: Layer) -> None:
 
 
 def groups_are_independent(layer: Layer) -> None:
-    """Other queries in group 1 leave group 0's points, samples and bias as they were, and change group 1's."""
+    """Check that other queries in group 1 change group 1's points, samples and bias, and not group 0's."""
     config = example_config(Convention.CELL_CENTER)
     x, params = example_input(config)
     _, before = layer(x, params, config)
@@ -148,9 +148,9 @@ def groups_are_independent(layer: Layer) -> None:
 
 
 def attention_follows_bias(layer: Layer) -> None:
-    """Where the table rises with the displacement q - p, a query attends most to the keys above and left of it.
+    """Check that a query attends most to the keys above and left of it if the table rises with the displacement q - p.
 
-    Equal logits otherwise; only the last row of the table's displacement counts on each axis in turn.
+    All other logits are equal; the table varies on one axis at a time.
     """
     config = example_config(Convention.CELL_CENTER, offset_bound=OffsetBound.NONE)
     x, params = example_input(config)

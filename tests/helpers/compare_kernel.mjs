@@ -1,14 +1,14 @@
 // node compare_kernel.mjs CASES.json KERNEL.mjs [KERNEL.mjs ...]
 //
-// Calls the functions of each kernel with the arguments of every case and compares what they return with what the case
-// expects; prints a JSON list, for each kernel the number of cases it passed, by function, and the first failures.
+// Call the functions of each kernel with the arguments of every case and compare the results with the expected ones.
+// Print a JSON list: for each kernel the number of cases that it passed, by function, and the first failures.
 
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const TOLERANCE = 1e-12;
 
-/** What the figures make of several functions of a kernel, as the spec has it in one. */
+/** Compositions of kernel functions, as the figures use them, that are one function in the spec. */
 function derived(kernel) {
   const scatter = (found, [height, width]) => {
     const map = Array(height * width).fill(0);
@@ -51,7 +51,7 @@ function agrees(found, expected, exact) {
 async function run(path, cases) {
   const kernel = await import(pathToFileURL(path));
   const functions = { ...kernel, ...derived(kernel) };
-  // What JSON cannot say: a convention by its name, and numbers that are not finite.
+  // JSON cannot hold conventions and non-finite numbers: both are passed by name.
   const revive = (_, value) => {
     if (value?.convention) return kernel.CONVENTIONS[value.convention];
     return value?.number ? Number(value.number) : value;

@@ -1,4 +1,4 @@
-"""The arguments of the core, drawn by Hypothesis, and the check of a backend against the spec."""
+"""Arguments of the core, drawn by Hypothesis, and the check of a backend against the spec."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def _values(
 
 @st.composite
 def cores(draw):
-    """Draw what the core takes: (inputs by name, geometry); sizes all different, tables of any size."""
+    """Draw the arguments of the core: (inputs by name, geometry); all sizes different, tables of any size."""
     rng = np.random.default_rng(draw(seeds))
     size = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     convention = draw(conventions)
@@ -54,7 +54,7 @@ def cores(draw):
     return inputs, {"query_size": size, "convention": convention, "resolution": draw(resolutions)}
 
 
-# Lengths whose geometry has no rounding: the lattice is then hit exactly, in every precision and by every formula.
+# Lengths whose geometry has no rounding: points hit the lattice exactly, in every precision and with every formula.
 _EXACT_LENGTHS = {
     Convention.CELL_CENTER: [1, 2, 4, 8],
     Convention.PAPER: [1, 2, 3, 5, 9],
@@ -65,7 +65,7 @@ _EXACT_LENGTHS = {
 
 @st.composite
 def exact_cores(draw, smallest_batch=0, fewest_samples=1):
-    """Draw cores whose points lie on the lattice of the table, between its cells, outside, and on top of each other."""
+    """Draw cores whose points are on the lattice of the table, between its cells, outside, and coincident."""
     rng = np.random.default_rng(draw(seeds))
     convention = draw(conventions)
     lengths = st.sampled_from(_EXACT_LENGTHS[convention])
@@ -86,7 +86,7 @@ def exact_cores(draw, smallest_batch=0, fewest_samples=1):
 
 
 def _is_exact(points: np.ndarray, table_size: Any, geometry: Geometry) -> bool:
-    """Return whether the table is read at the same places in both precisions, and by both formulas."""
+    """Return whether both precisions and both formulas give the same table positions."""
     positions = np_bias.table_positions(points, table_size, *geometry.values())
     float32_positions = np_bias.table_positions(points.astype(np.float32), table_size, *geometry.values())
     ours = functional.table_positions(torch.from_numpy(points).float(), table_size, *geometry.values())
@@ -94,14 +94,14 @@ def _is_exact(points: np.ndarray, table_size: Any, geometry: Geometry) -> bool:
 
 
 def one_core(seed: int = 5, convention: Convention = Convention.DATPP2023, batch: int = 2) -> tuple[Inputs, Geometry]:
-    """Return a core on a map of 4 × 5, with 7 keys in 3 groups and 6 heads 3 wide."""
+    """Return a core on a map of 4 × 5, with 7 keys in 3 groups and 6 heads of width 3."""
     rng = np.random.default_rng(seed)
     inputs = _values(rng, rng.uniform(-1, 1, (batch, 3, 7, 2)), 6, 20, 3, (4, 5))
     return inputs, {"query_size": (4, 5), "convention": convention, "resolution": "fractions"}
 
 
 def lattice_distance(inputs: Inputs, geometry: Geometry) -> float:
-    """Return how near the nearest place where the table is read is to a whole number."""
+    """Return the distance of the table positions from the lattice: the smallest one to an integer."""
     positions = np_bias.table_positions(inputs["points"], inputs["bias_table"].shape[1:], *geometry.values())
     return float(np.abs(positions - np.round(positions)).min(initial=1.0))
 
@@ -111,7 +111,7 @@ def lattice_distance(inputs: Inputs, geometry: Geometry) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill with NaN whatever torch allocates without saying what is in it; and be deterministic."""
+    """Fill the memory that torch allocates uninitialized with NaN; use deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
@@ -121,7 +121,7 @@ def poisoned() -> Iterator[None]:
 
 
 def run_core(inputs: Inputs, geometry: Geometry, backend: str, **options: Any) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the inputs as tensors that ask for gradients, and the output."""
+    """Return the inputs as tensors that require gradients, and the output."""
     leaves = {name: None if leaf is None else tensor(leaf) for name, leaf in inputs.items()}
     with poisoned():
         return leaves, functional.deformable_attention(*leaves.values(), **geometry, backend=backend, **options)
@@ -152,7 +152,7 @@ def assert_core(
 
 
 def assert_core_within_budget(inputs: Inputs, geometry: Geometry, backend: str) -> None:
-    """Check output and all gradients of a backend in float32, by what the same mathematics loses in float32."""
+    """Check output and all gradients of a backend in float32, within the error of the same mathematics in float32."""
     cotangent = np.random.default_rng(1).standard_normal(inputs["q"].shape)
     truths, magnitudes = attention_and_gradients(inputs, geometry, cotangent)
     float32_inputs = {name: leaf.astype(np.float32) for name, leaf in inputs.items()}
@@ -160,16 +160,16 @@ def assert_core_within_budget(inputs: Inputs, geometry: Geometry, backend: str) 
     leaves, output = run_core(float32_inputs, geometry, backend)
     results = {"output": output.detach(), **gradients_of(leaves, output, cotangent)}
     for name, result in results.items():
-        # Terms that cancel leave their roundings behind, also where those of the yardstick happen to cancel too.
+        # Terms that cancel leave rounding errors, even if those of the yardstick happen to cancel as well.
         error = np.maximum(np.abs(yardsticks[name] - truths[name]), np.finfo(np.float32).eps * magnitudes[name])
         yardstick = (truths[name] + error).astype(np.float32)
         assert_within_budget(result.numpy(), truths[name], yardstick, what=name)
 
 
 def attention_and_gradients(inputs: Inputs, geometry: Geometry, cotangent: np.ndarray) -> tuple[Inputs, Inputs]:
-    """Return output and gradients as fused kernels get them, from P and ∂S = P (∂P - z·∂z).
+    """Return output and gradients by the formulas of fused kernels, from P and ∂S = P (∂P - z·∂z).
 
-    And, by the same names, the sizes of the terms that are added up in each.
+    Also return, by the same names, the magnitudes of the terms that are added up in each.
     """
     q, k, v, points, table = inputs.values()
     scale = q.dtype.type(q.shape[-1] ** -0.5)

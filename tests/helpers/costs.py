@@ -1,4 +1,4 @@
-"""Cases of every attention for the tests of cost, and what their passes do and keep."""
+"""Cases of every attention for the tests of cost, with their counted operations and stored bytes."""
 
 from hypothesis import strategies as st
 from strategies import Case, layer_cases, map_sizes, neighborhood_cases, seeds, window_cases
@@ -55,7 +55,7 @@ def saved_bytes(case, dtype):
     return retained_bytes([y, trace], exclude=[x, parameters])
 
 
-# Parameters, and multiply-adds of matrix products and convolutions, at the size of the article's table.
+# Parameters and multiply-adds of matrix products and convolutions, at the size of the article's table.
 EXACT = {
     "dat_tiny": (28_319_138, 4_563_459_840),
     "dat_small": (49_700_402, 8_958_726_912),

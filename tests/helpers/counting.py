@@ -1,4 +1,4 @@
-"""Numbers that count how often they are multiplied: a cost measured on the code itself."""
+"""Floats that count their multiplications: a cost measured on the code itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 import numpy as np
 
 
-class CountingArray(float):
+class CountingFloat(float):
     """A float whose products are counted."""
 
     multiplications = 0
 
     def __mul__(self, other: Any) -> Any:
-        CountingArray.multiplications += 1
-        return CountingArray(float(self) * float(other))
+        CountingFloat.multiplications += 1
+        return CountingFloat(float(self) * float(other))
 
     def __add__(self, other: Any) -> Any:
-        return CountingArray(float(self) + float(other))
+        return CountingFloat(float(self) + float(other))
 
     __rmul__, __radd__ = __mul__, __add__
 
 
-def numbers_that_count(array: np.ndarray) -> np.ndarray:
-    """Return an object array of counting numbers."""
+def counting_array(array: np.ndarray) -> np.ndarray:
+    """Return an object array of counting floats."""
     counting = np.empty(array.shape, dtype=object)
     for index in np.ndindex(*array.shape):
-        counting[index] = CountingArray(array[index])
+        counting[index] = CountingFloat(array[index])
     return counting
 
 
 def count_multiplications(function: Callable[[], Any]) -> int:
-    """Return how many products of counting numbers a call makes."""
-    before = CountingArray.multiplications
+    """Return the number of products of counting floats in a call."""
+    before = CountingFloat.multiplications
     function()
-    return CountingArray.multiplications - before
+    return CountingFloat.multiplications - before

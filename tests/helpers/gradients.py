@@ -1,4 +1,4 @@
-"""The kit's gradient checker, and the same for composites with a trace and a tree of parameters."""
+"""The kit's gradient checker, and the same check for composites with a trace and a tree of parameters."""
 
 from collections.abc import Callable
 from typing import Any

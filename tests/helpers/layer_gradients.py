@@ -1,4 +1,4 @@
-"""The gradient checker applied to layers whose pass stays clear of kinks."""
+"""Gradient checker for layers whose forward pass stays away from kinks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ from .gradients import STEP, check_module
 from .layers import kink_distance
 
 Array = np.ndarray
-MARGIN = 1e-3  # pixels between a point that is moved directly and the nearest kink
-LAYER_MARGIN = 1e-4  # the same where the layer moves the points, relative to how fast it does
+MARGIN = 1e-3  # smallest distance, in pixels, between a point that is moved directly and a kink
+LAYER_MARGIN = 1e-4  # the same if the layer moves the points, relative to the speed of the points
 
 
 def rng_of(seed: int) -> np.random.Generator:
-    """Return the generator of cotangents and directions that goes with a seed."""
+    """Return the generator of cotangents and directions for a seed."""
     return np.random.default_rng([seed, 7])
 
 
@@ -36,7 +36,7 @@ def sample_vjp(cotangent: Array, x: Array, points_px: Array) -> dict[str, Array]
 
 
 def off_lattice(seed: int, shape: tuple[int, ...], low: float, high: float) -> Array:
-    """Return uniform numbers, those too near to a whole number drawn again."""
+    """Return uniform values; values too near to an integer are drawn again."""
     rng = np.random.default_rng(seed)
     values = rng.uniform(low, high, shape)
     while (near := np.abs(values - np.round(values)) < MARGIN).any():
@@ -45,12 +45,12 @@ def off_lattice(seed: int, shape: tuple[int, ...], low: float, high: float) -> A
 
 
 def _step_scale(case: Case) -> float:
-    """Return how much smaller steps and margins must be: log-CPB has thousands of rectified units to keep clear of."""
+    """Return the factor for steps and margins: log-CPB has thousands of rectified units, so both must be smaller."""
     return 0.2 if case.config.bias is BiasKind.LOG_CPB else 1.0
 
 
 def away_from_kinks(case: Case, margin: float = LAYER_MARGIN) -> Case | None:
-    """Return the case with a seed (its own or a later one) whose pass comes near no kink; None if there is none."""
+    """Return the case with its own or a later seed whose pass is not near a kink; None if no seed is found."""
     table = case.params()["position_bias"]["table"] if case.config.bias is BiasKind.TABLE else None
     for attempt in range(300):
         candidate = Case(case.config, case.size, case.batch, case.seed + 100_003 * attempt)
@@ -74,7 +74,7 @@ def check_layer(case: Case, vjp: Callable[..., Any] = deformable_layer_vjp, **op
 
 
 def layer_example() -> Case:
-    """Return a layer with a table whose pass stays clear of kinks."""
+    """Return a layer with a table whose pass stays away from kinks."""
     case = away_from_kinks(Case(example_config(Convention.CELL_CENTER), (5, 3), 1, 0))
     assert case is not None
     return case

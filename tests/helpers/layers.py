@@ -1,4 +1,4 @@
-"""Deformable layers for the tests: the kit's, and the oracle's names."""
+"""Deformable layers for the tests: the kit's, and the oracle with the package's names."""
 
 from typing import Any
 

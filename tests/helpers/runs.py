@@ -1,4 +1,4 @@
-"""A tiny run: a few seconds at most, with everything that chance decides in it."""
+"""A tiny training run: a few seconds at most, with every source of randomness."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ TWICE = TrainConfig(image_size=32, epochs=2, batch_size=5, warmup_epochs=1, ema=
 
 
 class Noise:
-    """Eleven images and what they are, drawn from (epoch, number)."""
+    """Eleven random images and their labels, drawn from (epoch, number)."""
 
     classes, multi = ("a", "b", "c"), False
 
     def __init__(self, length=11, dtype=torch.float32):
-        self.length, self.dtype, self.epoch, self.asked = length, dtype, 0, []
+        self.length, self.dtype, self.epoch, self.requested = length, dtype, 0, []
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -32,7 +32,7 @@ class Noise:
     def __getitem__(self, number):
         if not 0 <= number < self.length:
             raise IndexError
-        self.asked.append(number)
+        self.requested.append(number)
         generator = np.random.default_rng([self.epoch, number])
         return torch.from_numpy(generator.standard_normal((3, 32, 32))).to(self.dtype), torch.tensor(number % 3)
 
@@ -49,7 +49,7 @@ def run(folder, config=CONFIG, **options):
 
 
 def two_processes(folder):
-    """Train in double precision, without depth that chance decides; what `torchrun` starts."""
+    """Train in double precision without stochastic depth; the entry point of `torchrun`."""
     with init_distributed() as context:
         result = fit(
             TWICE,

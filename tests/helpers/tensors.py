@@ -1,4 +1,4 @@
-"""What the torch tests share: arrays drawn by seed, tensors of them, and how close is close."""
+"""Shared by the torch tests: arrays drawn by seed, tensors of them, and measures of agreement."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ resolutions = st.sampled_from(["fractions", "pixels"])
 
 
 def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a copy as a tensor that asks for gradients."""
+    """Return a copy as a tensor that requires gradients."""
     return torch.from_numpy(np.array(array)).to(dtype).requires_grad_()
 
 
@@ -36,7 +36,7 @@ def assert_close(actual: Any, expected: np.ndarray, tolerance: float = AGREEMENT
 
 
 def assert_trees_close(actual: Any, expected: Any, tolerance: float = AGREEMENT) -> None:
-    """`assert_close` for every leaf of two parameter trees of the same names."""
+    """Apply `assert_close` to every leaf of two parameter trees with the same names."""
     actual, expected = flatten(actual), flatten(expected)
     assert actual.keys() == expected.keys()
     for name, leaf in expected.items():
@@ -56,7 +56,7 @@ def assert_within_budget(actual: Any, yardstick: Any, truth: np.ndarray, factor:
 
 
 def pull_back(output: torch.Tensor, cotangent: np.ndarray, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return autograd's gradients, zeros for an input that the output does not depend on."""
+    """Return autograd's gradients; zeros for an input that the output does not depend on."""
     grads = torch.autograd.grad(output, list(inputs), torch.from_numpy(cotangent).to(output.dtype), allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, inputs, strict=True)]
 

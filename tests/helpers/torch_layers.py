@@ -1,7 +1,7 @@
-"""The layers once more, out of torch's own operators: for autograd in float64 and as a yardstick in float32.
+"""The layers in torch's own operators: for autograd in float64 and as a yardstick in float32.
 
-Everything is dense and plain: `conv2d`, `layer_norm`, `gelu`, `grid_sample`, `scaled_dot_product_attention`. Maps are
-sampled with a ring of zeros around them, so that a map of one pixel needs no case of its own.
+All of it is dense: `conv2d`, `layer_norm`, `gelu`, `grid_sample`, `scaled_dot_product_attention`. Maps are sampled with
+a ring of zeros around them, so that a map of one pixel needs no special case.
 """
 
 from typing import Any
@@ -18,19 +18,19 @@ Tree = Any
 
 
 def as_tensors(tree: Tree) -> Tree:
-    """Return a tree of tensors that share their numbers with a tree of arrays (copied where they cannot)."""
+    """Return a tree of tensors that share memory with a tree of arrays (copies where they cannot)."""
     if isinstance(tree, dict):
         return {name: as_tensors(branch) for name, branch in tree.items()}
     return tree if isinstance(tree, Tensor) else torch.from_numpy(np.array(tree))
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1 × 1 convolution."""
+    """Apply a 1 × 1 convolution."""
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Layer norm over the channels of every pixel."""
+    """Apply layer norm over the channels of every pixel."""
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, 1e-5).permute(0, 3, 1, 2)
 
 
@@ -43,7 +43,7 @@ def sample(maps: Tensor, pixels: Tensor) -> Tensor:
 
 
 def to_pixels(points: Tensor, size: tuple[int, int], convention: str) -> Tensor:
-    """Normalised points in pixels, axis by axis."""
+    """Convert normalized points to pixels, axis by axis."""
     extent = torch.tensor(size, dtype=points.dtype)
     if convention == "cell_center":
         return ((points + 1) * extent - 1) / 2
@@ -51,14 +51,14 @@ def to_pixels(points: Tensor, size: tuple[int, int], convention: str) -> Tensor:
 
 
 def make_grid(formula: Any, convention: str, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The (rows, columns, 2) grid of a scalar formula of `oracle.geometry`."""
+    """Return the (rows, columns, 2) grid of a scalar formula of `oracle.geometry`."""
     rows = torch.tensor([formula(convention, i, size[0]) for i in range(size[0])], dtype=dtype)
     columns = torch.tensor([formula(convention, j, size[1]) for j in range(size[1])], dtype=dtype)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
 
 
 def sampling_points(query: Tensor, params: Tree, config: DeformableAttentionConfig, keys: tuple[int, int]) -> Tensor:
-    """Sampling points (B, G, Hk, Wk, 2), normalised."""
+    """Return the sampling points (B, G, Hk, Wk, 2), normalized."""
     name = config.convention.name.lower()
     reference = make_grid(geometry.reference, name, keys, query.dtype)
     batch, groups = query.shape[0], config.groups
@@ -81,7 +81,7 @@ def sampling_points(query: Tensor, params: Tree, config: DeformableAttentionConf
 
 
 def logit_bias(points: Tensor, params: Tree, config: DeformableAttentionConfig, size: tuple[int, int]) -> Tensor | None:
-    """What is added to the logits, (B or 1, heads, H·W, Ns)."""
+    """Return the bias that is added to the logits, (B or 1, heads, H·W, Ns)."""
     name = config.convention.name.lower()
     batch, groups, samples = points.shape[0], config.groups, points.shape[2] * points.shape[3]
     queries = make_grid(geometry.query, name, size, points.dtype).reshape(-1, 2)
@@ -112,7 +112,7 @@ def logit_bias(points: Tensor, params: Tree, config: DeformableAttentionConfig, 
 
 
 def torch_layer(x: Any, params: Tree, config: DeformableAttentionConfig) -> Tensor:
-    """The deformable layer (B, C, H, W) -> (B, C, H, W); average pooling is left to the oracle."""
+    """Compute the deformable layer (B, C, H, W) -> (B, C, H, W); average pooling is left to the oracle."""
     x, params = as_tensors(x), as_tensors(params)
     batch, channels, height, width = x.shape
     name = config.convention.name.lower()
@@ -136,7 +136,7 @@ def torch_layer(x: Any, params: Tree, config: DeformableAttentionConfig) -> Tens
 
 
 def masked_attention(x: Any, params: Tree, heads: int, bias: Tensor) -> Tensor:
-    """Self-attention of a map with an additive (heads, H·W, H·W) bias, -inf where a key is not seen."""
+    """Compute self-attention of a map with an additive (heads, H·W, H·W) bias, -inf for hidden keys."""
     batch, channels = x.shape[:2]
     qkv = pointwise(x, **params["qkv"]).reshape(batch, 3, heads, channels // heads, -1).transpose(3, 4)
     out = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], bias)

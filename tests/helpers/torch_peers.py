@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def build_peer(config, seed=0, dtype=torch.float64, **options):
-    """Return a module with random parameters, and those as a tree."""
+    """Return a module with random parameters, and the parameters as a tree."""
     params = random_params(ATTENTIONS[type(config)].shapes(config), np.random.default_rng(seed))
     module = attention_module(config, **options).to(dtype)
     module.load_numpy(params)
@@ -48,7 +48,7 @@ def build_peer(config, seed=0, dtype=torch.float64, **options):
 
 
 def assert_trace(ours, theirs):
-    """Check every array of a trace against the spec's of the same name."""
+    """Check every array of a trace against the spec's array of the same name."""
     assert type(ours) is type(theirs)
     for field in fields(theirs):
         actual, expected = getattr(ours, field.name), getattr(theirs, field.name)
@@ -79,7 +79,7 @@ def assert_peer(config, size, batch=2, seed=0, **options):
 
 
 class ScaledGradient(torch.autograd.Function):
-    """The identity with a gradient that is 0.1 % too large."""
+    """Identity with a gradient that is 0.1 % too large."""
 
     @staticmethod
     def forward(ctx, x):

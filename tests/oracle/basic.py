@@ -1,4 +1,4 @@
-"""Elementary layers on (B, C, H, W) maps, one output number at a time."""
+"""Elementary layers on (B, C, H, W) maps, one output element at a time."""
 
 import math
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def gelu(x: Array) -> Array:
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """exp(l_n) / sum_m exp(l_m); the largest logit is taken off first, to keep exp in range."""
+    """exp(l_n) / sum_m exp(l_m); the largest logit is subtracted first, to avoid overflow."""
     largest = max(logits)
     powers = [math.exp(logit - largest) for logit in logits]
     total = math.fsum(powers)

@@ -1,6 +1,6 @@
-"""The position biases: one number for one head, one query and one key.
+"""Position biases: one value for one head, one query and one key.
 
-q_n and p_n are the normalised (y, x) of query and key point in the layer's convention.
+q_n and p_n are the normalized (y, x) of query and key point in the layer's convention.
 """
 
 import math
@@ -15,25 +15,25 @@ Point = tuple[float, float]
 
 
 def table_index(convention: str, q_n: float, p_n: float, size: int, length: int, resolution: str) -> float:
-    """Where, along one axis of a table with that many entries, the displacement from p_n to q_n is read.
+    """Return the index, along one axis of a table with `length` entries, of the displacement from p_n to q_n.
 
-    The middle entry, (length - 1) / 2, is displacement 0.
-    "pixels":    one entry is one pixel of the map in hand, middle + q_px - p_px
-    "fractions": the table covers the displacements of the map it was built for, H0 = (length + 1) / 2 pixels
-                 long. The map is 2 long in normalised coordinates, so the displacement in entries is
+    The center entry, (length - 1) / 2, is displacement 0.
+    "pixels":    one entry is one pixel of the given map, center + q_px - p_px
+    "fractions": the table covers the displacements of the map that it was built for, H0 = (length + 1) / 2 pixels
+                 long. The map is 2 long in normalized coordinates, so the displacement in entries is
                  (q_n - p_n) / 2 * H0 where -1 and 1 are edges (cell_center),
                  (q_n - p_n) / 2 * (H0 - 1) where they are the centers of the end pixels.
     """
-    middle = (length - 1) / 2.0
+    center = (length - 1) / 2.0
     if resolution == "pixels":
-        return middle + to_pixel(convention, q_n, size) - to_pixel(convention, p_n, size)
+        return center + to_pixel(convention, q_n, size) - to_pixel(convention, p_n, size)
     if resolution != "fractions":
         raise ValueError(f"resolution: expected 'fractions' or 'pixels', got {resolution!r}")
     if convention == "cell_center":
-        return middle + (q_n - p_n) / 2.0 * ((length + 1) / 2.0)
-    if length == 1 and math.isinf(p_n):  # one entry, for all displacements
-        return middle
-    return middle + (q_n - p_n) / 2.0 * ((length - 1) / 2.0)
+        return center + (q_n - p_n) / 2.0 * ((length + 1) / 2.0)
+    if length == 1 and math.isinf(p_n):  # one entry for all displacements
+        return center
+    return center + (q_n - p_n) / 2.0 * ((length - 1) / 2.0)
 
 
 def table_bias(
@@ -58,7 +58,7 @@ def log_distance(displacement: float) -> float:
 
 
 def log_cpb_bias(params: Tree, q_n: Point, p_n: Point) -> list[float]:
-    """out . relu(hidden . (log_distance(dy), log_distance(dx)) + hidden bias), a number per head."""
+    """out . relu(hidden . (log_distance(dy), log_distance(dx)) + hidden bias), one value per head."""
     features = [log_distance(q_n[0] - p_n[0]), log_distance(q_n[1] - p_n[1])]
     hidden = affine(features, params["hidden"]["weight"], params["hidden"]["bias"])
     rectified = [max(0.0, value) for value in hidden]

@@ -43,16 +43,16 @@ DEFAULTS: Tree = {
 
 class Result(NamedTuple):
     output: Array  # (B, C, H, W)
-    points: Array  # (B, G, Hk, Wk, 2), (y, x), normalised
-    reference: Array  # as points
-    points_px: Array  # as points, in pixels of the map
+    points: Array  # (B, G, Hk, Wk, 2), (y, x), normalized
+    reference: Array  # like points
+    points_px: Array  # like points, in pixels of the map
     sampled: Array  # (B, C, Hk, Wk)
-    bias: Array  # (B, heads, H W, Ns), zeros if there is none
+    bias: Array  # (B, heads, H W, Ns), zeros for bias "none"
     attention: Array  # (B, heads, H W, Ns)
 
 
 def deformable_attention(x: Array, config: Tree, params: Tree) -> Result:
-    """The layer on x (B, C, H, W)."""
+    """Apply the layer to x (B, C, H, W)."""
     c = {**DEFAULTS, **config}
     size = (x.shape[2], x.shape[3])
     q = linear(x, **params["query"])
@@ -105,7 +105,7 @@ def place_points(q: Array, keys: tuple[int, int], config: Tree, params: Tree) ->
 
 
 def bound(ref: float, raw: float, n_keys: int, config: Tree) -> float:
-    """Normalised coordinate of a key's point from its reference and the network's raw offset."""
+    """Return the normalized coordinate of a key's point from its reference and the network's raw offset."""
     kind, convention = config["offset_bound"], config["convention"]
     if kind == "tanh_coordinates":
         return math.tanh(ref + raw)
@@ -121,7 +121,7 @@ def bound(ref: float, raw: float, n_keys: int, config: Tree) -> float:
 
 
 def in_pixels(points: Array, size: tuple[int, int], convention: str) -> Array:
-    """to_pixel of every coordinate."""
+    """Apply to_pixel to every coordinate."""
     pixels = np.zeros(points.shape)
     for index in np.ndindex(*points.shape):
         pixels[index] = to_pixel(convention, float(points[index]), size[index[-1]])
@@ -129,7 +129,7 @@ def in_pixels(points: Array, size: tuple[int, int], convention: str) -> Array:
 
 
 def sample_features(x: Array, points_px: Array, keys: tuple[int, int], config: Tree) -> Array:
-    """s[b, c, i, j] = map c of x[b] read at point (i, j) of the group that holds channel c."""
+    """s[b, c, i, j] = map c of x[b] at point (i, j) of the group of channel c."""
     if config["average_pool"]:
         pooled = average_pool(x, config["stride"])
         if pooled.shape[2:] != keys:
@@ -147,7 +147,7 @@ def sample_features(x: Array, points_px: Array, keys: tuple[int, int], config: T
 
 
 def logit_bias(points: Array, size: tuple[int, int], config: Tree, params: Tree) -> Array:
-    """bias[b, h, m, n], added to the logits; m = i W + j, n = i_k Wk + j_k; h has group h // (heads/G)."""
+    """bias[b, h, m, n], added to the logits; m = i W + j, n = i_k Wk + j_k; h is in group h // (heads/G)."""
     batch, groups, keys_y, keys_x, _ = points.shape
     heads, convention, kind = config["heads"], config["convention"], config["bias"]
     per_group = heads // groups
@@ -211,7 +211,7 @@ def deformable_core(
     scale: float | None = None,
     bias_resolution: str = "fractions",
 ) -> Array:
-    """The layer's heart alone: q (B, heads, H W, d), k, v (B, heads, Ns, d), points (B, G, Ns, 2) -> as q.
+    """Compute the core alone: q (B, heads, H W, d), k, v (B, heads, Ns, d), points (B, G, Ns, 2) -> like q.
 
     out[b, h, m] = sum_n softmax_n(scale q[b, h, m] . k[b, h, n] + table bias of head h at (m, n)) v[b, h, n]
     """

@@ -1,4 +1,4 @@
-"""Neighborhood attention: a pixel attends to the K x K pixels around it, moved inside at a border.
+"""Neighborhood attention: a pixel attends to the K x K pixels around it, shifted inwards at a border.
 
 On an axis of length L the neighbors of pixel i are the K pixels from clip(i - K // 2, 0, L - K) on.
 
@@ -8,10 +8,10 @@ over the neighbors n of m; [q, k, v] = qkv(x), y = output(out).
 params: {"qkv": {"weight" (3C, C), "bias"}, "output": {"weight" (C, C), "bias"},
          "rpb" (heads, 2K - 1, 2K - 1)}
 
-A map shorter than K on an axis has no K neighbors there. Two rules:
+Two rules for a map that is shorter than K on an axis, where K neighbors do not exist:
     "pad"     the input is extended with zeros at bottom or right to K; the added pixels are keys like any
               other (their key and value are the projection's bias), and the output is cropped
-    "shrink"  on that axis the neighbors are all L pixels; rpb is indexed as before, by displacement
+    "shrink"  on that axis the neighbors are all L pixels; rpb is indexed by displacement, as above
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ from .windows import Position, Result, masked_attention
 
 
 def neighborhood_attention(x: Array, params: Tree, *, heads: int, kernel_size: int, small_map: str = "pad") -> Result:
-    """Neighborhood attention on x (B, C, H, W). With "pad" the attention returned is the extended map's."""
+    """Apply neighborhood attention to x (B, C, H, W). With "pad" the returned attention is that of the padded map."""
     if small_map not in ("pad", "shrink"):
         raise ValueError(f"small_map: expected 'pad' or 'shrink', got {small_map!r}")
     height, width = x.shape[2:]
@@ -41,14 +41,14 @@ def neighborhood_attention(x: Array, params: Tree, *, heads: int, kernel_size: i
 
 
 def neighbors(i: int, length: int, kernel_size: int) -> range:
-    """The neighbors of pixel i on an axis: K of them, or all where there are fewer than K."""
+    """Return the neighbors of pixel i on an axis: K of them, or all pixels if there are fewer than K."""
     count = min(kernel_size, length)
     start = min(max(i - count // 2, 0), length - count)
     return range(start, start + count)
 
 
 def extend(x: Array, height: int, width: int) -> Array:
-    """x with zeros added at bottom and right."""
+    """Return x with zeros added at bottom and right."""
     y = np.zeros((*x.shape[:2], height, width))
     for index in np.ndindex(*x.shape):
         y[index] = x[index]

@@ -1,4 +1,4 @@
-"""The peers that move points or see the whole map, one query, one head, one sample at a time.
+"""Peers that move points or see the whole map, one query, one head, one sample at a time.
 
 Parameters have the package's names; arrays are containers only.
 """
@@ -29,10 +29,10 @@ def multi_head(x: Array, params: Tree, *, heads: int) -> Array:
 
 
 def dilated_neighborhood(x: Array, params: Tree, *, heads: int, kernel_size: int, dilation: int) -> Array:
-    """Each interleaved sub-map, cut out, gets a neighborhood attention of its own.
+    """Apply a separate neighborhood attention to each interleaved sub-map.
 
-    A key is seen if it lies in the query's sub-map and, counted there, in its window; a window is as long as the
-    shortest sub-map allows.
+    A key is visible if it is in the query's sub-map and, counted there, in the query's window. A window is as long as
+    the shortest sub-map allows.
     """
     size = (x.shape[2], x.shape[3])
     tables = np.asarray(params["neighborhood_bias"]["table"]).tolist()
@@ -40,9 +40,9 @@ def dilated_neighborhood(x: Array, params: Tree, *, heads: int, kernel_size: int
     def window(axis: int, i: int) -> range:
         submaps = [range(first, size[axis], dilation) for first in range(min(dilation, size[axis]))]
         length = min(kernel_size, min(len(submap) for submap in submaps if len(submap) >= size[axis] // dilation))
-        mine = submaps[i % dilation]
-        start = min(max(mine.index(i) - length // 2, 0), len(mine) - length)
-        return mine[start : start + length]
+        submap = submaps[i % dilation]
+        start = min(max(submap.index(i) - length // 2, 0), len(submap) - length)
+        return submap[start : start + length]
 
     def sees(q: Position, k: Position) -> bool:
         return all(k[axis] in window(axis, q[axis]) for axis in range(2))
@@ -55,7 +55,7 @@ def dilated_neighborhood(x: Array, params: Tree, *, heads: int, kernel_size: int
 
 
 def pyramid(x: Array, params: Tree, *, heads: int, reduction: int) -> Array:
-    """Keys and values of a map whose pixels are r x r cells of x, the last ones completed by zeros."""
+    """Attend to keys and values of a map whose pixels are r x r cells of x; the last cells are completed by zeros."""
     batch, channels, height, width = x.shape
     d = channels // heads
     coarse = x
@@ -67,10 +67,10 @@ def pyramid(x: Array, params: Tree, *, heads: int, reduction: int) -> Array:
     for b in range(batch):
         keys = [pixel(kv, b, *cell) for cell in np.ndindex(*coarse.shape[2:])]
         for i, j in np.ndindex(height, width):
-            mine = pixel(q, b, i, j)
+            query_vector = pixel(q, b, i, j)
             for h in range(heads):
                 part = slice(h * d, (h + 1) * d)
-                weights = softmax([dot(mine[part], key[part]) * d**-0.5 for key in keys])
+                weights = softmax([dot(query_vector[part], key[part]) * d**-0.5 for key in keys])
                 for c in range(h * d, (h + 1) * d):
                     out[b, c, i, j] = dot(weights, [key[channels + c] for key in keys])
     return linear(out, **params["output"])
@@ -113,7 +113,7 @@ def deform_conv2d(
 
 
 def multi_scale(value: Array, shapes: list[tuple[int, int]], locations: Array, weights: Array) -> Array:
-    """y[q, h] = sum over levels l and points p of weights[q, h, l, p] map_l(y, x), the pixel of the location"""
+    """y[q, h] = sum over levels l and points p of weights[q, h, l, p] map_l(y, x), (y, x) the location in pixels."""
     batch, _, heads, d = value.shape
     y = np.zeros((batch, locations.shape[1], heads * d))
     for b, m, h, c in np.ndindex(batch, locations.shape[1], heads, d):
@@ -129,7 +129,7 @@ def multi_scale(value: Array, shapes: list[tuple[int, int]], locations: Array, w
 
 
 def per_query(x: Array, params: Tree, *, heads: int, groups: int, kernel_size: int) -> Array:
-    """Sample, then project every sample, then attend: the order of the equations, not of the package."""
+    """Sample, project every sample, then attend: the order of the equations, not of the package."""
     batch, channels, height, width = x.shape
     part, d, count = channels // groups, channels // heads, kernel_size**2
     network = params["offset_network"]
@@ -139,8 +139,8 @@ def per_query(x: Array, params: Tree, *, heads: int, groups: int, kernel_size: i
     out = np.zeros(x.shape)
     moves = []
     for g in range(groups):
-        mine = q[:, g * part : (g + 1) * part]
-        windows = conv2d(mine, kernel, network["depthwise"]["bias"], padding=((half, half), (half, half)), groups=part)
+        q_g = q[:, g * part : (g + 1) * part]
+        windows = conv2d(q_g, kernel, network["depthwise"]["bias"], padding=((half, half), (half, half)), groups=part)
         moves.append(linear(gelu(layer_norm(windows, **network["norm"])), **network["pointwise"]))
     for b, i, j in np.ndindex(batch, height, width):
         samples = []
@@ -163,7 +163,7 @@ def per_query(x: Array, params: Tree, *, heads: int, groups: int, kernel_size: i
 
 
 def dat_dcn(x: Array, params: Tree, *, heads: int, points: int, convention: str) -> Array:
-    """Points and weights of every pixel and head from the pixel's features; (y, x), normalised by the convention."""
+    """Attend with points and weights of every pixel and head from the pixel's features; (y, x), normalized."""
     batch, channels, height, width = x.shape
     d, size = channels // heads, (height, width)
     values = linear(x, **params["value"])
@@ -182,7 +182,7 @@ def dat_dcn(x: Array, params: Tree, *, heads: int, points: int, convention: str)
 
 
 def ms_deform(x: Array, params: Tree, *, heads: int, points: int, dot_product: bool) -> Array:
-    """Deformable DETR's attention of a map to itself: offsets in pixels, (x, y), around every pixel's own center."""
+    """Apply Deformable DETR's attention of a map to itself: offsets in pixels, (x, y), from each pixel's center."""
     batch, channels, height, width = x.shape
     d = channels // heads
     values, offsets = linear(x, **params["value"]), linear(x, **params["offset"])
@@ -197,15 +197,15 @@ def ms_deform(x: Array, params: Tree, *, heads: int, points: int, dot_product: b
     else:
         scores = linear(x, **params["weights"])
     for b, h, i, j in np.ndindex(batch, heads, height, width):
-        mine = range(h * d, (h + 1) * d)
+        head_channels = range(h * d, (h + 1) * d)
         if dot_product:
             logits = [
-                sum(float(q[b, c, i, j]) * read(k[b, c], h, p, b, i, j) for c in mine) / math.sqrt(d)
+                sum(float(q[b, c, i, j]) * read(k[b, c], h, p, b, i, j) for c in head_channels) / math.sqrt(d)
                 for p in range(points)
             ]
         else:
             logits = [float(scores[b, h * points + p, i, j]) for p in range(points)]
         weights = softmax(logits)
-        for c in mine:
+        for c in head_channels:
             out[b, c, i, j] = dot(weights, [read(values[b, c], h, p, b, i, j) for p in range(points)])
     return linear(out, **params["output"])

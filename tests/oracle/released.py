@@ -1,8 +1,8 @@
-"""The released modules' constructor arguments and state dicts, put into the names used here.
+"""The released modules' constructor arguments and state dicts, with the names used here.
 
 cvpr2022: kernel size by stage, 9 7 5 3; offset_range_factor f > 0: bounded by tanh to f cells; 0: unbounded;
           f < 0: tanh of the coordinate
-datpp2023: kernel size given; f >= 0: bounded by tanh to f cells; f < 0: coordinate clamped
+datpp2023: kernel size as given; f >= 0: bounded by tanh to f cells; f < 0: coordinate clamped
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ STAGE_KERNELS_2022 = (9, 7, 5, 3)
 
 
 def leaves(state: State, name: str) -> dict[str, Array]:
-    """{"weight", "bias" if there is one}; the weight of a 1x1 convolution loses its two last axes."""
+    """Return {"weight", "bias" if present}; the weight of a 1x1 convolution without its two last axes."""
     weight = state[f"{name}.weight"]
     found = {"weight": weight[:, :, 0, 0] if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight}
     if f"{name}.bias" in state:
@@ -23,7 +23,7 @@ def leaves(state: State, name: str) -> dict[str, Array]:
 
 
 def deformable_params(state: State) -> dict[str, Any]:
-    """Parameters for deformable.deformable_attention."""
+    """Return the parameters for deformable.deformable_attention."""
     params: dict[str, Any] = {
         "query": leaves(state, "proj_q"),
         "key": leaves(state, "proj_k"),
@@ -46,7 +46,7 @@ def deformable_params(state: State) -> dict[str, Any]:
 
 
 def deformable_config(release: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Configuration for deformable.deformable_attention."""
+    """Return the configuration for deformable.deformable_attention."""
     first = release == "cvpr2022"
     return {
         "convention": release,
@@ -80,11 +80,11 @@ def bias_kind(arguments: dict[str, Any]) -> str:
 
 
 def window_params(state: State) -> dict[str, Any]:
-    """Parameters for windows.window_attention."""
+    """Return the parameters for windows.window_attention."""
     table = state["relative_position_bias_table"]
     return {"qkv": leaves(state, "proj_qkv"), "output": leaves(state, "proj_out"), "table": table}
 
 
 def neighborhood_params(state: State) -> dict[str, Any]:
-    """Parameters for neighborhood.neighborhood_attention."""
+    """Return the parameters for neighborhood.neighborhood_attention."""
     return {"qkv": leaves(state, "qkv"), "output": leaves(state, "proj"), "rpb": state["rpb"]}

@@ -1,4 +1,4 @@
-/** Move a key and a query over a map: where their displacement is read in the bias table, and what all queries read. */
+/** Position bias: a key and a query to move over a map, their table position, and the bias of all queries. */
 
 import { BIAS } from "./data/table.mjs";
 import { biasWindows, clip, CONVENTIONS, places, queryPixels, sample, tableBias, tablePosition } from "./kernel.mjs";
@@ -11,7 +11,7 @@ const TABLE_SIZE = SIZE.map((length) => 2 * length - 1);
 const QUERIES = queryPixels(SIZE, CONVENTIONS.CELL_CENTER);
 const MOST = Math.max(...BIAS.table.map(Math.abs));
 const START = { key: [1.7, 4.25], query: [3, 2] };
-const EDGE = 1; // pixels that the key may leave the map
+const EDGE = 1; // distance in pixels that the key may move outside the map
 
 export function mount(element) {
   const { body, say, expose, glide } = frame(element, "bias", title);
@@ -93,13 +93,13 @@ export function mount(element) {
     });
   }
 
-  /** Move the key to a place, through all between. */
+  /** Move the key to a position along a straight line. */
   function travel(target) {
     const from = state.key;
     glide((share) => change({ key: from.map((place, axis) => place + share * (target[axis] - place)) }), 700);
   }
 
-  /** Let every query read once, row by row. */
+  /** Show every query once, row by row. */
   function tour() {
     glide(
       (share) => change({ query: places(SIZE)[Math.min(Math.floor(share * QUERIES.length), QUERIES.length - 1)] }),
@@ -110,7 +110,7 @@ export function mount(element) {
   change({});
 }
 
-/** Put the parts in their places. */
+/** Arrange the parts of the figure. */
 function lay(body, map, table, numbers, sum, buttons) {
   const part = (words, ...rest) =>
     html("div", { class: "live-part" }, markup("p", { class: "live-quiet" }, words), ...rest);
@@ -131,7 +131,7 @@ function lay(body, map, table, numbers, sum, buttons) {
 
 const colored = (value) => `<b class="${value < 0 ? "live-minus" : "live-plus"}">${signed(value)}</b>`;
 
-/** Colour and strength of a bias. */
+/** Color and opacity of a bias. */
 const shade = (value) => ({
   class: value < 0 ? "live-below" : "live-above",
   "fill-opacity": (0.9 * Math.abs(value)) / MOST,
@@ -160,7 +160,7 @@ class Grid {
     this.drawing.append(this.cells);
   }
 
-  /** Where a place is drawn, [y, x]. */
+  /** The drawing position of a map or table position, [y, x]. */
   spot(place) {
     return place.map((value) => this.margin + (value + 0.5) * this.unit);
   }
@@ -170,7 +170,7 @@ class Grid {
     return `${x.toFixed(1)} ${y.toFixed(1)}`;
   }
 
-  /** The place that is drawn at a spot. */
+  /** The map or table position of a drawing position. */
   place(spot) {
     return spot.map((value) => (value - this.margin) / this.unit - 0.5);
   }
@@ -185,7 +185,7 @@ class Grid {
     return group;
   }
 
-  /** A rectangle of `size` cells whose first cell is at a place. */
+  /** A rectangle of `size` cells whose first cell is at a position. */
   box(place, size, attributes) {
     const [y, x] = this.spot(place.map((value) => value - 0.5));
     return svg("rect", {
@@ -198,7 +198,7 @@ class Grid {
   }
 }
 
-/** The block of the table that the key's queries read, between the four windows of whole entries. */
+/** The block of the table that the key's queries read, and the four windows of whole entries around it. */
 function drawWindows(table, windows, key) {
   const whole = windows
     .filter(({ weight }) => weight > 0)
@@ -215,7 +215,7 @@ function drawWindows(table, windows, key) {
   ];
 }
 
-/** The unit square around the reading: what it covers of an entry is that entry's weight. */
+/** The unit square around the table position: its overlap with an entry is that entry's weight. */
 function drawReading(table, position) {
   const [y, x] = table.spot(position);
   return [
@@ -226,7 +226,7 @@ function drawReading(table, position) {
 
 // ------------------------------------------------------------------------------------------------ the sum
 
-/** Four windows with their weights, and what they add up to. */
+/** Four windows with their weights, and their weighted sum. */
 class Sum {
   constructor(place) {
     this.terms = [1, 2, 3, 4].map(() => ({

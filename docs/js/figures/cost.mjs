@@ -1,4 +1,4 @@
-/** Slide the resolution: multiply-adds and memory of every system, log-log, with the formulas of one. */
+/** Cost against resolution: multiply-adds and memory of every system, log-log, with the formulas of one system. */
 
 import { clip, cost, COSTS, symbols, terms } from "./kernel.mjs";
 import {
@@ -19,9 +19,9 @@ import {
 
 export const title = "Cost against resolution";
 
-/** A layer of dat_tiny's third stage with 49 keys on 14 × 14, and its peers with as many; then only the map grows. */
+/** A layer of dat_tiny's third stage with 49 keys on 14 × 14, and peers with as many keys; then only the map grows. */
 const FIRST = 14; // side of the smallest map
-const PIXELS = 16; // pixels of the image along a pixel of the map
+const PIXELS = 16; // side of a map pixel in pixels of the image
 const TIMES = [1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16];
 const LAYER = { C: 384, M: 12, G: 3, r: 2, k: 5 };
 const SYSTEMS = {
@@ -38,7 +38,7 @@ const SYSTEMS = {
 };
 const KINDS = Object.keys(SYSTEMS);
 
-/** What the letters in the formulas of a system mean. */
+/** Meaning of the symbols in the formulas of a system. */
 const LETTERS = {
   HW: "pixels",
   Ns: "points",
@@ -111,9 +111,9 @@ const ours = (kind) => kind.startsWith("deformable");
 
 const [WIDTH, HEIGHT, LEFT, NAMES, TOP, FOOT] = [400, 300, 48, 118, 12, 30];
 const INNER = WIDTH - LEFT - NAMES;
-const PITCH = 14; // from one name to the next
+const PITCH = 14; // distance between two names
 
-/** Amounts of all systems against the side of the image, log-log, with a line to slide. */
+/** Cost of all systems against the side of the image, log-log, with a line to slide. */
 class Plot {
   constructor(name, unit, part, choose, slide) {
     [this.name, this.unit, this.part] = [name, unit, part];
@@ -167,7 +167,7 @@ class Plot {
     return TOP + ((HEIGHT - FOOT - TOP) * (this.high - Math.log10(value))) / (this.high - this.low);
   }
 
-  /** Heights of names beside the ends of their lines: names that would touch stand in a pile around their mean. */
+  /** Heights of the names next to the ends of their curves: names that would overlap are stacked around their mean. */
   heights(ends) {
     const order = ends.map((_, n) => n).sort((a, b) => ends[b] - ends[a]);
     const piles = [];
@@ -224,7 +224,7 @@ const nearest = (wanted) =>
 
 // ------------------------------------------------------------------------------------------------ numbers
 
-/** All systems with their numbers; a row chooses one. */
+/** Table of all systems with their costs; a row selects one. */
 class Table {
   constructor(choose) {
     this.rows = KINDS.map((kind) => {
@@ -256,7 +256,7 @@ class Table {
   }
 }
 
-/** The formulas of one system, each with its value: of its multiply-adds, or of what it keeps. */
+/** Formulas of one system with their values: multiply-adds, or memory for the backward pass. */
 class Formulas {
   constructor(change) {
     const options = [
@@ -307,7 +307,7 @@ class Formulas {
 
 const mentions = (formula, name) => formula.split(" ").some((word) => word === name || word === `${name}²`);
 
-/** A formula with italic letters and indices set low. */
+/** A formula with italic letters and subscripts. */
 function typeset(formula) {
   const word = (letters) => {
     if (/^[\d+]+$/.test(letters)) return letters;

@@ -1,8 +1,8 @@
 /**
- * The mathematics of the live figures: what `dat_ref` computes, for one point, one query or one system at a time.
+ * Mathematics of the live figures: functions of `dat_ref` for one point, one query or one system at a time.
  *
- * Points, sizes and queries are [y, x]. Positions are in pixels of the map, 0 being the center of the first pixel,
- * unless a name says "normalised". Maps and tables are flat arrays, row by row. Nothing here draws.
+ * Points, sizes and queries are [y, x]. Positions are in pixels of the map, and 0 is the center of the first pixel,
+ * unless a name says "normalised". Maps and tables are flat arrays, row by row. This module draws nothing.
  *
  * tests/test_figures_kernel.py compares every function with the NumPy spec.
  */
@@ -21,12 +21,12 @@ export const CONVENTIONS = {
   DATPP2023: { reference: SHIFTED, query: CORNERS, alignCorners: true },
 };
 
-/** Normalised coordinate of point `index` of `count`: 2 (i + shift) / (n - gap) - 1. */
+/** Normalized coordinate of point `index` of `count`: 2 (i + shift) / (n - gap) - 1. */
 export function coordinate({ shift, gap, degenerate }, index, count) {
   return count === gap ? degenerate : (2 * (index + shift)) / (count - gap) - 1;
 }
 
-/** Normalised distance between neighbours. */
+/** Normalized distance between neighbors. */
 export function pitch({ gap }, count) {
   return 2 / Math.max(count - gap, 1);
 }
@@ -41,18 +41,18 @@ export function toPixels(normalised, length, convention) {
   return (normalised + 1) * pixelsPerUnit(length, convention) - (convention.alignCorners ? 0 : 0.5);
 }
 
-/** The inverse of `toPixels`; 0 where every coordinate is one pixel. */
+/** The inverse of `toPixels`; 0 where all coordinates map to one pixel. */
 export function fromPixels(pixel, length, convention) {
   const scale = pixelsPerUnit(length, convention);
   return scale > 0 ? (pixel + (convention.alignCorners ? 0 : 0.5)) / scale - 1 : 0;
 }
 
-/** The reference points of a key grid, normalised, row by row. */
+/** The reference points of a key grid, normalized, row by row. */
 export function referencePoints(keySize, convention) {
   return places(keySize).map((key) => key.map((index, axis) => coordinate(convention.reference, index, keySize[axis])));
 }
 
-/** The queries, one a pixel, in pixels, row by row: whole numbers in the two consistent conventions. */
+/** The queries in pixels, one for each pixel, row by row: integers in the two consistent conventions. */
 export function queryPixels(size, convention) {
   return places(size).map((query) =>
     query.map((index, axis) => toPixels(coordinate(convention.query, index, size[axis]), size[axis], convention)),
@@ -66,12 +66,12 @@ export function places([rows, columns]) {
 
 // ------------------------------------------------------------------------------------------------ offsets
 
-/** The largest normalised offset under TANH_CELLS: s/2 key cells. */
+/** The largest normalized offset under TANH_CELLS: s/2 key cells. */
 export function offsetLimit(range, keys, convention) {
   return (range / 2) * pitch(convention.reference, keys);
 }
 
-/** p̃ from p and the raw offset Δ on one axis, all normalised; `limit` is that of `offsetLimit`. */
+/** p̃ from p and the raw offset Δ on one axis, all normalized; `limit` is the result of `offsetLimit`. */
 export function boundPoint(raw, reference, bound, limit) {
   if (bound === "TANH_CELLS") return reference + limit * Math.tanh(raw);
   if (bound === "TANH_COORDINATES") return Math.tanh(reference + raw);
@@ -88,7 +88,7 @@ export function boundSlope(raw, reference, bound, limit) {
   return bound === "RAW" ? 1 : 0;
 }
 
-/** The raw offset, at most `largest`, that brings a point under TANH_CELLS as near to `point` as s lets it. */
+/** The raw offset, at most `largest`, that moves a point under TANH_CELLS as near to `point` as s allows. */
 export function rawTowards(point, reference, limit, largest) {
   const share = clip((point - reference) / limit, -1, 1);
   return clip(Math.atanh(share), -largest, largest);
@@ -99,7 +99,7 @@ export function rawTowards(point, reference, limit, largest) {
 /**
  * The four pixels around a point: {row, column, inside, weight, slope: [∂weight/∂y, ∂weight/∂x]}.
  *
- * Derivatives are those from the right; all is zero outside the map.
+ * Derivatives are right-hand derivatives; outside the map all values are zero.
  */
 export function corners(point, size) {
   const [y, x] = point.map((value, axis) => clip(value, -2, size[axis] + 1));
@@ -123,7 +123,7 @@ export function corners(point, size) {
   return found;
 }
 
-/** φ(map; point) with its gradient in the point: {value, slope: [y, x]}; {value: NaN} for a NaN point. */
+/** φ(map; point) with its gradient at the point: {value, slope: [y, x]}; {value: NaN} for a NaN point. */
 export function sample(map, size, point) {
   if (point.some(Number.isNaN)) return { value: NaN, slope: [NaN, NaN] };
   const read = { value: 0, slope: [0, 0] };
@@ -137,7 +137,7 @@ export function sample(map, size, point) {
   return read;
 }
 
-/** φ along one axis through a point, as the corners of a piecewise linear line: [[position, value], …]. */
+/** φ along one axis through a point, as the vertices of a piecewise linear curve: [[position, value], …]. */
 export function profile(map, size, point, axis) {
   return Array.from({ length: size[axis] + 2 }, (_, n) => {
     const place = [...point];
@@ -148,19 +148,19 @@ export function profile(map, size, point, axis) {
 
 // ------------------------------------------------------------------------------------------------ position bias
 
-/** Table cells per pixel of displacement on one axis: 1 for a table that was built for this very map. */
+/** Table cells per pixel of displacement on one axis: 1 for a table that was built for this map. */
 export function tableScale(tableLength, length, convention, resolution = "fractions") {
   if (resolution === "pixels") return 1;
   const aligned = convention.alignCorners ? 1 : 0;
   return ((tableLength + 1) / 2 - aligned) / Math.max(length - aligned, 1);
 }
 
-/** Where on one axis of the table the displacement of a query from a point is read. */
+/** Table position, on one axis, of the displacement of a query from a point. */
 export function tablePosition(query, point, tableLength, scale = 1) {
   return (query - point) * scale + Math.floor((tableLength - 1) / 2);
 }
 
-/** B[m] of a point for all queries: the table read at each displacement. `scale` is [y, x]. */
+/** B[m] of a point for all queries: the table at each displacement. `scale` is [y, x]. */
 export function tableBias(table, tableSize, point, queries, scale = [1, 1]) {
   return queries.map((query) => {
     const place = query.map((q, axis) => tablePosition(q, point[axis], tableSize[axis], scale[axis]));
@@ -169,12 +169,12 @@ export function tableBias(table, tableSize, point, queries, scale = [1, 1]) {
 }
 
 /**
- * The four windows of the table whose weighted sum is the bias of a point over a map of `size`, where queries are
- * whole pixels and the table was built for this map: {top, left, weight, picture}.
+ * The four windows of the table whose weighted sum is the bias of a point over a map of `size`. Queries must be
+ * integer pixels, and the table must be built for this map: {top, left, weight, picture}.
  */
 export function biasWindows(table, size, point) {
   const tableSize = size.map((length) => 2 * length - 1);
-  const start = point.map((place, axis) => size[axis] - 1 - place); // where query (0, 0) reads
+  const start = point.map((place, axis) => size[axis] - 1 - place); // table position of query (0, 0)
   const [top, left] = start.map(Math.floor);
   const [below, right] = [start[0] - top, start[1] - left];
   const entry = (row, column) =>
@@ -190,8 +190,8 @@ export function biasWindows(table, size, point) {
 // ------------------------------------------------------------------------------------------------ cost
 
 /**
- * What each system costs, one image at a time, term by term: multiply-adds, and numbers of four bytes that are kept for
- * the backward. A formula is a sum of products of the symbols that `symbols` gives. M is the number of heads.
+ * Cost of each system for one image, term by term: multiply-adds, and four-byte elements stored for the backward pass.
+ * A formula is a sum of products of the symbols that `symbols` returns. M is the number of heads.
  */
 export const COSTS = {
   deformable: {
@@ -245,7 +245,7 @@ export const COSTS = {
       "query and output": "HW⁺ C + HW C",
       "key and value": "2 HW⁺ C",
     },
-    // HW⁺: the map filled up to whole windows
+    // HW⁺: pixels of the map padded to whole windows
     symbols: ([height, width], { w }) => ({ "HW⁺": Math.ceil(height / w) * Math.ceil(width / w) * w * w, w }),
   },
   neighborhood: {
@@ -337,7 +337,7 @@ export function symbols(kind, size, config) {
   return { HW: size[0] * size[1], C: config.C, M: config.M, ...COSTS[kind].symbols(size, config) };
 }
 
-/** A formula's value: products of numbers and symbols, which may be squared, joined by " + ". */
+/** The value of a formula: products of numbers and symbols, some of them squared, joined by " + ". */
 export function evaluate(formula, values) {
   const factor = (word) => {
     if (/^\d+$/.test(word)) return Number(word);
@@ -347,7 +347,7 @@ export function evaluate(formula, values) {
   return formula.split(" + ").reduce((sum, words) => sum + product(words), 0);
 }
 
-/** [{name, macs, kept}] of a system, multiply-adds and bytes, with float32 numbers. */
+/** [{name, macs, kept}] of a system, multiply-adds and bytes, in float32. */
 export function terms(kind, size, config) {
   const { macs, kept } = COSTS[kind];
   const values = symbols(kind, size, config);
@@ -366,7 +366,7 @@ export function cost(kind, size, config) {
 
 // ------------------------------------------------------------------------------------------------ receptive field
 
-/** How many keys a query of an axis sees in a neighborhood of `kernel`. */
+/** The number of keys that a query sees on an axis, in a neighborhood of `kernel`. */
 export function axisKernel(length, kernel, dilation = 1) {
   return Math.min(kernel, Math.max(Math.floor(length / dilation), 1));
 }
@@ -380,7 +380,7 @@ export function axisNeighbors(query, length, kernel, dilation = 1) {
   return Array.from({ length: keys }, (_, n) => submap + dilation * (start + n));
 }
 
-/** The keys that a query sees on one axis in its (shifted) window: from the same side of the seam, inside the map. */
+/** The keys that a query sees on one axis in its (shifted) window: on the same side of the seam, inside the map. */
 export function axisWindow(query, length, window, shift = 0) {
   const filled = Math.ceil(length / window) * window;
   const windowOf = (pixel) => Math.floor(((pixel - shift + filled) % filled) / window);
@@ -388,7 +388,7 @@ export function axisWindow(query, length, window, shift = 0) {
   return Array.from({ length }, (_, pixel) => pixel).filter(sees);
 }
 
-/** Which pixels points read with a weight that is not zero: an array of booleans, row by row. */
+/** The pixels that points read with a weight other than zero: an array of booleans, row by row. */
 export function sampledPixels(points, size) {
   return places(size).map(([row, column]) =>
     points.some(([y, x]) => Math.abs(y - row) < 1 && Math.abs(x - column) < 1),
@@ -396,10 +396,10 @@ export function sampledPixels(points, size) {
 }
 
 /**
- * Which pixels a query reaches as keys or values: an array of booleans, row by row.
+ * The pixels that a query reaches as keys or values: an array of booleans, row by row.
  *
  * A system is {kind, ...}: "whole" · "window" with w and shift · "neighborhood" with K and dilation · "points", which
- * reads the `points` of this query.
+ * uses the `points` of this query.
  */
 export function receptiveField(system, query, size, points = []) {
   if (system.kind === "whole") return places(size).map(() => true);
@@ -414,7 +414,7 @@ export function receptiveField(system, query, size, points = []) {
 
 // ------------------------------------------------------------------------------------------------ numbers
 
-/** A number held between two others. */
+/** A number clipped to a range. */
 export function clip(value, least, most) {
   return Math.min(Math.max(value, least), most);
 }

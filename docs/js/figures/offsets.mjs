@@ -1,4 +1,4 @@
-/** Drag the points of a key grid over a photograph; switch the convention, the bound and s; see what the keys read. */
+/** Offsets: drag the points of a key grid over a photograph; switch the convention, the bound and s. */
 
 import { PHOTO } from "./data/photo.mjs";
 import {
@@ -21,18 +21,18 @@ export const title = "Offsets on a key grid";
 
 const SIZE = PHOTO.size;
 const KEYS = [6, 9];
-const UNIT = 12.5; // units of the drawing in a pixel of the map
-const MARGIN = 36; // around the photograph, for points that leave it
-const LARGEST = 3; // of a raw offset that a drag can ask for: tanh 3 is 0.995
+const UNIT = 12.5; // drawing units per pixel of the map
+const MARGIN = 36; // around the photograph, for points outside it
+const LARGEST = 3; // largest raw offset that a drag can reach: tanh 3 is 0.995
 const CHANNELS = [0, 1, 2].map((channel) => PHOTO.pixels.filter((_, n) => n % 3 === channel));
 const NAMES = { CELL_CENTER: "cell center", PAPER: "paper", CVPR2022: "code 2022", DATPP2023: "code 2023" };
 const RELEASED = { CELL_CENTER: "TANH_CELLS", PAPER: "TANH_CELLS", CVPR2022: "TANH_CELLS", DATPP2023: "CLAMP" };
 
-/** What an offset network might put out, [y, x] for each key, as functions of where the key lies in the grid. */
+/** Outputs of an offset network, [y, x] for each key, as functions of the key's position in the grid. */
 const EYES = [
   [0.37, 0.385],
   [0.47, 0.71],
-]; // of the photograph, in shares of its height and width
+]; // of the photograph, in fractions of its height and width
 const WISHES = {
   none: () => [0, 0],
   "one way": () => [0.45, 0.8],
@@ -46,13 +46,13 @@ const WISHES = {
     return [(pull * (eyeY - y)) / distance, (pull * (eyeX - x)) / distance];
   },
 };
-const CLAMPED = 0.35; // raw offsets that are not led through a tanh are normalised coordinates: a smaller unit
+const CLAMPED = 0.35; // raw offsets without a tanh are normalized coordinates: a smaller unit
 
 export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER" } = {}) {
   const { body, say, expose, glide } = frame(element, "offsets", title);
   const label = "A photograph with a grid of 6 by 9 points to drag";
   const drawing = panel(SIZE[1] * UNIT + 2 * MARGIN, SIZE[0] * UNIT + 2 * MARGIN, label);
-  drawing.classList.add("live-cut"); // a point far outside is drawn over nothing else
+  drawing.classList.add("live-cut"); // a point far outside is clipped at the border of the drawing
   const read = new Mosaic();
   const numbers = html("div", { class: "live-number" });
   drawPhoto(drawing);
@@ -132,7 +132,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
     ),
   );
 
-  /** Let the network ask for a key's point to be at a place, in pixels. */
+  /** Set the raw offset so that a key's point is at a position, in pixels. */
   function pull(n, place) {
     const raw = state.raw.map((pair) => [...pair]);
     raw[n] = rawAt(state, n, place);
@@ -159,7 +159,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
       at(spotOf(point));
       describe(`row ${fixed(point[0], 1)}, column ${fixed(point[1], 1)} of the map`, point[0]);
       group.classList.toggle("live-chosen", n === state.chosen);
-      set(group, { tabindex: n === state.chosen ? 0 : -1 }); // one stop for the tab key, not 54
+      set(group, { tabindex: n === state.chosen ? 0 : -1 }); // one stop for the tab key instead of 54
     });
     drawOffsets(lines, found, state);
     const colors = found.points.map((point) => CHANNELS.map((channel) => sample(channel, SIZE, point).value));
@@ -185,7 +185,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
 
 // ------------------------------------------------------------------------------------------------ geometry
 
-/** The raw offsets of a wish, one pair a key. */
+/** The raw offsets of a wish, one pair for each key. */
 function wished(name, bound) {
   const unit = bound === "CLAMP" ? CLAMPED : 1;
   return places(KEYS).map((key) =>
@@ -212,7 +212,7 @@ function geometry({ convention: name, bound, s, raw }) {
   };
 }
 
-/** The raw offset that brings a key's point to a place in pixels, or as near as the bound lets it. */
+/** The raw offset that moves a key's point to a position in pixels, or as near as the bound allows. */
 function rawAt({ convention: name, bound, s }, n, place) {
   const convention = CONVENTIONS[name];
   const reference = referencePoints(KEYS, convention)[n];
@@ -223,7 +223,7 @@ function rawAt({ convention: name, bound, s }, n, place) {
   });
 }
 
-/** Another bound, with offsets that leave the points as they are where they can. */
+/** Switch to another bound, with offsets that leave the points in place where they can. */
 function rebound(state, bound) {
   if (bound === state.bound) return { bound };
   const { points } = geometry(state);
@@ -248,7 +248,7 @@ function drawPhoto(drawing) {
   );
 }
 
-/** From where each point starts to where it is, and how far the chosen one may go. */
+/** Lines from each reference to its point, and the range of the selected point. */
 function drawOffsets(lines, { references, points, limit }, { bound, chosen }) {
   const arms = points.map((point, n) => {
     const [[y, x], [toY, toX]] = [spotOf(references[n]), spotOf(point)];
@@ -269,7 +269,7 @@ function drawOffsets(lines, { references, points, limit }, { bound, chosen }) {
   lines.replaceChildren(reach, ...arms, ...starts);
 }
 
-/** The key grid as a picture: each cell has the colour that its point reads. */
+/** The key grid as a picture: each cell has the color that its point samples. */
 class Mosaic {
   constructor() {
     const unit = 26;

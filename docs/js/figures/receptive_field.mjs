@@ -1,4 +1,4 @@
-/** Pick a query and a system: which pixels reach the query's output as keys or values. */
+/** Receptive field: choose a query and a system; the pixels that enter the query's output as keys or values. */
 
 import { POINTS } from "./data/points.mjs";
 import { axisNeighbors, axisWindow, clip, places, receptiveField } from "./kernel.mjs";
@@ -9,7 +9,7 @@ export const title = "What a query can reach";
 const SIZE = POINTS.size;
 const COUNT = SIZE[0] * SIZE[1];
 
-/** The systems: name, what decides, how the kernel finds what is seen, whether all queries see the same, lines. */
+/** The systems: name, kind of receptive field with its parameters, number of keys, lines of the structure, caption. */
 const SYSTEMS = {
   multi_head: { name: "plain attention", kind: "whole", keys: COUNT, says: "Every pixel is a key, for every query." },
   pyramid: {
@@ -122,7 +122,7 @@ export function mount(element, { system = "deformable" } = {}) {
   });
   surface(main.drawing, main.cells, (spot) => change({ query: main.place(spot) }));
 
-  /** Arrow keys go through the list, as in any group of radio buttons. */
+  /** Arrow keys move through the list, as in any group of radio buttons. */
   function step(event) {
     const move = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!move) return;
@@ -165,7 +165,7 @@ export function mount(element, { system = "deformable" } = {}) {
   change({});
 }
 
-/** What a system lets the query see. */
+/** The receptive field of a query under a system. */
 function look(key, { query, moved }) {
   const system = SYSTEMS[key];
   const moves = system.kind === "points";
@@ -190,7 +190,7 @@ function keysOf({ kind, w, shift, K, dilation }, query) {
   return query.map((place, axis) => along(place, axis).length).reduce((a, b) => a * b);
 }
 
-/** A system's points for a query, moved by a share of their offsets. */
+/** A system's points for a query, moved by a fraction of their offsets. */
 function pointsOf(key, query, moved) {
   const { shared, count, reference, points } = POINTS.systems[key];
   const first = shared ? 0 : 2 * count * (query[0] * SIZE[1] + query[1]);
@@ -217,7 +217,7 @@ function lattice(every, from, unit, margin) {
   return lines.join("");
 }
 
-/** The map, large, with what is reached and by which points. */
+/** The map, large, with the receptive field and the points that read it. */
 class Picture {
   constructor(unit, margin) {
     [this.unit, this.margin] = [unit, margin];
@@ -263,7 +263,7 @@ class Picture {
   }
 }
 
-/** A system's receptive field, small, to choose it by. */
+/** A system's receptive field as a thumbnail, for selection. */
 class Thumbnail {
   constructor(key, name, choose) {
     this.key = key;

@@ -1,4 +1,4 @@
-/** Drag a point over a small map: its four weights, the value read, both gradients, the kink at the lattice. */
+/** Bilinear sampling: a point to drag over a small map; its four weights, value, both gradients, kink at the lattice. */
 
 import { clip, corners, profile, sample } from "./kernel.mjs";
 import { fixed, frame, handle, html, markup, panel, signed, surface, svg } from "./ui.mjs";
@@ -9,13 +9,13 @@ const SIZE = [4, 5];
 const MAP = [1, 2, 4, 3, 1, 2, 5, 8, 5, 2, 1, 6, 9, 4, 3, 0, 2, 5, 6, 2];
 const MOST = Math.max(...MAP);
 const START = [1.35, 1.7];
-const EDGE = 1.25; // pixels beyond the outermost pixel centers
-const UNIT = 60; // units of the drawing in a pixel
-const [LEFT, TOP] = [1.3 * UNIT, 1.3 * UNIT]; // where the center of pixel (0, 0) is drawn
+const EDGE = 1.25; // distance in pixels outside the outermost pixel centers
+const UNIT = 60; // drawing units per pixel
+const [LEFT, TOP] = [1.3 * UNIT, 1.3 * UNIT]; // drawing position of the center of pixel (0, 0)
 const [RIGHT, BOTTOM] = [LEFT + (SIZE[1] + 0.35) * UNIT, TOP + (SIZE[0] + 0.35) * UNIT];
-const PLOT = 108; // height of the plots beside the map, for the value MOST
+const PLOT = 108; // height of the plots next to the map, for the value MOST
 const [WIDTH, HEIGHT] = [RIGHT + PLOT + 22, BOTTOM + PLOT + 24];
-const SNAP = 0.04; // pixels from the lattice at which a dragged point is held by it
+const SNAP = 0.04; // distance in pixels at which a dragged point snaps to the lattice
 
 const across = (x) => LEFT + x * UNIT;
 const down = (y) => TOP + y * UNIT;
@@ -67,10 +67,10 @@ export function mount(element) {
   move(START);
 }
 
-/** Everything that is shown of a point. */
+/** All values shown for a point. */
 function look(point) {
   const read = sample(MAP, SIZE, point);
-  // Inside a cell the slope along an axis is the same all the way: half a pixel back is the cell before.
+  // Inside a cell the slope along an axis is constant: half a pixel back is the cell before.
   const before = point.map((place, axis) => {
     const back = [...point];
     back[axis] -= 0.5;
@@ -94,7 +94,7 @@ function noteOn(point, slope, before) {
   return "Inside a cell: moving the point changes the weights smoothly.";
 }
 
-/** A place held by the lattice when it is near. */
+/** A position, snapped to the lattice when it is near. */
 function snapped(place) {
   const whole = Math.round(place);
   return Math.abs(place - whole) < SNAP ? whole : place;
@@ -138,7 +138,7 @@ function drawMap(drawing) {
   );
 }
 
-/** The unit square around the point: what it covers of a pixel is that pixel's weight. */
+/** The unit square around the point: its overlap with a pixel is that pixel's weight. */
 function drawPieces({ point, corners: found }) {
   const pieces = found.flatMap(({ row, column, inside, weight }) => {
     const [top, left] = [Math.max(point[0], row) - 0.5, Math.max(point[1], column) - 0.5];
@@ -190,7 +190,7 @@ function drawProfiles({ point, value, slope, before }) {
   });
 }
 
-/** The gradient in the point: where to go for more. */
+/** The gradient at the point: the direction of steepest ascent. */
 function drawArrow({ point, slope }) {
   const length = Math.hypot(...slope);
   if (length < 0.05) return [];

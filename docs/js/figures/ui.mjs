@@ -1,8 +1,8 @@
 /**
- * What the live figures share: elements, handles that answer to mouse, touch and keys, controls, numbers as text.
+ * Shared parts of the live figures: elements, handles for mouse, touch and keys, controls, numbers as text.
  *
- * A figure draws into panels (SVG with a fixed viewBox), lets handles change its state, and then redraws. Colours,
- * type and layout are in docs/css/figures.css.
+ * A figure draws into panels (SVG with a fixed viewBox), lets handles change its state, and then redraws. Colors,
+ * fonts and layout are in docs/css/figures.css.
  */
 
 import { clip } from "./kernel.mjs";
@@ -34,14 +34,14 @@ export function html(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** An HTML element from marks that we write ourselves, such as `<i>p</i>`. */
+/** An HTML element from markup that we write ourselves, such as `<i>p</i>`. */
 export function markup(tag, attributes, content) {
   const element = html(tag, attributes);
   element.innerHTML = content;
   return element;
 }
 
-/** A drawing area of `width` × `height` units, as wide as its place. */
+/** A drawing area of `width` × `height` units, as wide as its container. */
 export function panel(width, height, label, attributes = {}) {
   return svg("svg", {
     viewBox: `0 0 ${width} ${height}`,
@@ -52,22 +52,22 @@ export function panel(width, height, label, attributes = {}) {
   });
 }
 
-/** Empty the place of a figure and give it its frame. */
+/** Empty the container of a figure and set up its frame. */
 export function frame(element, name, label) {
   element.replaceChildren();
   element.classList.add("live", `live-${name}`);
   set(element, { role: "group", "aria-label": label });
   const spoken = html("div", { class: "live-spoken", "aria-live": "polite" });
   let waiting;
-  /** Say a sentence to a screen reader once things stand still. */
+  /** Announce a sentence to a screen reader once the figure stops changing. */
   const say = (sentence) => {
     clearTimeout(waiting);
     waiting = setTimeout(() => (spoken.textContent = sentence), 500);
   };
-  /** Show the figure's numbers to whoever tests it. */
+  /** Expose the figure's state to tests. */
   const expose = (state) => (element.dataset.state = JSON.stringify(state));
   let moving = 0;
-  /** Call `step(share)` with shares from 0 to 1 over some time, until a key, the pointer or another motion stops it. */
+  /** Call `step(share)` with shares from 0 to 1 over some time, until a key, the pointer or another animation stops it. */
   const glide = (step, milliseconds = 450) => {
     const mine = (moving += 1);
     const begin = performance.now();
@@ -90,7 +90,7 @@ export function frame(element, name, label) {
 
 const KEYS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-/** Where an event happened, in units of a panel. */
+/** The position of an event, in units of a panel. */
 function place(panel, event) {
   const matrix = panel.getScreenCTM().inverse();
   const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(matrix);
@@ -100,8 +100,8 @@ function place(panel, event) {
 /**
  * A group that can be dragged, and moved with the arrow keys while it has the focus.
  *
- * `drag([y, x])` gets places in units of the panel, `nudge([down, right], fine)` the arrow keys (fine with shift).
- * `shape` are its visible elements, drawn around (0, 0). `at([y, x])` puts it somewhere, `describe` says where.
+ * `drag([y, x])` receives positions in units of the panel, `nudge([down, right], fine)` the arrow keys (fine with
+ * shift). `shape` are its visible elements, drawn around (0, 0). `at([y, x])` sets its position, `describe` its label.
  */
 export function handle(
   panel,
@@ -153,7 +153,7 @@ export function handle(
   };
 }
 
-/** Let a click or tap on a shape move something there; a mouse may go on dragging. */
+/** Let a click or tap on a shape move something to that position; a mouse may continue by dragging. */
 export function surface(panel, shape, drag) {
   let held = false;
   shape.addEventListener("pointerdown", (event) => {
@@ -173,7 +173,7 @@ export function surface(panel, shape, drag) {
 
 let groups = 0;
 
-/** A row of choices, one of them taken: radio buttons. `options` are [value, label]. */
+/** A row of radio buttons. `options` are [value, label]. */
 export function choice({ label, options, value, change }) {
   const name = `live-choice-${(groups += 1)}`;
   const inputs = options.map(([option]) =>
@@ -188,7 +188,7 @@ export function choice({ label, options, value, change }) {
   return { element, show };
 }
 
-/** A slider with its value beside it. */
+/** A slider with its value next to it. */
 export function slider({ label, least, most, step, value, text, change }) {
   const input = html("input", { type: "range", min: least, max: most, step, value });
   const output = html("output", { class: "live-number" });
@@ -217,7 +217,7 @@ export function round(value, digits = 2) {
   return Number(value.toFixed(digits)) + 0; // no -0
 }
 
-/** A number with a fixed count of digits after the point, and a true minus sign. */
+/** A number with a fixed number of decimals and a true minus sign. */
 export function fixed(value, digits = 2) {
   return round(value, digits).toFixed(digits).replace("-", "−");
 }
