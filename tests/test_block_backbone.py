@@ -1,5 +1,7 @@
 """Transformer blocks and whole backbones, at any size; and what everything costs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.agreement import assert_agree
@@ -156,6 +158,20 @@ def test_headless_backbone_returns_pooled_features(release):
     y, trace = DAT(headless, params)(numbers(0, 2, 3, 64, 33), return_trace=True)
     np.testing.assert_array_equal(y, trace.pooled)
     assert y.shape == (2, 12)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_every_position_is_classified_by_the_same_head(release, num_classes):
+    """global_pool="": the head is linear, so the mean of the logits equals the logits of the averaged map."""
+    averaged = tiny(release, num_classes=num_classes)
+    params, x = tiny_params(averaged, 0), numbers(0, 2, 3, 64, 40)
+    dense = DAT(replace(averaged, global_pool=""), params)
+    logits, trace = dense(x, return_trace=True)
+    assert trace.pooled is trace.normed
+    assert logits.shape == (2, num_classes or 12, 2, 2)
+    assert_agree(logits.mean(axis=(2, 3)), DAT(averaged, params)(x), 1e-13)
+    assert dense(x[:0]).shape == (0, num_classes or 12, 2, 2)
 
 
 @pytest.mark.parametrize("release", RELEASES)

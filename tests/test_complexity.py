@@ -165,9 +165,10 @@ def small(embedding: str) -> DATConfig:
 
 
 @pytest.mark.parametrize("embedding", ["patch", "conv"])
+@pytest.mark.parametrize("global_pool", ["avg", ""])
 @pytest.mark.parametrize("size", [(32, 48), (45, 31)])
-def test_backbone_runs_and_keeps_what_the_formula_says(embedding, size):
-    config = small(embedding)
+def test_backbone_runs_and_keeps_what_the_formula_says(embedding, global_pool, size):
+    config = replace(small(embedding), global_pool=global_pool)
     cost = backbone_cost(2, size, config, itemsize=8)
     parameters = random_params(dat_shapes(config), np.random.default_rng(0))
     image = np.random.default_rng(1).standard_normal((2, 3, *size))
@@ -179,7 +180,7 @@ def test_backbone_runs_and_keeps_what_the_formula_says(embedding, size):
     assert retained_bytes(result, exclude=[image, parameters]) == cost.total.saved_bytes
 
 
-@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny", "dat_spot"])
 def test_preset_runs_what_the_formula_says(name):
     config = dat_ref.config(name)
     cost = backbone_cost(1, (75, 101), config)

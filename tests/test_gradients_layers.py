@@ -1,5 +1,7 @@
 """The hand-written gradients of layers, blocks and backbones, to their input and to every parameter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.backbones import tiny, tiny_params
@@ -128,9 +130,11 @@ def backbone_off_kinks(release, size, margin):
 
 
 @pytest.mark.parametrize(("release", "size"), [("cvpr2022", (41, 67)), ("datpp2023", (36, 65))])
-def test_backbone(release, size):
+@pytest.mark.parametrize("global_pool", ["avg", ""])
+def test_backbone(release, size, global_pool):
     """A whole small backbone of each release, to the image and to all parameters at once."""
     config, params, x = backbone_off_kinks(release, size, 1e-4)
+    config = replace(config, global_pool=global_pool)
 
     def vjp(cotangent, x, **leaves):
         _, pullback = DAT(config, unflatten(leaves)).vjp(x)

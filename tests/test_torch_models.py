@@ -76,9 +76,10 @@ def test_the_fixtures_reject_a_wrong_backbone(name):
     st.integers(33, 75),
     seeds,
     st.sampled_from(["blockwise", "matmul"]),
+    st.sampled_from(["avg", ""]),
 )
-def test_backbone_is_the_spec_s_at_any_size(name, height, width, seed, backend):
-    config = mini(name)
+def test_backbone_is_the_spec_s_at_any_size(name, height, width, seed, backend, global_pool):
+    config = mini(name, global_pool=global_pool)
     rng = np.random.default_rng(seed)
     params = map_tree(
         lambda shape: rng.standard_normal(shape) / np.sqrt(max(np.prod(shape[1:]), 4)), dat_shapes(config)
@@ -133,7 +134,7 @@ def test_presets_have_the_spec_s_names_and_the_released_ones(name):
         model = dt.create_model(name)
     shapes = {key: tuple(leaf.shape) for key, leaf in model.state_dict().items()}
     assert shapes == flatten(dat_shapes(dat_ref.config(name)))
-    if name != "dat_nano":  # which is ours
+    if name not in ("dat_nano", "dat_spot"):  # new in this project
         key = f"datpp2023/{name.replace('dat_pp', 'dat')}" if "pp" in name else f"cvpr2022/{name}"
         released = official_state_dicts()[key]["state"]
         theirs = {each for each in released if not each.endswith(("relative_position_index", "attn_mask"))}
