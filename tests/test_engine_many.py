@@ -355,7 +355,7 @@ def test_evaluate_on_another_folder_needs_its_val_alone(trained, pictures, tmp_p
         (["--config", "{folder}/none.json"], "none.json: No such file or directory"),
         (["--config", "{folder}/typed.json"], "epochs: expected int, got '3'"),
         (["--config", "{folder}/list.json"], "train config: expected a JSON object of fields, got a list"),
-        (["--config", "{folder}/text.json"], "train config: expected JSON, got what is none"),
+        (["--config", "{folder}/text.json"], "train config: expected JSON, got"),
         (["--data", "{folder}/none"], "expected a folder with a folder for each class, and there is none"),
         (["--amp", "float16", "--shard"], "amp: expected none or bfloat16 with shard"),
     ],
