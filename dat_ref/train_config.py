@@ -153,8 +153,8 @@ SPOT = TrainConfig(
     objects="pictures",
     copies=4,
     image_size=160,
-    epochs=4,
-    scenes_per_epoch=12000,
+    epochs=3,
+    scenes_per_epoch=15000,
     batch_size=32,
     learning_rate=3e-3,
     warmup_epochs=0.2,
@@ -162,7 +162,7 @@ SPOT = TrainConfig(
 )
 # Flat shapes on photographs: a network of three stages that does not need its offsets.
 LAPTOP = TrainConfig()
-# 300 epochs of ImageNet with AdamW, cosine, 20 of them warming up; the learning rate is that of a batch of 1024.
+# 300 epochs of ImageNet with AdamW, cosine, 20 of them warmup; learning rate for a batch of 1024.
 RELEASED = TrainConfig(
     model="dat_tiny",
     data="imagenet",

@@ -56,7 +56,7 @@ ARMS = {"offsets": "", "no offsets": "no_offsets", "average pooling": "average_p
 SEEDS = {"offsets": 5, "no offsets": 3, "average pooling": 3, "more keys": 3}  # with offsets, seed 0 ships
 BATCH = 64
 LOOKED_AT = 1024  # scenes whose points and attention are measured
-RADII = ((0.035, 0.05), (0.05, 0.07), (0.07, 0.09))  # bins of the object's radius, in sides of the image
+RADII = ((0.05, 0.063), (0.063, 0.077), (0.077, 0.09))  # bins of the object's radius, in sides of the image
 SEEN = 11  # image pixels that a position sees beyond its own 4 × 4: 15 × 15 before the deformable layer
 
 
@@ -243,7 +243,7 @@ def main(arguments: Any = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.objects", description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--compile", action="store_true", help="train with torch.compile, about twice as fast")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--collect", action="store_true", help="collect results without training")
     options = parser.parse_args(arguments)

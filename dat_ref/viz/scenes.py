@@ -16,7 +16,7 @@ from .geometry import item_points, item_references, key_importance, to_image_px,
 from .style import INK, QUIET, as_photo, group_color, make_layout, with_style
 
 COLUMNS = 3
-SMALLEST, LARGEST = 9.0, 230.0  # area of a point's circle, points²
+SMALLEST, LARGEST = 9.0, 120.0  # area of a point's circle, points²
 
 
 class ScenePanel(NamedTuple):
