@@ -1,4 +1,4 @@
-"""`dat-ref explain`: the trained network on scenes, pictures of every kind, figures on disk, errors with their remedy."""
+"""`dat-ref explain`: the trained network on scenes, pictures of every kind, figures on disk, errors with a remedy."""
 
 import json
 import subprocess

@@ -305,6 +305,28 @@ SHAPES = {
 }
 
 
+def test_scene_panels_show_points_of_each_trace():
+    """Each panel has the points of its own trace, with the largest circle where attention is largest."""
+    traces = [make_trace(seed=seed) for seed in range(4)]
+    photo = make_photo(50, 70)
+    panels = [viz.ScenePanel(photo, trace, f"panel {number}") for number, trace in enumerate(traces)]
+    figure = viz.draw_scenes(panels, title="title", caption="caption", columns=2)
+    shown = [axes for axes in figure.axes if axes.get_title("left")]
+    assert [axes.get_title("left") for axes in shown] == [f"panel {number}" for number in range(4)]
+    for axes, trace in zip(shown, traces, strict=True):
+        circles = [each for each in axes.collections if each.get_gid() == "points"]
+        expected = viz.to_image_px(trace.points_px[0], (5, 7), (50, 70)).reshape(3, -1, 2)
+        received = viz.key_importance(trace.attention, 3)[0]
+        assert len(circles) == 3
+        for group, marks in enumerate(circles):
+            offsets = np.asarray(marks.get_offsets())[:, ::-1]
+            assert {tuple(np.round(each, 9)) for each in offsets} == {
+                tuple(np.round(each, 9)) for each in expected[group]
+            }
+            largest = offsets[np.argmax(marks.get_sizes())]
+            np.testing.assert_allclose(largest, expected[group][received[group].argmax()])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_figure_is_written_for_odd_shapes(shape, tmp_path):
     trace = make_trace(batch=2, **SHAPES[shape])
@@ -317,6 +339,7 @@ def test_every_figure_is_written_for_odd_shapes(shape, tmp_path):
             "importance": viz.draw_key_importance(photo, trace, batch=1, per_group=True),
             "field": viz.draw_offset_field(photo, trace, batch=1, bound_px=1.0),
             "attention": viz.draw_attention(photo, [(0, 0)], attended, attended, map_size=SHAPES[shape]["size"]),
+            "scenes": viz.draw_scenes([viz.ScenePanel(photo, trace, "one")] * 4, title="four", caption="panels"),
         }
         for name, figure in made.items():
             path = viz.save(figure, tmp_path / f"{name}.png")

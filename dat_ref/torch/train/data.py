@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 from ..._checks import Array, ConfigError
 from ...data import PIXEL_DEVIATION, PIXEL_MEAN
-from ...presets import PRESETS
 from ...scenes import Scenes, position_targets
 from ...train_config import TrainConfig
+from ..models import preset_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_LISTED = 8  # files or classes that a message names; of the rest it says how many
@@ -181,7 +181,7 @@ def build_datasets(config: TrainConfig) -> tuple[Any, Any]:
     """
     if config.data != "scenes":
         return train_and_val(config.data, config.image_size, config.seed)
-    model = PRESETS[config.model]
+    model = preset_of(config.model)
     reduction = None if model.global_pool else model.reductions[-1]
     common: dict[str, Any] = {"task": config.task, "size": config.image_size, "objects": config.objects}
     train = Scenes(split="train", seed=config.seed, length=config.scenes_per_epoch, copies=config.copies, **common)

@@ -58,6 +58,7 @@ def build_model(config: TrainConfig, classes: int) -> nn.Module:
         attention=config.attention or None,
         init=config.init or None,
         img_size=config.image_size,
+        global_pool=None if config.data == "scenes" else "avg",  # a folder has one class per image
     )
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
