@@ -57,7 +57,7 @@ def test_arms_differ_in_their_attention_alone():
 
 @pytest.mark.parametrize("stride", [5, 10])
 def test_grid_views_against_a_loop_over_image_pixels(stride):
-    """A key sees an image pixel if it is at most 5.5 pixels from the 4 × 4 pixels of the positions that its point reads."""
+    """A key sees an image pixel at most 5.5 pixels from the 4 × 4 pixels of a position that its point reads."""
     scenes = Scenes("find", "held_out", 160, length=40, objects="pictures")
     half = (stride - 1) / 2
     centers = [half + stride * key for key in range(40 // stride)]
