@@ -26,7 +26,7 @@ from .photo import input_size, normalise, resize
 
 SIDE = 160  # pixels of the images that the network was trained on
 SHOWN = 480  # pixels of a picture in a figure
-SCENES = (27, 36, 1, 4, 33, 12)  # one object, two, six, none
+SCENES = (58, 54, 47, 8, 33, 12)  # one object, two, six, none
 NAMED = 0.15  # smallest probability of an answer that is printed
 RADIUS = 0.06  # of a placed object, in short sides of the photograph
 _PLACE = re.compile(r"(?P<kind>[a-z]+)@(?P<y>[0-9.]+),(?P<x>[0-9.]+)(,(?P<radius>[0-9.]+))?")
@@ -207,16 +207,14 @@ def draw(sightings: Sequence[Sighting], folder: Path) -> list[Path]:
 
     trained = "Trained, on pictures it has not seen. " if sightings[0].name.startswith("scene") else "Trained. "
     with_offsets = draw_scenes(
-        [ScenePanel(each.picture, each.trace, f"{_there(each)} → {_best(each.answers)}") for each in sightings],
+        [ScenePanel(each.picture, each.trace, _title(each, each.answers)) for each in sightings],
         title=f"{NETWORK}: the offsets move points onto the objects",
         caption=f"{trained}Every position off the object has to name it. A key sees at most 19 × 19 of the 160 × 160 "
         "pixels, around its point: to see an object, a point has to be on it.",
     )
     zero = draw_scenes(
         [
-            ScenePanel(
-                each.picture, each.trace_zero_offsets, f"{_there(each)} → {_best(each.answers_zero_offsets)}"
-            )
+            ScenePanel(each.picture, each.trace_zero_offsets, _title(each, each.answers_zero_offsets))
             for each in sightings
         ],
         title=f"{NETWORK} with zero offsets: the control",
@@ -227,6 +225,13 @@ def draw(sightings: Sequence[Sighting], folder: Path) -> list[Path]:
 
 def _there(sighting: Sighting) -> str:
     return ", ".join(sighting.objects) or "empty"
+
+
+def _title(sighting: Sighting, answers: dict[str, float]) -> str:
+    """Return the title of a panel, short enough for its width."""
+    count = len(sighting.objects)
+    kind, probability = max(answers.items(), key=lambda answer: answer[1])
+    return f"{_there(sighting) if count <= 2 else f'{count} objects'} → {kind} {probability:.0%}"
 
 
 def _best(answers: dict[str, float]) -> str:
