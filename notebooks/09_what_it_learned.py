@@ -103,7 +103,7 @@ print(f"target of 4 × 4 positions at stride 10: at most {bounds[10][3]:.0%}")
 # where the objects are.
 #
 # **Claim** (`dat_ref.cli.spot.look`). On most scenes a point is on the object, a reference point seldom is. It
-# receives many times its share of the attention. On an empty scene all points of a group make nearly the same shift.
+# receives several times its share of the attention. On an empty scene all points of a group make nearly the same shift.
 
 # %%
 panels = [spot.look_at_scene(number) for number in spot.SCENES]  # with none to six objects, all of different kinds
@@ -127,7 +127,7 @@ attention = np.mean([each.attention_on_objects for each in single])
 print(f"a point is on the object in {moved:.0%} of the scenes, a reference point in {reference:.0%}")
 print(f"{share:.1%} of the points are on the object, and receive {attention:.0%} of the attention")
 assert moved > reference + 0.4
-assert attention > 5 * share
+assert attention > 3 * share
 
 # %% [markdown]
 # ## 4. Take the offsets away
