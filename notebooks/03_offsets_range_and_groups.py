@@ -318,7 +318,8 @@ plt.show()
 
 # %%
 for s in RANGES:
-    print(f"s = {s:4g}: final / initial error {error[s].min():.2f} to {error[s].max():5.2f}, points outside {lost[s].mean():4.0%}")
+    ratios = f"{error[s].min():.2f} to {error[s].max():5.2f}"
+    print(f"s = {s:4g}: final / initial error {ratios}, points outside {lost[s].mean():4.0%}")
 assert all(error[s].max() < 0.9 for s in (0.5, 1.0, 2.0))  # moving helps for every small s
 assert round(coverage(SIZE, config.stride, CONVENTION), 3) == 0.02
 assert lost[0.5].max() == lost[1.0].max() == 0  # s ≤ 1 cannot leave the map
