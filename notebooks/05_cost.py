@@ -301,9 +301,7 @@ for (stride, values), color in zip(ratio.items(), (ORANGE, BLUE, GREEN, PINK)):
     )
 axes.axhline(1, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
 axes.set(xscale="log", yscale="log", xticks=MAPS, xticklabels=MAPS, xlim=(13, 170), yticks=[0.03, 0.1, 0.3, 1])
-axes.set(
-    yticklabels=["3%", "10%", "30%", "100%"], xlabel="side of the map", title="multiply-adds relative to plain attention"
-)
+axes.set(yticklabels=["3%", "10%", "30%", "100%"], xlabel="side of the map", title="multiply-adds / plain attention")
 axes.minorticks_off()
 plt.show()
 
@@ -346,7 +344,7 @@ for row, parts in enumerate(saved_bytes.values()):
         )
         start += amount
     axes.text(start + 12, row, f"{start:,.0f} MiB", va="center", size=8.5)
-axes.set(yticks=range(3), yticklabels=saved_bytes, xlabel="MiB stored for the backward pass by one layer, one image, float32")
+axes.set(yticks=range(3), yticklabels=saved_bytes, xlabel="MiB stored for backward: one layer, one image, float32")
 axes.invert_yaxis()
 axes.tick_params(axis="y", length=0)
 figure.legend(loc="outside upper center", ncols=6, handlelength=1, columnspacing=1.2)
