@@ -243,8 +243,8 @@ assert 0.7 < ratio < 1.5
 # 24 cells are blank blue.
 #
 # The stride is 7. The points with zero offsets read one pixel of each cell of 7 × 7, which is 2 % of the map
-# (`dat_ref.ops.coverage`). So offsets can help here. At stride 1 or 2 the grid reads every pixel, and this experiment
-# would have no effect to measure.
+# (`dat_ref.ops.coverage`). So offsets can help here. At stride 1 or 2 the grid reads every pixel, and offsets
+# can help little.
 #
 # **Claim.** Small values of $s$ work equally well: a better color is nearby. The largest value is worse than no
 # offsets at all. The reason is that points *leave the map*. Blank cells have equal queries and therefore equal
