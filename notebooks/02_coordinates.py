@@ -156,10 +156,10 @@ assert of_2023[-1, -1] == checkers[-1, -1]
 of_2023[-1, -1] = 0
 assert np.abs(of_2023).max() < 1e-12
 fraction = [read_positions((length, 1), Convention.CVPR2022)[:, 0, 0] % 1 for length in checkers.shape]
-kept = np.abs(np.outer(1 - 2 * fraction[0], 1 - 2 * fraction[1]))
-np.testing.assert_allclose(np.abs(readings[Convention.CVPR2022]), kept, atol=1e-12)
-assert kept[7, 10] == 1
-assert max(kept[0, 0], kept[-1, -1]) < 0.01
+factor = np.abs(np.outer(1 - 2 * fraction[0], 1 - 2 * fraction[1]))
+np.testing.assert_allclose(np.abs(readings[Convention.CVPR2022]), factor, atol=1e-12)
+assert factor[7, 10] == 1
+assert max(factor[0, 0], factor[-1, -1]) < 0.01
 
 # %% [markdown]
 # ## 3. The effect depends on the size of the map

@@ -325,9 +325,9 @@ assert round(coverage(SIZE, config.stride, CONVENTION), 3) == 0.02
 assert lost[0.5].max() == lost[1.0].max() == 0  # s ≤ 1 cannot leave the map
 assert np.median(error[16.0]) > 1  # worse than zero offsets
 assert lost[16.0].mean() > lost[8.0].mean() / 2 > lost[2.0].mean()
-beyond = np.array([[[-1.0, 9.0], [12.5, WIDTH + 3.0]]])  # at least a pixel outside the map
-assert not bilinear_sample(small, beyond).any()
-assert not bilinear_sample_vjp(np.ones((1, 3, 2)), small, beyond + [-1e-9, 0]).points_px.any()
+outside = np.array([[[-1.0, 9.0], [12.5, WIDTH + 3.0]]])  # at least a pixel outside the map
+assert not bilinear_sample(small, outside).any()
+assert not bilinear_sample_vjp(np.ones((1, 3, 2)), small, outside + [-1e-9, 0]).points_px.any()
 assert all((lost[s][error[s] > 1] > 0).all() for s in RANGES)  # runs worse than zero offsets have lost points
 
 # %% [markdown]

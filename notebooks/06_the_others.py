@@ -296,9 +296,9 @@ assert {name for name, answer in answers.items() if all(answer)} == {"deformable
 #
 # The stride is 7 here. At stride 1 or 2, undeformed points would read the whole map in one layer.
 #
-# **Claim.** On a map of 28 × 28, four deformable layers of 16 points reach a quarter of the map. One pair of a
-# neighborhood layer of 7 × 7 and a deformable layer reaches four fifths. Two window layers or two neighborhood layers
-# reach a fifth. The released models alternate local and deformable layers.
+# **Claim.** On a map of 28 × 28, the receptive field of four deformable layers of 16 points is a quarter of the map.
+# That of one neighborhood layer of 7 × 7 and one deformable layer is four fifths. That of two window layers, or of two
+# neighborhood layers, is a fifth. The released models alternate local and deformable layers.
 
 # %%
 WIDE = 28
@@ -320,22 +320,22 @@ def receptive_fields(config, seed):
 
 
 single = {config: receptive_fields(config, 0) for stack in STACKS.values() for config in stack}
-reached, pictures = {}, {}
+covered, pictures = {}, {}
 for name, stack in STACKS.items():
-    chained, reached[name] = np.eye(WIDE**2, dtype=np.float32), []
+    chained, covered[name] = np.eye(WIDE**2, dtype=np.float32), []
     for depth in range(4):
         config = stack[depth % len(stack)]
         moves = isinstance(config, DeformableAttentionConfig)
         layer = receptive_fields(config, depth) if moves else single[config]  # other points in each layer
         chained = (layer.astype(np.float32) @ chained > 0).astype(np.float32)
-        reached[name].append(chained.mean())
+        covered[name].append(chained.mean())
         if depth == 1:
             pictures[name] = chained[10 * WIDE + 11].reshape(WIDE, WIDE) > 0
 
 figure, (axes, *panels) = plt.subplots(1, 5, figsize=(8.8, 2.4), width_ratios=[1.3, 1, 1, 1, 1])
-for shares, color in zip(reached.values(), (GREEN, PINK, BLUE, ORANGE)):
+for shares, color in zip(covered.values(), (GREEN, PINK, BLUE, ORANGE)):
     axes.plot(range(1, 5), shares, color=color, lw=1.8, marker="o", ms=4)
-axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="share of the map reached")
+axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="receptive field / map")
 axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 for panel, (name, pixels), color in zip(panels, pictures.items(), (GREEN, PINK, BLUE, ORANGE)):
     panel.imshow(dim(photo), extent=(-0.5, WIDE - 0.5, WIDE - 0.5, -0.5))
@@ -347,11 +347,11 @@ for panel, (name, pixels), color in zip(panels, pictures.items(), (GREEN, PINK, 
 plt.show()
 
 # %%
-for name, shares in reached.items():
+for name, shares in covered.items():
     print(f"{name:25} " + "  ".join(f"{share:4.0%}" for share in shares))
-assert reached["deformable"][-1] < 0.3
-assert reached["neighborhood, deformable"][1] > 0.75
-assert max(reached["window, shifted"][1], reached["neighborhood"][1]) < 0.25
+assert covered["deformable"][-1] < 0.3
+assert covered["neighborhood, deformable"][1] > 0.75
+assert max(covered["window, shifted"][1], covered["neighborhood"][1]) < 0.25
 
 # %% [markdown]
 # ## 5. Identities between the systems

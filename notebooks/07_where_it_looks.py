@@ -186,11 +186,11 @@ for cell, attended in zip(cells, in_window):
 # %%
 SIDE, DIM, STRIDE, SPOT = 16, 16, 8, 3  # side of a picture, channels, stride, side of a spot
 PALETTE = np.array([[0.9, 0.15, 0.1], [0.1, 0.7, 0.2], [0.15, 0.3, 0.95], [0.95, 0.8, 0.1]])
-greys = []
+grays = []
 for name in photographs():
     picture = load_photo(photograph_path(name))
     shape = [round(length * 3 * SIDE / min(picture.shape[:2])) for length in picture.shape[:2]]
-    greys.append(resize(picture, (shape[0], shape[1])) @ np.array([0.299, 0.587, 0.114]))
+    grays.append(resize(picture, (shape[0], shape[1])) @ np.array([0.299, 0.587, 0.114]))
 differences = np.random.default_rng(0).normal(size=(DIM - 3, 3))
 differences -= differences.mean(axis=1, keepdims=True)  # color differences: zero on gray
 lift = 2 * np.concatenate([np.eye(3), differences])  # 3 colors → 16 channels
@@ -201,9 +201,9 @@ def draw_pictures(rng, count):
     pictures = np.empty((count, SIDE, SIDE, 3))
     corners, labels = rng.integers(1, SIDE - SPOT, (count, 2, 2)), rng.integers(0, 5, count)
     for picture, (colored, white), label in zip(pictures, corners, labels):
-        grey = greys[rng.integers(len(greys))]
-        top, left = (rng.integers(0, length - SIDE + 1) for length in grey.shape)
-        picture[:] = grey[top : top + SIDE, left : left + SIDE, None]
+        gray = grays[rng.integers(len(grays))]
+        top, left = (rng.integers(0, length - SIDE + 1) for length in gray.shape)
+        picture[:] = gray[top : top + SIDE, left : left + SIDE, None]
         while np.abs(white - colored).max() <= SPOT:  # apart, with at least a pixel between them
             white[:] = rng.integers(1, SIDE - SPOT, 2)
         for (y, x), color in zip((white, colored), (np.ones(3), *PALETTE[label : label + 1])):
