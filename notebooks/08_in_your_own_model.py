@@ -70,9 +70,9 @@ def as_picture(x):
 # (`dat_ref.ops.coverage`), so a large effect is not expected. [Notebook 07](../07_where_it_looks/) has an experiment
 # with a control.
 #
-# **Claim** (`dat_ref.torch.DeformableAttention`). The branch outputs zero at first. In step 1 only the output projection
-# has a gradient. In step 2 all parameters have one except the key's bias and the parameters before the last layer of the
-# offset network. In step 3 all have one except the key's bias. (Softmax is invariant to that bias: [gradients by
+# **Claim** (`dat_ref.torch.DeformableAttention`). The branch outputs zero at first. In step 1 only the output
+# projection has a gradient. In step 2 all parameters have one except the key's bias and those before the last layer of
+# the offset network. In step 3 all have one except the key's bias. (Softmax is invariant to that bias: [gradients by
 # hand](../04_gradients_by_hand/), section 6.) The trained U-Net also works on a photograph of another size.
 
 
