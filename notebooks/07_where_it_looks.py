@@ -303,9 +303,9 @@ for spot, name in enumerate(("colored", "white")):
 # $$ z_m = \frac{\sum_{n\ \text{kept}} A_{mn}\, v_n}{\sum_{n\ \text{kept}} A_{mn}} . $$
 #
 # **Claim** (`dat_ref.viz.key_importance`). The most important key receives less than twice the attention of the least
-# important one. But without the most important key the accuracy falls to less than half; without the least important
-# key it hardly changes. So for this model the order of importance agrees with the effect on the answer, and the size of
-# the circles understates the effect. This is a measurement on one model, not a property of attention.
+# important one. But removing the most important key removes more than 40 % of the correct answers, and removing the
+# least important key hardly any. So for this model the order of importance agrees with the effect on the answer, and
+# the size of the circles understates the effect. This is a measurement on one model, not a property of attention.
 
 
 # %%
@@ -344,7 +344,7 @@ first, last = curves.values()
 print(f"all keys {first[0]:.0%}, without the most important {first[1]:.0%}, without the least important {last[1]:.0%}")
 assert shares[0] < 2 * shares[3]
 assert first[0] == last[0] > 0.75
-assert first[1] < 0.5 * first[0]
+assert first[1] < 0.6 * first[0]
 assert last[1] > 0.95 * last[0]
 assert all(low <= high + 0.02 for low, high in zip(first, last))
 
