@@ -28,7 +28,7 @@ const CHANNELS = [0, 1, 2].map((channel) => PHOTO.pixels.filter((_, n) => n % 3 
 const NAMES = { CELL_CENTER: "cell center", PAPER: "paper", CVPR2022: "code 2022", DATPP2023: "code 2023" };
 const RELEASED = { CELL_CENTER: "TANH_CELLS", PAPER: "TANH_CELLS", CVPR2022: "TANH_CELLS", DATPP2023: "CLAMP" };
 
-/** Outputs of an offset network, [y, x] for each key, as functions of the key's position in the grid. */
+/** Presets of raw offsets, set by hand, not learned: [y, x] as a function of the key's position in the grid. */
 const EYES = [
   [0.37, 0.385],
   [0.47, 0.71],
@@ -128,7 +128,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
       controls.convention.element,
       controls.bound.element,
       controls.s.element,
-      html("div", { class: "live-row" }, html("span", { class: "live-quiet" }, "offsets"), ...wishes),
+      html("div", { class: "live-row" }, html("span", { class: "live-quiet" }, "offsets set by hand, not learned:"), ...wishes),
     ),
   );
 
