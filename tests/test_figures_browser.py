@@ -257,7 +257,7 @@ def test_cost_by_mouse_and_keys(browser):
         opened.press("ArrowRight", "ArrowRight")
         assert opened.state()["times"] == 4
         check_cost(opened.state())
-        opened.drag(opened.handle("Side of the image, memory for the backward"), 90, 0)
+        opened.drag(opened.handle("Side of the image, memory for the backward pass"), 90, 0)
         dragged = opened.state()
         assert dragged["times"] > 4
         check_cost(dragged)

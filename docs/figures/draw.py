@@ -29,6 +29,7 @@ RELEASED_BOUND = {Convention.DATPP2023: OffsetBound.CLAMP}
 
 
 def svg(width: int, height: int, title: str, body: Sequence[str]) -> str:
+    """Return an SVG document with an accessible title."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
         f'aria-label="{title}" font-family="inherit" font-size="13" fill="currentColor">'
@@ -46,6 +47,7 @@ def text(
     opacity: float = 1,
     attributes: str = "",
 ) -> str:
+    """Return a text element."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size:g}" fill-opacity="{opacity:g}"{attributes}>'
         f"{label}</text>"
@@ -53,6 +55,7 @@ def text(
 
 
 def sub(letter: str) -> str:
+    """Return a subscript inside a text element."""
     return f"<tspan dy='4' font-size='10'>{letter}</tspan>"
 
 
@@ -122,7 +125,7 @@ def box(
 
 
 def layer_flow() -> str:
-    """Draw the data flow of one layer: choosing positions in blue, sampling features in orange."""
+    """Draw the data flow of one layer: blue steps determine positions, orange steps sample features."""
     top, middle, low = 44, 140, 236
     body = [
         text(26, top - 2, "x", size=17, attributes=' font-style="italic"'),
@@ -132,7 +135,7 @@ def layer_flow() -> str:
         line(136, top - 5, 170, top - 5, width=1.6),
         text(184, top, "q", size=17, attributes=' font-style="italic"'),
         *arrow([(198, top - 5), (708, top - 5)]),
-        # choosing positions
+        # positions
         *arrow([(184, top + 12), (184, middle - 25)], BLUE),
         *box(184, middle, 126, 48, ["offset network θ", "one for all groups"], BLUE),
         *arrow([(248, middle), (322, middle)], BLUE),
@@ -143,7 +146,7 @@ def layer_flow() -> str:
         text(494, middle + 17, "G × Ns × 2", size=10, opacity=0.7),
         *box(610, middle, 140, 48, ["read the bias table", "at q − p̃, bilinear"], BLUE),
         *arrow([(681, middle), (708, middle)], BLUE),
-        # sampling features
+        # features
         *arrow([(26, top + 24), (26, low), (322, low)], ORANGE),
         *arrow([(388, middle + 25), (388, low - 25)], BLUE),
         text(402, (middle + low) / 2 + 5, "p̃", size=15, attributes=' font-style="italic"'),
@@ -231,7 +234,7 @@ def sampled_pixels(length: int, keys: int, convention: Convention) -> list[float
 
 
 def _plain(numbers: Iterable[float]) -> list[float]:
-    """Round off the last bits, so that every machine draws the same file; no minus zero."""
+    """Round off the last bits and remove the sign of zero, so that every machine draws the same file."""
     return [round(float(number), 9) + 0.0 for number in numbers]
 
 
@@ -254,7 +257,7 @@ def stride_eight() -> str:
         return [(point - 3.5) / 8 for point in points], range(7), points
 
     title = "Zero offset at stride 8: sampling positions against the centers of the key cells"
-    return strips(title, 7, convention_rows, ("cell centers", "beside the centers"))
+    return strips(title, 7, convention_rows, ("cell centers", "off the cell centers"))
 
 
 def table_reading() -> str:
@@ -264,12 +267,11 @@ def table_reading() -> str:
         reference = np.clip(reference_points((7, 7), convention), -1, 1)
         positions = table_positions(reference.reshape(1, 1, -1, 2), (13, 13), (7, 7), convention)
         positions = positions.reshape(7, 7, 7, 7, 2)[:, 0, :, 0, 0]  # [query row, key row]
-        points = _plain(
-            [*positions[0, ::-1], *positions[6, -2::-1]]
-        )  # query 0 with keys 6 … 0, query 6 with keys 5 … 0
+        # query 0 with keys 6 … 0, then query 6 with keys 5 … 0
+        points = _plain([*positions[0, ::-1], *positions[6, -2::-1]])
         return points, range(13), points
 
-    title = "Where displacements of -6 to 6 pixels read a table of 13 entries"
+    title = "Table positions of displacements of -6 to 6 pixels, in a table of 13 entries"
     return strips(title, 13, convention_rows, ("on the entries", "between entries"))
 
 
@@ -284,17 +286,17 @@ def names_table(preset: str, stage: int, block: int, *, rest: bool = False) -> s
     """
     model = config(preset)
     shapes = flatten(dat_shapes(model))
-    prefix, theirs = f"stages.{stage}.blocks.{block}.", "" if rest else f"stages.{stage}."
-    rows = ["| here | released | shape here | layout there |", "|---|---|---|---|"]
+    prefix, released_prefix = f"stages.{stage}.blocks.{block}.", "" if rest else f"stages.{stage}."
+    rows = ["| dat_ref | released | shape in dat_ref | released layout |", "|---|---|---|---|"]
     for ours, released in official.backbone_names(model).items():
         selected = not ours.startswith("stages.") if rest else ours.startswith(prefix)
         if selected:
-            here, there = ours.removeprefix(prefix), released.name.removeprefix(theirs)
+            here, there = ours.removeprefix(prefix), released.name.removeprefix(released_prefix)
             rows.append(f"| `{here}` | `{there}` | {shapes[ours]} | {LAYOUTS[released.layout]} |")
     return "\n".join(rows) + "\n"
 
 
-LAYOUTS = {"same": "the same", "conv1x1": "(O, C, 1, 1)", "flat_table": "((2w−1)², heads)"}
+LAYOUTS = {"same": "same", "conv1x1": "(O, C, 1, 1)", "flat_table": "((2w−1)², heads)"}
 
 
 def outputs() -> dict[str, str]:

@@ -42,7 +42,7 @@ CELL, ACROSS, DOWN = 10, 146, 184  # drawing units: size of a map pixel, distanc
 
 
 class Panel(NamedTuple):
-    """System with the lines that its structure draws over the map: every `pitch` pixels, from `start` on."""
+    """Panel of one system, with grid lines over the map: every `pitch` pixels, from `start` on (0: no lines)."""
 
     name: str
     attention: Any
@@ -61,7 +61,7 @@ PANELS = (
     Panel("deformable conv.", DeformableConvConfig(DIM, kernel_size=3)),
     Panel("Deformable DETR", MultiScaleDeformableConfig(DIM, HEADS, points=3)),
     Panel("keys of each query", PerQueryAttentionConfig(DIM, HEADS, kernel_size=3)),
-    Panel("DAT-DCN, as it starts", DATDCNAttentionConfig(DIM, HEADS, points=3)),
+    Panel("DAT-DCN, initial", DATDCNAttentionConfig(DIM, HEADS, points=3)),
 )
 
 
@@ -69,7 +69,7 @@ def run_layer(attention: Any) -> tuple[np.ndarray, np.ndarray]:
     """Run one layer on a noise map; return the query's receptive field and its points (N, 2), if it has any."""
     rng = np.random.default_rng(2)
     params = init_params(attention, seed=2, dtype=np.float64)
-    if not isinstance(attention, DATDCNAttentionConfig):  # offsets of some pixels; the initialization gives almost none
+    if not isinstance(attention, DATDCNAttentionConfig):  # offsets of some pixels; the initialization gives almost zero
         for leaf in (params.get("offset", {}), params.get("offset_network", {}).get("pointwise", {})):
             if leaf:
                 leaf["weight"][:] = rng.normal(scale=0.4, size=leaf["weight"].shape) / leaf["weight"][0, 0].size ** 0.5
@@ -83,7 +83,7 @@ def query_points(points: np.ndarray | None) -> np.ndarray:
     number = QUERY[0] * SIZE[1] + QUERY[1]
     if points is None:
         return np.zeros((0, 2))
-    if points.shape[-3:-1] == SIZE:  # of a convolution: (1, G, K, H, W, 2)
+    if points.shape[-3:-1] == SIZE:  # convolution: (1, G, K, H, W, 2)
         return points[0, :, :, QUERY[0], QUERY[1]].reshape(-1, 2)
     for axis, length in enumerate(points.shape):
         if length == SIZE[0] * SIZE[1]:
@@ -124,12 +124,12 @@ def draw_panel(panel: Panel, left: float, top: float) -> list[str]:
     for y, x in points[inside]:
         body.append(circle(round(left + CELL * (x + 0.5), 1), round(top + CELL * (y + 0.5), 1), 2.6, color=ORANGE))
     body += frame(left + CELL * QUERY[1], top + CELL * QUERY[0], CELL)
-    middle, below = left + width / 2, top + height
-    body.append(text(middle, top - 8, panel.name, size=12))
-    body.append(text(middle, below + 15, f"{visible.sum()} of {visible.size} pixels", size=10, opacity=0.8))
+    center, bottom = left + width / 2, top + height
+    body.append(text(center, top - 8, panel.name, size=12))
+    body.append(text(center, bottom + 15, f"{visible.sum()} of {visible.size} pixels", size=10, opacity=0.8))
     if not inside.all():
         note = f"{np.sum(~inside)} of {len(points)} points outside"
-        body.append(text(middle, below + 28, note, size=10, opacity=0.8))
+        body.append(text(center, bottom + 28, note, size=10, opacity=0.8))
     return body
 
 
@@ -139,7 +139,7 @@ def receptive_fields() -> str:
     for number, panel in enumerate(PANELS):
         row, column = divmod(number, 5)
         body += draw_panel(panel, 10 + ACROSS * column, 24 + DOWN * row)
-    title = "The pixels that one query reaches in each of ten systems"
+    title = "Receptive field of one query in each of ten systems"
     return svg(10 + 4 * ACROSS + CELL * SIZE[1] + 10, 24 + DOWN + CELL * SIZE[0] + 34, title, body)
 
 
@@ -164,7 +164,7 @@ EDGES = (  # from, to, condition, shift of the text from the center of the line
     ("neighborhood", "plain attention", "as large as the map", 14, 22),
     ("deformable attention", "plain attention", "stride 1, no offsets", 0, -7),
     ("keys of each query", "deformable attention", "all queries share points", 50, 22),
-    ("keys of each query", "neighborhood", "no offsets, inside", -36, 20),
+    ("keys of each query", "neighborhood", "no offsets, interior", -36, 20),
     ("DAT-DCN", "Deformable DETR", "centers", 0, -7),
     ("Deformable DETR", "deformable conv. v2", "sigmoid,|one matrix for all taps", 0, -7),
     ("deformable conv. v2", "convolution", "no offsets,|m = 1", 0, -7),
@@ -194,7 +194,7 @@ def identity_graph() -> str:
             body.append(text(round((x1 + x2) / 2 + dx, 1), round(height, 1), part, size=10.5, opacity=0.85))
     for name, (x, y, color) in NODES.items():
         body += box(x, y, 2 * HALF_WIDTH[name], BOX_HEIGHT, [name], color)
-    return svg(776, 430, "Which system equals which, and under what condition", body)
+    return svg(776, 430, "Identities between systems, with their conditions", body)
 
 
 def outputs() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Write the data of the live figures: a photograph, a map of it, a bias table, and sampling points of one pass.
 
     python docs/figures/live_data.py            writes docs/js/figures/data/*.mjs
-    python docs/figures/live_data.py --photo    makes the photograph and its map again first (needs pillow)
+    python docs/figures/live_data.py --photo    first makes the photograph and its map again (needs pillow)
 
 A test fails if they differ from the output of this script. The photograph and its map are stored as files, because
 another version of a JPEG library may write other bytes.
@@ -63,11 +63,11 @@ def photo() -> dict[str, Any]:
 
 
 def bias_table() -> dict[str, Any]:
-    """Return a table that favors near keys to the lower right: waves under a bell, to two digits."""
+    """Return a table that favors near keys to the lower right: waves times a Gaussian, rounded to two digits."""
     height, width = TABLE_MAP
     y, x = np.mgrid[1 - height : height, 1 - width : width]
-    bell = np.exp(-(y**2 / 9 + x**2 / 22))
-    values = 2 * bell * np.cos(0.75 * x + 0.55 * y + 0.35)
+    envelope = np.exp(-(y**2 / 9 + x**2 / 22))
+    values = 2 * envelope * np.cos(0.75 * x + 0.55 * y + 0.35)
     return {"size": list(TABLE_MAP), "table": np.round(values, 2).ravel().tolist()}
 
 
@@ -131,7 +131,7 @@ def query_points(name: str, trace: Any) -> np.ndarray:
     points = trace.points_px[0]
     if SAMPLED_SYSTEMS[name].shared:
         return np.asarray(points.reshape(1, -1, 2))
-    if points.shape[-3:-1] == SIZE:  # of a convolution: (G, K, H, W, 2)
+    if points.shape[-3:-1] == SIZE:  # convolution: (G, K, H, W, 2)
         points = np.moveaxis(points, (-3, -2), (0, 1))
     elif points.shape[0] != SIZE[0] * SIZE[1]:  # (G, H·W, N, 2)
         points = points.swapaxes(0, 1)
@@ -150,7 +150,7 @@ def system_points(name: str) -> dict[str, Any]:
     check_receptive_field(name, trace, (hundredths + 0.5) / 100)
     if not SAMPLED_SYSTEMS[name].shared:
         reference = reference - np.indices(SIZE).reshape(2, -1).T[:, None]
-        assert np.allclose(reference, reference[:1]), f"{name}: the start is not the same for every query"
+        assert np.allclose(reference, reference[:1]), f"{name}: the relative reference points differ between queries"
     return {
         "shared": SAMPLED_SYSTEMS[name].shared,
         "count": points.shape[1],
@@ -164,7 +164,7 @@ def check_receptive_field(name: str, trace: Any, points: np.ndarray) -> None:
     for index, query in enumerate(np.ndindex(SIZE)):
         actual = sampled_pixels(points[0 if SAMPLED_SYSTEMS[name].shared else index], SIZE)
         expected = receptive_field(query, SIZE, SAMPLED_SYSTEMS[name].config, trace)
-        assert np.array_equal(actual, expected), f"{name}: rounding changes what {query} reaches"
+        assert np.array_equal(actual, expected), f"{name}: rounding changes the receptive field of query {query}"
 
 
 # ------------------------------------------------------------------------------------------------ the module
@@ -180,6 +180,7 @@ ABOUT = {
 
 
 def module(name: str, content: dict[str, Any]) -> str:
+    """Return a JavaScript module that exports the content under its name."""
     return f"{HEAD.format(about=ABOUT[name])}export const {name} = {json.dumps(content, separators=(',', ':'))};\n"
 
 

@@ -1,4 +1,4 @@
-"""Write the table of wrong implementations and of the check that rejects each.
+"""Write the table of the mutants, with the first check that rejects each.
 
     python docs/figures/mutants.py
 
@@ -26,7 +26,7 @@ def table(op: OpSpec) -> str:
         "",
         f"{op.title[0].upper()}{op.title[1:]}.",
         "",
-        "| the first check that fails | mistakes |",
+        "| first failing check | mistakes |",
         "|---|---|",
     ]
     for check in op.checks:

@@ -93,8 +93,8 @@ def page_part(name: str, *lines: str) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a table with a row for each function: the number of checks that hold, and the names of those that fail."""
-    lines = ["| what | hold | fail | version | precision | convention |", "|---|---|---|---|---|---|"]
+    """Return a table with a row for each function: number of checks that hold, names of checks that fail."""
+    lines = ["| implementation | hold | fail | version | precision | convention |", "|---|---|---|---|---|---|"]
     for row, each in zip(ROWS, results, strict=True):
         failed = [name for name, status in each["statuses"].items() if status == "fail"]
         passed = sum(status == "pass" for status in each["statuses"].values())
@@ -113,14 +113,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def describe_points_outside(size: tuple[int, int]) -> str:
-    """Return a sentence on the keys of deformable-attention outside the map, with one key per pixel and no offsets."""
+    """Return a sentence about the keys of deformable-attention outside the map, at one key per pixel and zero offsets."""
     adapter = importlib.import_module(f"{ADAPTERS}.deformable_attention")
     points = adapter.reference_pixels(size, size)
     outside_map = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # zeros are read here
     lowest = points[..., 0].max()
     return (
-        f"On a map of {size[0]} × {size[1]}, without offsets, {outside_map.sum():,} of {outside_map.size:,} keys lie a "
-        f"pixel or more off the map and read zeros; no key reads below row {lowest:.1f}."
+        f"On a map of {size[0]} × {size[1]}, without offsets, {outside_map.sum():,} of {outside_map.size:,} keys are a "
+        f"pixel or more outside the map and read zeros; no key is below row {lowest:.1f}."
     )
 
 

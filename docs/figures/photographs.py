@@ -2,8 +2,8 @@
 
     python docs/figures/photographs.py
 
-The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not what a trained
-model attends to. The scene is explained by the small trained network that ships with the package.
+The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not the attention of a
+trained model. The figure of the scene uses the small trained network of the package.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ from dat_ref.cli import scene
 from dat_ref.cli.photo import load_photo, prepare
 
 IMAGES = Path(__file__).parents[1] / "images"
-COLOURS = 128
+COLORS = 128
 
 
 def last_blocks(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step | None]:
@@ -57,12 +57,12 @@ def with_bounded_offsets(model: DATConfig) -> DATConfig:
 
 
 def save_png(figure: Figure, name: str, width: int) -> None:
-    """Save as a PNG of `width` pixels and COLOURS colors, which keeps lines sharp and the file small."""
+    """Save as a PNG of `width` pixels and COLORS colors, which keeps lines sharp and the file small."""
     path = viz.save(figure, IMAGES / f"{name}.png")
     with Image.open(path) as picture:
         size = (width, round(picture.height * width / picture.width))
         small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
+    small.quantize(COLORS, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:

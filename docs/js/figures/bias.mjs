@@ -1,4 +1,4 @@
-/** Position bias: a key and a query to move over a map, their table position, and the bias of all queries. */
+/** Position bias: a movable key and query on a map, their table position, and the bias of all queries. */
 
 import { BIAS } from "./data/table.mjs";
 import { biasWindows, clip, CONVENTIONS, places, queryPixels, sample, tableBias, tablePosition } from "./kernel.mjs";
@@ -16,7 +16,7 @@ const EDGE = 1; // distance in pixels that the key may move outside the map
 export function mount(element) {
   const { body, say, expose, glide } = frame(element, "bias", title);
   const map = new Grid(SIZE, 44, 44 * EDGE, "The map, with a query and a key to move");
-  const table = new Grid(TABLE_SIZE, 30, 30 * EDGE, "The bias table, with the entries that the key's queries read");
+  const table = new Grid(TABLE_SIZE, 30, 30 * EDGE, "The bias table, with the entries that all queries read for this key");
   const sum = html("div", { class: "live-sum" });
   const numbers = html("p", { class: "live-number live-reading" });
   const buttons = {
@@ -114,11 +114,11 @@ export function mount(element) {
 function lay(body, map, table, numbers, sum, buttons) {
   const part = (words, ...rest) =>
     html("div", { class: "live-part" }, markup("p", { class: "live-quiet" }, words), ...rest);
-  const windows = part("the key's bias for every query is the sum of four windows of the table", sum);
+  const windows = part("the bias of the key for all queries is a weighted sum of four windows of the table", sum);
   windows.classList.add("live-wide");
   body.append(
     part("the map: a query <i>q</i> and a key <i>p̃</i>", map.drawing),
-    part("the table, read at <i>q</i> − <i>p̃</i>; the dot is no displacement", table.drawing),
+    part("the table, read at <i>q</i> − <i>p̃</i>; the dot marks zero displacement", table.drawing),
     numbers,
     windows,
     html(
@@ -198,7 +198,7 @@ class Grid {
   }
 }
 
-/** The block of the table that the key's queries read, and the four windows of whole entries around it. */
+/** The block of the table that all queries read for the key, and the four windows of whole entries around it. */
 function drawWindows(table, windows, key) {
   const whole = windows
     .filter(({ weight }) => weight > 0)

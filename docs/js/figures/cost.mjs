@@ -19,7 +19,7 @@ import {
 
 export const title = "Cost against resolution";
 
-/** A layer of dat_tiny's third stage with 49 keys on 14 × 14, and peers with as many keys; then only the map grows. */
+/** A layer of dat_tiny's stage 3 with 49 keys on 14 × 14, and peers with as many keys. Only the map grows. */
 const FIRST = 14; // side of the smallest map
 const PIXELS = 16; // side of a map pixel in pixels of the image
 const TIMES = [1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16];
@@ -43,15 +43,15 @@ const LETTERS = {
   HW: "pixels",
   Ns: "points",
   Nk: "keys",
-  N: "keys of a query",
-  P: "points of a head",
+  N: "keys per query",
+  P: "points per head",
   C: "channels",
   M: "heads",
   G: "groups",
   k: "kernel",
   r: "reduction",
   w: "window",
-  "HW⁺": "pixels of whole windows",
+  "HW⁺": "pixels with window padding",
 };
 
 export function mount(element, { system = "deformable_fixed", start = 1 } = {}) {
@@ -70,7 +70,7 @@ export function mount(element, { system = "deformable_fixed", start = 1 } = {}) 
   const slide = (times) => change({ times });
   const plots = {
     macs: new Plot("multiply-adds", "", "macs", choose, slide),
-    kept: new Plot("memory for the backward", "B", "kept", choose, slide),
+    kept: new Plot("memory for the backward pass", "B", "kept", choose, slide),
   };
   const table = new Table(choose);
   const formulas = new Formulas((part) => change({ part }));
@@ -93,7 +93,7 @@ export function mount(element, { system = "deformable_fixed", start = 1 } = {}) 
     const { macs, kept } = amounts[state.system];
     say(
       `${SYSTEMS[state.system].name} at ${sizeText(state.times)}: ` +
-        `${prefixed(macs)} multiply-adds, ${prefixed(kept, "B")} kept.`,
+        `${prefixed(macs)} multiply-adds, ${prefixed(kept, "B")} stored.`,
     );
     expose({ ...state, side: FIRST * state.times, amounts, terms: termsOf(state.system, state.times) });
   }

@@ -76,7 +76,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
           geometry(state).points[n].map((place, axis) => place + step[axis] * (fine ? 0.05 : 0.5)),
         ),
       focus: () => change({ chosen: n }),
-      hint: "Arrow keys move it, finely with shift; page up and page down go to another key.",
+      hint: "Arrow keys move it, finely with shift; page up and page down select another key.",
     }),
   );
   drawing.addEventListener("keydown", (event) => {
@@ -118,7 +118,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
     html(
       "div",
       { class: "live-side" },
-      markup("p", { class: "live-quiet" }, "what the keys read, <i>x̃</i>"),
+      markup("p", { class: "live-quiet" }, "colors that the keys sample, <i>x̃</i>"),
       read.drawing,
       numbers,
     ),
@@ -167,7 +167,7 @@ export function mount(element, { wish = "to the eyes", convention = "CELL_CENTER
     numbers.replaceChildren(...readout(found, state, colors[state.chosen]));
     const [y, x] = found.points[state.chosen];
     say(
-      `Key ${state.chosen} of ${found.points.length} reads at row ${fixed(y, 1)}, column ${fixed(x, 1)}. ` +
+      `Key ${state.chosen} of ${found.points.length} samples row ${fixed(y, 1)}, column ${fixed(x, 1)}. ` +
         `${found.outside} points are outside the map.`,
     );
     expose({
@@ -273,7 +273,7 @@ function drawOffsets(lines, { references, points, limit }, { bound, chosen }) {
 class Mosaic {
   constructor() {
     const unit = 26;
-    this.drawing = panel(KEYS[1] * unit, KEYS[0] * unit, "What the keys read: a picture of 6 by 9 cells");
+    this.drawing = panel(KEYS[1] * unit, KEYS[0] * unit, "Colors that the keys sample: a picture of 6 by 9 cells");
     this.cells = places(KEYS).map(([row, column]) =>
       svg("rect", { x: column * unit, y: row * unit, width: unit + 0.5, height: unit + 0.5 }),
     );
@@ -300,14 +300,14 @@ function readout({ references, points, limit, slopes, outside }, { raw, bound, c
     ["reference <i>p</i>", place(references[chosen])],
     ["raw offset <i>Δ</i>", pair(raw[chosen], 2)],
     ['point <i class="live-where">p̃</i>', place(points[chosen])],
-    ["reach", bound === "CLAMP" ? "the map" : `± (${limit.map((value) => fixed(value, 1)).join(", ")})`],
-    ["it reads", swatch],
+    ["largest offset", bound === "CLAMP" ? "to the border" : `± (${limit.map((value) => fixed(value, 1)).join(", ")})`],
+    ["sampled color", swatch],
   ];
   const note = held
-    ? `The clamp holds ${held} of ${points.length} points on the border: no gradient, so they do not learn to leave it.`
+    ? `${held} of ${points.length} points are clamped to the border. They get no gradient, so training does not move them.`
     : outside
-      ? `${outside} of ${points.length} points lie outside the map, where there is nothing to read.`
-      : "All points lie inside the map.";
+      ? `${outside} of ${points.length} points are outside the map and read zeros.`
+      : "All points are inside the map.";
   return [
     html(
       "table",

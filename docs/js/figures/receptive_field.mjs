@@ -4,20 +4,20 @@ import { POINTS } from "./data/points.mjs";
 import { axisNeighbors, axisWindow, clip, places, receptiveField } from "./kernel.mjs";
 import { frame, handle, html, panel, set, slider, surface, svg } from "./ui.mjs";
 
-export const title = "What a query can reach";
+export const title = "Receptive field of a query";
 
 const SIZE = POINTS.size;
 const COUNT = SIZE[0] * SIZE[1];
 
 /** The systems: name, kind of receptive field with its parameters, number of keys, lines of the structure, caption. */
 const SYSTEMS = {
-  multi_head: { name: "plain attention", kind: "whole", keys: COUNT, says: "Every pixel is a key, for every query." },
+  multi_head: { name: "plain attention", kind: "whole", keys: COUNT, says: "Every pixel is a key for every query." },
   pyramid: {
     name: "spatial reduction",
     kind: "whole",
     keys: 9,
     lines: { every: 4, from: 0 },
-    says: "The whole map, made coarser: a key for each square of 4 × 4 pixels (PVT).",
+    says: "The whole map at a coarser resolution: one key per 4 × 4 pixels (PVT).",
   },
   window: {
     name: "window",
@@ -25,7 +25,7 @@ const SYSTEMS = {
     w: 3,
     shift: 0,
     lines: { every: 3, from: 0 },
-    says: "The window that the query lies in. What is next door is out of reach (Swin).",
+    says: "The window that contains the query. Other windows are not visible (Swin).",
   },
   shifted_window: {
     name: "shifted window",
@@ -33,51 +33,51 @@ const SYSTEMS = {
     w: 3,
     shift: 1,
     lines: { every: 3, from: 1 },
-    says: "Windows laid one pixel further, cut at the border (Swin's every second layer).",
+    says: "Windows shifted by one pixel and cut at the border (every second layer of Swin).",
   },
   neighborhood: {
     name: "neighborhood",
     kind: "neighborhood",
     K: 3,
     dilation: 1,
-    says: "The pixels around the query; at the border the square slides inwards.",
+    says: "The pixels around the query. At the border the square moves inwards.",
   },
   dilated: {
     name: "dilated neighborhood",
     kind: "neighborhood",
     K: 3,
     dilation: 3,
-    says: "The same with two pixels left out between any two: further, and full of holes.",
+    says: "The same with dilation 3: two pixels are skipped between neighbors.",
   },
   deformable: {
     name: "deformable attention",
     kind: "points",
-    says: "A grid of nine points that the image moved. They are the same for every query: move it, and nothing changes.",
+    says: "A grid of nine points, moved by the image. All queries share them: move the query, and they stay.",
   },
   deformable_groups: {
-    name: "the same, three groups",
+    name: "deformable, 3 groups",
     kind: "points",
-    says: "A grid for each group of channels: three times nine points, still the same for every query.",
+    says: "One grid for each group of channels: three times nine points, shared by all queries.",
   },
   deform_conv: {
     name: "deformable convolution",
     kind: "points",
-    says: "Nine taps around the query, each moved. A matrix for each tap; nothing is compared.",
+    says: "Nine taps around the query, each with an offset. One matrix per tap, no keys.",
   },
   ms_deform: {
     name: "Deformable DETR",
     kind: "points",
-    says: "Three points for each of three heads, sent out from the query, weighed by the query alone.",
+    says: "Three points for each of three heads, around the query. Their weights depend on the query alone.",
   },
   per_query: {
     name: "keys of each query",
     kind: "points",
-    says: "Nine points around the query, moved, and compared with what it finds there.",
+    says: "Nine points around the query, each with an offset. The features at the points are the keys.",
   },
   dat_dcn: {
     name: "DAT-DCN",
     kind: "points",
-    says: "Deformable DETR's attention as a block of DAT: three points a head.",
+    says: "Deformable DETR's attention as a block of DAT: three points per head.",
   },
 };
 
@@ -152,7 +152,7 @@ export function mount(element, { system = "deformable" } = {}) {
     motion.input.disabled = !chosen.points.length;
     say(
       `${SYSTEMS[state.system].name}: the query at row ${state.query[0]}, column ${state.query[1]} ` +
-        `reaches ${chosen.count} of ${COUNT} pixels.`,
+        `attends to ${chosen.count} of ${COUNT} pixels.`,
     );
     expose({
       size: SIZE,

@@ -1,4 +1,4 @@
-/** Bilinear sampling: a point to drag over a small map; its four weights, value, both gradients, kink at the lattice. */
+/** Bilinear sampling: a movable point on a small map, with its four weights, value, gradients and kinks. */
 
 import { clip, corners, profile, sample } from "./kernel.mjs";
 import { fixed, frame, handle, html, markup, panel, signed, surface, svg } from "./ui.mjs";
@@ -67,10 +67,10 @@ export function mount(element) {
   move(START);
 }
 
-/** All values shown for a point. */
+/** All values that the figure shows for a point. */
 function look(point) {
   const read = sample(MAP, SIZE, point);
-  // Inside a cell the slope along an axis is constant: half a pixel back is the cell before.
+  // The slope along an axis is constant inside a cell; half a pixel back is in the previous cell.
   const before = point.map((place, axis) => {
     const back = [...point];
     back[axis] -= 0.5;
@@ -81,16 +81,16 @@ function look(point) {
 
 function noteOn(point, slope, before) {
   if (point.some((place, axis) => place <= -1 || place >= SIZE[axis]))
-    return "A pixel or more outside there is nothing to read, and no slope that would lead back.";
+    return "One pixel or more outside the map: the value and the gradient are zero.";
   const kinks = [0, 1].filter((axis) => before[axis] !== slope[axis]);
   if (kinks.length) {
     const [axis] = kinks;
     const sides = axis ? ["the left", "the right"] : ["above", "below"];
     const slopes = `${signed(before[axis])} from ${sides[0]}, ${signed(slope[axis])} from ${sides[1]}`;
-    return `On a ${axis ? "column" : "row"} of pixel centers: slope ${slopes}, and the latter counts.`;
+    return `On a ${axis ? "column" : "row"} of pixel centers: slope ${slopes}. The gradient is the latter.`;
   }
   if (point.some((place, axis) => place < 0 || place > SIZE[axis] - 1))
-    return "Between the last pixel and nothing: the value fades to zero.";
+    return "Less than one pixel outside the map: the value falls to zero.";
   return "Inside a cell: moving the point changes the weights smoothly.";
 }
 
@@ -221,7 +221,7 @@ function readout({ point, value, slope, corners: found, note }) {
     );
   });
   const head = ["pixel", "weight", "", ""].map((word) => html("th", {}, word));
-  const sum = [html("td", { colspan: 3 }, "their sum φ"), html("td", { class: "live-what" }, fixed(value))];
+  const sum = [html("td", { colspan: 3 }, "sum φ"), html("td", { class: "live-what" }, fixed(value))];
   return [
     markup(
       "p",
