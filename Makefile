@@ -41,10 +41,11 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/dat-ref explain --out $(OUT)
 
-# pytest comes last, so that its closing line is the last one printed.
+# pytest comes last, so that its closing line is the last one printed. It takes the site from `docs`, which has executed
+# the notebooks, and neither builds nor executes them again.
 test: lint types docs
 	@echo "== pytest"
-	@$(PYTEST) -m "not slow"
+	@BUILT_SITE=site $(PYTEST) -m "not slow"
 
 lint: .venv/test.stamp
 	@echo "== ruff"
