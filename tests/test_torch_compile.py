@@ -17,9 +17,7 @@ from dat_ref import (  # noqa: E402
 )
 
 # Compiling is other people's code, and some of it warns.
-pytestmark = pytest.mark.filterwarnings(
-    "default", "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # of the largest output
 TINY = ("dat_tiny", "dat_pp_tiny")
 

@@ -20,9 +20,7 @@ from dat_ref.peers import MultiHeadAttentionConfig  # noqa: E402
 from dat_ref.torch.peers import MultiHeadAttention  # noqa: E402
 
 # Exporting is other people's code, and some of it warns. torch's own use of a deprecated class is not reported.
-pytestmark = pytest.mark.filterwarnings(
-    "default", "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # of the largest output
 ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first is the one that is exported
@@ -201,8 +199,8 @@ PLAIN = {
     "flatten", "floor", "floor_divide", "full", "ge", "gelu", "getitem", "index_select", "layer_norm", "linear",
     "log2", "lt", "masked_fill", "matmul", "mean", "minimum", "movedim", "mul", "nan_to_num", "neg", "pad",
     "permute", "promote_types", "relu", "remainder", "repeat", "reshape", "roll", "rsub",
-    "scaled_dot_product_attention", "scatter", "select", "slice", "softmax", "split", "split_with_sizes", "stack", "sub",
-    "tanh", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
+    "scaled_dot_product_attention", "scatter", "select", "slice", "softmax", "split", "split_with_sizes", "stack",
+    "sub", "tanh", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
 }
 # fmt: on
 
