@@ -355,7 +355,7 @@ def test_float32_sees_a_ten_thousandth_of_a_pixel(small_case, monkeypatch):
 
 
 def test_a_lucky_run_of_the_spec_does_not_shrink_the_float32_budget(small_case, monkeypatch):
-    """Even if the spec made no error at all, one rounding of the largest value would be allowed, in pixels for points."""
+    """Even without any error of the spec, one rounding of the largest value is allowed, in pixels for points."""
     config, params, image = small_case
     exact = map_tree(lambda leaf: leaf.astype(np.float64), params)
     reference = agree.run_numpy(config, exact, image.astype(np.float64))
