@@ -75,7 +75,7 @@ def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", dt.list_models())
 def test_preset_is_one_graph(name, whole):
-    """``fullgraph=True`` raises at a graph break. Equal blocks of a stage repeat one graph: the short test keeps one."""
+    """``fullgraph=True`` raises at a graph break. Equal blocks of a stage have one graph: the short test keeps one."""
     config = dat_ref.config(name, num_classes=5)
     if not whole:
         config = replace(config, stages=tuple(tuple(dict.fromkeys(blocks)) for blocks in config.stages))
