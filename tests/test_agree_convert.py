@@ -12,6 +12,7 @@ import dat_ref
 from dat_ref import CheckpointError, ConfigError, DATConfig
 from dat_ref.checkpoints import official_buffers
 from dat_ref.cli import agree, convert
+from dat_ref.cli.photo import load_photo, normalise, resize
 from dat_ref.data import photograph_path
 from dat_ref.params import flatten, map_tree
 from dat_ref.state_files import read_state, save_state
@@ -346,6 +347,55 @@ def test_agree_sees_other_weights(small_case, monkeypatch):
     sound = DAT.load_numpy
     monkeypatch.setattr(DAT, "load_numpy", lambda model, tree: sound(model, map_tree(lambda leaf: leaf * 1.0001, tree)))
     assert [bool(each.excess) for each in agree.compare(*small_case)[:2]] == [True, True]
+
+
+def test_float32_sees_a_ten_thousandth_of_a_pixel(small_case, monkeypatch):
+    monkeypatch.setattr(agree, "run_torch", broken(lambda each: replace(each, points=moved(each.points, 1e-4))))
+    assert [bool(each.excess) for each in agree.compare(*small_case)[:2]] == [True, True]
+
+
+def test_a_lucky_run_of_the_spec_does_not_shrink_the_float32_budget(small_case, monkeypatch):
+    """Even without any error of the spec, one rounding of the largest value is allowed, in pixels for points."""
+    config, params, image = small_case
+    exact = map_tree(lambda leaf: leaf.astype(np.float64), params)
+    reference = agree.run_numpy(config, exact, image.astype(np.float64))
+    monkeypatch.setattr(agree, "run_numpy", lambda *_: reference)
+    _, errors = agree.float32_yardstick(config, params, image, reference)
+    eps = np.finfo(np.float32).eps
+    sides = {f"stage {stage + 1} points": max(reference.maps[stage].shape[2:]) for stage in reference.points}
+    assert sides
+    assert errors == {name: eps * sides.get(name, 1) for name in errors}
+
+
+def agreement_in_float32(model, seed, size, threads):
+    """Return what is over the float32 budget with a number of threads, which changes the order of the sums."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    config = dat_ref.config(model)
+    image = normalise(resize(load_photo(photograph_path("coffee")), size))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpoolctl.threadpool_limits(threads):
+            (comparison,) = agree.compare(config, dat_ref.init_params(config, seed), image)
+    finally:
+        torch.set_num_threads(before)
+    return comparison.excess
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_float32_agrees_with_few_points_and_any_number_of_threads(threads, monkeypatch):
+    """The first stage has 6 points at this size: one run of the spec says little about their largest error."""
+    monkeypatch.setattr(agree, "PRECISIONS", ("float32",))
+    assert agreement_in_float32("dat_pp_tiny", 3, (64, 96), threads) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(64, 96), (40, 72)])
+@pytest.mark.parametrize("model", ["dat_tiny", "dat_pp_tiny"])
+def test_float32_agrees_with_many_seeds(model, size, threads, monkeypatch):
+    monkeypatch.setattr(agree, "PRECISIONS", ("float32",))
+    assert {seed: excess for seed in range(6) if (excess := agreement_in_float32(model, seed, size, threads))} == {}
 
 
 def test_agree_fails_with_exit_code_one(monkeypatch, capsys):

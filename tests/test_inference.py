@@ -20,7 +20,7 @@ from dat_ref.peers.matching import replace_attention  # noqa: E402
 from dat_ref.torch import inference  # noqa: E402
 from dat_ref.torch.inference import PackedLinear, optimize_for_inference  # noqa: E402
 
-if inference._unsupported_reason(nn.Linear(2, 2)):
+if inference.unsupported_reason(nn.Linear(2, 2)):
     pytest.skip("torch has no packed products here", allow_module_level=True)
 
 

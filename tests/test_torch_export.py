@@ -10,24 +10,25 @@ from torch.export import Dim, export  # noqa: E402
 
 import dat_ref.torch as dt  # noqa: E402
 from dat_ref import (  # noqa: E402
+    BiasKind,
     Convention,
     DeformableAttentionConfig,
     NeighborhoodAttentionConfig,
     WindowAttentionConfig,
 )
+from dat_ref.peers import MultiHeadAttentionConfig  # noqa: E402
+from dat_ref.torch.peers import MultiHeadAttention  # noqa: E402
 
-# Exporting is other people's code, and some of it warns.
-pytestmark = pytest.mark.filterwarnings("default")
+# Exporting is other people's code, and some of it warns. torch's own use of a deprecated class is not reported.
+pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # of the largest output
 ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first is the one that is exported
 
 
 @pytest.fixture(autouse=True)
-def inference():
+def seed():
     torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def assert_same(actual, expected):
@@ -48,6 +49,19 @@ LAYERS = {
     ),
     "CELL_CENTER": deformable,
     "DATPP2023": lambda: deformable(Convention.DATPP2023),
+}
+
+
+def biased(kind):
+    config = DeformableAttentionConfig(dim=12, heads=4, groups=2, stride=2, size=(16, 24), bias=kind)
+    return dt.DeformableAttention(config).eval()
+
+
+# Every other attention whose mask is learned, for maps of 16 × 24.
+MASKED = {
+    "fixed": lambda: biased(BiasKind.FIXED),
+    "log_cpb": lambda: biased(BiasKind.LOG_CPB),
+    "mhsa": lambda: MultiHeadAttention(MultiHeadAttentionConfig(dim=12, heads=3, size=(16, 24))).eval(),
 }
 
 # ------------------------------------------------------------------------------------------------ torch.export
@@ -73,6 +87,24 @@ def test_exported_layer_takes_any_size(name):
     for batch, height, width in SIZES:
         x = torch.randn(batch, 12, height, width)
         assert_same(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["window", "padding", "CELL_CENTER", *MASKED])
+def test_exported_layer_has_the_layers_gradients(name):
+    """Of the input and of every parameter, the learned mask among them."""
+    layer = (LAYERS | MASKED)[name]().eval()
+    x = torch.randn(2, 12, 16, 24)
+    exported = export(layer, (x,)).module()
+    cotangent = torch.randn(2, 12, 16, 24)
+    grads = []
+    for module in (exported, layer):
+        leaf, parameters = x.clone().requires_grad_(), dict(module.named_parameters())
+        names = sorted(parameters)
+        outputs = torch.autograd.grad(module(leaf), [leaf, *(parameters[each] for each in names)], cotangent)
+        grads.append(dict(zip(["x", *names], outputs, strict=True)))
+    assert grads[0].keys() == grads[1].keys()
+    for each, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][each], grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -128,6 +160,17 @@ def test_onnx_layer_takes_any_size(name):
         assert_same(run(x), layer(x))
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", MASKED)
+def test_onnx_layer_with_a_learned_mask_agrees(name, gradients):
+    """With gradients and without: torch then takes another kernel for the attention."""
+    layer = MASKED[name]()
+    x = torch.randn(2, 12, 16, 24)
+    with torch.set_grad_enabled(gradients):
+        run, _ = onnx_session(layer, x)
+    assert_same(run(x), layer(x))
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_onnx_backbone_agrees(release):
     model = dt.DAT(tiny(release)).eval()
@@ -156,8 +199,8 @@ PLAIN = {
     "flatten", "floor", "floor_divide", "full", "ge", "gelu", "getitem", "index_select", "layer_norm", "linear",
     "log2", "lt", "masked_fill", "matmul", "mean", "minimum", "movedim", "mul", "nan_to_num", "neg", "pad",
     "permute", "promote_types", "relu", "remainder", "repeat", "reshape", "roll", "rsub",
-    "scaled_dot_product_attention", "scatter", "select", "slice", "split", "split_with_sizes", "stack", "sub", "tanh",
-    "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
+    "scaled_dot_product_attention", "scatter", "select", "slice", "softmax", "split", "split_with_sizes", "stack",
+    "sub", "tanh", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
 }
 # fmt: on
 

@@ -148,7 +148,7 @@ def test_presets_have_the_spec_s_names_and_the_released_ones(name):
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 @pytest.mark.parametrize(
     "size",
-    [(32, 32), (97, 130), (224, 224), (200, 333), (800, 1333)],
+    [(32, 32), (97, 130), (224, 224), (200, 333), (400, 667), pytest.param((800, 1333), marks=pytest.mark.slow)],
 )
 def test_four_finite_maps_at_any_size(name, size):
     model = dt.create_model(name, features_only=True).eval()

@@ -288,9 +288,8 @@ def test_a_few_epochs_already_read_most_digits():
     assert len(result.losses) == 3 * 22
 
 
-def test_digits_are_learned_from_scratch_in_two_minutes():
+def test_digits_are_learned_from_scratch():
     pytest.importorskip("sklearn")
     result = train.run_digits()
     assert result.test_accuracy >= 0.96
     assert result.train_accuracy >= 0.99
-    assert result.seconds < 120

@@ -29,7 +29,7 @@ from .implementations import (
     warmup_case,
 )
 from .memory import extra_bytes
-from .models import COMPILED, OPTIMIZED, RELEASED, model_implementations
+from .models import COMPILED, OPTIMIZED, RELEASED, model_implementations, unavailable
 from .profile import time_shares
 from .timing import median_seconds
 
@@ -144,6 +144,9 @@ def _models(case: ModelCase, options: Options) -> Comparison:
     candidates = model_implementations(case, names, list(dtypes), options.device, secrets.randbits(32), compiled)
     reference_results = {candidate.dtype: candidate.results() for candidate in candidates if candidate.name == RELEASED}
     rows = _rows(candidates, RELEASED, reference_results, options, (FORWARD, BACKWARD))
+    missing = unavailable(case, list(dtypes), options.device) if OPTIMIZED in names else {}
+    rows += [{**_row(OPTIMIZED, dtype, None), "unavailable": reason} for dtype, reason in missing.items()]
+    rows.sort(key=lambda row: list(map(dtype_name, dtypes)).index(row["dtype"]))
     for row in rows:
         if COMPILED in row["name"] or (options.device == "cpu" and row["dtype"] != "float32"):
             continue  # a process for each would take longer than all the rest
@@ -198,16 +201,7 @@ def _rows(
             error = check(
                 f"{implementation.name} in {dtype_name(dtype)}", results, expected, reference_results[dtype], dtype
             )
-        rows.append(
-            {
-                "name": implementation.name,
-                "dtype": dtype_name(dtype),
-                "error": error,
-                "seconds": {},
-                "rounds": {},
-                "bytes": {},
-            }
-        )
+        rows.append(_row(implementation.name, dtype, error))
     for kind in kinds:
         runs = {
             index: implementation.run(kind)
@@ -218,6 +212,10 @@ def _rows(
         for index, median in seconds.items():
             rows[index]["seconds"][kind], rows[index]["rounds"][kind] = median, rounds
     return rows
+
+
+def _row(name: str, dtype: torch.dtype, error: float | None) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype_name(dtype), "error": error, "seconds": {}, "rounds": {}, "bytes": {}}
 
 
 def _extra_bytes(options: Options, factory: Callable[..., Any], *arguments: Any) -> int | None:

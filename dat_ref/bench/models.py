@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..torch import DAT, create_model, optimize_for_inference
+from ..torch.inference import unsupported_reason
 from .agreement import WHOLE_GRADIENT, Results
 from .cases import ModelCase
 from .implementations import Implementation
@@ -28,20 +29,33 @@ def model_implementations(
 
     Args:
         names: ``"released"``, ``"optimized"``, or backends.
-        dtypes: float32 as it is, others under autocast (``"optimized"``: cast).
+        dtypes: float32 as it is, others under autocast (``"optimized"``: cast; left out where it is `unavailable`).
         compiled: whether to add each under `torch.compile`, in the last of the dtypes.
     """
-    torch.manual_seed(seed)
-    original = create_model(case.name, drop_path_rate=0.0).eval().to(device)
+    missing = unavailable(case, dtypes, device)
+    original = _original(case, device, seed)
     images = torch.randn(case.batch, 3, case.image, case.image, device=device)
     labels = torch.randint(original.num_classes, (case.batch,), device=device)
     implementations = []
     for dtype in dtypes:
         for name in names:
+            if name == OPTIMIZED and dtype in missing:
+                continue
             implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=False))
             if compiled and name != OPTIMIZED and dtype == dtypes[-1]:
                 implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=True))
     return implementations
+
+
+def unavailable(case: ModelCase, dtypes: list[torch.dtype], device: str) -> dict[torch.dtype, str]:
+    """Return the dtypes in which this machine cannot run the optimized backbone, each with the reason."""
+    reasons = {dtype: unsupported_reason(_original(case, device, seed=0).to(dtype)) for dtype in dtypes}
+    return {dtype: reason for dtype, reason in reasons.items() if reason}
+
+
+def _original(case: ModelCase, device: str, seed: int) -> DAT:
+    torch.manual_seed(seed)
+    return create_model(case.name, drop_path_rate=0.0).eval().to(device)
 
 
 def _model_implementation(

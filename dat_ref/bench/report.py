@@ -115,7 +115,7 @@ def _attention(kind: str, comparisons: list[Results]) -> Table:
 def _models(comparisons: list[Results]) -> Table:
     rates = ("images/s", "×", "× in its dtype", "training images/s", "×", "× in its dtype")
     header = ("model", "dtype", "how", *rates, "memory", "training")
-    rows = []
+    rows, notes = [], []
     for comparison in comparisons:
         baseline = _baseline_row(comparison["rows"], RELEASED, "float32")
         for index, row in enumerate(comparison["rows"]):
@@ -123,13 +123,15 @@ def _models(comparisons: list[Results]) -> Table:
             cells = [
                 f"{comparison['case']}, {comparison['description']}" if index == 0 else "",
                 row["dtype"],
-                row["name"],
+                row["name"] + (": not available on this processor" if "unavailable" in row else ""),
             ]
+            if "unavailable" in row:
+                notes.append(f"{comparison['case']}, {row['dtype']}: {row['name']}: {row['unavailable']}.")
             for mode in (FORWARD, BACKWARD):
                 rate = f"{comparison['batch'] / row['seconds'][mode]:.1f}" if mode in row["seconds"] else "–"
                 cells += [rate, _speedup(baseline, row, mode), _speedup(same_dtype, row, mode)]
             rows.append((*cells, *(_megabytes(row["bytes"].get(mode)) for mode in (FORWARD, BACKWARD))))
-    return Table("model", header, rows, 3, [])
+    return Table("model", header, rows, 3, notes)
 
 
 def _profile(comparisons: list[Results]) -> Table:

@@ -22,6 +22,7 @@ from . import functional
 from ._checks import check_map
 from .bridge import SpecModule, state_dtype
 from .functional._dtypes import wide_dtype
+from .functional._sdpa import masked_attention
 from .functional.bias import log_bias_trace
 from .functional.grid import Padding, Size
 from .functional.sampling import Sampler
@@ -251,9 +252,7 @@ class DeformableAttention(SpecModule):
             bias = self._bias(points, size)
             assert bias is not None
             mask = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
-            return nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=config.scale, dropout_p=dropout
-            )
+            return masked_attention(q, k, v, mask, scale=config.scale, dropout=dropout)
         return functional.deformable_attention(
             q,
             k,

@@ -34,6 +34,7 @@ from ...ops.attention import check_core
 from .. import kernels
 from .._checks import check_tensor
 from . import blockwise
+from ._sdpa import is_exporting, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
@@ -186,7 +187,7 @@ def _attend_row_chunks(
     rows = height if compiling else _rows_per_chunk(q, k, width)
     if compiling or rows >= height:
         mask = interp.read(0, height).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+        return masked_attention(q, k, v, mask, scale=scale, dropout=dropout)
     chunks = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
@@ -233,15 +234,11 @@ def _unsupported_by_kernels(call: Call) -> str:
     """Return why no set of kernels can serve a call, or nothing."""
     if call.dropout:
         return "it has no dropout of attention weights"
-    if _is_exporting():
+    if is_exporting():
         return "an exported program holds plain operations only"
     if is_transformed(*call[:5]):
         return "torch.func and forward-mode derivatives must look inside"
     return ""
-
-
-# Before torch 2.7 there is no telling export from compilation.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def _unsupported_by_blockwise(call: Call) -> str:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...peers.neighborhood import axis_kernel
 from ._dtypes import wide_dtype
+from ._sdpa import masked_attention
 from ._symbolic import ceil_div
 from .grid import Size
 
@@ -164,8 +164,7 @@ def tiled_attention(
     queries = _gather_tiles(q, _pixel_index(axis_y.queries, axis_x.queries, size[1]), axis_y, axis_x)
     keys, values = (_gather_tiles(x, pixels, axis_y, axis_x).flatten(1, 2) for x in (k, v))
     mask = _mask(table.to(q.dtype), axis_y, axis_x).flatten(0, 1)[None]
-    options = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
-    attended = F.scaled_dot_product_attention(queries.flatten(1, 2), keys, values, **options)  # type: ignore[arg-type]
+    attended = masked_attention(queries.flatten(1, 2), keys, values, mask, scale=scale, dropout=dropout)
     return _select_pixels(attended.view(*queries.shape[:-1], v.shape[3]).flatten(2, 3), _tile_order(axis_y, axis_x))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._sdpa import masked_attention
 from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
 from .grid import Size
@@ -150,7 +151,7 @@ def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float
     # Windows join the heads' axis, (B, nW·heads, w², d): one mask serves the whole batch.
     q, k, v = (part.flatten(1, 2) for part in split_windows(qkv, heads))
     shared = mask.expand(count, -1, -1, -1).flatten(0, 1)[None]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=shared, **options)
+    attended = masked_attention(q, k, v, shared, scale=scale, dropout=dropout)
     return attended.unflatten(1, (count, heads)).transpose(2, 3).flatten(3)
 
 
