@@ -1,4 +1,4 @@
-"""What a forward pass of the whole backbone takes, measured in a process of its own."""
+"""Time and memory of a forward pass of the whole backbone, measured in a separate process."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ print(json.dumps({"seconds": seconds, "peak": peak, "shape": logits.shape, "fini
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_dat_tiny_at_224_takes_under_5_seconds_and_2_gib():
-    """The whole process, parameters and imports included, stays under 2 GiB; the forward under 5 s."""
+    """The process, including parameters and imports, needs less than 2 GiB, and the forward pass less than 5 s."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["shape"] == [1, 1000]

@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom in their time, say nothing that they do not assert, and are kept as text."""
+"""Notebooks: they run within their time, every section has an assertion, and only text sources are committed."""
 
 import re
 from itertools import pairwise
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
-SECONDS = 60  # of processor time, whatever else the machine does: a minute on two cores, with room to spare
+SECONDS = 60  # processor time, so that other load does not count: below a minute on two cores
 
 CELL = re.compile(r"^# %%(.*)$", re.MULTILINE)
 SECTION = re.compile(r"^# ## (.+)$", re.MULTILINE)
@@ -19,7 +19,7 @@ NUMBERED = re.compile(r"\d+\. ")
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_in_a_minute(path, tmp_path):
-    """Every cell runs, its assertions with it; the kernel's own clock says how long it worked."""
+    """Every cell with its assertions runs; the kernel measures its processor time."""
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
@@ -31,7 +31,7 @@ def test_notebook_runs_in_a_minute(path, tmp_path):
 
 
 def test_there_are_notebooks_and_only_their_sources():
-    """The folder holds nine py:percent sources, numbered in their order, and no executed copy."""
+    """The folder contains nine py:percent sources, numbered in order, and no executed copy."""
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, 10)]
     assert [path.name for path in NOTEBOOKS] == sorted(
         path.name for path in NOTEBOOKS[0].parent.iterdir() if path.is_file()
@@ -54,7 +54,7 @@ def sections(source):
 
 
 def lacks(title, text, code):
-    """Return what a numbered section misses of claim → function → figure → assertion."""
+    """Return the missing parts of a numbered section: claim, function, figure, assertion."""
     if not NUMBERED.match(title):
         return []
     holds = {
@@ -75,7 +75,7 @@ def test_every_section_has_claim_figure_and_assertion(path):
         assert not lacks(title, text, code), f"{path.name}, {title}: lacks {', '.join(lacks(title, text, code))}"
 
 
-def test_a_section_that_only_talks_is_noticed():
+def test_a_section_without_code_is_detected():
     whole = "# ## 1. Title\n#\n# **Claim.** It is.\n\n# %%\nplt.show()\n\n# %%\nassert it\n"
     cases = {"# **Claim.** It is.": "a claim", "plt.show()": "a figure", "assert it": "an assertion"}
     assert [lacks(*section) for section in sections(whole)] == [[]]
@@ -88,7 +88,7 @@ def test_a_section_that_only_talks_is_noticed():
 
 
 def target_of(link):
-    """Return the file that a link of a notebook's page leads to; pages are folders, one for each notebook."""
+    """Return the target file of a link on a notebook's page; each page is a folder."""
     place = [part for part in link.split("/") if part]
     if place[:2] == ["..", ".."]:
         page = ROOT.joinpath("docs", *place[2:])
@@ -97,12 +97,12 @@ def target_of(link):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_links_lead_somewhere(path):
+def test_links_of_notebooks_have_targets(path):
     for link in LINK.findall(path.read_text(encoding="utf-8")):
         assert target_of(link).is_file(), f"{path.name}: {link}"
 
 
-def test_a_dead_link_is_noticed():
+def test_a_dead_link_is_detected():
     assert target_of("../../conventions/").is_file()
     assert target_of("../../spec/").is_file()
     assert not target_of("../../convention/").is_file()
