@@ -123,7 +123,7 @@ def test_a_failed_load_leaves_the_model_bit_identical(tmp_path, damage):
     assert_bits(model, before)
 
 
-def test_a_head_for_other_classes_is_left_as_it_was_if_asked(tmp_path):
+def test_a_head_for_other_classes_keeps_its_values_if_not_strict(tmp_path):
     config, state = mini()
     save_state(tmp_path / "w.pth", state)
     model = DAT(replace(config, num_classes=4))

@@ -198,7 +198,7 @@ def test_results_are_reproducible_bit_for_bit(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_requested_gradients_are_computed(backend):
     inputs, geometry = one_core()
     leaves = {name: torch.from_numpy(leaf) for name, leaf in inputs.items()}
     for name, leaf in leaves.items():
@@ -243,7 +243,7 @@ def test_integers_and_unknown_backends_are_refused():
         run_core(inputs, geometry, "cuda")
 
 
-# ------------------------------------------------------------------------------------------------ the checks check
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 def wrong_kernels():

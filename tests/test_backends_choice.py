@@ -24,7 +24,7 @@ SIZE = (4, 5)
 
 
 @pytest.fixture(autouse=True)
-def backends_as_they_were(monkeypatch):
+def restore_backends(monkeypatch):
     """Restore the registered backends and the record of emitted warnings after each test."""
     before = dict(registry._BACKENDS)
     monkeypatch.setattr(registry, "_WARNED", set())
@@ -167,7 +167,7 @@ def test_products_are_counted_and_shapes_suffice():
     assert attend(*(each.to("meta") for each in args)).shape == (2, 6, 20, 3)
 
 
-# ------------------------------------------------------------------------------------------------ looking inside
+# ------------------------------------------------------------------------------------------------ transforms
 
 
 def test_second_derivatives_come_from_plain_operations():
@@ -176,7 +176,7 @@ def test_second_derivatives_come_from_plain_operations():
         assert torch.autograd.gradgradcheck(run, small_leaves())
 
 
-def test_transforms_and_forward_mode_look_inside():
+def test_transforms_and_forward_mode_use_plain_operations():
     args = [each.detach() for each in leaves(batch=1)]
     along = [torch.randn_like(each) for each in args]
     run = partial(attend, backend="blockwise")
@@ -194,7 +194,7 @@ def test_transforms_and_forward_mode_look_inside():
         assert_close(ours, theirs.numpy())
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ selection
 
 
 def chosen(name="auto", dropout=0.0, device="cpu"):

@@ -223,7 +223,7 @@ def test_second_derivatives_come_from_plain_operations(backend):
 
 
 @each_fused
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_requested_gradients_are_computed(backend):
     q, k, v, table = operands(Case())
     for leaf in (k, table):
         leaf.requires_grad_(False)
@@ -372,7 +372,7 @@ def test_counted_operations_are_those_of_the_neighborhoods(backend):
     assert counted == 2 * case.batch * case.heads * case.depth * 6 * 9 * 25
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ selection
 
 
 def test_auto_selects_the_kernels_where_supported():
@@ -398,7 +398,7 @@ def test_unsupported_backend_falls_back_with_the_reason(backend):
 
 
 @each_fused
-def test_functional_transforms_look_inside(backend):
+def test_functional_transforms_use_plain_operations(backend):
     """`torch.func` uses plain operations instead of the kernels."""
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
     expected = functional.neighborhood_attention(qkv, table, scale=1.0, backend="eager")[0]
@@ -433,7 +433,7 @@ def test_backends_are_those_of_the_core():
     assert set(functional.neighborhood._BACKENDS) <= named
 
 
-# ------------------------------------------------------------------------------------------------ the kernel's code
+# ------------------------------------------------------------------------------------------------ machine code
 
 
 @needs_numba
@@ -487,7 +487,7 @@ for module in (neighborhood_kernels, deformable):
     assert len({str(record.mangling_args) for record in records}) == 4
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 def by_pieces(change=lambda name, value: value, **changed):

@@ -145,7 +145,7 @@ def test_memory_grows_with_queries_and_not_with_pairs(backend):
     assert linear == (backend != "eager"), (small, large)
 
 
-# ------------------------------------------------------------------------------------------------ who takes part
+# ------------------------------------------------------------------------------------------------ selection
 
 
 def test_unsupported_backends_are_left_out():
@@ -200,7 +200,7 @@ def test_everything_is_measured_printed_and_written(tiny_cases, no_memory, monke
     assert (
         bench("--shapes", "C", "dat_tiny", "curve", "--backends", "blockwise", "--compile", "dat_tiny", *written) == 0
     )
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     found = json.loads(files["json"].read_text(encoding="utf-8"))
     core, model = found["comparisons"]
     assert [row["name"] for row in core["rows"]] == ["eager", "blockwise", "sdpa"]
@@ -212,13 +212,13 @@ def test_everything_is_measured_printed_and_written(tiny_cases, no_memory, monke
     assert sum(model["shares"]["float32"].values()) == pytest.approx(1)
     assert BACKWARD not in next(row for row in model["rows"] if row["name"] == "optimized")["seconds"]
     assert [each["side"] for each in found["resolutions"]] == [3, 5]
-    assert "torch's attention, no bias" in told.out
-    assert "1.00×" in told.out
+    assert "torch's attention, no bias" in printed.out
+    assert "1.00×" in printed.out
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     again = tmp_path / "again.md"
     assert main(["bench", "--read", str(files["json"]), "--markdown", str(again)]) == 0
     assert again.read_text(encoding="utf-8") == files["md"].read_text(encoding="utf-8")
-    assert capsys.readouterr().out == told.out
+    assert capsys.readouterr().out == printed.out
 
 
 @pytest.mark.parametrize("numbers", sorted(DOCS.glob("performance/*.json")), ids=lambda path: path.name)
@@ -254,9 +254,9 @@ def test_disagreeing_implementations_are_not_timed(tiny_cases, no_memory, mistak
     monkeypatch.setitem(registry._BACKENDS, "crooked", replace(registry._BACKENDS["eager"], name="crooked", run=run))
     path = tmp_path / "numbers.json"
     assert bench("--shapes", "C", "--backends", "blockwise", "crooked", "--json", str(path)) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert re.search(r"crooked in float32 differs: .*no speed is told", told.err, re.DOTALL)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"crooked in float32 differs: .*no speed is told", printed.err, re.DOTALL)
     assert not path.exists()
 
 

@@ -109,13 +109,13 @@ def test_bfloat16_comes_as_float32_of_the_same_values(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_weights_are_found_inside_their_wrapping(tmp_path, wrapper):
+def test_weights_are_found_inside_containers(tmp_path, wrapper):
     _, state = mini("datpp2023")
     torch.save({"epoch": 3, "optimizer": {"state": {}}, wrapper: tensors(state)}, tmp_path / "w.pth")
     assert_same(read_state(tmp_path / "w.pth"), state)
 
 
-def test_averaged_weights_are_preferred_where_they_are(tmp_path):
+def test_averaged_weights_are_preferred(tmp_path):
     one, two = {"stages.x": torch.ones(1)}, {"stages.x": torch.full((1,), 2.0)}
     torch.save({"model": one, "model_ema": two}, tmp_path / "w.pth")
     assert read_state(tmp_path / "w.pth")["stages.x"] == 2
@@ -124,7 +124,7 @@ def test_averaged_weights_are_preferred_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.module.", "module.model.backbone."])
-def test_prefixes_are_taken_off(prefix):
+def test_prefixes_are_removed(prefix):
     _, state = mini("cvpr2022")
     found, others = select_backbone({prefix + name: array for name, array in state.items()})
     assert_same(found, state)
@@ -281,7 +281,7 @@ def test_failed_writing_leaves_the_file_that_was_there(tmp_path, suffix, monkeyp
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-# ------------------------------------------------------------------------------------------------ which model
+# ------------------------------------------------------------------------------------------------ recognition
 
 
 @pytest.mark.parametrize("name", PRESET_OF)
@@ -380,7 +380,7 @@ def there_and_back(folder, config, state):
     assert_same({name: tensor.numpy() for name, tensor in loaded["model"].items()}, state)
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ mismatches
 
 
 def test_missing_unexpected_and_misshaped_are_listed(release):
@@ -420,7 +420,7 @@ def test_a_head_is_skipped_by_a_headless_model(release):
     assert {"cls_head.weight", "cls_head.bias"} <= set(report.ignored)
 
 
-def test_a_detector_says_what_it_lacks(tmp_path):
+def test_report_of_a_detector(tmp_path):
     config, state = mini("cvpr2022")
     detector = {f"backbone.{name}": array for name, array in state.items() if not name.startswith("cls_")}
     detector |= {f"backbone.norms.{i}.norm.weight": np.ones(6 << i, np.float32) for i in range(4)}
@@ -447,7 +447,7 @@ def test_another_model_is_named(tmp_path):
         fit_state(released("cvpr2022/dat_base"), dat_ref.config("dat_tiny"), strict=False)
 
 
-def test_weights_of_a_release_in_another_geometry_are_remarked_on():
+def test_report_hints_at_weights_for_another_geometry():
     config, state = mini("cvpr2022")
 
     def to_cells(block):
@@ -533,7 +533,7 @@ def test_a_neighborhood_table_is_not_resized():
         fit_state(state, config)
 
 
-def test_a_window_table_that_is_no_square_is_misshaped():
+def test_a_window_table_that_is_not_square_is_misshaped():
     config, state = mini("cvpr2022")
     state["stages.0.attns.0.relative_position_bias_table"] = np.zeros((48, 1), np.float32)
     with pytest.raises(CheckpointError, match=r"relative_position_bias_table: expected \(1, 7, 7\), got \(48, 1\)"):

@@ -182,7 +182,7 @@ def test_counts_tell_which_function_ran():
     assert found.within("depthwise_conv2d").macs == 0
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 WITNESS = Case(DeformableAttentionConfig(12, 4, 2, 2, 3, size=(5, 7)), (5, 7), 2, 0)
 NUMBERS = {"macs": lambda: count_case(WITNESS).macs, "gathers": lambda: count_case(WITNESS).gathers}

@@ -77,11 +77,11 @@ def test_a_grid_that_is_half_a_pixel_off_is_rejected():
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_without_offsets_strides_1_and_2_are_average_pooling(stride, rows, columns, seed):
     size = (stride * rows, stride * columns)
-    still = DeformableAttentionConfig(6, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
-    params = init_params(still, seed, dtype=np.float64)
+    config = DeformableAttentionConfig(6, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
+    params = init_params(config, seed, dtype=np.float64)
     x = np.random.default_rng(seed).standard_normal((2, 6, *size))
-    sampled = DeformableAttention(still, params)(x, return_trace=True)[1].sampled
-    pooled = DeformableAttention(replace(still, average_pool=True), params)(x, return_trace=True)[1].sampled
+    sampled = DeformableAttention(config, params)(x, return_trace=True)[1].sampled
+    pooled = DeformableAttention(replace(config, average_pool=True), params)(x, return_trace=True)[1].sampled
     if stride <= 2:
         np.testing.assert_allclose(sampled, pooled, rtol=0, atol=1e-13)
     else:

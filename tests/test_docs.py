@@ -274,7 +274,7 @@ def foreign_in_style(text):
     return re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^)\s'\"]*)", text)
 
 
-def test_foreign_hosts_are_noticed():
+def test_foreign_hosts_are_detected():
     page = Page('<script src="https://a/b.js"></script><link href="//a/b.css"><img src="data:,"><img src="c">')
     assert foreign(page.loads) == ["https://a/b.js", "//a/b.css"]
     style = "@import 'https://a/b'; x { c: url(//d/e); f: url(g); h: url(data:,) }"

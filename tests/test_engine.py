@@ -45,7 +45,7 @@ def is_that_run(folder, result, whole):
     return same and all(torch.equal(leaf, weights[name]) for name, leaf in result.model.named_parameters())
 
 
-# ------------------------------------------------------------------------------------------------ killed
+# ------------------------------------------------------------------------------------------------ resumption
 
 KILLED = """
 import os, signal, sys

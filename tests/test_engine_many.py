@@ -23,7 +23,7 @@ from dat_ref.torch.train.log import read_rows  # noqa: E402
 from dat_ref.torch.train.mixup import mix_batch  # noqa: E402
 from dat_ref.train_config import TrainConfig  # noqa: E402
 
-# ------------------------------------------------------------------------------------------------ cut weights
+# ------------------------------------------------------------------------------------------------ sharded weights
 
 CUT = """
 import sys
@@ -124,7 +124,7 @@ def _stop_at_three(step, loss):
         raise RuntimeError("stop")
 
 
-# ------------------------------------------------------------------------------------------------ one's own, changed
+# ------------------------------------------------------------------------------------------------ custom models, changed data
 
 
 def test_a_custom_model_trains_and_saves_its_best(tmp_path):
@@ -187,7 +187,7 @@ def test_best_is_what_is_on_disk(tmp_path, monkeypatch):
     assert run(tmp_path).best == -1.0
 
 
-# ------------------------------------------------------------------------------------------------ other ways to run
+# ------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("changes", [{"amp": "float16"}, {"grad_checkpointing": True}, {"compile": True}])
@@ -227,7 +227,7 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
         run(tmp_path / "without", tensorboard=True)
 
 
-# ------------------------------------------------------------------------------------------------ mixing
+# ------------------------------------------------------------------------------------------------ mixup and cutmix
 
 
 def test_mixup_blends_an_image_and_its_target_in_the_same_share():

@@ -332,7 +332,7 @@ def test_receptive_field_by_mouse_and_keys(browser, seen_by):
         assert opened.state()["moved"] == 0.05
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ all figures
 
 
 @pytest.mark.parametrize("name", FIGURES)

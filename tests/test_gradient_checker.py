@@ -128,11 +128,11 @@ def test_checker_rejects_a_wrong_shape():
 
 def test_kink_distance_sees_the_lattice_and_the_clamp():
     """The kink distance is zero for points on the lattice or at the clamp's edge, and positive elsewhere."""
-    still = DeformableAttentionConfig(4, 2, kernel_size=3, size=(3, 5), offset_bound=OffsetBound.CLAMP)
-    params = random_params(deformable_shapes(still), np.random.default_rng(0))
+    config = DeformableAttentionConfig(4, 2, kernel_size=3, size=(3, 5), offset_bound=OffsetBound.CLAMP)
+    params = random_params(deformable_shapes(config), np.random.default_rng(0))
     params["offset_network"]["pointwise"]["weight"][:] = 0
-    _, trace = deformable_layer(numbers(0, 1, 4, 3, 5), params, still)
-    assert kink_distance(trace, still, (5, 9)) < 1e-14
+    _, trace = deformable_layer(numbers(0, 1, 4, 3, 5), params, config)
+    assert kink_distance(trace, config, (5, 9)) < 1e-14
     held = DeformableAttentionConfig(
         4, 2, kernel_size=3, bias=BiasKind.NONE, offset_bound=OffsetBound.CLAMP, convention=Convention.DATPP2023,
         stride=3,

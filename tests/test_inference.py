@@ -163,7 +163,7 @@ def test_other_attentions_in_its_place(attention):
     torch.testing.assert_close(outputs(optimize_for_inference(model), x), outputs(model, x), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ a copy of its own
+# ------------------------------------------------------------------------------------------------ copies
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -184,7 +184,7 @@ def test_a_copy_and_a_pickle_give_the_same(model):
         assert torch.equal(outputs(again, x), outputs(fast, x))
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def test_a_training_model_is_refused(model):

@@ -71,9 +71,9 @@ def flip_error(config, size):
 
 def test_flips_do_not_commute_with_the_2023_release():
     """The references of the 2023 release are shifted down and right, so the flip fails even without offsets."""
-    still = {"offset_bound": OffsetBound.NONE, "size": (5, 3)}
-    assert flip_error(example_config(PP, **still), (5, 3)) > 0.1
-    assert flip_error(example_config(CVPR, **still), (5, 3)) < 1e-12
+    no_offsets = {"offset_bound": OffsetBound.NONE, "size": (5, 3)}
+    assert flip_error(example_config(PP, **no_offsets), (5, 3)) > 0.1
+    assert flip_error(example_config(CVPR, **no_offsets), (5, 3)) < 1e-12
 
 
 @pytest.mark.parametrize(

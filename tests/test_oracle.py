@@ -297,7 +297,7 @@ def test_log_distance() -> None:
     assert [bias.log_distance(d) for d in (1.75, -1.75, 0.5, 0.0)] == pytest.approx(expected, abs=1e-15)
 
 
-# ---------------------------------------------------------------------- where no release can be asked
+# ---------------------------------------------------------------------- cases without fixtures
 
 
 def random_params(rng: np.random.Generator, dim: int, heads: int, groups: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def test_empty_batch(rng: np.random.Generator) -> None:
 def test_windows_against_padding_rolling_and_partition(
     rng: np.random.Generator, size: tuple[int, int], window: int, shift: int
 ) -> None:
-    """The visibility rule equals the usual construction with padding, rolling and masks of minus infinity."""
+    """The rule for visible keys equals the usual construction with padding, rolling and masks of minus infinity."""
     dim, heads = 4, 2
     params = qkv_and_output(rng, dim) | {"table": rng.standard_normal(((2 * window - 1) ** 2, heads))}
     x = rng.standard_normal((1, dim, *size))

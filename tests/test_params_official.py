@@ -202,7 +202,7 @@ def test_wrong_checkpoint_leaves_the_caller_s_state_alone():
         np.testing.assert_array_equal(leaf, before[name])
 
 
-# ------------------------------------------------------------------------------------------------ first values
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def uniform_probability(values, bound):
@@ -212,7 +212,7 @@ def uniform_probability(values, bound):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_initialization_follows_the_rule(release):
-    """Weights are uniform ±1/√fan_in, norms 1 and 0, tables normal (σ 0.01, neighborhoods 0.02), layer scale constant."""
+    """Weights are uniform ±1/√fan_in, norms 1 and 0, tables normal (σ 0.01, neighborhoods 0.02), scales constant."""
     backbone = replace(tiny(release), num_classes=50)
     params, shapes = flatten(init_params(backbone, 0, dtype=np.float64)), flatten(dat_shapes(backbone))
     tables = {}
@@ -263,7 +263,7 @@ def test_initialization_has_the_requested_precision(dtype):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_zero_offset_start_of_a_backbone(release):
-    """With offsets="zero_offset" the points of all deformable blocks equal the (clamped) references; as released, not."""
+    """With offsets="zero_offset" the points of deformable blocks equal the (clamped) references; as released, not."""
     backbone, x = tiny(release), numbers(0, 1, 3, 64, 96)
     for offsets in ("zero_offset", "released"):
         _, trace = DAT(backbone, init_params(backbone, 0, offsets=offsets, dtype=np.float64))(x, return_trace=True)
@@ -271,8 +271,8 @@ def test_zero_offset_start_of_a_backbone(release):
         assert len(layers) == {"cvpr2022": 2, "datpp2023": 4}[release]
         for layer in layers:
             expected = layer.reference if release == "cvpr2022" else np.clip(layer.reference, -1, 1)
-            still = (layer.points == expected).all()
-            assert still == (offsets == "zero_offset")
+            on_reference = (layer.points == expected).all()
+            assert on_reference == (offsets == "zero_offset")
 
 
 # ------------------------------------------------------------------------------------------------ presets

@@ -59,7 +59,7 @@ def as_window(config, params, size, extra=0):
 
 
 def as_neighborhood(config, params, size, extra=0):
-    """Return the same attention as one neighborhood; its table is flipped, as its displacements are from query to key."""
+    """Return the same attention as one neighborhood, with a flipped table: displacements are from query to key."""
     kernel = (max(size) + extra) // 2 * 2 + 1
     return NeighborhoodAttentionConfig(config.dim, config.heads, kernel), {
         "qkv": params["qkv"],
@@ -88,13 +88,13 @@ def as_pyramid(config, params, size):
 
 def as_deformable(config, params, size, convention, start="offset network"):
     """Return the same attention as a deformable layer at stride 1, with zero offsets or without an offset network."""
-    still = start == "no offsets"
+    without_offsets = start == "no offsets"
     layer = DeformableAttentionConfig(
         config.dim,
         config.heads,
         config.heads,
         kernel_size=3,
-        offset_bound=OffsetBound.NONE if still else OffsetBound.TANH_CELLS,
+        offset_bound=OffsetBound.NONE if without_offsets else OffsetBound.TANH_CELLS,
         bias=BiasKind.NONE if config.size is None else BiasKind.TABLE,
         size=size,
         convention=convention,

@@ -230,7 +230,7 @@ def test_gradient_checker_rejects_wrong_gradients(config):
             check_gradients(case, wrong)
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ common properties
 
 
 @each_peer
@@ -273,7 +273,7 @@ def _bias_macs(case):
 
 @each_peer
 @given(data=st.data())
-def test_images_of_a_batch_do_not_see_each_other(kind, data):
+def test_images_of_a_batch_do_not_affect_each_other(kind, data):
     """The output for two images equals the outputs for each alone."""
     case = data.draw(peer_cases(kind, batches=(2,)))
     x, params = case.x(), case.params()
@@ -315,7 +315,7 @@ def test_dat_dcn_has_no_references_on_a_single_row():
         ATTENTIONS[DATDCNAttentionConfig].forward(np.zeros((1, 6, 1, 5)), init_params(config, 0), config)
 
 
-# ------------------------------------------------------------------------------------------------ first values
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def test_ring_is_the_released_one():

@@ -117,8 +117,8 @@ def test_receptive_field_of_the_deformable_layer(case, data):
     """The same for the deformable layer; a depthwise bias adds the pixels around the query."""
     query = tuple(data.draw(st.integers(0, side - 1)) for side in case.size)
     if case.config.bias is BiasKind.DEPTHWISE:  # its input is the query map, which must not be zero
-        still = replace(case.config, offset_bound=OffsetBound.NONE)
-        case = replace(case, config=still)
+        config = replace(case.config, offset_bound=OffsetBound.NONE)
+        case = replace(case, config=config)
         params = case.params()
         params["key"]["weight"][:] = 0  # weights no longer depend on queries
         params["key"]["bias"][:] = 0

@@ -50,7 +50,7 @@ def test_the_page_equals_the_results():
         assert f"| {held} of {held + failed} |" in page
 
 
-def test_deformable_attention_with_its_two_mistakes_mended(monkeypatch):
+def test_deformable_attention_with_its_two_mistakes_corrected(monkeypatch):
     """With axes divided by their own lengths and ±1 as edges, only the check of the empty batch fails."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("deformable_attention")

@@ -228,7 +228,7 @@ def test_released_names_load_through_timms_own_loader(timm, weights):
     assert torch.equal(model.eval()(x), weights[0].eval()(x))
 
 
-def test_tables_of_another_size_are_resized_on_the_way(timm, weights):
+def test_tables_of_another_size_are_resized_while_loading(timm, weights):
     model = timm.create_model("dat_tiny", checkpoint_path=weights[1], img_size=(160, 256))
     assert model.stages[2].blocks[1].attention.position_bias.table.shape == (12, 19, 31)
     assert_same_weights(model.patch_embedding, weights[0].patch_embedding)

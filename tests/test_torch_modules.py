@@ -441,8 +441,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 def test_initialization():
     config = DeformableAttentionConfig(dim=64, heads=8, groups=2, size=(20, 20))
-    still = dt.DeformableAttention(config, init="zero_offset")
-    _, trace = still(torch.randn(2, 64, 20, 20), return_trace=True)
+    layer = dt.DeformableAttention(config, init="zero_offset")
+    _, trace = layer(torch.randn(2, 64, 20, 20), return_trace=True)
     assert torch.equal(trace.points, trace.reference)
     released = dt.DeformableAttention(config)
     assert released.offset_network.pointwise.weight.any()

@@ -250,7 +250,7 @@ def test_zero_offset_start_reaches_the_offset_network():
     assert attention_module(config).offset_network.pointwise.weight.any()
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 WRONG = {

@@ -106,7 +106,7 @@ def test_multi_scale_function(seed, shapes):
 
 
 @pytest.mark.parametrize("family", ["mask2former", "deformable_detr"])
-def test_multi_scale_function_is_that_of_transformers(family):
+def test_multi_scale_function_equals_transformers(family):
     """The pure-PyTorch function of transformers has the same output and gradients."""
     pytest.importorskip("transformers")
     shapes = [(3, 5), (4, 2), (1, 1)]

@@ -129,7 +129,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert train_data._read(tmp_path / "cat" / "turned.jpg").size == opened.size[::-1]
 
 
-# ------------------------------------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------------------------------------ damaged data
 
 
 def test_a_folder_that_is_absent_or_has_no_classes(tmp_path):

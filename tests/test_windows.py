@@ -29,7 +29,7 @@ def run(case, x=None, params=None):
 
 @given(window_cases(batches=(1,), largest=5))
 def test_windows_equal_scalar_loops(case):
-    """Windows and shifted windows equal the scalar visibility rule, on maps larger and smaller than a window."""
+    """Windows and shifted windows equal the scalar rule for visible keys, on maps larger and smaller than a window."""
     params = case.params()
     table = params["window_bias"]["table"]
     theirs = {**params, "table": table.reshape(len(table), -1).T}

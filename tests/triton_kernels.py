@@ -293,7 +293,7 @@ def test_any_strides():
     assert grads[0].stride() == strided[0].stride()
 
 
-def test_what_is_refused():
+def test_invalid_arguments_are_rejected():
     """Rejected: unsupported dtypes, mixed dtypes, and heads too deep for a tile."""
     case = draw_case(1, (2, 3), 4)
     with pytest.raises(TypeError, match="float64"):
@@ -337,10 +337,10 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     class Elsewhere:
         device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (2, 3, 196, 32)
 
-    asked = []
+    measured = []
 
     def milliseconds(launch, tried):
-        asked.append(tried)
+        measured.append(tried)
         return -tried.block_m * tried.num_warps
 
     monkeypatch.setattr(tile_config, "_AUTOTUNED", {})
@@ -352,7 +352,7 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
-    assert asked == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
+    assert measured == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert tile_config.autotune(*search) == usual
 
@@ -424,7 +424,7 @@ def test_no_neighborhood():
     assert torch.equal(grads[3], torch.zeros(1, 5, 5))
 
 
-def test_neighborhood_refuses():
+def test_neighborhood_rejects_large_windows():
     """A neighborhood whose table is larger than a tile is rejected."""
     *inputs, _ = (torch.from_numpy(part).float() for part in draw_neighborhood(0, (3, 4), 33))
     with pytest.raises(ValueError, match="at most 32, got 33"):
