@@ -28,7 +28,7 @@ def shown(parser):
 
 def label(action):
     """Return the name of an argument as the user types it."""
-    return action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+    return action.option_strings[0] if action.option_strings else action.metavar or action.dest
 
 
 def without_title(parser):
@@ -66,8 +66,8 @@ def examples(parser):
     heading, _, text = (parser.epilog or "").partition("\n")
     if not re.fullmatch(r"[Ee]xamples?:", heading.strip()):
         return []
-    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
-    return [re.split(r"\s{2,}|#", re.sub(r"\s+--", " --", line))[0] for line in lines if line.startswith("dat-ref ")]
+    lines = [line.strip() for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines()]
+    return [re.split(r"\s{2,}|#", line)[0].strip() for line in lines if line.startswith("dat-ref ")]
 
 
 def replaced_words(text):
@@ -133,7 +133,7 @@ def test_examples_parse(name, help_text):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_uses_standard_terms(name, help_text):
-    """No word that the project replaces by a standard term, in the order in which the terminal shows them."""
+    """The help contains no word that the project replaces by a standard term."""
     assert replaced_words(help_text(name)) == []
 
 

@@ -124,7 +124,7 @@ def _stop_at_three(step, loss):
         raise RuntimeError("stop")
 
 
-# ------------------------------------------------------------------------------------------------ custom models, changed data
+# ------------------------------------------------------------------------------------------------ custom models
 
 
 def test_a_custom_model_trains_and_saves_its_best(tmp_path):
