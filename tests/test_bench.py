@@ -123,19 +123,19 @@ def allocate(megabytes):
     return [lambda: torch.ones(3) @ torch.ones(3), lambda: torch.ones(megabytes * 250_000).sum()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 def test_extra_bytes_equal_the_allocation():
     for megabytes in (5, 40):
         taken = memory.extra_bytes("cpu", 1, allocate, megabytes)
         assert 0.95 * megabytes < taken / 1e6 < megabytes + 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 @pytest.mark.parametrize("backend", ["blockwise", "cpu", "eager"])
 def test_memory_grows_with_queries_and_not_with_pairs(backend):
     """Memory grows with the queries; the counter-example is the eager formulation, which stores all pairs."""
     if backend not in functional.backends():
-        pytest.skip("not here")
+        pytest.skip(f"no backend {backend}")
 
     def taken(case):
         return memory.extra_bytes("cpu", 1, measure.attention_runs, case, backend, torch.float32, "cpu", FORWARD)
@@ -270,7 +270,7 @@ def test_runs_that_would_not_fit_are_skipped(tiny_cases, no_memory, monkeypatch,
 
 def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsys):
     if "cpu" not in functional.backends():
-        pytest.skip("not here")
+        pytest.skip("needs the CPU kernels")
     took = iter([8.5, 0.25])
     monkeypatch.setattr("dat_ref.bench.run.fresh_process", lambda *arguments: next(took))
     assert bench("--shapes", "C", "--warm") == 0

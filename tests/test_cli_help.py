@@ -124,7 +124,7 @@ def test_examples_parse(name, help_text):
     lines = examples(parser)
     assert lines, "no example at the end"
     last = [line.strip() for line in parser.epilog.splitlines() if line.strip()][-1]
-    assert help_text(name).rstrip().endswith(last), "the example is not printed as it is written"
+    assert help_text(name).rstrip().endswith(last), "the example is not printed line by line"
     for line in lines:
         program, *arguments = shlex.split(line)
         assert (program, arguments[0]) == ("dat-ref", name)

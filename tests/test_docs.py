@@ -216,7 +216,7 @@ SCRIPTS = ("draw.py", "draw_peers.py", "mutants.py")  # those in docs/figures
 def test_figures_and_tables_are_up_to_date(script):
     """`python docs/figures/draw.py` regenerates them."""
     for name, content in load(DOCS / "figures" / script).outputs().items():
-        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, f"docs/figures/{name} is out of step"
+        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, f"docs/figures/{name} is out of date"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

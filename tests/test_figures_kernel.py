@@ -336,4 +336,4 @@ def test_wrong_kernels_of_the_figures_are_detected(cases, tmp_path):
         (tmp_path / f"{name}.mjs").write_text(text.replace(before, after), encoding="utf-8")
     reports = compare(cases, *(tmp_path / f"{name}.mjs" for name in WRONG))
     for (name, (_, _, function)), report in zip(WRONG.items(), reports, strict=True):
-        assert function in report["functions"], f"{name}: noticed by {report['functions']}"
+        assert function in report["functions"], f"{name}: detected by {report['functions']}"

@@ -124,7 +124,7 @@ def backbone_off_kinks(release, size, margin):
             distance = min(distance, kink_distance(layer_trace, layer, None if table is None else table.shape[1:]))
         if distance > margin:
             return config, params, x
-    raise AssertionError("no seed stays clear of the kinks")
+    raise AssertionError("no seed away from kinks")
 
 
 @pytest.mark.parametrize(("release", "size"), [("cvpr2022", (41, 67)), ("datpp2023", (36, 65))])

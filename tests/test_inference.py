@@ -21,7 +21,7 @@ from dat_ref.torch import inference  # noqa: E402
 from dat_ref.torch.inference import PackedLinear, optimize_for_inference  # noqa: E402
 
 if inference._unsupported_reason(nn.Linear(2, 2)):
-    pytest.skip("torch has no packed products here", allow_module_level=True)
+    pytest.skip("torch has no packed products on this machine", allow_module_level=True)
 
 
 def random_model(config: DATConfig, seed: int, kind: type[dt.DAT] = dt.DAT) -> dt.DAT:
@@ -82,7 +82,7 @@ def test_whole_windows_are_the_core_with_its_points_on_pixels(kernels):
 @pytest.mark.parametrize("release", RELEASES)
 def test_half_precision_gives_the_same(release):
     if not inference._supports_packing(torch.bfloat16):
-        pytest.skip("no packed products in bfloat16 here")
+        pytest.skip("no packed products in bfloat16 on this machine")
     model = random_model(tiny(release), 1).to(torch.bfloat16)
     assert_as_good(optimize_for_inference(model), model, torch.randn(2, 3, 67, 98).to(torch.bfloat16))
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 CHECKS = Path(__file__).with_name("triton_kernels.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, and TRITON_INTERPRET is set")
+compiles = pytest.mark.skipif(INTERPRETED, reason="needs compilation, but TRITON_INTERPRET is set")
 
 
 def run_checks(**environment):

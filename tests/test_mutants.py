@@ -278,7 +278,7 @@ def test_budget_accepts_another_order_of_summation():
     ],
 )
 def test_budget_rejects(wrong):
-    """Rejected: relative errors of 1e-4, a NaN, one wrong element, internal half precision, wrong order, dtype, shape."""
+    """Rejected: errors of 1e-4, a NaN, one wrong element, internal half precision, wrong order, dtype, shape."""
     result, truth, yardstick = budget_example()
     with pytest.raises(AssertionError):
         assert_within_budget(wrong(result), truth, yardstick)
