@@ -18,7 +18,7 @@ PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python
 help:
 	@echo "make demo        explain a photograph: prints a table, writes figures to $(OUT)/"
 	@echo "make test        lint, types, site, tests"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, and the words of docstrings, comments and pages"
 	@echo "make types       mypy"
 	@echo "make docs        build the site into site/"
 	@echo "make docs-serve  serve the site locally and rebuild it on every change"
@@ -51,6 +51,9 @@ test: lint types docs
 lint: .venv/test.stamp
 	@echo "== ruff"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== language"
+	@$(BIN)/python tests/lint/language.py
 
 types: .venv/test.stamp
 	@echo "== mypy"

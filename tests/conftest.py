@@ -40,8 +40,8 @@ def chromium():
         path = find_chromium(playwright)
         if path is None:
             if os.environ.get("CI"):
-                pytest.fail("needs a Chromium, and found none: .ci/run installs it")
-            pytest.skip("needs a Chromium, and found none")
+                pytest.fail("found no Chromium: .ci/run installs it")
+            pytest.skip("found no Chromium")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()

@@ -1,4 +1,4 @@
-"""The commands `convert` and `agree`, and the loading and saving of whole modules."""
+"""Commands `convert` and `agree`; loading and saving of whole modules."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def command(module, *arguments):
 
 
 def mini(release="cvpr2022"):
-    """Return a small configuration and a state dict as its release writes it."""
+    """Return a small configuration and a state dict in the format of its release."""
     meta, arrays = load_golden({"cvpr2022": "model22_mini", "datpp2023": "model23_mini"}[release])
     config = DATConfig.from_official(meta["cfg"], release=release)
     state = {name: array.astype(np.float32) for name, array in under("state", arrays).items()}
@@ -81,7 +81,7 @@ def test_a_released_file_gives_the_released_logits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_dtype_stays_the_models(tmp_path, dtype):
+def test_loading_keeps_the_dtype_of_the_model(tmp_path, dtype):
     config, _ = mini()
     model = DAT(config)
     save_checkpoint(model, tmp_path / "w.safetensors")
@@ -124,7 +124,7 @@ def test_a_failed_load_leaves_the_model_bit_identical(tmp_path, damage):
     assert_bits(model, before)
 
 
-def test_a_head_for_other_classes_is_left_as_it_was_if_asked(tmp_path):
+def test_a_head_for_other_classes_keeps_its_values_if_not_strict(tmp_path):
     config, state = mini()
     save_state(tmp_path / "w.pth", state)
     model = DAT(replace(config, num_classes=4))
@@ -171,7 +171,7 @@ def test_a_detector_loads_into_a_features_only_model(tmp_path):
         save_checkpoint(model, tmp_path / "out.pth", official=True)
 
 
-def test_wrapped_models_are_sent_back():
+def test_wrapped_models_are_rejected():
     with pytest.raises(CheckpointError, match=r"expected a dat_ref.torch.DAT, got Sequential; .* \(model.module\)"):
         load_checkpoint(torch.nn.Sequential(), "w.pth")
 
@@ -187,7 +187,7 @@ def test_create_model_takes_a_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def released_file(tmp_path_factory):
-    """Return a file of dat_tiny with random weights, as a training script of the release writes it."""
+    """Return a checkpoint of dat_tiny with random weights, in the format of the release's training script."""
     path = tmp_path_factory.mktemp("released") / "dat_tiny.pth"
     rng = np.random.default_rng(8)
     shapes = official_state_dicts()["cvpr2022/dat_tiny"]["state"]
@@ -224,7 +224,7 @@ def test_convert_to_another_preset_resizes_its_tables(tmp_path, capsys):
     assert read_state(target)["stages.2.blocks.1.attention.position_bias.table"].shape == (12, 27, 27)
 
 
-def test_convert_overwrites_nothing_unasked(released_file, tmp_path, capsys):
+def test_convert_overwrites_nothing_without_force(released_file, tmp_path, capsys):
     before = released_file.read_bytes()
     with pytest.raises(CheckpointError, match=r"is there already; choose another name$"):
         command(convert, released_file, released_file, "--force")
@@ -242,7 +242,7 @@ def test_convert_overwrites_nothing_unasked(released_file, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
-def test_convert_says_what_it_cannot_do(released_file, tmp_path):
+def test_convert_errors(released_file, tmp_path):
     _, state = mini()
     save_state(tmp_path / "mini.npz", state)
     with pytest.raises(CheckpointError, match="its shapes are of none of dat_tiny, dat_small"):
@@ -309,7 +309,7 @@ def small_case():
 
 
 def broken(change):
-    """Return a `run_torch` with something changed in its outcome."""
+    """Return a `run_torch` whose result is changed."""
     sound = agree.run_torch
 
     def run(config, params, image, precision):
@@ -334,7 +334,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_agree_sees_what_is_wrong(small_case, monkeypatch, mutant):
+def test_agree_detects_mutants(small_case, monkeypatch, mutant):
     monkeypatch.setattr(agree, "run_torch", broken(MUTANTS[mutant]))
     comparisons = agree.compare(*small_case)
     assert comparisons[0].excess
@@ -343,7 +343,7 @@ def test_agree_sees_what_is_wrong(small_case, monkeypatch, mutant):
     assert "float64: DOES NOT AGREE: " in agree.verdict(comparisons)
 
 
-def test_agree_sees_other_weights(small_case, monkeypatch):
+def test_agree_detects_other_weights(small_case, monkeypatch):
     sound = DAT.load_numpy
     monkeypatch.setattr(DAT, "load_numpy", lambda model, tree: sound(model, map_tree(lambda leaf: leaf * 1.0001, tree)))
     assert [bool(each.excess) for each in agree.compare(*small_case)[:2]] == [True, True]
@@ -405,14 +405,14 @@ def test_agree_fails_with_exit_code_one(monkeypatch, capsys):
     assert "float64: DOES NOT AGREE: logits (points in float64)" in capsys.readouterr().out
 
 
-def test_agree_says_what_it_cannot_do(tmp_path):
+def test_agree_errors(tmp_path):
     with pytest.raises(ConfigError, match="choose a smaller size"):
         command(agree, "--size", "4096x4096")
     with pytest.raises(ConfigError, match="there is none at"):
         command(agree, tmp_path / "absent.jpg")
 
 
-def test_rounding_to_bfloat16_is_torchs():
+def test_rounding_to_bfloat16_equals_torch():
     values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-10, 10).repeat(50)
     expected = torch.from_numpy(values).float().bfloat16().double().numpy()
     np.testing.assert_array_equal(agree.round_to_bfloat16(values), expected)

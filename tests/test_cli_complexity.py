@@ -1,4 +1,4 @@
-"""`dat-ref complexity` as a user meets it: a table that adds up, exact integers in JSON, curves, errors that help."""
+"""`dat-ref complexity`: sums of the table, exact integers in JSON, curves, error messages."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from dat_ref.viz import cost as viz_cost
 
 
 def run(capsys, *arguments):
-    """Run the command in this process; return its exit code and what it printed."""
+    """Run the command in this process; return its exit code and output."""
     parser = argparse.ArgumentParser()
     complexity.add_parser(parser.add_subparsers(required=True))
     options = parser.parse_args(["complexity", *map(str, arguments)])
@@ -23,13 +23,13 @@ def run(capsys, *arguments):
 
 
 def numbers(line):
-    """Return the numbers of a row of the table, a dot being none."""
+    """Return the numbers of a row of the table; a dot stands for no number."""
     cells = line.replace(",", "").replace(" MB", "").replace(" M", "").split()
     return [0.0 if cell == "·" else float(cell) for cell in cells if cell == "·" or cell.replace(".", "").isdigit()]
 
 
-def test_table_stands_beside_the_article(capsys, tmp_path):
-    """By default dat_tiny at 224²: totals as in the article, equal blocks of a stage in one row, the figure last."""
+def test_table_compares_with_the_article(capsys, tmp_path):
+    """The default is dat_tiny at 224²: totals as in the article, one row for equal blocks, the figure last."""
     code, printed = run(capsys, "--out", tmp_path / "figures")
     lines = printed.strip().splitlines()
     assert code == 0
@@ -57,13 +57,13 @@ def test_terms_of_the_table_add_up(capsys, tmp_path):
 
 
 def test_json_is_exact(capsys, tmp_path):
-    """`--json` prints one document of integers, with the parts, the terms, the curves and the figure."""
+    """`--json` prints one document of integers: parts, terms, curves and figure."""
     code, printed = run(capsys, "--json", "--size", "64x96", "--out", tmp_path)
     facts = json.loads(printed)
     cost = backbone_cost(1, (64, 96), dat_ref.config("dat_tiny"))
     assert code == 0
     assert facts["image_size"] == [64, 96]
-    assert facts["published"] is None  # the article's figure is for another size
+    assert facts["published"] is None  # the article's number is for another size
     assert facts["total"]["macs"] == cost.total.macs == sum(term["macs"] for term in facts["terms"].values())
     assert facts["total"]["products"] == cost.total.products
     assert len(facts["parts"]) == len(cost.parts) == 12 + 1 + 3 + 1
@@ -72,7 +72,7 @@ def test_json_is_exact(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_any_peer_takes_the_deformable_place(capsys, tmp_path, kind):
+def test_any_peer_can_replace_deformable_attention(capsys, tmp_path, kind):
     code, printed = run(capsys, "--json", "--attention", kind, "--size", "64", "--out", tmp_path)
     facts = json.loads(printed)
     cost = backbone_cost(1, (64, 64), replace_attention(dat_ref.config("dat_tiny"), kind))
@@ -98,7 +98,7 @@ def test_unknown_names_are_refused(capsys, arguments):
 
 
 class Line:
-    """A curve with nothing but what the figure asks for."""
+    """A curve with only the attributes that the figure needs."""
 
     def __init__(self, kind, exponent, sides=(7, 14, 28)):
         self.kind, self.sides = kind, sides

@@ -1,4 +1,4 @@
-"""Bad input: a ValueError that names the argument, the expected pattern, what was found, and the rule."""
+"""Bad input: a ValueError that names the argument, the expected pattern, the actual value, and the rule."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ MODULE = {
 
 
 def test_all_errors_are_value_errors():
-    """Whoever catches ValueError catches them all; they are told apart by class."""
+    """All errors are subclasses of ValueError."""
     for error in (ShapeError, ConfigError, CheckpointError):
         assert issubclass(error, ValueError)
 
@@ -62,7 +62,7 @@ def test_all_errors_are_value_errors():
     ],
 )
 def test_layer_configuration(changes, message):
-    """Options that do not go together are named, with the rule."""
+    """The error names incompatible options and the rule."""
     with pytest.raises(ConfigError, match=message):
         replace(LAYER, **changes)
 
@@ -94,7 +94,7 @@ def test_layer_configuration(changes, message):
     ],
 )
 def test_other_configurations(make, message):
-    """The other configurations say what is wrong in the same way."""
+    """Errors of the other configurations have the same form."""
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -102,7 +102,7 @@ def test_other_configurations(make, message):
 @pytest.mark.parametrize("release", ["cvpr2022", "datpp2023"])
 @pytest.mark.parametrize("name", ["q_size", "n_groups", "no_off"])
 def test_missing_released_arguments_are_named(release, name):
-    """A released argument that is not there is named, for the layer and for the backbone."""
+    """The error names a missing released argument, for the layer and for the backbone."""
     arguments = {key: value for key, value in MODULE.items() if key != name}
     with pytest.raises(
         ConfigError, match=rf"mapping: expected the released arguments of DAttentionBaseline, missing {name}$"
@@ -127,7 +127,7 @@ def test_missing_released_arguments_are_named(release, name):
     ],
 )
 def test_released_backbone_arguments(release, changes, message):
-    """Released backbone arguments that are missing or do not fit are named."""
+    """The error names released backbone arguments that are missing or invalid."""
     arguments = {**RELEASES[release], **changes}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
@@ -136,7 +136,7 @@ def test_released_backbone_arguments(release, changes, message):
 
 @pytest.mark.parametrize("build", [DeformableAttentionConfig, DATConfig])
 def test_unknown_release(build):
-    """An unknown release is refused, naming the two that exist."""
+    """For an unknown release the error names the two known ones."""
     arguments = MODULE if build is DeformableAttentionConfig else TINY_2023
     with pytest.raises(ValueError, match=r"release: expected 'cvpr2022' or 'datpp2023', got 'dat\+\+'"):
         build.from_official(arguments, release="dat++")
@@ -164,7 +164,7 @@ def test_unknown_release(build):
     ],
 )
 def test_maps(x, error, message):
-    """Every attention names a wrong map in the same words, before any work."""
+    """Every attention rejects a wrong map with the same message, before any work."""
     window, around = WindowAttentionConfig(12, 6, 3), NeighborhoodAttentionConfig(12, 6, 3)
     for forward, shapes, config in (
         (lambda *a: DeformableAttention(a[2], a[1])(a[0]), dat_ref.layer.deformable_shapes, LAYER),
@@ -178,7 +178,7 @@ def test_maps(x, error, message):
 
 
 def test_images():
-    """The backbone names a wrong image."""
+    """The backbone rejects a wrong image by name."""
     backbone = tiny("cvpr2022")
     model = DAT(backbone, init_params(backbone, 0))
     with pytest.raises(ShapeError, match=r"x: expected \(B, C=3, H, W\), got \(1, 4, 64, 64\)"):
@@ -188,7 +188,7 @@ def test_images():
 
 
 def test_stride_larger_than_the_map():
-    """A stride that no key fits is refused, with the way out; a backbone on too small an image says the same."""
+    """A stride without room for a key is rejected with a remedy; so is an image that is too small for a backbone."""
     layer = replace(LAYER, stride=6)
     with pytest.raises(
         ConfigError, match=r"stride: expected at most the map's height and width, got stride=6 on a map of 5×7"
@@ -200,7 +200,7 @@ def test_stride_larger_than_the_map():
 
 
 def test_average_pooling_needs_whole_cells():
-    """The 2023 code asserts; here the rule is said."""
+    """The error states the rule; the 2023 code has a bare assertion."""
     layer = replace(
         LAYER, stride=2, kernel_size=3, offset_bound=OffsetBound.NONE, average_pool=True, bias=BiasKind.NONE,
         convention=Convention.DATPP2023,
@@ -212,7 +212,7 @@ def test_average_pooling_needs_whole_cells():
 
 
 def test_fixed_table_fits_one_map():
-    """A fixed bias on another map names both sizes."""
+    """For a fixed bias on another map the error names both sizes."""
     layer = replace(LAYER, bias=BiasKind.FIXED)
     with pytest.raises(
         ShapeError, match=r"x: expected the map that the fixed bias table was built for, 35 queries × 35 keys"
@@ -221,7 +221,7 @@ def test_fixed_table_fits_one_map():
 
 
 def test_cotangents():
-    """A cotangent of another shape than the output is named, for the layer and for the backbone."""
+    """The error names a cotangent whose shape differs from the output, for the layer and for the backbone."""
     layer = DeformableAttention(LAYER, init_params(LAYER, 0, dtype=np.float64))
     _, pullback = layer.vjp(numbers(0, 2, 12, 5, 7))
     with pytest.raises(ShapeError, match=r"cotangent: expected \(B=2, C=12, H=5, W=7\), got \(2, 12, 7, 5\)"):
@@ -268,13 +268,13 @@ def broken(change):
     ],
 )
 def test_parameters(change, message):
-    """Missing, unexpected, mis-shaped, not finite, not floating: the report names each."""
+    """The report names each missing, unexpected, mis-shaped, non-finite or non-float array."""
     with pytest.raises(CheckpointError, match=message):
         DeformableAttention(LAYER, broken(change))
 
 
 def test_nan_anywhere_in_a_backbone_is_named_by_its_place():
-    """The report gives the full name of the array that is not finite."""
+    """The report gives the full name of a non-finite array."""
     backbone = tiny("cvpr2022")
     params = init_params(backbone, 0)
     params["stages"][2]["blocks"][1]["attention"]["position_bias"]["table"][0, 0, 0] = np.nan
@@ -285,7 +285,7 @@ def test_nan_anywhere_in_a_backbone_is_named_by_its_place():
 
 
 def test_checkpoint_of_another_model():
-    """The state of one release in the other's model gets a report in released names, not a crash."""
+    """Loading the state of one release into the other's model gives a report in released names."""
     other = tiny("datpp2023")
     state = DAT(other, init_params(other, 0)).to_official(init_params(other, 0))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What a forward pass of the whole backbone takes, measured in a process of its own."""
+"""Time and memory of a forward pass of the whole backbone, measured in a separate process."""
 
 import json
 import subprocess

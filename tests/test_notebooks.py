@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, say nothing that they do not assert, and are kept as text."""
+"""Notebooks: they run from top to bottom, every section has an assertion, and only text sources are committed."""
 
 import re
 from itertools import pairwise
@@ -19,7 +19,7 @@ NUMBERED = re.compile(r"\d+\. ")
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
-    """Every cell runs, its assertions with it. If the site has been built, that build has executed the notebook."""
+    """Every cell with its assertions runs. If the site has been built, that build has executed the notebook."""
     jupytext = pytest.importorskip("jupytext")
     notebook = jupytext.read(path)
     if built_site():
@@ -52,14 +52,14 @@ def test_a_page_of_another_notebook_or_without_execution_is_noticed(tmp_path):
 
 
 def test_there_are_notebooks_and_only_their_sources():
-    """The folder holds nine py:percent sources, numbered in their order, and no executed copy."""
+    """The folder contains nine py:percent sources, numbered in order, and no executed copy."""
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, 10)]
     assert [path.name for path in NOTEBOOKS] == sorted(
         path.name for path in NOTEBOOKS[0].parent.iterdir() if path.is_file()
     )
 
 
-# ------------------------------------------------------------------------------------------------ what a section holds
+# ------------------------------------------------------------------------------------------------ sections
 
 
 def sections(source):
@@ -74,8 +74,8 @@ def sections(source):
         yield start[1], "\n".join(text), "\n".join(code)
 
 
-def lacks(title, text, code):
-    """Return what a numbered section misses of claim → function → figure → assertion."""
+def missing_parts(title, text, code):
+    """Return the missing parts of a numbered section: claim, function, figure, assertion."""
     if not NUMBERED.match(title):
         return []
     holds = {
@@ -93,23 +93,23 @@ def test_every_section_has_claim_figure_and_assertion(path):
     assert numbers == list(range(1, len(numbers) + 1))
     assert len(numbers) >= 5
     for title, text, code in found:
-        assert not lacks(title, text, code), f"{path.name}, {title}: lacks {', '.join(lacks(title, text, code))}"
+        assert missing_parts(title, text, code) == [], f"{path.name}, {title}"
 
 
-def test_a_section_that_only_talks_is_noticed():
+def test_a_missing_part_is_detected():
     whole = "# ## 1. Title\n#\n# **Claim.** It is.\n\n# %%\nplt.show()\n\n# %%\nassert it\n"
     cases = {"# **Claim.** It is.": "a claim", "plt.show()": "a figure", "assert it": "an assertion"}
-    assert [lacks(*section) for section in sections(whole)] == [[]]
+    assert [missing_parts(*section) for section in sections(whole)] == [[]]
     for part, missing in cases.items():
-        assert [lacks(*section) for section in sections(whole.replace(part, "pass"))] == [[missing]]
-    assert [lacks(*section) for section in sections("# ## What to remember\n#\n# Words.\n")] == [[]]
+        assert [missing_parts(*section) for section in sections(whole.replace(part, "pass"))] == [[missing]]
+    assert [missing_parts(*section) for section in sections("# ## What to remember\n#\n# Words.\n")] == [[]]
 
 
 # ------------------------------------------------------------------------------------------------ links
 
 
 def target_of(link):
-    """Return the file that a link of a notebook's page leads to; pages are folders, one for each notebook."""
+    """Return the target file of a link on a notebook's page; each page is a folder."""
     place = [part for part in link.split("/") if part]
     if place[:2] == ["..", ".."]:
         page = ROOT.joinpath("docs", *place[2:])
@@ -118,12 +118,12 @@ def target_of(link):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_links_lead_somewhere(path):
+def test_links_of_notebooks_have_targets(path):
     for link in LINK.findall(path.read_text(encoding="utf-8")):
         assert target_of(link).is_file(), f"{path.name}: {link}"
 
 
-def test_a_dead_link_is_noticed():
+def test_a_dead_link_is_detected():
     assert target_of("../../conventions/").is_file()
     assert target_of("../../spec/").is_file()
     assert not target_of("../../convention/").is_file()

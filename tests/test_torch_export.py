@@ -1,4 +1,4 @@
-"""Leaving Python: `torch.export`, ONNX, and the operators and layouts that devices ask for."""
+"""Export: `torch.export`, ONNX, and the operators and memory layouts that devices require."""
 
 import io
 
@@ -19,11 +19,11 @@ from dat_ref import (  # noqa: E402
 from dat_ref.peers import MultiHeadAttentionConfig  # noqa: E402
 from dat_ref.torch.peers import MultiHeadAttention  # noqa: E402
 
-# Exporting is other people's code, and some of it warns. torch's own use of a deprecated class is not reported.
+# Export runs third-party code that may warn. torch's own use of a deprecated class is not reported.
 pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
-ROUNDING = 1e-5  # of the largest output
+ROUNDING = 1e-5  # relative to the largest output
 ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first is the one that is exported
+SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first one is exported
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_exported_layer_has_the_layers_gradients(name):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_exported_backbone_takes_any_size(release):
-    """Of maps larger than a window; below that the program refuses."""
+    """The exported program accepts maps larger than a window and rejects smaller ones."""
     model = dt.DAT(tiny(release)).eval()
     exported = export(model, (torch.randn(2, 3, 130, 197),), dynamic_shapes=ANY_SIZE).module()
     for size in [(2, 3, 130, 197), (3, 3, 224, 160), (1, 3, 97, 130)]:
@@ -123,7 +123,7 @@ def test_exported_backbone_takes_any_size(release):
 
 
 def onnx_session(model, x, dynamic_shapes=None):
-    """Export with torch's default exporter; return a function of an image, and the names of the operators used."""
+    """Export with torch's default exporter; return a function of an image and the names of the operators."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -140,7 +140,7 @@ def onnx_session(model, x, dynamic_shapes=None):
     ("sampler", "backend"), [("gather", "auto"), ("grid_sample", "auto"), ("grid_sample", "eager"), ("gather", "eager")]
 )
 def test_onnx_layer_agrees(sampler, backend):
-    """By default there is no GridSample in the graph, which older opsets and some runtimes lack."""
+    """The default graph contains no GridSample, which older opsets and some runtimes lack."""
     layer = deformable(sampler=sampler, backend=backend)
     x = torch.randn(2, 12, 16, 24)
     run, operators = onnx_session(layer, x)
@@ -190,8 +190,8 @@ def test_onnx_preset_agrees(name):
 
 # ------------------------------------------------------------------------------------------------ devices and layouts
 
-# Plain operators that every backend of PyTorch has, MPS among them. Not here: grid_sampler (MPS lacks some of its
-# modes, ONNX lacks it before opset 16), anything with a data-dependent shape, sorting, complex numbers.
+# Plain operators of every backend of PyTorch, including MPS. Excluded: grid_sampler (MPS lacks some of its modes, ONNX
+# lacks it before opset 16), data-dependent shapes, sorting, complex numbers.
 # fmt: off
 PLAIN = {
     "__and__", "__or__", "_assert_tensor_metadata", "add", "alias", "arange", "bitwise_not", "bmm", "cat",
@@ -206,7 +206,7 @@ PLAIN = {
 
 
 def operators_and_dtypes(model, x):
-    """Return what a model runs where a graph is captured, and on accelerators: the names without their overloads."""
+    """Return the operators of a captured model, by name without overloads, and their dtypes."""
     names, dtypes = set(), set()
     for node in export(model, (x,)).graph.nodes:
         if node.op != "call_function":
@@ -226,7 +226,7 @@ def test_only_plain_operators_and_no_float64(release):
     assert dtypes <= {torch.float32, torch.int64, torch.bool}
 
 
-def test_an_operator_that_is_not_plain_is_noticed():
+def test_an_operator_that_is_not_plain_is_detected():
     names, _ = operators_and_dtypes(deformable(sampler="grid_sample"), torch.randn(2, 12, 16, 24))
     assert names - PLAIN == {"grid_sampler"}
     _, dtypes = operators_and_dtypes(deformable().double(), torch.randn(2, 12, 16, 24).double())
@@ -235,7 +235,7 @@ def test_an_operator_that_is_not_plain_is_noticed():
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_channels_last_gives_the_same(release):
-    """Memory format changes how numbers lie, not what they are."""
+    """The channels_last memory format gives the same results."""
     model = dt.DAT(tiny(release)).eval()
     x = torch.randn(2, 3, 67, 98)
     expected, maps = model(x), model.forward_intermediates(x, intermediates_only=True)

@@ -1,4 +1,4 @@
-"""Data to train on: items follow from (seed, epoch, number) alone; what is wrong with a folder is named and counted."""
+"""Training data: items depend only on (seed, epoch, number); problems of a folder are named and counted."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def picture(path, seed=0, size=(30, 21)):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes with three pictures each to train on, one each to look at."""
+    """Return a folder of two classes with three training pictures and one validation picture each."""
     for number, (split, many) in enumerate((("train", 3), ("val", 1))):
         for place, name in enumerate(("cat", "dog")):
             for one in range(many):
@@ -49,14 +49,14 @@ def test_normalising_takes_read_only_and_mirrored_pixels():
 def test_items_are_the_scenes(task):
     scenes = Scenes(task, "held_out", size=24, length=5)
     data = SceneImages(scenes)
-    data.set_epoch(3)  # means nothing without `fresh`
+    data.set_epoch(3)  # has no effect without `fresh`
     assert (len(data), data.classes, data.multi) == (5, KINDS, task == "which_all")
     for number in range(5):
         image, target = data[number]
         np.testing.assert_array_equal(image, normalised(scenes[number].image))
         np.testing.assert_array_equal(target, scenes[number].label)
         assert target.dtype == (torch.float32 if data.multi else torch.int64)
-    assert sum(1 for _ in data) == 5  # a loop ends, though scenes do not
+    assert sum(1 for _ in data) == 5  # iteration ends, although scenes do not
 
 
 def test_fresh_scenes_in_every_epoch():
@@ -94,7 +94,7 @@ def test_chance_follows_from_seed_epoch_and_number(tree):
         data.set_epoch(2)
     state = torch.get_rng_state()
     ahead = [first[number][0] for number in range(6)]
-    assert torch.equal(state, torch.get_rng_state())  # torch's own numbers are left alone
+    assert torch.equal(state, torch.get_rng_state())  # torch's random state is unchanged
     back = [again[number][0] for number in reversed(range(6))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(ahead, back, strict=True))
     assert not torch.equal(ahead[0], other[0][0])
@@ -103,7 +103,7 @@ def test_chance_follows_from_seed_epoch_and_number(tree):
     assert all(torch.isfinite(image).all() and image.shape == (3, 16, 16) for image in ahead)
 
 
-def test_crops_lie_within_the_picture_and_have_the_area_asked_for(monkeypatch):
+def test_crops_are_inside_the_picture_with_the_requested_area(monkeypatch):
     boxes = []
     monkeypatch.setattr(
         train_data, "_resize_box", lambda pil_image, box, size: boxes.append(box) or np.zeros((2, 2, 3))
@@ -120,16 +120,16 @@ def test_crops_lie_within_the_picture_and_have_the_area_asked_for(monkeypatch):
     assert np.median(share) > 0.2
 
 
-def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     picture(tmp_path / "cat" / "plain.jpg")
     opened = Image.open(tmp_path / "cat" / "plain.jpg")
     exif = opened.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90°
     opened.save(tmp_path / "cat" / "turned.jpg", exif=exif)
     assert train_data._read(tmp_path / "cat" / "turned.jpg").size == opened.size[::-1]
 
 
-# ------------------------------------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------------------------------------ damaged data
 
 
 def test_a_folder_that_is_absent_or_has_no_classes(tmp_path):
@@ -171,7 +171,7 @@ def test_other_classes_than_those_trained_on_are_named_and_counted(tree):
         train_and_val(tree, 16, seed=0)
 
 
-def test_classes_that_are_not_looked_at_are_told(tree):
+def test_classes_without_validation_pictures_are_reported(tree):
     (tree / "val" / "dog" / "0.png").unlink()
     (tree / "val" / "dog").rmdir()
     with pytest.warns(UserWarning, match="val: has no picture of 1 class: dog"):
@@ -179,12 +179,12 @@ def test_classes_that_are_not_looked_at_are_told(tree):
     assert [int(val[number][1]) for number in range(len(val))] == [0]
 
 
-def test_files_with_other_endings_are_told(tree):
+def test_files_with_other_extensions_are_reported(tree):
     (tree / "val" / "dog" / "notes.txt").write_text("seen from behind")
     with pytest.warns(UserWarning, match=r"left out 1 file: dog/notes\.txt with other endings"):
         train_and_val(tree, 16, seed=0)
 
 
-def test_of_many_only_some_are_named():
+def test_long_lists_of_problems_are_shortened():
     names = [f"c{number}" for number in range(11)]
     assert train_data._list_some(names, "class", "classes") == "11 classes: " + ", ".join(names[:8]) + " and 3 more"
