@@ -17,7 +17,7 @@ from scipy.stats import truncnorm
 
 from ._checks import Array, Tree
 from .backbone import dat_shapes
-from .config import AttentionConfig, DATConfig, Init
+from .config import CHECK_INIT, AttentionConfig, DATConfig, Init
 from .peers.registry import ATTENTIONS
 
 
@@ -40,6 +40,7 @@ def init_params(
     >>> {name: leaf.shape for name, leaf in init_params(config, seed=0)["position_bias"].items()}
     {'table': (2, 5, 9)}
     """
+    CHECK_INIT("offsets", offsets)
     rng = np.random.default_rng(seed)
     if not isinstance(config, DATConfig):
         params = _init_tree(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)

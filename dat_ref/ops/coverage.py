@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._checks import Array, ConfigError
+from .._checks import Array, ConfigError, integer, real, size_pair
 from ..conventions import Convention
 from .grid import Size, key_grid_size, reference_points, to_pixels
 
@@ -49,6 +49,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     >>> read_pixels((3, 9), stride=3).astype(int).tolist()
     [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
     """
+    size, stride = size_pair("size", size), integer(1)("stride", stride)
     kernel = stride // 2 * 2 + 3  # every odd kernel above the stride gives the same grid
     points = reference_points(key_grid_size(size, kernel, stride, convention), convention)
     points_px = to_pixels(np.clip(points, -1, 1), size, convention)
@@ -89,7 +90,9 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
     >>> hit_rate((16, 16), 8, (1, 1)), hit_rate((16, 16), 8, (7, 7)), hit_rate((16, 16), 2, (1, 1))
     (0.0625, 1.0, 1.0)
     """
-    if min(target) < 1 or target[0] > size[0] or target[1] > size[1]:
+    size = size_pair("size", size)
+    target = tuple(integer()("target", side) for side in target)  # type: ignore[assignment]
+    if len(target) != 2 or min(target) < 1 or target[0] > size[0] or target[1] > size[1]:
         raise ConfigError(f"target: expected 1 ≤ h ≤ {size[0]} and 1 ≤ w ≤ {size[1]}, got {target}")
     read = read_pixels(size, stride, convention)
     windows = np.lib.stride_tricks.sliding_window_view(read, target)
@@ -109,6 +112,7 @@ def fixed_grid_bound(hit_rate: float, classes: int) -> float:
     >>> fixed_grid_bound(0.0, 8), fixed_grid_bound(1.0, 8)
     (0.125, 1.0)
     """
+    hit_rate, classes = real()("hit_rate", hit_rate), integer()("classes", classes)
     if not 0 <= hit_rate <= 1 or classes < 1:
         raise ConfigError(f"hit_rate, classes: expected 0 ≤ h ≤ 1 and K ≥ 1, got {hit_rate} and {classes}")
     return hit_rate + (1 - hit_rate) / classes
@@ -126,6 +130,7 @@ def capture_radius(target: float) -> float:
     >>> capture_radius(3.0)
     2.5
     """
+    target = real()("target", target)
     if not target > 0:
         raise ConfigError(f"target: expected a side above 0, got {target}")
     return target / 2 + 1
