@@ -264,7 +264,7 @@ def test_what_would_not_fit_is_not_run(tiny_cases, no_memory, monkeypatch, capsy
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
     monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], run=None))
     assert bench("--shapes", "C", "--backends", "blockwise") == 0
-    assert "C, float32: eager: would take about 0.0 GB, and 0.0 GB are free." in capsys.readouterr().out
+    assert "C, float32: eager: needs about 0.0 GB, 0.0 GB are free." in capsys.readouterr().out
 
 
 def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsys):
