@@ -91,8 +91,8 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
     (0.0625, 1.0, 1.0)
     """
     size = size_pair("size", size)
-    target = tuple(integer()("target", side) for side in target)  # type: ignore[assignment]
-    if len(target) != 2 or min(target) < 1 or target[0] > size[0] or target[1] > size[1]:
+    sides: tuple[int, ...] = tuple(integer()("target", side) for side in target)
+    if len(sides) != 2 or min(sides) < 1 or sides[0] > size[0] or sides[1] > size[1]:
         raise ConfigError(f"target: expected 1 ≤ h ≤ {size[0]} and 1 ≤ w ≤ {size[1]}, got {target}")
     read = read_pixels(size, stride, convention)
     windows = np.lib.stride_tricks.sliding_window_view(read, target)

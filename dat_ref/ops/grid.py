@@ -19,7 +19,7 @@ from .basic import Padding, conv_size
 Size = tuple[int, int]
 
 
-def check_convention(convention: Convention) -> None:
+def check_convention(convention: object) -> None:
     """Raise `ConfigError` unless `convention` is a `Convention`."""
     if not isinstance(convention, Convention):
         known = ", ".join(each.name for each in Convention)
