@@ -156,7 +156,8 @@ CLAIMS = (
         number=22,
         title="Coverage: the undeformed grid reads every pixel at strides 1 and 2",
         statement=(
-            "Without offsets the keys read every pixel of the map at strides 1 and 2, and a small share at larger strides."
+            "Without offsets the keys read every pixel of the map at strides 1 and 2, and a small share of the pixels "
+            "at larger strides."
         ),
         sources=LAW,
         measure=measure_coverage,

@@ -199,7 +199,7 @@ CLAIMS = (
         verdict=holds_if("no point is more than H - 1 pixels from a query, as in both released configurations"),
         reason=(
             "The table covers all displacements for these conventions: without offsets {fixed}; with s·tanh and s = 2 "
-            "{tanh}, since its query grid is contracted by exactly the maximum offset; with a clamp {clamp}. In the "
+            "{tanh}, whose contracted query grid compensates exactly for the offset; with a clamp {clamp}. In the "
             "article's geometry with s = 2, displacements exceed the table by {beyond} cell on each side. There the "
             "bias decreases to zero, as outside a map."
         ),
