@@ -1,24 +1,24 @@
-"""Coverage: the share of a map that the reference points read. It decides whether offsets can matter.
+"""Coverage: the share of a map that the reference points read. Offsets can matter only where coverage is incomplete.
 
 A point p reads pixel i with the bilinear weight (see `sampling`)
 
     w(i) = max(0, 1 - |p_y - i_y|) · max(0, 1 - |p_x - i_x|),
 
 so its footprint, the pixels of positive weight, is at most 2 × 2 pixels. A key grid of stride r has one point for r × r
-pixels. Four consequences:
+pixels. This has four consequences:
 
-1. **Coverage.** With cell centers the grid reads every pixel at strides 1 and 2. Beyond, a point on a pixel reads one
-   pixel of its cell (odd r, coverage 1/r²), a point between pixels reads four (even r, coverage 4/r²).
-2. **Average pooling.** At strides 1 and 2 the cell is the footprint, with equal weights: the layer without offsets
-   equals the layer with average pooling of its cells. It misses nothing, so offsets cannot recover anything.
-3. **Bound.** What no point reads changes no key. If the grid reads some pixel of the target with probability h over the
-   target's positions, then no classifier of K equally frequent kinds that sees the map through the keys alone is right
-   more often than h + (1 - h)/K.
-4. **Capture radius.** A point gets a gradient from a target only while its footprint touches it: from within half the
-   target's side plus one pixel, along each axis.
+1. **Coverage.** With cell centers the grid reads every pixel at strides 1 and 2. At larger strides, a point on a pixel
+   reads one pixel of its cell (odd r, coverage 1/r²); a point between pixels reads four (even r, coverage 4/r²).
+2. **Average pooling.** At strides 1 and 2 the footprint is the cell, with equal weights. The layer without offsets then
+   equals the layer with average pooling of its cells. It misses no pixel, so offsets cannot recover anything.
+3. **Bound.** Pixels that no point reads do not change the keys. If the grid reads some pixel of the target with
+   probability h over the target's positions, and a classifier of K equally frequent classes uses only the keys, then
+   its accuracy is at most h + (1 - h)/K.
+4. **Capture radius.** A point gets a gradient from a target only while its footprint touches the target: within half
+   the target's side plus one pixel on each axis.
 
-They hold for the map that the layer samples. A convolution, a window or a local perception unit before it carries what
-lies between the points to them, and so raises h.
+These statements hold for the map that the layer samples. Convolutions, windows or local perception units before the
+layer move information from the pixels between the points to the points. They increase h.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .._checks import Array, ConfigError, integer, real, size_pair
 from ..conventions import Convention
 from .grid import Size, key_grid_size, reference_points, to_pixels
 
-_ROUNDING = 1e-9  # pixels: a point this close to a pixel's center is on it
+_ROUNDING = 1e-9  # tolerance in pixels: a point this close to a pixel's center reads no other pixel
 
 
 def read_pixels(size: Size, stride: int, convention: Convention = Convention.CELL_CENTER) -> Array:
-    """Return which pixels of a map some reference point reads.
+    """Return a mask of the pixels that the reference points read.
 
     Args:
         size: (H, W) of the map, each at least `stride`.
-        stride: r, map pixels a key cell.
+        stride: r, map pixels per key cell.
         convention: coordinate convention. Points outside the map are clamped to it, as in DAT++.
 
     Returns:
@@ -50,7 +50,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
     """
     size, stride = size_pair("size", size), integer(1)("stride", stride)
-    kernel = stride // 2 * 2 + 3  # every odd kernel above the stride gives the same grid
+    kernel = stride // 2 * 2 + 3  # every odd kernel larger than the stride gives the same grid
     points = reference_points(key_grid_size(size, kernel, stride, convention), convention)
     points_px = to_pixels(np.clip(points, -1, 1), size, convention)
     rows, columns = (_read_on_axis(points_px[..., axis].ravel(), length) for axis, length in enumerate(size))
@@ -58,7 +58,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
 
 
 def _read_on_axis(points_px: Array, length: int) -> Array:
-    """Return which pixels of one axis have a positive weight for some point."""
+    """Return a mask of the pixels of one axis with a positive weight for some point."""
     points_px = np.clip(points_px, 0, length - 1)
     distance = np.abs(np.arange(length)[:, None] - points_px)
     return np.asarray((distance < 1 - _ROUNDING).any(1))
@@ -80,8 +80,8 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
 
     Args:
         size: (H, W) of the map.
-        stride: r, map pixels a key cell.
-        target: (h, w) of the target, pixels of the map; every position wholly on the map counts once.
+        stride: r, map pixels per key cell.
+        target: (h, w) of the target in map pixels. Every position entirely on the map counts once.
         convention: coordinate convention.
 
     Raises:
@@ -100,11 +100,11 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
 
 
 def fixed_grid_bound(hit_rate: float, classes: int) -> float:
-    """Return the highest accuracy that keys at the reference points allow, h + (1 - h)/K.
+    """Return the maximum accuracy with keys at the reference points, h + (1 - h)/K.
 
     Args:
         hit_rate: h, in [0, 1], see `hit_rate`.
-        classes: K, equally frequent and independent of the target's position.
+        classes: number K of classes, equally frequent and independent of the target's position.
 
     Raises:
         ConfigError: if h is not in [0, 1] or K is below 1.
@@ -119,13 +119,16 @@ def fixed_grid_bound(hit_rate: float, classes: int) -> float:
 
 
 def capture_radius(target: float) -> float:
-    """Return the distance along an axis, in map pixels, from which a target can pull a point towards itself.
+    """Return the largest distance on an axis, in map pixels, at which a target gives a point a gradient.
 
-    Half the target's side plus one pixel. The target's pixels are those that it covers at least half; for a target of
-    whole pixels on the lattice the radius is half a pixel less.
+    This is half the target's side plus one pixel. A pixel belongs to the target if the target covers at least half of
+    it. For a target of whole pixels on the lattice the radius is half a pixel less.
 
     Args:
-        target: side of the target, map pixels, above 0.
+        target: side of the target in map pixels, greater than 0.
+
+    Raises:
+        ConfigError: if the side is not greater than 0.
 
     >>> capture_radius(3.0)
     2.5
