@@ -39,8 +39,9 @@ BLOCK = BlockConfig(LAYER)
 
 # ------------------------------------------------------------------------------------------------ values by kind
 
-NO_NUMBER = ["10", None, True, float("nan"), float("inf"), -float("inf"), 1j, [1], np.zeros(2), object(), 10**400]
-NO_INTEGER = [value for value in NO_NUMBER if value != 10**400] + [12.0, 1.5, np.float64(3)]
+NEITHER = ["10", None, True, float("nan"), float("inf"), -float("inf"), 1j, [1], np.zeros(2), object()]
+NO_NUMBER = [*NEITHER, 10**400]
+NO_INTEGER = [*NEITHER, 12.0, 1.5, np.float64(3)]
 NO_STRING = [None, 0, 1, True, 1.0, ["table"], "", "junk", "TABLE ", np.zeros(2)]
 
 POSITIVE = ([1, np.int64(2), np.uint8(3)], [0, -12, *NO_INTEGER])
