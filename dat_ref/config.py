@@ -100,8 +100,8 @@ LOG_CPB_HIDDEN = 32
 class DeformableAttentionConfig:
     """Configuration of a deformable-attention layer.
 
-    Instead of an enumeration member, its value may be given (``bias="log_cpb"``), or for `convention` its name in upper
-    or lower case (``"paper"``). Like a list for `size`, it is converted.
+    Strings are converted: values of enumerations (``bias="log_cpb"``), and names of conventions in upper or lower case
+    (``convention="paper"``). A list for `size` becomes a tuple.
 
     Args:
         dim: number of channels C of the map, a multiple of `heads`.

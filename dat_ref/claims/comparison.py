@@ -59,7 +59,7 @@ def measure_predicted_weights() -> Figures:
 
 
 def judge_predicted_weights(figures: Figures) -> Verdict:
-    """Holds if the weights depend on the query and not on the map, and depend on the map with dot products."""
+    """Verdict: holds if the weights depend on the query and not on the map, and depend on the map with dot products."""
     sensitive = figures["dot_product"].value != 0 and figures["other_query"].value != 0
     return HOLDS if sensitive and figures["other_map"].value == 0 else REFUTED
 
@@ -100,7 +100,7 @@ def measure_sigmoid() -> Figures:
 
 
 def judge_sigmoid(figures: Figures) -> Verdict:
-    """Holds if all taps share one matrix. In general, a deformable convolution has a matrix per tap."""
+    """Verdict: holds if all taps share one matrix. In general, a deformable convolution has a matrix per tap."""
     if not figures["same"].value:
         return REFUTED
     if not figures["apart"].value:
@@ -148,7 +148,7 @@ def measure_memory_limit() -> Figures:
 
 
 def judge_memory_limit(figures: Figures) -> Verdict:
-    """Holds if the memory is exceeded at every size; holds conditionally if only at detection with a key per pixel."""
+    """Verdict: holds if memory is exceeded at every size; conditional if only at detection with one key per pixel."""
     if not figures["exact"].value:
         return REFUTED
     limit = float(figures["accelerator"].value)
@@ -213,7 +213,7 @@ def measure_locality() -> Figures:
 
 
 def judge_locality(figures: Figures) -> Verdict:
-    """Holds if DAT's receptive field is nearly the whole map and the window's is smaller, in stage 3 and in stage 4."""
+    """Verdict: holds if DAT's receptive field is nearly the whole map and the window's is not; conditional in stage 4."""
     value = {key: float(figure.value) for key, figure in figures.items()}
     whole = value["deformable_3"] > 0.9 * 196 and value["deformable_4"] > 0.9 * 49
     if not (whole and value["window_3"] < 0.5 * 196 and value["near"] < value["far"]):

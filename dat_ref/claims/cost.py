@@ -72,7 +72,7 @@ def measure_formula() -> Figures:
 
 
 def judge_formula(figures: Figures) -> Verdict:
-    """Holds if the counts are equal, except for the bilinear sampling that the formula omits."""
+    """Verdict: holds if the counts are equal, except for the bilinear sampling that the formula omits."""
     if figures["equal"].value != figures["layers"].value:
         return REFUTED
     if not figures["left_out"].value:
@@ -113,7 +113,7 @@ def measure_example() -> Figures:
 
 
 def judge_example(figures: Figures) -> Verdict:
-    """Holds if both numbers in the article equal the counted ones, in the digits given there."""
+    """Verdict: holds if both numbers in the article equal the counted ones, in the digits given there."""
     total, offset = float(figures["total"].value) / 1e6, float(figures["offset"].value) / 1e6
     quoted = (round(total, 2) == 79.63, round(offset, 2) == 5.08, round(100 * offset / total) == 6)
     return HOLDS if all(quoted) else REFUTED
@@ -137,7 +137,7 @@ def measure_growth_in_channels() -> Figures:
 
 
 def judge_growth_in_channels(figures: Figures) -> Verdict:
-    """Holds if twice the channels need exactly twice the cost."""
+    """Verdict: holds if twice the channels need exactly twice the cost."""
     doubled = [
         int(figures[f"{kind}_{2 * dim}"].value) == 2 * int(figures[f"{kind}_{dim}"].value)
         for kind in ("macs", "weights")
@@ -174,7 +174,7 @@ def measure_models() -> Figures:
 
 
 def judge_models(figures: Figures) -> Verdict:
-    """Holds if all sixteen numbers round to the printed digit; holds conditionally if all are close."""
+    """Verdict: holds if all sixteen numbers round to the printed digit; conditional if all are close."""
     if figures["to_the_digit"].value == 2 * len(PUBLISHED):
         return HOLDS
     largest = max(float(figures["apart_params"].value), float(figures["apart_macs"].value))
@@ -246,7 +246,7 @@ def measure_samples() -> Figures:
 
 
 def judge_samples(figures: Figures) -> Verdict:
-    """Holds if r divides the sides; elsewhere HW/r² is not always an integer."""
+    """Verdict: holds if r divides the sides; elsewhere HW/r² is not always an integer."""
     if figures["equal"].value != figures["cases"].value:
         return REFUTED
     return HOLDS if figures["others_equal"].value == figures["others"].value else holds_if("r divides H and W")

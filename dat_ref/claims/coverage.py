@@ -42,7 +42,7 @@ def measure_coverage() -> Figures:
 
 
 def judge_coverage(figures: Figures) -> Verdict:
-    """Holds for the conventions in which every pixel is read at strides 1 and 2."""
+    """Verdict: holds for the conventions in which every pixel is read at strides 1 and 2."""
     complete = str(figures["complete"].value)
     if complete == _names(list(Convention)):
         return HOLDS
@@ -84,7 +84,7 @@ def measure_pooling() -> Figures:
 
 
 def judge_pooling(figures: Figures) -> Verdict:
-    """Holds for the conventions in which the two layers are equal at strides 1 and 2, if they differ at stride 3."""
+    """Verdict: holds for the conventions in which the layers are equal at strides 1 and 2 but not at stride 3."""
     equal = str(figures["equal"].value)
     if equal == "none" or float(figures["stride3"].value) < EXACT:
         return REFUTED
@@ -120,7 +120,7 @@ def measure_bound() -> Figures:
 
 
 def judge_bound(figures: Figures) -> Verdict:
-    """Holds if the best classifier reaches the bound exactly."""
+    """Verdict: holds if the best classifier reaches the bound exactly."""
     best, bound = (float(figures[key].value) for key in ("best", "bound"))
     return HOLDS if abs(best - bound) < EXACT else REFUTED
 
@@ -146,7 +146,7 @@ def measure_capture() -> Figures:
 
 
 def judge_capture(figures: Figures) -> Verdict:
-    """Holds if there is no gradient outside the radius, and a gradient just inside it."""
+    """Verdict: holds if there is no gradient outside the radius, and a gradient just inside it."""
     radius, farthest = (float(figures[key].value) for key in ("radius", "farthest"))
     return HOLDS if radius - 0.02 < farthest <= radius else REFUTED
 

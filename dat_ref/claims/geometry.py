@@ -45,7 +45,7 @@ def measure_references() -> Figures:
 
 
 def judge_references(figures: Figures) -> Verdict:
-    """Holds for the conventions with all points in [-1, 1] and corners at ±1."""
+    """Verdict: holds for the conventions with all points in [-1, 1] and corners at ±1."""
     if figures["both"].value == _names(list(Convention)):
         return HOLDS
     return REFUTED if figures["both"].value == "none" else holds_if(f"the convention is {figures['both']}")
@@ -94,7 +94,7 @@ def measure_range() -> Figures:
 
 
 def judge_range(figures: Figures) -> Verdict:
-    """Holds if s counts spacings of the key grid; in normalized coordinates the region would exceed the map."""
+    """Verdict: holds if s counts spacings of the key grid; in normalized coordinates the region would exceed the map."""
     if figures["as_wide"].value != _names(list(Convention)):
         return REFUTED
     if float(figures["literal"].value) <= RANGE and OffsetBound.TANH_CELLS.name in str(figures["latest"].value):
@@ -135,7 +135,7 @@ def measure_table() -> Figures:
 
 
 def judge_table(figures: Figures) -> Verdict:
-    """Holds if all displacements are covered; holds conditionally if they are in both released configurations."""
+    """Verdict: holds if all displacements are covered; conditional if they are in both released configurations."""
     everywhere = _names(list(Convention))
     if all(figures[key].value == everywhere for key in ("fixed", "tanh", "clamp")):
         return HOLDS

@@ -93,7 +93,7 @@ def _constructed_shift(config: DeformableAttentionConfig, limit: Array) -> tuple
 
 
 def judge_compulsory_shift(figures: Figures) -> Verdict:
-    """Holds without a mean shift and without a constructed one; holds conditionally if a last bias increases it."""
+    """Verdict: holds without a mean shift and without a constructed one; conditional if a last bias increases it."""
     without, with_bias = float(figures["without"].value), float(figures["with_bias"].value)
     can_be_built = bool(figures["built_alike"].value) and float(figures["built"].value) > 0.1
     if without < 1e-3 and not can_be_built:
@@ -143,7 +143,7 @@ def measure_groups() -> Figures:
 
 
 def judge_groups(figures: Figures) -> Verdict:
-    """Holds if the sampled features and the keys of the other groups do not change; the rule on heads must hold."""
+    """Verdict: holds if features and keys of the other groups do not change, and invalid numbers of heads are refused."""
     if not (figures["refused"].value and figures["features_kept"].value):
         return REFUTED
     if figures["other_keys"].value == 0:
@@ -207,7 +207,7 @@ def _zero_gradient_offsets() -> dict[str, Figure]:
 
 
 def judge_initialization(figures: Figures) -> Verdict:
-    """Holds if the loop visits no module, weights have PyTorch's default bounds, and some offsets get no gradient."""
+    """Verdict: holds if the loop visits no module, weights have PyTorch's bounds, and some offsets get no gradient."""
     untouched = figures["visited"].value == 0 and figures["zero_biases"].value == 0
     default = float(figures["smallest"].value) > 0.9 and float(figures["largest"].value) <= 1
     return HOLDS if untouched and default and float(figures["silent"].value) > 1 else REFUTED

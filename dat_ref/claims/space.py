@@ -72,7 +72,7 @@ def measure_convolution() -> Figures:
 
 
 def judge_convolution(figures: Figures) -> Verdict:
-    """Holds if the numbers are equal for every map."""
+    """Verdict: holds if the numbers are equal for every map."""
     return HOLDS if figures["equal"].value == figures["cases"].value else REFUTED
 
 
@@ -103,7 +103,7 @@ def measure_per_query_keys() -> Figures:
 
 
 def judge_per_query_keys(figures: Figures) -> Verdict:
-    """Holds if the keys have exactly N_q·N_k·C elements and grow with the fourth power of the side."""
+    """Verdict: holds if the keys have exactly N_q·N_k·C elements and grow with the fourth power of the side."""
     fourth = figures["power"].value == figures["power_small"].value == 4
     return HOLDS if fourth and figures["keys"].value == figures["product"].value else REFUTED
 
@@ -135,7 +135,7 @@ def measure_four_keys() -> Figures:
 
 
 def judge_four_keys(figures: Figures) -> Verdict:
-    """Holds if the cost is linear in the number of pixels, the second power of the side."""
+    """Verdict: holds if the cost is linear in the number of pixels, the second power of the side."""
     second = all(figures[key].value == 2 for key in ("power", "power_small", "macs_power"))
     return HOLDS if second and figures["sampled"].value == figures["product"].value else REFUTED
 
@@ -173,7 +173,7 @@ def measure_shared_keys() -> Figures:
 
 
 def judge_shared_keys(figures: Figures) -> Verdict:
-    """Holds if exactly N_s·C elements are sampled, for both strides."""
+    """Verdict: holds if exactly N_s·C elements are sampled, for both strides."""
     exact = figures["sampled"].value == figures["product"].value
     return HOLDS if exact and figures["coarse"].value == figures["coarse_product"].value else REFUTED
 
