@@ -213,7 +213,10 @@ def measure_locality() -> Figures:
 
 
 def judge_locality(figures: Figures) -> Verdict:
-    """Verdict: holds if DAT's receptive field is nearly the whole map and the window's is not; conditional in stage 4."""
+    """Verdict: holds if DAT's receptive field is nearly the whole map and a window's is smaller.
+
+    Conditional if the window covers the map of stage 4.
+    """
     value = {key: float(figure.value) for key, figure in figures.items()}
     whole = value["deformable_3"] > 0.9 * 196 and value["deformable_4"] > 0.9 * 49
     if not (whole and value["window_3"] < 0.5 * 196 and value["near"] < value["far"]):

@@ -156,7 +156,7 @@ def measure_equal_keys() -> Figures:
 
 
 def judge_equal_keys(figures: Figures) -> Verdict:
-    """Verdict: holds in the only setting that gives both numbers; without such a setting, the claim cannot be tested."""
+    """Verdict: holds in the only setting that gives both numbers; without such a setting, it cannot be tested."""
     if not figures["fit"].value or ";" in f"{figures['common']}{figures['scoring']}":
         return not_testable("the settings that were tried do not single out what the source compared")
     return holds_if(

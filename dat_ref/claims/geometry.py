@@ -94,7 +94,7 @@ def measure_range() -> Figures:
 
 
 def judge_range(figures: Figures) -> Verdict:
-    """Verdict: holds if s counts spacings of the key grid; in normalized coordinates the region would exceed the map."""
+    """Verdict: holds if s counts spacings of the key grid; in normalized coordinates the region exceeds the map."""
     if figures["as_wide"].value != _names(list(Convention)):
         return REFUTED
     if float(figures["literal"].value) <= RANGE and OffsetBound.TANH_CELLS.name in str(figures["latest"].value):

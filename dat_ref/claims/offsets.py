@@ -143,7 +143,7 @@ def measure_groups() -> Figures:
 
 
 def judge_groups(figures: Figures) -> Verdict:
-    """Verdict: holds if features and keys of the other groups do not change, and invalid numbers of heads are refused."""
+    """Verdict: holds if features and keys of the other groups do not change and a wrong number of heads is refused."""
     if not (figures["refused"].value and figures["features_kept"].value):
         return REFUTED
     if figures["other_keys"].value == 0:
