@@ -44,7 +44,7 @@ def split_heads(x: Array, heads: int) -> Array:
 
 def merge_heads(x: Array, size: Size) -> Array:
     """Merge heads into a feature map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
-    check_array("x", x, {"B": None, "heads": None, "H·W": math.prod(size_pair("size", size)), "d": None})
+    check_array("x", x, {"B": None, "heads": None, "H·W": math.prod(size), "d": None})
     return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1] * x.shape[3], *size)
 
 
