@@ -275,7 +275,7 @@ def test_runs_that_would_not_fit_are_skipped(tiny_cases, no_memory, monkeypatch,
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
     monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], run=None))
     assert bench("--shapes", "C", "--backends", "blockwise") == 0
-    assert "C, float32: eager: would take about 0.0 GB, and 0.0 GB are free." in capsys.readouterr().out
+    assert "C, float32: eager: needs about 0.0 GB, 0.0 GB are free." in capsys.readouterr().out
 
 
 def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsys):

@@ -107,7 +107,7 @@ class Line:
 
 def test_figure_names_every_line_with_its_exponent():
     figure = viz_cost.draw_cost([Line("multi_head", 4), Line("window", 2), Line("of_tomorrow", 3)], reduction=16)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Multiply-adds", "Memory for the backward"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Multiply-adds", "Memory for the backward pass"]
     for axes in figure.axes:
         texts = [text.get_text().strip() for text in axes.texts]
         assert texts == ["window", "2.0", "of tomorrow", "3.0", "multi-head", "4.0"]

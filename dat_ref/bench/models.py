@@ -1,4 +1,4 @@
-"""Whole backbones: as released, as here, rewritten for inference, compiled."""
+"""Whole backbones: in the released formulation, as in this package, rewritten for inference, compiled."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from .cases import ModelCase
 from .implementations import Implementation
 from .released import released_formulation
 
-RELEASED = "released"  # what the others are compared with, in float32
-OPTIMIZED = "optimized"  # `optimize_for_inference`, which has no training step
+RELEASED = "released"  # the reference, in float32
+OPTIMIZED = "optimized"  # `optimize_for_inference`, forward pass only
 COMPILED = ", compiled"
 
 
 def model_implementations(
     case: ModelCase, names: list[str], dtypes: list[torch.dtype], device: str, seed: int, compiled: bool
 ) -> list[Implementation]:
-    """Return the backbone with the same random weights and images in every way asked for.
+    """Return the requested implementations of a backbone, all with the same random weights and images.
 
     Args:
-        names: ``"released"``, ``"optimized"``, or backends.
-        dtypes: float32 as it is, others under autocast (``"optimized"``: cast; left out where it is `unavailable`).
-        compiled: whether to add each under `torch.compile`, in the last of the dtypes.
+        names: ``"released"``, ``"optimized"``, or names of backends.
+        dtypes: dtypes. Those other than float32 run under autocast (``"optimized"``: the model is cast; omitted where it
+            is `unavailable`).
+        compiled: add each implementation under `torch.compile`, in the last dtype.
     """
     missing = unavailable(case, dtypes, device)
     original = _original(case, device, seed)

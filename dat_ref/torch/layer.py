@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import official
 from .._checks import ShapeError
-from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
+from ..config import CHECK_INIT, LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
 from ..layer import BIAS_KERNEL, LayerTrace
 from ..ops.bias import LogBiasTrace
 from ..ops.offsets import OffsetNetworkTrace
@@ -25,7 +25,8 @@ from .functional._dtypes import wide_dtype
 from .functional._sdpa import masked_attention
 from .functional.bias import log_bias_trace
 from .functional.grid import Padding, Size
-from .functional.sampling import Sampler
+from .functional.registry import check_backend
+from .functional.sampling import Sampler, check_sampler
 from .initialization import init_offsets, init_table
 
 
@@ -128,6 +129,9 @@ class DeformableAttention(SpecModule):
         init: Init = "released",
     ) -> None:
         super().__init__()
+        check_backend(backend)
+        check_sampler(sampler)
+        CHECK_INIT("init", init)
         self.config = config
         self.backend = backend
         self.sampler: Sampler = sampler

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...config import BiasResolution
 from ...conventions import Convention
-from ...ops.attention import check_core
+from ...ops.attention import check_core, check_options
 from .. import kernels
 from .._checks import check_tensor
 from . import blockwise
@@ -110,6 +110,7 @@ def deformable_attention(
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
+        check_options(convention, resolution)
     selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
     return selected.run(
         q,

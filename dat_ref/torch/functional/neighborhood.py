@@ -33,7 +33,7 @@ from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import first_key, submap_length, tiled_attention
 from .operation import is_transformed
-from .registry import Backend, Call, choose_backend
+from .registry import Backend, Call, check_backend, choose_backend
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.device | None = None) -> Tensor:
@@ -240,3 +240,8 @@ _BACKENDS = {
         _backend("triton", _kernel_backend("triton"), 40, _unsupported_by_triton_neighborhood),
     )
 }
+
+
+def check_neighborhood_backend(name: str) -> None:
+    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a backend of `neighborhood_attention`."""
+    check_backend(name, _BACKENDS)

@@ -106,6 +106,8 @@ def bound_offsets(
         return raw, torch.clamp(reference + raw, -1, 1)
     if bound is OffsetBound.RAW:
         return raw, reference + raw
+    if bound is not OffsetBound.NONE:
+        raise ConfigError(f"bound: expected OffsetBound, got {bound!r}")
     return torch.zeros_like(raw), torch.clamp(reference.expand(raw.shape), -1, 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..._checks import ConfigError
 from ..._deprecation import deprecated_keywords
 from ...config import BiasResolution
 from ...conventions import Convention
@@ -109,6 +110,12 @@ def backends(*, missing: bool = False) -> dict[str, str]:
     return {name: _BACKENDS[name].description for name, reason in reasons.items() if not reason}
 
 
+def check_backend(name: str, candidates: Mapping[str, Backend] = _BACKENDS) -> None:
+    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a candidate."""
+    if name != "auto" and name not in candidates:
+        raise ConfigError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+
+
 def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
     """Return the backend of that name if it can serve the call, else the best that can.
 
@@ -120,8 +127,7 @@ def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _B
     """
     if name == "auto":
         return _best_supported(call, candidates)
-    if name not in candidates:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+    check_backend(name, candidates)
     requested = candidates[name]
     reason = _unsupported_reason(requested, call)
     if not reason:

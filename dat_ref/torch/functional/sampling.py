@@ -10,16 +10,23 @@ Two samplers, equal but for rounding:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._checks import ConfigError
 from ._dtypes import wide_dtype
 
 Sampler = Literal["gather", "grid_sample"]
-SAMPLERS = ("gather", "grid_sample")
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
+
+def check_sampler(sampler: str) -> None:
+    """Raise `ConfigError` unless `sampler` is the name of a sampling method."""
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
 
 
 def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") -> Tensor:
@@ -62,11 +69,10 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
     Returns:
         (B, G, P, C/G), float32 or wider.
     """
+    check_sampler(sampler)
     if sampler == "grid_sample":
         maps = x.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B·G, C/G, H, W)
         return _grid_sample(maps, points_px.flatten(0, 1)).unflatten(0, points_px.shape[:2]).transpose(2, 3)
-    if sampler != "gather":
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     batch, height, width, groups, channels = x.shape
     dtype = wide_dtype(x, points_px)
     point_y, point_x = points_px.to(dtype).unbind(-1)
