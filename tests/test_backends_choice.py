@@ -225,10 +225,10 @@ def test_auto_takes_the_best_that_can_and_says_nothing():
 def test_another_backend_serves_and_why_is_said_once(name, options, why):
     absent = replace(registry._BACKENDS["blockwise"], name="absent", missing=lambda: "it is not here")
     registry._BACKENDS["absent"] = absent
-    with pytest.warns(functional.BackendWarning, match=f"backend='{name}' cannot serve: {why}") as caught:
+    with pytest.warns(functional.BackendWarning, match=f"backend='{name}' does not support this call: {why}") as caught:
         instead = chosen(name, **options)
     assert instead not in ("absent", "triton")
-    assert caught[0].message.args[0].endswith(f"'{instead}' does instead.")
+    assert caught[0].message.args[0].endswith(f"Using '{instead}'.")
     assert chosen(name, **options) == instead
 
 
