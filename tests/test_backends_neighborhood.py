@@ -392,7 +392,7 @@ def test_auto_takes_the_kernels_where_they_can_serve():
 def test_a_backend_that_cannot_serve_says_why_and_another_one_does(backend):
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
     functional.registry._WARNED.clear()
-    with pytest.warns(BackendWarning, match=f"backend='{backend}' does not support.*: it has no dropout.*Using 'matmul'"):
+    with pytest.warns(BackendWarning, match=f"'{backend}' does not support.*: it has no dropout.*Using 'matmul'"):
         y, _ = functional.neighborhood_attention(qkv, table, scale=1.0, dropout=0.5, backend=backend)
     assert y.isfinite().all()
 
