@@ -285,7 +285,7 @@ def test_budget_rejects(wrong):
 
 
 def test_budget_needs_a_truth_in_double_precision():
-    """A truth has float32 or with a NaN is no truth."""
+    """A truth in float32 or with a NaN is no truth."""
     result, truth, yardstick = budget_example()
     with pytest.raises(AssertionError, match="truth has float32"):
         assert_within_budget(result, truth.astype(np.float32), yardstick)
