@@ -85,7 +85,7 @@ def test_a_wrong_implementation(port, capsys):
     printed = capsys.readouterr().out
     assert "✓ zeros_outside" in printed
     assert "✗ border_fades" in printed
-    assert "like the reference with one mistake:\n    points outside the pixel centers are dropped" in printed
+    assert "like the reference with one mistake:\n    points outside the outermost pixel centers read zero" in printed
     assert "    a: (y, x) = (-0.5, -0.5)" in printed
     assert "15 of 24 checks hold, 4 fail, 5 not run" in printed
     assert np.all(shown_by(printed) == 0)
