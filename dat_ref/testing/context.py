@@ -142,7 +142,7 @@ class CheckContext:
         return [name for name in case.arrays() if name.partition(".")[0] in self.op.differentiable_arguments]
 
     def gradients(self, implementation: Implementation, cotangent: Array, case: Case) -> dict[str, Array]:
-        """Return the gradients by name, whatever form the VJP returns them in."""
+        """Return the gradients by name, for any form in which the VJP returns them."""
         assert implementation.vjp is not None
         positional, options = self._arguments(implementation, case)
         returned = implementation.vjp(cotangent, *positional, **options)

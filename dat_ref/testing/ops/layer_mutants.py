@@ -41,7 +41,7 @@ def attend_mistake(change: Callable[..., Any]) -> dict[str, Function]:
     return {"attend": lambda fn: lambda *arguments: change(fn, *arguments)}
 
 
-# Each mistake with the first check that sees it, in the order of the checks.
+# Mistakes by name, in the order of the checks: the first check that fails, and the wrong steps.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "weight matrices are transposed": ("projections", {"linear": weights_transposed}),
     "the biases of the projections are missing": ("projections", {"linear": biases_missing}),

@@ -165,10 +165,10 @@ def masked(bias: Array, outside: Array) -> Array:
     return np.where(outside, -np.inf, bias)
 
 
-# Each mistake: the first check that sees it, and the steps that are wrong.
+# Mistakes by name: the first check that fails, and the wrong steps.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "windows are shifted by one pixel down and right": ("inside", {"window": with_window(shifted)}),
-    "windows are cropped at the border: border queries see fewer keys": (
+    "windows are cropped at the border: border queries attend to fewer keys": (
         "at_the_border", {"window": with_window(not_clamped), "mask": lambda fn: masked}
     ),
     "windows extend over the border, and zero padding is attended to": (

@@ -66,18 +66,18 @@ def mean_agrees(ctx: CheckContext, case: Case) -> None:
     try:
         ctx.require_close(got.mean(axis=(0, 1)), expected.mean(axis=(0, 1)))
     except Mismatch as mismatch:
-        raise Mismatch(f"the middle of the grid: {mismatch.message}", expected, got) from None
+        raise Mismatch(f"center of the grid: {mismatch.message}", expected, got) from None
 
 
 def single_key(ctx: CheckContext, case: Case) -> None:
     if ctx.setting.convention is Convention.DATPP2023:
-        raise Skip("the 2023 release divides by zero there")
+        raise Skip("the 2023 release divides by zero for a single key")
     ctx.compare(case)
 
 
 def identity(ctx: CheckContext, case: Case) -> None:
     if ctx.setting.convention not in CONSISTENT:
-        raise Skip(f"{ctx.setting.convention.name} does not have it: the release mixes two geometries")
+        raise Skip(f"not true in {ctx.setting.convention.name}: the release mixes two geometries")
     pixels = np.stack(np.meshgrid(*map(np.arange, case.arguments["size"]), indexing="ij"), axis=-1)
     ctx.require_close(ctx.got(case), pixels.astype(np.float64))
 
