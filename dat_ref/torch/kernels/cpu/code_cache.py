@@ -28,7 +28,7 @@ from numba.core.sigutils import normalize_signature
 _WARNED: set[str] = set()
 
 
-def compile_cached(kernel: Callable[[Any], None], signature: Any) -> CFunc:
+def compile_cached(kernel: Callable[[Any], None], signature: Any) -> Any:
     """Compile a kernel to a C callback, or load its code from the cache.
 
     Args:
@@ -44,7 +44,7 @@ def compile_cached(kernel: Callable[[Any], None], signature: Any) -> CFunc:
 class _CachedCFunc(CFunc):  # type: ignore[misc]
     """C callback that is compiled without a cache if there is no writable directory."""
 
-    def enable_caching(self) -> None:
+    def enable_caching(self: Any) -> None:
         try:
             self._cache = _KernelCache(self._pyfunc)
         except (RuntimeError, OSError) as error:
