@@ -85,7 +85,7 @@ def test_a_wrong_implementation(port, capsys):
     printed = capsys.readouterr().out
     assert "✓ zeros_outside" in printed
     assert "✗ border_fades" in printed
-    assert "like the reference with one mistake:\n    points outside the pixel centers are dropped" in printed
+    assert "like the reference with one mistake:\n    points outside the outermost pixel centers read zero" in printed
     assert "    a: (y, x) = (-0.5, -0.5)" in printed
     assert "15 of 24 checks hold, 4 fail, 5 not run" in printed
     assert np.all(shown_by(printed) == 0)
@@ -127,8 +127,8 @@ def test_correct_targets_of_every_form(target, port, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing", "it returns object, not numbers"),
-        ("noisy", "asked again, it answers differently: 4 of 4 differ"),
+        ("nothing", "it returned object, expected a numeric dtype"),
+        ("noisy", "a second call with the same inputs gave another result: 4 of 4 differ"),
     ],
 )
 def test_an_immediate_failure_ends_the_checks(name, words, port, capsys):
@@ -144,7 +144,7 @@ def test_unsupported_options(port, capsys):
     printed = capsys.readouterr().out
     assert "· single_row               not run: not implemented: single rows" in printed
     assert "✓ anywhere " in printed
-    assert "(on some cases not run: not implemented: single rows)" in printed
+    assert "(not run on some cases: not implemented: single rows)" in printed
 
 
 def test_conventions(port, capsys):
@@ -176,19 +176,19 @@ def test_expected_failures(port, capsys):
     known.write_text(everything.replace("single_row # so\n", ""), encoding="utf-8")
     run("port", "--xfails", str(known), code=1)
     printed = capsys.readouterr().out
-    assert "✗ single_row\n  promised:" in printed
+    assert "✗ single_row\n  property:" in printed
     assert "✗ border_fades\n" not in printed
     known.write_text(everything + "first_pixel # was wrong once\n", encoding="utf-8")
     run("port", "--xfails", str(known), code=1)
-    assert "holds, but is on the list of expected failures: take it off" in capsys.readouterr().out
+    assert "holds, but is listed as an expected failure: remove it from the list" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("listed", "words"),
     [
-        ("border_fades", "expected `name  # why` in known.txt, line 1"),
-        ("border_fade # why", "'border_fade' is no check; 'border_fades' is one"),
-        ("bias.border_fade # why", "'bias.border_fade' is no check; 'bias.border_fades' is one"),
+        ("border_fades", "expected `name  # reason` in known.txt, line 1"),
+        ("border_fade # why", "'border_fade' is not a check; did you mean 'border_fades'?"),
+        ("bias.border_fade # why", "'bias.border_fade' is not a check; did you mean 'bias.border_fades'?"),
         (None, "known.txt: No such file"),
     ],
 )
@@ -206,11 +206,11 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
         ("port.", "expected package.module:object, got 'port.'"),
         ("elsewhere:sample", "found no module 'elsewhere'"),
         ("port.sampling:sample", "found no module 'port.sampling'"),
-        ("port.py:sample", "found no module 'port.py'; a file is named like a module: port\n"),
+        ("port.py:sample", "found no module 'port.py'; use the module name of a file: port\n"),
         ("port:absent", "port has no 'absent'"),
-        ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
-        ("port:sample", "which operation does the function 'sample' implement?"),
-        ("port:Built", "port:Built is a class, which is called without arguments; that raised TypeError"),
+        ("port:number", "port:number has none of the expected functions:\n  bilinear_sample(x, points_px)"),
+        ("port:sample", "unknown operation of the function 'sample'."),
+        ("port:Built", "port:Built is a class; calling it without arguments raised TypeError"),
         ("broken", "importing broken raised ZeroDivisionError: division by zero (" ),
         ("needs", "importing needs raised ModuleNotFoundError: No module named 'nowhere'"),
     ],

@@ -287,7 +287,7 @@ def test_budget_rejects(wrong):
 def test_budget_needs_a_truth_in_double_precision():
     """A truth in float32 or with a NaN is an error."""
     result, truth, yardstick = budget_example()
-    with pytest.raises(AssertionError, match="truth in float32"):
+    with pytest.raises(AssertionError, match="truth has float32"):
         assert_within_budget(result, truth.astype(np.float32), yardstick)
     with pytest.raises(AssertionError, match="not finite"):
         assert_within_budget(result, np.where(truth == truth[0], np.nan, truth), yardstick)

@@ -28,18 +28,18 @@ MUTANTS = [(op, mutant) for op in OPS for mutant in op.mutants]
 COMMON_MISTAKES = {
     "x/y swapped": "x and y swapped",
     "half-pixel shift": "half a pixel",
-    "H for H - 1": "H for H - 1",
-    "square-only normalisation": "x is normalised by the height",
+    "H for H - 1": "H instead of H - 1",
+    "square-only normalisation": "x is normalized by the height",
     "group order": "groups in reverse order",
     "missing scale": "the scale is missing",
     "missing offset bound": "no bound: the tanh is missing",
-    "border dropped": "dropped",
+    "border dropped": "points outside the outermost pixel centers read zero",
     "border wrapped": "wraps around",
     "bias sign": "the displacement has the wrong sign",
     "bias transposed": "the table is transposed",
     "table off by one": "off by one",
     "gradient times 1.001": "0.1 % too large",
-    "position gradient through the bias forgotten": "the position gradient through the bias is forgotten",
+    "position gradient through the bias forgotten": "the points' gradient through the bias is missing",
     "half-precision geometry": "bfloat16",
     "padding keys attended": "padding keys are attended",
 }
@@ -116,12 +116,12 @@ def test_without_a_mistake_the_steps_are_the_reference(op, compute, steps, repla
 
 
 def test_a_report_names_the_first_failure_and_the_mistake():
-    """The report shows all checks of a mutant, with the smallest counter-example."""
-    mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalised by the height")
+    """All checks of one mutant, with the smallest counter-example."""
+    mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalized by the height")
     report = check_op(mutant.apply(BIAS.reference), BIAS, Setting(max_examples=10))
     assert not report.passed
     assert report.failed()[0].check.name == "not_square"
-    assert report.diagnosis == ["x is normalised by the height"]
+    assert report.diagnosis == ["x is normalized by the height"]
 
 
 def test_mistakes_that_make_up_for_each_other_are_not_named():

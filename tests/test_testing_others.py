@@ -73,9 +73,9 @@ def test_discrete_sampling_of_rt_detr_v2_is_the_reference_with_three_differences
     from dat_ref.testing.adapters.transformers import rt_detr_v2_discrete
 
     names = (
-        "nearest pixel instead of linear",
-        "the border is repeated outside",
-        "half a pixel down and right: pixel = location · W",
+        "nearest neighbor instead of bilinear interpolation",
+        "the border is replicated outside the map",
+        "positions are shifted by half a pixel down and right: pixel = location · W",
     )
     known = {mutant.name: mutant for mutant in MULTI_SCALE.mutants}
     wrong = apply_mutants(MULTI_SCALE.reference, [known[name] for name in names])

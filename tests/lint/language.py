@@ -52,7 +52,12 @@ BANNED = (
 )
 
 # (file, stripped text of the line) of a finding that is meant.
-ALLOWED: frozenset[tuple[str, str]] = frozenset()
+ALLOWED: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("dat_ref/torch/functional/__init__.py", '"cut_windows": "window_partition",'),  # deprecated names
+        ("dat_ref/torch/functional/__init__.py", '"lay_windows": "window_reverse",'),
+    }
+)
 
 PYTHON_FOLDERS = ("dat_ref", "tests", "docs", "experiments", "notebooks")  # docstrings and comments
 STRING_FOLDERS = ("dat_ref/", "notebooks/")  # string literals as well
