@@ -175,8 +175,8 @@ for cell, attended in zip(cells, in_window):
 #
 # Let $h$ be the share of spot positions at which a fixed point reads some pixel of the spot. Without offsets no
 # classifier can be right more often than $h + (1 - h)/5$ on average. The **control** is the same network without
-# offsets, trained in the same way. In the figure its squares are the pixels that it reads. The circles are the moved
-# points, with areas in proportion to their attention.
+# offsets, trained in the same way. In the figure its squares are the pixels that it reads; they hit or miss the
+# colored spot. The circles are the moved points, with areas in proportion to their attention.
 #
 # The positions of the spots are not used in training, only the labels.
 #
@@ -254,10 +254,18 @@ allowed = read[1:-1, 1:-1]
 hit_rate = np.lib.stride_tricks.sliding_window_view(allowed, (SPOT, SPOT)).any(axis=(2, 3)).mean()
 bound = fixed_grid_bound(hit_rate, 5)
 right = {"without offsets": fixed_logits.argmax(axis=1) == labels, "with offsets": logits.argmax(axis=1) == labels}
+colored = labels < 4
+hits = np.array([read[y : y + SPOT, x : x + SPOT].any() for y, x in corners[:, 0]])
+shown = {
+    "missed": np.flatnonzero(colored & ~hits)[0],
+    "missed again": np.flatnonzero(colored & ~hits)[1],
+    "hit": np.flatnonzero(colored & hits)[0],
+    "no color": np.flatnonzero(~colored)[0],
+}
 
 figure, rows = plt.subplots(2, 4, figsize=(8.8, 4.6))
 for row, (name, is_right) in zip(rows, right.items()):
-    for number, axes in enumerate(row):
+    for axes, (case, number) in zip(row, shown.items()):
         axes.imshow(pictures[number].transpose(1, 2, 0), interpolation="nearest")
         before, after = (part[number, 0].reshape(-1, 2) for part in (trace.reference_px, trace.points_px))
         if name == "without offsets":
@@ -267,7 +275,9 @@ for row, (name, is_right) in zip(rows, right.items()):
             axes.plot(*np.stack([before, after]).transpose(2, 0, 1)[::-1], color="white", lw=0.8)
             shares = trace.attention[number, 0, BORDER.ravel()].mean(axis=0)
             axes.scatter(*after.T[::-1], s=160 * shares, color=ORANGE, ec="white", lw=0.6, zorder=3)
-        axes.set(xticks=[], yticks=[], title="correct" if is_right[number] else "wrong", facecolor=style.MARGIN)
+        axes.set(
+            xticks=[], yticks=[], title=f"{case}: {'correct' if is_right[number] else 'wrong'}", facecolor=style.MARGIN
+        )
         axes.set(xlim=(-2.5, SIDE + 1.5), ylim=(SIDE + 1.5, -2.5))
         axes.spines[:].set_visible(False)
     row[0].set_ylabel(name)
@@ -284,10 +294,12 @@ def share_on(points_px, spots):
 accuracy = {name: is_right.mean() for name, is_right in right.items()}
 print(f"the points with zero offsets read {read.mean():.1%} of the map and hit {hit_rate:.0%} of the spots")
 print(f"bound without offsets {bound:.1%}; measured " + ", ".join(f"{k} {v:.1%}" for k, v in accuracy.items()))
+for name, is_right in right.items():
+    hit, missed = is_right[colored & hits].mean(), is_right[colored & ~hits].mean()
+    print(f"{name}: {hit:.0%} of the colors right where the fixed points hit, {missed:.0%} where they miss")
 assert read.mean() == coverage((SIDE, SIDE), STRIDE) == 0.0625
 assert accuracy["without offsets"] < bound + 0.05  # sampling error of 1000 pictures: 0.03 (two standard deviations)
 assert accuracy["with offsets"] > bound + 0.15
-colored = labels < 4
 for spot, name in enumerate(("colored", "white")):
     on = [share_on(part[colored], corners[colored, spot]) for part in (trace.reference_px, trace.points_px)]
     print(f"a point on the {name} spot: {on[0]:.0%} of the pictures with zero offsets, {on[1]:.0%} with offsets")
