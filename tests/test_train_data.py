@@ -8,6 +8,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from dat_ref import ConfigError  # noqa: E402
 from dat_ref.data import PIXEL_DEVIATION, PIXEL_MEAN  # noqa: E402
+from dat_ref.pictures import read_picture  # noqa: E402
 from dat_ref.scenes import KINDS, Scenes  # noqa: E402
 from dat_ref.torch.train import data as train_data  # noqa: E402
 from dat_ref.torch.train.data import ImageFolder, SceneImages, normalised, train_and_val  # noqa: E402
@@ -126,7 +127,7 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
     exif = opened.getexif()
     exif[0x0112] = 6  # turned by a quarter
     opened.save(tmp_path / "cat" / "turned.jpg", exif=exif)
-    assert train_data._read(tmp_path / "cat" / "turned.jpg").size == opened.size[::-1]
+    assert read_picture(tmp_path / "cat" / "turned.jpg").size == opened.size[::-1]
 
 
 # ------------------------------------------------------------------------------------------------ what is wrong
@@ -161,7 +162,7 @@ def test_a_picture_that_ends_early_is_named_when_it_is_read(tree):
     path = tree / "val" / "cat" / "0.png"
     path.write_bytes(path.read_bytes()[:-700])
     _, val = train_and_val(tree, 16, seed=0)
-    with pytest.raises(ConfigError, match=r"cat/0\.png: cannot be read to its end"):
+    with pytest.raises(ConfigError, match=r"cannot read .*cat/0\.png: .*truncated"):
         val[0]
 
 
