@@ -109,8 +109,8 @@ class SceneImages(Dataset[tuple[Tensor, Tensor]]):
 class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
     """Data set of a tree ROOT/CLASS/picture; the classes are the folders in the order of their names.
 
-    Pictures are read by the rules of `dat_ref.pictures`. Symbolic links to folders and files are followed. Links without
-    a target, links to a folder above, and files with other suffixes are left out with a warning.
+    Pictures are read by the rules of `dat_ref.pictures`. Symbolic links to folders and files are followed. Links
+    without a target, links to a folder above, and files with other suffixes are left out with a warning.
 
     Args:
         root: folder with one folder for each class.
