@@ -304,7 +304,7 @@ def test_a_copy_has_the_same_fingerprint(tree, tmp_path):
     assert loop._data_changes(before, loop._data_summary(*folders(tmp_path / "copy"))) == []
 
 
-# ------------------------------------------------------------------------------------------------ one reader of pictures
+# ------------------------------------------------------------------------------------------------ reader of pictures
 
 GRAY = np.linspace(0, 255, 48).round().astype(np.uint8).reshape(6, 8)
 
