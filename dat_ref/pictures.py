@@ -113,6 +113,8 @@ def import_pillow() -> Any:
 
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
+    if min(size) < 1:
+        raise ConfigError("it is empty")
     if width * height > MAX_PIXELS:
         raise ConfigError(_too_large(f"{width} × {height}"))
 

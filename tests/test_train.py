@@ -1,4 +1,4 @@
-"""Training in NumPy: the loss and the optimiser against torch's, step for step, and a model that learns."""
+"""Training in NumPy: the loss and the optimizer compared with torch, step by step, and a model that learns."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_cross_entropy_names_what_is_wrong(logits, labels, message):
         train.cross_entropy(logits, labels)
 
 
-# ------------------------------------------------------------------------------------------------ the optimiser
+# ------------------------------------------------------------------------------------------------ the optimizer
 
 
 def torch_adamw(leaves: dict[str, torch.Tensor], optimizer: train.AdamW) -> torch.optim.AdamW:
-    """Return torch's optimiser with the same settings, without decay where `has_weight_decay` says so."""
+    """Return torch's optimizer with the same settings; decay only for parameters with `has_weight_decay`."""
     groups = [
         {
             "params": [leaf for name, leaf in leaves.items() if train.has_weight_decay(name, leaf) is decay],
@@ -80,7 +80,7 @@ def torch_adamw(leaves: dict[str, torch.Tensor], optimizer: train.AdamW) -> torc
     seed=st.integers(0, 99),
 )
 def test_adamw_is_torchs_on_a_quadratic(rates, weight_decay, betas, epsilon, dtype, seed):
-    """L = Σ c (θ - a)²/2, one step for each drawn rate; what remains is the rounding of a fused multiply-add."""
+    """L = Σ c (θ - a)²/2, one step for each drawn rate; the only difference is the rounding of fused multiply-adds."""
     rng = np.random.default_rng(seed)
     shapes = {"blocks.0.weight": (3, 5), "blocks.0.bias": (3,), "position_bias.table": (2, 3, 5)}
     drawn = {
@@ -93,7 +93,7 @@ def test_adamw_is_torchs_on_a_quadratic(rates, weight_decay, betas, epsilon, dty
     reference, state = torch_adamw(leaves, optimizer), optimizer.init(params)
     for rate in rates:
         grads = map_tree(lambda c, p, a: c * (p - a), curvature, params, target)
-        for name, grad in flatten(grads).items():  # the same gradients, so that rounding does not pile up
+        for name, grad in flatten(grads).items():  # the same gradients, so that rounding errors do not accumulate
             leaves[name].grad = torch.tensor(grad)
         for group in reference.param_groups:
             group["lr"] = rate
@@ -121,7 +121,7 @@ def test_only_weights_decay():
         name.rpartition(".")[2] for name, leaf in flatten(params).items() if not train.has_weight_decay(name, leaf)
     }
     decaying = {name for name, leaf in flatten(params).items() if train.has_weight_decay(name, leaf)}
-    assert exempt == {"bias", "table", "weight"}  # the one-dimensional weights are those of norms
+    assert exempt == {"bias", "table", "weight"}  # the one-dimensional weights belong to norms
     assert all(name.endswith(".weight") and "norm" not in name for name in decaying)
     assert "stages.1.blocks.0.attention.offset_network.pointwise.weight" in decaying
 
@@ -160,7 +160,7 @@ def test_digits_are_enlarged_and_split_once():
 
 def test_enlarging_agrees_with_torch():
     images = np.random.default_rng(0).standard_normal((2, 3, 5, 7))
-    padded = torch.nn.functional.pad(torch.tensor(images), (1, 1, 1, 1))  # what lies outside is zero
+    padded = torch.nn.functional.pad(torch.tensor(images), (1, 1, 1, 1))  # zero outside the image
     larger = torch.nn.functional.interpolate(padded, scale_factor=3, mode="bilinear", align_corners=False)
     np.testing.assert_allclose(train.upsample(images, (15, 21)), larger[:, :, 3:-3, 3:-3], atol=1e-12)
 
@@ -215,7 +215,7 @@ def test_fit_refuses_to_do_nothing(wrong):
 
 
 def test_the_key_bias_has_no_gradient():
-    """It adds the same number to all logits of a query, and softmax does not see that."""
+    """It adds the same number to all logits of a query, and softmax is invariant to that."""
     data = digits()
     _, grads = train.loss_and_gradient(fresh_model(dtype=np.float64), data.train_images[:4], data.train_labels[:4])
     of_keys = [np.abs(grad).max() for name, grad in flatten(grads).items() if name.endswith("key.bias")]
@@ -225,7 +225,7 @@ def test_the_key_bias_has_no_gradient():
 
 
 def test_offsets_learn():
-    """The loss reaches every parameter of every offset network, and points leave the places where they started."""
+    """Every parameter of every offset network has a gradient, and points leave their initial positions."""
     data = digits()
     images, labels = data.train_images[:64], data.train_labels[:64]
     start = fresh_model()
@@ -246,7 +246,7 @@ def test_offsets_learn():
 
 
 def train_in_torch(params, images, labels, indices, rates) -> list[float]:
-    """Return the losses of `fit`'s steps done by torch alone: module, autograd and optimiser."""
+    """Return the losses of the steps of `fit`, computed by torch alone: module, autograd and optimizer."""
     model = dat_ref.torch.DAT(train.digits_config()).to(getattr(torch, images.dtype.name)).train()
     model.load_numpy(params)
     reference = torch_adamw(dict(model.named_parameters()), train.AdamW())
@@ -264,7 +264,7 @@ def train_in_torch(params, images, labels, indices, rates) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
 def test_the_loss_curve_is_torchs(dtype, tolerance):
-    """Twenty steps from the same weights. In float32 both runs round, each its own way, and the steps amplify it."""
+    """Twenty steps from the same weights. In float32 the runs round differently, and the steps amplify the difference."""
     data = digits()
     images, labels = data.train_images[:320].astype(dtype), data.train_labels[:320]
     start = fresh_model(dtype=dtype)

@@ -1,4 +1,4 @@
-"""Data to train on: items follow from (seed, epoch, number) alone; what is wrong with a folder is named and counted."""
+"""Data sets: items depend on (seed, epoch, index) alone; problems of a folder and of pictures are named and counted."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def picture(path, seed=0, size=(30, 21)):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes with three pictures each to train on, one each to look at."""
+    """Return a folder with two classes: three pictures each for training, one each for validation."""
     for number, (split, many) in enumerate((("train", 3), ("val", 1))):
         for place, name in enumerate(("cat", "dog")):
             for one in range(many):
@@ -62,14 +62,14 @@ def test_normalising_takes_read_only_and_mirrored_pixels():
 def test_items_are_the_scenes(task):
     scenes = Scenes(task, "held_out", size=24, length=5)
     data = SceneImages(scenes)
-    data.set_epoch(3)  # means nothing without `fresh`
+    data.set_epoch(3)  # no effect without `fresh`
     assert (len(data), data.classes, data.multi) == (5, KINDS, task == "which_all")
     for number in range(5):
         image, target = data[number]
         np.testing.assert_array_equal(image, normalised(scenes[number].image))
         np.testing.assert_array_equal(target, scenes[number].label)
         assert target.dtype == (torch.float32 if data.multi else torch.int64)
-    assert sum(1 for _ in data) == 5  # a loop ends, though scenes do not
+    assert sum(1 for _ in data) == 5  # a loop ends, although the scenes are unlimited
 
 
 def test_fresh_scenes_in_every_epoch():
@@ -107,7 +107,7 @@ def test_chance_follows_from_seed_epoch_and_number(tree):
         data.set_epoch(2)
     state = torch.get_rng_state()
     ahead = [first[number][0] for number in range(6)]
-    assert torch.equal(state, torch.get_rng_state())  # torch's own numbers are left alone
+    assert torch.equal(state, torch.get_rng_state())  # torch's global generator is unchanged
     back = [again[number][0] for number in reversed(range(6))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(ahead, back, strict=True))
     assert not torch.equal(ahead[0], other[0][0])
@@ -137,7 +137,7 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
     picture(tmp_path / "cat" / "plain.jpg")
     opened = Image.open(tmp_path / "cat" / "plain.jpg")
     exif = opened.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # a quarter turn
     opened.save(tmp_path / "cat" / "turned.jpg", exif=exif)
     assert read_picture(tmp_path / "cat" / "turned.jpg").size == opened.size[::-1]
 
@@ -278,11 +278,11 @@ def swapped(tree):
 @pytest.mark.parametrize(
     ("change", "changed"),
     [
-        (replaced, ["train/cat: other contents of the same files"]),
-        (edited_at_equal_size, ["train/cat: other contents of the same files"]),
-        (renamed, ["train/cat: other names of the 3 pictures"]),
+        (replaced, ["train/cat: other file contents"]),
+        (edited_at_equal_size, ["train/cat: other file contents"]),
+        (renamed, ["train/cat: other file names"]),
         (moved, ["train/cat: 3 pictures, 2", "train/dog: 3 pictures, 4"]),
-        (swapped, [f"train/{name}: other contents of the same files" for name in ("cat", "dog")]),
+        (swapped, [f"train/{name}: other file contents" for name in ("cat", "dog")]),
     ],
 )
 def test_a_fingerprint_shows_the_change(change, changed, tree):

@@ -126,8 +126,7 @@ def test_a_run_on_changed_pictures_is_refused_and_the_change_named(tmp_path):
     with pytest.raises(ConfigError) as error:
         run_on_folders()
     assert str(error.value).endswith(
-        "run: holds a run on other data (there, here): train/emu: other names of the 1 pictures; "
-        "held_out/cat: other contents of the same files"
+        "run: holds a run on other data (there, here): train/emu: other file names; held_out/cat: other file contents"
     )
 
 

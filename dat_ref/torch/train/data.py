@@ -206,8 +206,8 @@ def build_datasets(config: TrainConfig) -> tuple[Any, Any]:
     """
     if config.data != "scenes":
         return train_and_val(config.data, config.image_size, config.seed)
-    model = PRESETS[config.model]
-    reduction = None if model.global_pool else model.reductions[-1]
+    model = PRESETS.get(config.model)  # `build_model` refuses an unknown name
+    reduction = None if model is None or model.global_pool else model.reductions[-1]
     common: dict[str, Any] = {"task": config.task, "size": config.image_size, "objects": config.objects}
     train = Scenes(split="train", seed=config.seed, length=config.scenes_per_epoch, copies=config.copies, **common)
     held_out = SceneImages(Scenes(split="held_out", **common), reduction=reduction, on_objects=0.0)

@@ -230,7 +230,7 @@ def _data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
     >>> files = {"cat": [3, "a", "b"], "dog": [2, "c", "d"]}
     >>> _data_changes({"train_files": files}, {"train_files": files | {"cat": [4, "e", "f"], "dog": [2, "c", "g"]}})
-    ['train/cat: 3 pictures, 4', 'train/dog: other contents of the same files']
+    ['train/cat: 3 pictures, 4', 'train/dog: other file contents']
     """
     changes = []
     for name in (each for each in here if each in there and there[each] != here[each]):
@@ -245,9 +245,9 @@ def _data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             if count != count_here:
                 changes.append(f"{where}: {count} pictures, {count_here}")
             elif names != names_here:
-                changes.append(f"{where}: other names of the {count} pictures")
+                changes.append(f"{where}: other file names")
             elif contents != contents_here:
-                changes.append(f"{where}: other contents of the same files")
+                changes.append(f"{where}: other file contents")
     return changes
 
 
