@@ -264,7 +264,7 @@ def train_in_torch(params, images, labels, indices, rates) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
 def test_the_loss_curve_is_torchs(dtype, tolerance):
-    """Twenty steps from the same weights. In float32 the runs round differently, and the steps amplify the difference."""
+    """Twenty steps from the same weights. In float32 the steps amplify the different rounding of the two runs."""
     data = digits()
     images, labels = data.train_images[:320].astype(dtype), data.train_labels[:320]
     start = fresh_model(dtype=dtype)
