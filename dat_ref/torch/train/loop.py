@@ -144,7 +144,10 @@ def fit(
                 if scores is not None or (config.save_every and run.step % config.save_every == 0):
                     _save(run, folder, scores)
                 last_scores = scores
-        last_scores = last_scores or run.evaluate(held_out)  # the run was finished before
+        if last_scores is None:  # the run was finished before
+            last_scores = run.evaluate(held_out)
+            if run.best < 0:  # the weights could not be saved then
+                _save(run, folder, last_scores)
         run.load_ema()
         context.barrier()  # the first process has written its last checkpoint
         saved_steps = checkpoint.latest_step(folder)
