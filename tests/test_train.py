@@ -56,7 +56,7 @@ def test_cross_entropy_names_what_is_wrong(logits, labels, message):
         train.cross_entropy(logits, labels)
 
 
-# ------------------------------------------------------------------------------------------------ the optimiser
+# ------------------------------------------------------------------------------------------------ the optimizer
 
 
 def torch_adamw(leaves: dict[str, torch.Tensor], optimizer: train.AdamW) -> torch.optim.AdamW:
