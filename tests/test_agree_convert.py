@@ -128,7 +128,7 @@ def test_a_head_for_other_classes_is_left_as_it_was_if_asked(tmp_path):
     save_state(tmp_path / "w.pth", state)
     model = DAT(replace(config, num_classes=4))
     before = bits(model)
-    with pytest.raises(CheckpointError, match="strict=False loads all but"):
+    with pytest.raises(CheckpointError, match="strict=False loads all other arrays"):
         load_checkpoint(model, tmp_path / "w.pth")
     report = load_checkpoint(model, tmp_path / "w.pth", strict=False)
     assert [name for name, _, _ in report.misshaped] == ["cls_head.weight", "cls_head.bias"]
@@ -166,7 +166,7 @@ def test_a_detector_loads_into_a_features_only_model(tmp_path):
             assert name in report.loaded
         first = model.patch_embedding[0].projection.weight
         assert torch.equal(first, torch.from_numpy(state["backbone.patch_proj.0.weight"]))
-    with pytest.raises(CheckpointError, match="expected a whole one for released names"):
+    with pytest.raises(CheckpointError, match="expected a complete model for released names"):
         save_checkpoint(model, tmp_path / "out.pth", official=True)
 
 
@@ -246,7 +246,7 @@ def test_convert_says_what_it_cannot_do(released_file, tmp_path):
     save_state(tmp_path / "mini.npz", state)
     with pytest.raises(CheckpointError, match="its shapes are of none of dat_tiny, dat_small"):
         command(convert, tmp_path / "mini.npz", tmp_path / "out.npz")
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         command(convert, released_file, tmp_path / "out.npz", "--model", "dat_small")
     with pytest.raises(SystemExit):
         command(convert, released_file, tmp_path / "out.npz", "--model", "resnet50")
@@ -296,7 +296,7 @@ def test_agree_with_a_checkpoint(released_file, tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(seen[0]["head"]["weight"], params["head"]["weight"])
     assert seen[1].num_classes == 6
     assert f"weights from {path} (dat_ref)" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         command(agree, *SMALL, "--model", "dat_small", "--checkpoint", path)
 
 
