@@ -309,12 +309,13 @@ def check_writable_suffix(file: Path) -> None:
 
 
 @contextmanager
-def atomic_write(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary name in the folder of `file`. At the end it replaces `file`; after an error it is removed.
 
-    An `OSError` about the temporary file (no such folder, disk full) is raised again with the name of `file`.
+    The temporary name ends in `suffix`, for writers that choose the format by it. An `OSError` about the temporary file
+    (no such folder, disk full) is raised again with the name of `file`.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
     try:
         try:
             yield partial

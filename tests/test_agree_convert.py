@@ -225,7 +225,7 @@ def test_convert_to_another_preset_resizes_its_tables(tmp_path, capsys):
 
 def test_convert_overwrites_nothing_unasked(released_file, tmp_path, capsys):
     before = released_file.read_bytes()
-    with pytest.raises(CheckpointError, match=r"is there already; choose another name$"):
+    with pytest.raises(CheckpointError, match=r"exists already; choose another name$"):
         command(convert, released_file, released_file, "--force")
     link = tmp_path / "link.pth"
     link.symlink_to(released_file)
@@ -244,7 +244,7 @@ def test_convert_overwrites_nothing_unasked(released_file, tmp_path, capsys):
 def test_convert_says_what_it_cannot_do(released_file, tmp_path):
     _, state = mini()
     save_state(tmp_path / "mini.npz", state)
-    with pytest.raises(CheckpointError, match="its shapes are of none of dat_tiny, dat_small"):
+    with pytest.raises(CheckpointError, match="its shapes fit none of dat_tiny, dat_small"):
         command(convert, tmp_path / "mini.npz", tmp_path / "out.npz")
     with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         command(convert, released_file, tmp_path / "out.npz", "--model", "dat_small")
@@ -264,8 +264,8 @@ SMALL = ("--size", "64x96")
 def test_numpy_and_torch_agree_on_a_photograph(model, capsys):
     assert command(agree, photograph_path("coffee"), "--model", model, *SMALL, "--seed", 3) == 0
     said = capsys.readouterr().out
-    assert "fed at 64×96" in said
-    assert "seeded weights (seed 3), untrained" in said
+    assert "resized to 64×96" in said
+    assert "random weights (seed 3), untrained" in said
     for line in (
         "float64: agrees (points in float64)",
         "float32: agrees (points in float32)",

@@ -34,7 +34,7 @@ def test_table_stands_beside_the_article(capsys, tmp_path):
     lines = printed.strip().splitlines()
     assert code == 0
     assert lines[0] == "dat_tiny on one image of 224×224, float32"
-    assert "28.32 M parameters, 4.563 G multiply-adds (the article: 29 M, 4.6 G)" in lines
+    assert "28.32 M parameters, 4.563 G multiply-adds (published: 29 M, 4.6 G)" in lines
     assert sum(line.startswith("  deformable") for line in lines) == 2
     assert any(line.startswith("  window ×3") for line in lines)
     assert lines[-1] == str(tmp_path / "figures" / "dat_tiny_growth.png")
