@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         help="preset, such as dat_small (default: dat_tiny)",
     )
     model.add_argument(
-        "--size", type=parse_size, metavar="S", help="image size in pixels, S or HxW (default: the size in the papers)"
+        "--size", type=parse_size, metavar="S", help="image size in pixels, S or HxW (default: the size of the preset)"
     )
     model.add_argument(
         "--attention",
