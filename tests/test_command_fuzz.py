@@ -2,7 +2,7 @@
 
 Every case runs the command in this process, with a time limit. It must end with the right result, or with exit code 2,
 one error message and no traceback, and it must not leave a partial file, a new folder or a changed target. `CASES` has
-the number of cases of each kind.
+the number of cases of each kind, 897 in all.
 """
 
 import io
@@ -36,15 +36,18 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 30  # limit of a case
 CASES = {
     "damaged files": 240,
-    "states that do not fit": 120,
+    "states that do not fit": 80,
     "contents of .pth files": 14,
     "arguments": 300,
     "results of bench": 150,
-    "training configs": 80,
+    "training configs": 60,
     "check targets": 15,
     "encodings": 30,
     "failed writes": 8,
 }
+
+
+assert sum(CASES.values()) == 897
 
 
 class Overtime(BaseException):
@@ -331,24 +334,8 @@ def test_a_state_with_many_foreign_names_is_refused_at_once():
 # ------------------------------------------------------------------------------------------------ arguments
 
 NASTY = [
-    *(
-        "",
-        " ",
-        "\n",
-        "-",
-        "--",
-        "/",
-        "../..",
-        "/dev/null",
-        "no/such.npz",
-        "[[[[",
-        "{}",
-        "{0}",
-        "%s",
-        "a:b",
-        "True",
-        "None",
-    ),
+    *("", " ", "\t", "-", "--", "/", "../..", "/dev/null", "no/such.npz"),
+    *("[[[[", "{}", "{0}", "%s", "a:b", "True", "None"),
     *("0", "-1", "-3", "1", "2", "1.5", "nan", "inf", "1e400", "9" * 400, "-" + "9" * 400, "9" * 5000, "٣"),
     *("224x", "1x1", "64x96", "100000x100000", "1x1x1", "x224", "\udcff", "é×", "x", "a" * 5000),
     *("dat_tiny", "dat_nano", "dat_spot", "window", "cpu", "sampler", "C"),

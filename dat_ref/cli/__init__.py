@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """Print an exception and return the exit code: one line if it is expected, else a traceback."""
-    if isinstance(error, OSError) and not _output_works():
+    if isinstance(error, OSError) and error.filename is None and not _output_works():
         print(f"dat-ref: error: standard output: {error.strerror or error}", file=sys.stderr)
         return 2
     if isinstance(error, _EXPECTED) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
@@ -94,10 +94,10 @@ def _message(error: Exception) -> str:
 
 
 def _output_works() -> bool:
-    """Flush standard output and return False if that fails; then discard the rest of the output."""
+    """Write a line break to standard output. If that fails, discard the rest of the output and return False."""
     try:
         if sys.stdout is not None:
-            sys.stdout.flush()
+            print(flush=True)
     except OSError:
         _discard_output()
         return False
