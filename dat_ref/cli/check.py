@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         "--max-examples", type=int, default=50, metavar="N", help="random cases for each check (default: 50)"
     )
     checks.add_argument(
-        "--xfails", type=Path, metavar="FILE", help="checks that are expected to fail, one `name  # reason` a line"
+        "--xfails", type=Path, metavar="FILE", help="checks that are expected to fail, one `name  # why` per line"
     )
     parser.set_defaults(run=run)
 
