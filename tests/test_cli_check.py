@@ -105,7 +105,7 @@ def test_a_wrong_class(port, capsys):
     assert shown_by(capsys.readouterr().out).shape == (1, 1, 1)
 
 
-def test_a_wrong_gradient_beside_a_function(port, capsys):
+def test_a_wrong_gradient_next_to_a_function(port, capsys):
     """The gradient belongs to the named function, and the program calls it."""
     run("port:doubled", "--op", "sampler", code=1)
     printed = capsys.readouterr().out

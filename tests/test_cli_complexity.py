@@ -29,7 +29,7 @@ def numbers(line):
 
 
 def test_table_has_the_published_numbers(capsys, tmp_path):
-    """Default: dat_tiny at 224². Totals as published, equal blocks of a stage in one row, the figure in the last line."""
+    """Default: dat_tiny at 224². Totals as published, equal blocks of a stage in one row, the figure last."""
     code, printed = run(capsys, "--out", tmp_path / "figures")
     lines = printed.strip().splitlines()
     assert code == 0
