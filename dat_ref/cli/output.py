@@ -6,7 +6,7 @@ import argparse
 import codecs
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,14 +46,14 @@ def any_encoding() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             reconfigure = getattr(stream, "reconfigure", None)  # absent in notebooks, None without a stream
             if reconfigure is not None:
-                stack.callback(_reset, stream, stream.errors)
-                reconfigure(errors=ERROR_HANDLER)
+                stack.callback(_set_errors, reconfigure, stream.errors)
+                _set_errors(reconfigure, ERROR_HANDLER)
         yield
 
 
-def _reset(stream: Any, errors: str | None) -> None:
-    with suppress(OSError, ValueError):  # reconfiguring flushes, which fails if the reader is gone or the disk is full
-        stream.reconfigure(errors=errors)
+def _set_errors(reconfigure: Callable[..., None], errors: str | None) -> None:
+    with suppress(OSError, ValueError):  # reconfiguring flushes, which fails if the pipe is closed or the disk is full
+        reconfigure(errors=errors)
 
 
 # ------------------------------------------------------------------------------------------------ parser
