@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +118,6 @@ def _without_exit(implementation: Implementation) -> Implementation:
     """Return an implementation whose functions raise `RuntimeError` in place of ``SystemExit`` and the like."""
 
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
         def guarded(*arguments: Any, **keywords: Any) -> Any:
             try:
                 return function(*arguments, **keywords)
