@@ -115,6 +115,14 @@ def test_a_wrong_gradient_next_to_a_function(port, capsys):
     assert len(shown_by(printed)) == 2
 
 
+def test_a_wrong_gradient_as_an_attribute(port, capsys):
+    """The program calls ``function.vjp``."""
+    attribute = PORT + "doubled.vjp = doubled_vjp\ndel doubled_vjp\n"
+    (port / "port.py").write_text(attribute.replace("def doubled_vjp", "def twice").replace("doubled_vjp", "twice"))
+    run("port:doubled", "--op", "sampler", code=1)
+    assert "doubled.vjp(" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("target", ["port:sample", "port:Port", "port:Port.bilinear_sample", "dat_ref.ops.sampling"])
 def test_right_ones_in_every_form(target, port, capsys):
     """A function of any name, a class, a method, a module."""

@@ -114,22 +114,35 @@ def find_target(target: str, ops: list[str]) -> list[tuple[OpSpec, Implementatio
     return [(op, _without_exit(implementation)) for op, implementation in found]
 
 
+class _WithoutExit:
+    """Callable that raises `RuntimeError` in place of ``SystemExit`` and the like; otherwise equal to its function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return self._function(*arguments, **keywords)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{_describe_exit(error)}, which would end the process") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._function == (other._function if isinstance(other, _WithoutExit) else other))
+
+    def __hash__(self) -> int:
+        return hash(self._function)
+
+
 def _without_exit(implementation: Implementation) -> Implementation:
-    """Return an implementation whose functions raise `RuntimeError` in place of ``SystemExit`` and the like."""
-
-    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*arguments: Any, **keywords: Any) -> Any:
-            try:
-                return function(*arguments, **keywords)
-            except (Exception, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                raise RuntimeError(f"{_describe_exit(error)}, which would end the process") from error
-
-        return guarded
-
     vjp = implementation.vjp
-    return replace(implementation, forward=guard(implementation.forward), vjp=None if vjp is None else guard(vjp))
+    return replace(
+        implementation, forward=_WithoutExit(implementation.forward), vjp=None if vjp is None else _WithoutExit(vjp)
+    )
 
 
 def _describe_exit(error: BaseException) -> str:
