@@ -129,7 +129,7 @@ def test_a_head_for_other_classes_keeps_its_values_if_not_strict(tmp_path):
     save_state(tmp_path / "w.pth", state)
     model = DAT(replace(config, num_classes=4))
     before = bits(model)
-    with pytest.raises(CheckpointError, match="strict=False loads all but"):
+    with pytest.raises(CheckpointError, match="strict=False loads all other arrays"):
         load_checkpoint(model, tmp_path / "w.pth")
     report = load_checkpoint(model, tmp_path / "w.pth", strict=False)
     assert [name for name, _, _ in report.misshaped] == ["cls_head.weight", "cls_head.bias"]
@@ -167,7 +167,7 @@ def test_a_detector_loads_into_a_features_only_model(tmp_path):
             assert name in report.loaded
         first = model.patch_embedding[0].projection.weight
         assert torch.equal(first, torch.from_numpy(state["backbone.patch_proj.0.weight"]))
-    with pytest.raises(CheckpointError, match="expected a whole one for released names"):
+    with pytest.raises(CheckpointError, match="expected a complete model for released names"):
         save_checkpoint(model, tmp_path / "out.pth", official=True)
 
 
@@ -226,7 +226,7 @@ def test_convert_to_another_preset_resizes_its_tables(tmp_path, capsys):
 
 def test_convert_overwrites_nothing_without_force(released_file, tmp_path, capsys):
     before = released_file.read_bytes()
-    with pytest.raises(CheckpointError, match=r"is there already; choose another name$"):
+    with pytest.raises(CheckpointError, match=r"exists already; choose another name$"):
         command(convert, released_file, released_file, "--force")
     link = tmp_path / "link.pth"
     link.symlink_to(released_file)
@@ -245,9 +245,9 @@ def test_convert_overwrites_nothing_without_force(released_file, tmp_path, capsy
 def test_convert_errors(released_file, tmp_path):
     _, state = mini()
     save_state(tmp_path / "mini.npz", state)
-    with pytest.raises(CheckpointError, match="its shapes are of none of dat_tiny, dat_small"):
+    with pytest.raises(CheckpointError, match="its shapes fit none of dat_tiny, dat_small"):
         command(convert, tmp_path / "mini.npz", tmp_path / "out.npz")
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         command(convert, released_file, tmp_path / "out.npz", "--model", "dat_small")
     with pytest.raises(SystemExit):
         command(convert, released_file, tmp_path / "out.npz", "--model", "resnet50")
@@ -265,8 +265,8 @@ SMALL = ("--size", "64x96")
 def test_numpy_and_torch_agree_on_a_photograph(model, capsys):
     assert command(agree, photograph_path("coffee"), "--model", model, *SMALL, "--seed", 3) == 0
     said = capsys.readouterr().out
-    assert "fed at 64×96" in said
-    assert "seeded weights (seed 3), untrained" in said
+    assert "resized to 64×96" in said
+    assert "random weights (seed 3), untrained" in said
     for line in (
         "float64: agrees (points in float64)",
         "float32: agrees (points in float32)",
@@ -297,7 +297,7 @@ def test_agree_with_a_checkpoint(released_file, tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(seen[0]["head"]["weight"], params["head"]["weight"])
     assert seen[1].num_classes == 6
     assert f"weights from {path} (dat_ref)" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         command(agree, *SMALL, "--model", "dat_small", "--checkpoint", path)
 
 

@@ -266,7 +266,7 @@ def test_disagreeing_implementations_are_not_timed(tiny_cases, no_memory, mistak
     assert bench("--shapes", "C", "--backends", "blockwise", "crooked", "--json", str(path)) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.search(r"crooked in float32 differs: .*no speed is told", printed.err, re.DOTALL)
+    assert re.search(r"crooked in float32 differs: .*no timing is reported", printed.err, re.DOTALL)
     assert not path.exists()
 
 

@@ -161,7 +161,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, writer):
 
 def test_a_whole_model_object_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"refused: it asks for torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(CheckpointError, match=r"refused: it needs torch\.nn\.modules\.linear\.Linear"):
         read_state(tmp_path / "w.pth")
 
 
@@ -271,11 +271,11 @@ def test_failed_writing_leaves_the_file_that_was_there(tmp_path, suffix, monkeyp
 
     path = tmp_path / f"w{suffix}"
     path.write_bytes(b"precious")
-    for owner, name in ((np, "savez"), (torch, "save"), (safetensors_numpy, "save_file")):
+    for owner, name in ((np, "savez"), (torch, "save"), (safetensors_numpy, "save")):
         monkeypatch.setattr(owner, name, disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_state(path, {"x": np.ones(3)})
-    with pytest.raises(CheckpointError, match="expected arrays of numbers, got objects in x"):
+    with pytest.raises(CheckpointError, match="expected numeric arrays, got objects in x"):
         save_state(path, {"x": np.array([object()])})
     assert path.read_bytes() == b"precious"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -437,11 +437,11 @@ def test_report_of_a_detector(tmp_path):
 
 def test_another_model_is_named(tmp_path):
     small, tiny = released("cvpr2022/dat_small"), released("cvpr2022/dat_tiny")
-    with pytest.raises(CheckpointError, match=r"the file holds dat_small: dat_ref.config\('dat_small'\)"):
+    with pytest.raises(CheckpointError, match=r"the file contains dat_small: dat_ref.config\('dat_small'\)"):
         fit_state(small, dat_ref.config("dat_tiny"))
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         fit_state(tiny, dat_ref.config("dat_small"))
-    with pytest.raises(CheckpointError, match="the file holds dat_pp_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_pp_tiny"):
         fit_state(released("datpp2023/dat_tiny"), dat_ref.config("dat_tiny"))
     with pytest.raises(CheckpointError, match="most of it is missing"):
         fit_state(released("cvpr2022/dat_base"), dat_ref.config("dat_tiny"), strict=False)
@@ -457,7 +457,7 @@ def test_report_hints_at_weights_for_another_geometry():
 
     cells = replace(config, stages=tuple(tuple(map(to_cells, blocks)) for blocks in config.stages))
     assert fit_state(state, cells).report.hints == (
-        "learned in the geometry of cvpr2022; this configuration samples elsewhere",
+        "trained in the geometry of cvpr2022; this configuration samples at other points",
     )
 
 
@@ -567,7 +567,7 @@ def test_buffers_are_those_of_the_released_modules():
 
 
 def test_buffers_need_whole_windows():
-    with pytest.raises(CheckpointError, match=r"maps of whole windows of 7, as the release needs, got \(60, 56\)"):
+    with pytest.raises(CheckpointError, match=r"maps of whole windows of 7, as the release requires, got \(60, 56\)"):
         official_buffers(dat_ref.config("dat_tiny").resized((240, 224)))
 
 
@@ -585,5 +585,5 @@ def test_a_checkpoint_for_other_classes_starts_a_new_head(tmp_path):
     for name, leaf in trained.state_dict().items():
         if not name.startswith("head."):
             assert torch.equal(leaf, tuned.state_dict()[name])
-    with pytest.raises(CheckpointError, match="hint: the file holds dat_pp_tiny"):
+    with pytest.raises(CheckpointError, match="hint: the file contains dat_pp_tiny"):
         create_model("dat_pp_small", checkpoint=tmp_path / "trained.safetensors", num_classes=3)

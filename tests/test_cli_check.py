@@ -1,4 +1,4 @@
-"""`dat-ref check`: output, options, exit codes, and errors for targets that cannot be checked."""
+"""`dat-ref check`: printed reports, options, exit codes, and messages about targets that cannot be checked."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 
 from dat_ref.cli import main
 
-# A sampler that returns zero outside the pixel centers, an object of unknown operation, grids of two conventions.
+# A sampler that drops points outside the pixel centers, one with an unknown name, key grids, and others.
 PORT = """
 import numpy as np
 from dat_ref.ops.sampling import bilinear_sample as right, bilinear_sample_vjp as gradients
@@ -80,7 +80,7 @@ def run(*arguments, code):
 
 
 def test_a_wrong_implementation(port, capsys):
-    """The report contains failed checks, the named mistake, a drawing of the counter-example and a program."""
+    """Failed checks, the name of the mistake, a drawing of the counter-example, and a program that reproduces it."""
     run("port", code=1)
     printed = capsys.readouterr().out
     assert "✓ zeros_outside" in printed
@@ -93,26 +93,34 @@ def test_a_wrong_implementation(port, capsys):
 
 
 def shown_by(printed):
-    """Run the first program of a report unchanged and return its output."""
+    """Run the first program of a report without changes, and return its output."""
     program, shown = printed.split("to reproduce:\n")[1].split("\n\n✗")[0].split("\n\nAlso")[0], []
     exec("\n".join(line[4:] for line in program.splitlines()), {"print": shown.append})
     return shown[0]
 
 
 def test_a_wrong_class(port, capsys):
-    """The program in the report creates an instance too."""
+    """The program creates an instance as well."""
     run("port:Shifted", code=1)
     assert shown_by(capsys.readouterr().out).shape == (1, 1, 1)
 
 
-def test_a_wrong_gradient_of_a_function(port, capsys):
-    """The gradient is assigned to the named function, and the program in the report calls it."""
+def test_a_wrong_gradient_next_to_a_function(port, capsys):
+    """The gradient belongs to the named function, and the program calls it."""
     run("port:doubled", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert "✗ gradient_of_the_map" in printed
     assert "smallest counter-example: gradient of x: " in printed
     assert "# the reference gives x: " in printed
     assert len(shown_by(printed)) == 2
+
+
+def test_a_wrong_gradient_as_an_attribute(port, capsys):
+    """The program calls ``function.vjp``."""
+    attribute = PORT + "doubled.vjp = doubled_vjp\ndel doubled_vjp\n"
+    (port / "port.py").write_text(attribute.replace("def doubled_vjp", "def twice").replace("doubled_vjp", "twice"))
+    run("port:doubled", "--op", "sampler", code=1)
+    assert "doubled.vjp(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["port:sample", "port:Port", "port:Port.bilinear_sample", "dat_ref.ops.sampling"])
@@ -131,15 +139,15 @@ def test_correct_targets_of_every_form(target, port, capsys):
         ("noisy", "a second call with the same inputs gave another result: 4 of 4 differ"),
     ],
 )
-def test_an_immediate_failure_ends_the_checks(name, words, port, capsys):
+def test_a_failed_smoke_check_stops_the_other_checks(name, words, port, capsys):
     run(f"port:{name}", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert words in printed
     assert "· first_pixel              not run: a smoke check fails" in printed
 
 
-def test_unsupported_options(port, capsys):
-    """Cases of unsupported options are left out; a check without other cases is not run."""
+def test_options_that_are_not_there(port, capsys):
+    """Cases with a missing option are skipped. A check without other cases is not run."""
     run("port:not_single_rows", "--op", "sampler", code=0)
     printed = capsys.readouterr().out
     assert "· single_row               not run: not implemented: single rows" in printed
@@ -148,7 +156,7 @@ def test_unsupported_options(port, capsys):
 
 
 def test_conventions(port, capsys):
-    """The convention is detected or given; for a wrong one the report names the matching one."""
+    """The convention is detected or selected. If the selected one is wrong, the report names the right one."""
     run("port:cells", "--op", "reference_grid", code=0)
     assert capsys.readouterr().out.startswith("reference_grid follows CELL_CENTER\n")
     run("port:cells", "--op", "reference_grid", "--convention", "cell_center", code=0)
@@ -158,14 +166,14 @@ def test_conventions(port, capsys):
 
 
 def test_single_precision_inside(port, capsys):
-    """An implementation that computes in float32 is recognised and passes in that precision."""
+    """Single precision is detected. The implementation is correct in its own precision."""
     run("port:in_single_precision", "--op", "sampler", code=1)
     assert "check it with --dtype float32" in capsys.readouterr().out
     run("port:in_single_precision", "--op", "sampler", "--dtype", "float32", code=0)
 
 
 def test_expected_failures(port, capsys):
-    """A listed failure passes, an unlisted one is reported in full, and a listed check that holds is a failure."""
+    """A listed check that fails is no failure, and one that passes is. A failure outside the list is shown in full."""
     known = port / "known.txt"
     everything = (
         "border_fades # we drop them\nsingle_row # so\nsampler.anywhere # so\n\n# the same\nzeros_around # so\n"
@@ -216,7 +224,7 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be_checked(target, words, port, capsys):
-    """The exit code is 2; 1 is reserved for implementations that ran and failed."""
+    """Exit code 2. Exit code 1 means that an implementation ran and is wrong."""
     (port / "broken.py").write_text("1 / 0\n", encoding="utf-8")
     (port / "needs.py").write_text("import nowhere\n", encoding="utf-8")
     run(target, code=2)
@@ -229,7 +237,7 @@ def test_options_that_make_no_sense(port, capsys):
     run("port", "--op", "sampling", code=2)
     assert "--op: expected one of sampler, reference_grid" in capsys.readouterr().err
     run("port", "--op", "bias", code=2)
-    assert "table       (M, Y, X)" in capsys.readouterr().err  # the functions of the requested operation are listed
+    assert "table       (M, Y, X)" in capsys.readouterr().err  # the requested operation is described in full
     assert main(["check", "port", "--max-examples", "0"]) == 2
     assert main(["check"]) == 2
     with pytest.raises(SystemExit) as stop:
@@ -238,7 +246,7 @@ def test_options_that_make_no_sense(port, capsys):
 
 
 def test_the_list(capsys):
-    """`--list` prints all that an adapter needs."""
+    """Information that an author of an adapter needs."""
     assert main(["check", "--list", "--op", "sampler", "--op", "bias"]) == 0
     printed = capsys.readouterr().out
     assert "bilinear_sample(x, points_px) -> (N, C, P)" in printed

@@ -205,7 +205,7 @@ def test_pretrained_from_a_file(timm, weights, which):
 
 
 def test_pretrained_of_another_model_is_refused(timm, weights, tmp_path):
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         timm.create_model("dat_small", pretrained=True, pretrained_cfg_overlay={"file": str(weights[1])})
     longer = tmp_path / "longer.npz"
     extra = {"stages.3.blocks.2.norm1.bias": np.zeros(768, np.float32)}
