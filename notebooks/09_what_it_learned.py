@@ -99,8 +99,8 @@ print(f"target of 4 × 4 positions at stride 10: at most {bounds[10][3]:.0%}")
 # %% [markdown]
 # ## 3. The network that ships moves its points to the objects
 #
-# Six scenes that it has not seen. It was trained with a loss on the class at every position; nothing told the points
-# where the objects are.
+# Six scenes that it has not seen. It was trained with a loss on the class at every position; no label says where the
+# objects are.
 #
 # **Claim** (`dat_ref.cli.spot.look`). On most scenes a point is on the object, a reference point seldom is. It
 # receives several times its share of the attention. On an empty scene all points of a group make nearly the same shift.

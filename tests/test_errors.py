@@ -425,7 +425,8 @@ def test_checkpoint_of_another_model():
     other = tiny("datpp2023")
     state = DAT(other, init_params(other, 0)).to_official(init_params(other, 0))
     with pytest.raises(
-        CheckpointError, match=r"(?s)state: expected the released.*missing \(\d+\):\n +.*stages.0.attns.0.proj_qkv.*more$"
+        CheckpointError,
+        match=r"(?s)state: expected the released.*missing \(\d+\):\n +.*stages.0.attns.0.proj_qkv.*more$",
     ):
         DAT.from_official(TINY_2022, state, release="cvpr2022")
     with pytest.raises(CheckpointError, match=r"missing \(\d+\):\n +proj_q.weight"):

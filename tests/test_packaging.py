@@ -155,7 +155,7 @@ def test_console_script_is_the_same_command():
 
 
 def test_running_as_a_module_does_not_hide_torch(tmp_path):
-    """`dat_ref/torch` must not be found as `torch`, as when a file beside it is run as a script."""
+    """`dat_ref/torch` must not be found as `torch`, as it is when a file in `dat_ref` runs as a script."""
     pytest.importorskip("torch")
     code = (
         "import json, runpy, sys\n"

@@ -196,7 +196,8 @@ def test_wrong_checkpoint_leaves_the_caller_s_state_alone():
     state = model.to_official(model.params)
     state["cls_head.weight"] = state["cls_head.weight"][:3]
     del state["cls_norm.norm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing \(1\):\n +cls_norm.norm.bias\n  mis-shaped \(1\):\n +cls_head.weight"):
+    expected = r"missing \(1\):\n +cls_norm.norm.bias\n  mis-shaped \(1\):\n +cls_head.weight"
+    with pytest.raises(CheckpointError, match=expected):
         DAT.from_official(RELEASES["cvpr2022"], state, release="cvpr2022")
     for name, leaf in flatten(model.params).items():
         np.testing.assert_array_equal(leaf, before[name])

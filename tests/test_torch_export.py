@@ -91,7 +91,7 @@ def test_exported_layer_takes_any_size(name):
 
 @pytest.mark.parametrize("name", ["window", "padding", "CELL_CENTER", *MASKED])
 def test_exported_layer_has_the_layers_gradients(name):
-    """Of the input and of every parameter, the learned mask among them."""
+    """Gradients of the input and of every parameter, including the learned mask."""
     layer = (LAYERS | MASKED)[name]().eval()
     x = torch.randn(2, 12, 16, 24)
     exported = export(layer, (x,)).module()

@@ -136,7 +136,7 @@ def test_another_number_of_held_out_images_is_named(stopped):
 
 
 def test_a_checkpoint_without_fingerprints_is_resumed(stopped):
-    """Of an earlier version: it has the number of images and the classes."""
+    """A checkpoint of an earlier version has only the number of images and the classes."""
     for path in checkpoint.list_checkpoints(stopped):
         state = checkpoint.load(path)
         state["data"] = {name: state["data"][name] for name in ("images", "classes")}

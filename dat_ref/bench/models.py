@@ -29,8 +29,8 @@ def model_implementations(
 
     Args:
         names: ``"released"``, ``"optimized"``, or names of backends.
-        dtypes: dtypes. Those other than float32 run under autocast (``"optimized"``: the model is cast; omitted where it
-            is `unavailable`).
+        dtypes: dtypes. Those other than float32 run under autocast (``"optimized"``: the model is cast; omitted where
+            it is `unavailable`).
         compiled: add each implementation under `torch.compile`, in the last dtype.
     """
     missing = unavailable(case, dtypes, device)

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of a training config. An omitted option keeps the value of the preset."""
-    group = parser
+    group: Any = parser
     for field in fields(TrainConfig):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])

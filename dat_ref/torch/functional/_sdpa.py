@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Before torch 2.7, export cannot be told from compilation.
+# Before torch 2.7, export cannot be distinguished from compilation.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
