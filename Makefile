@@ -16,7 +16,7 @@ PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        explain a photograph: prints a table, writes figures to $(OUT)/"
+	@echo "make demo        the trained network on scenes, a backbone on a photograph: figures in $(OUT)/"
 	@echo "make test        lint, types, site, tests"
 	@echo "make lint        ruff, and the words of docstrings, comments and pages"
 	@echo "make types       mypy"
