@@ -256,7 +256,7 @@ def test_list_of_available_backends():
     assert not set(here) & set(missing)
     assert set(here) | set(missing) == set(registry._BACKENDS)
     if not torch.cuda.is_available():
-        assert missing["triton"] == "there is no CUDA device"
+        assert missing["triton"] == "no CUDA device"
 
 
 def test_a_registered_backend_is_chosen_by_its_priority():
