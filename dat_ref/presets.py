@@ -95,7 +95,7 @@ def _spot() -> DATConfig:
     )
 
 
-# dat_pp_base_384 is dat_pp_base fed at 384²: its tables are built for 224² and read in fractions of the map.
+# dat_pp_base_384 is dat_pp_base at 384²: its tables are built for 224² and read in fractions of the map.
 PRESETS: dict[str, DATConfig] = {
     "dat_tiny": _preset_2022(96, 6, 3, 3, 0.2),
     "dat_small": _preset_2022(96, 18, 3, 3, 0.3),

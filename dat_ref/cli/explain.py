@@ -32,13 +32,13 @@ PICTURE_SIDE = 896  # short side at which figures show the photograph
 
 DESCRIPTION = f"""\
 Show where a backbone looks. Without options: first {NETWORK}, the trained network that ships, on
-held-out scenes, with and without its offsets; then an untrained backbone on a photograph: a table of
-its deformable blocks, and four figures of one of them."""
+held-out scenes, with its offsets and with zero offsets; then an untrained backbone on a
+photograph: a table of its deformable blocks, and four figures of one of them."""
 EXAMPLE = f"""example:
-  dat-ref explain --out figures                                  scenes, then the photograph that ships
-  dat-ref explain --scene 12 --scene 40                          {NETWORK} on scenes of your choice
-  dat-ref explain photo.jpg --place giraffe@120,200              {NETWORK} on your photograph
-  dat-ref explain photo.jpg --model dat_pp_tiny --stage 2        where an untrained DAT++ looks
+  dat-ref explain --out figures                             scenes, then the photograph that ships
+  dat-ref explain --scene 12 --scene 40                     {NETWORK} on scenes of your choice
+  dat-ref explain photo.jpg --place giraffe@120,200         {NETWORK} on your photograph
+  dat-ref explain photo.jpg --model dat_pp_tiny --stage 2   where an untrained DAT++ looks
 """
 
 
@@ -233,7 +233,7 @@ def explain_photo(options: argparse.Namespace) -> dict[str, Any]:
     backend = choose_backend(options.backend)
     config, params, weights = select_weights(options)
     if options.checkpoint is None:
-        weights += ": the figures show geometry, not what was learned"
+        weights += ": the figures show the geometry only"
     model = DAT(config, params)
     make_folder(options.out)
     image = normalise(resize(photo, image_size))
@@ -246,12 +246,12 @@ def explain_photo(options: argparse.Namespace) -> dict[str, Any]:
     cells = [_query_cell(query, (height, width), explanation.trace.x.shape[2:]) for query in queries]
     figures = draw(explanation, _limit_size(photo), cells, options.stage, options.out)
     if not options.json:
-        sizes = f"{height}×{width} fed at {image_size[0]}×{image_size[1]}"
+        sizes = f"{height}×{width} resized to {image_size[0]}×{image_size[1]}"
         print(f"{options.model} on {_name(options)}, {sizes}, {backend}, {seconds:.1f} s")
         print(f"{weights}\n")
         print(table(explanation.reports))
-        print("\noffsets in pixels of the block's map; at bound: share of offset components that the bound holds;")
-        print("outside: share of sampling points that left the map\n")
+        print("\noffsets: in pixels of the block's map; at bound: share of offset components at their bound;")
+        print("outside: share of sampling points outside the map\n")
         print("\n".join(str(path) for path in figures))
     return {
         "model": options.model,

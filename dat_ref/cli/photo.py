@@ -44,7 +44,7 @@ def load_photo(path: Path | None) -> Array:
 
 
 def input_size(photo_size: tuple[int, int], target: tuple[int, int] | int) -> tuple[int, int]:
-    """Return the size an image is fed at: (H, W) exactly, or a short side with the shape of the photograph kept.
+    """Return the input size of an image: (H, W) exactly, or a short side and the aspect ratio of the photograph.
 
     Sides are rounded to multiples of 32; a long side is never more than three short ones.
 
@@ -106,14 +106,16 @@ def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         choices=PRESETS,
         metavar="NAME",
-        help="preset, such as dat_tiny or dat_pp_tiny",
+        help=f"model name, such as dat_tiny or dat_pp_tiny (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: seeded, untrained ones)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: random, untrained ones)")
     parser.add_argument(
         "--size",
         type=parse_size,
         default=224,
         metavar="S",
-        help="short side, or HxW, that the photograph is fed at (224)",
+        help="input size in pixels: the short side, or HxW (default: 224)",
     )
-    parser.add_argument("--seed", type=parse_seed, default=0, help="of the seeded weights (0)")
+    parser.add_argument(
+        "--seed", type=parse_seed, default=0, metavar="N", help="random seed of untrained weights (default: 0)"
+    )
