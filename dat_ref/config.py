@@ -288,7 +288,7 @@ class NeighborhoodAttentionConfig:
 
     Args:
         small_map: rule for an axis shorter than the kernel: ``"shrink"`` the neighborhood to the map, or ``"pad"``
-            the map with zeros, which then take part as keys (released DAT++, through NATTEN 0.14).
+            the map with zeros, which are then also keys (released DAT++, through NATTEN 0.14).
         dilation: distance in pixels between neighbors. It splits the map into `dilation`² interleaved maps.
     """
 
