@@ -2,8 +2,8 @@
 
     python docs/figures/photographs.py
 
-The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not the attention of a
-trained model. The figure of the scene uses the small trained network of the package.
+The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not the attention of
+a trained model. The figure of the scene uses the small trained network of the package.
 """
 
 from dataclasses import replace
