@@ -7,8 +7,9 @@ JOBS   ?= 2
 
 BIN     := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# One thread per worker: the tests run in parallel already.
-PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(JOBS)
+# One thread per worker: the tests run in parallel already. With `worksteal` a worker takes whole files as long as it can,
+# so that what the tests of a file share is mostly computed once.
+PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types docs docs-serve notebooks deep clean
@@ -17,7 +18,7 @@ PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python
 help:
 	@echo "make demo        explain a photograph: prints a table, writes figures to $(OUT)/"
 	@echo "make test        lint, types, site, tests"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, and the words of docstrings, comments and pages"
 	@echo "make types       mypy"
 	@echo "make docs        build the site into site/"
 	@echo "make docs-serve  serve the site locally and rebuild it on every change"
@@ -41,14 +42,18 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/dat-ref explain --out $(OUT)
 
-# pytest comes last, so that its closing line is the last one printed.
+# pytest comes last, so that its closing line is the last one printed. It takes the site from `docs`, which has executed
+# the notebooks, and neither builds nor executes them again.
 test: lint types docs
 	@echo "== pytest"
-	@$(PYTEST) -m "not slow"
+	@BUILT_SITE=site $(PYTEST) -m "not slow"
 
 lint: .venv/test.stamp
 	@echo "== ruff"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== language"
+	@$(BIN)/python tests/lint/language.py
 
 types: .venv/test.stamp
 	@echo "== mypy"

@@ -5,7 +5,7 @@ Reading order. It is also the import order: a module imports only from the modul
 ==========================  ====================================================================================
 `dat_ref.conventions`       four coordinate conventions, as data
 `dat_ref.config`            layer and backbone configurations; conversion from the released argument names
-`dat_ref.presets`           configurations of the eight released backbones and of `dat_nano`
+`dat_ref.presets`           configurations of the eight released backbones and of two small ones
 `dat_ref.params`            parameter trees: names and checks
 `dat_ref.official`          conversion to and from the released parameter names and shapes
 `dat_ref.ops.basic`         linear, convolution, layer norm, GELU, softmax
@@ -30,7 +30,7 @@ Modules outside the reading order. Each is imported on first access:
 `dat_ref.train`             training in NumPy
 `dat_ref.viz`               figures (needs matplotlib)
 `dat_ref.torch`             PyTorch implementation (needs torch)
-`dat_ref.bench`             benchmark of time and memory, as ratios (needs torch)
+`dat_ref.bench`             benchmark of time and memory (needs torch)
 `dat_ref.testing`           conformance tests for other implementations (needs hypothesis)
 ==========================  ====================================================================================
 """

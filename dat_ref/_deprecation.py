@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -51,3 +53,16 @@ def deprecated_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, 
         return wrapper
 
     return decorator
+
+
+def warn_caller(message: str) -> None:
+    """Emit a `DeprecationWarning` at the first caller outside this package, `enum` and `dataclasses`."""
+    stacklevel = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
+        stacklevel += 1
+        frame = frame.f_back
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+_INTERNAL = (__name__.split(".")[0], "enum", "dataclasses")

@@ -1,11 +1,11 @@
-"""The whole backbone: patch embedding, four stages with downsampling between them, norm, average, head.
+"""Backbone: patch embedding, four stages with downsampling between them, norm, average pooling, head.
 
     image ─ embed /4 ─ stage 1 ─ /2 ─ stage 2 ─ /2 ─ stage 3 ─ /2 ─ stage 4 ─ LayerNorm ─ mean ─ linear ─ logits
 
-Two embeddings, as in the two releases: ``"patch"``, a 4×4 convolution of stride 4 and then 2×2 ones of stride
-2; ``"conv"``, overlapping 3×3 convolutions of stride 2 (two of them first, with a GELU between). An image whose
-sides are not multiples of the patch is filled up with zeros at the bottom and right, so that a map has ⌈H/4⌉,
-⌈H/8⌉ … rows whatever the embedding.
+There are two kinds of embedding, one per release. ``"patch"`` is a 4×4 convolution of stride 4; the downsampling is
+2×2 of stride 2. ``"conv"`` is two overlapping 3×3 convolutions of stride 2 with a GELU between them; the downsampling
+is one such convolution. If the sides of an image are not multiples of the patch, zeros are added at the bottom and
+right. With both kinds the maps have ⌈H/4⌉, ⌈H/8⌉, … rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EmbedTrace:
 
 
 def _embed_geometry(size: Size, kernel: int) -> tuple[int, Padding]:
-    """Return stride and padding: a 3×3 convolution overlaps (stride 2), any other kernel tiles (stride = kernel)."""
+    """Return stride and padding: 3×3 convolutions overlap (stride 2), other kernels tile (stride = kernel size)."""
     if kernel == 3:
         return 2, ((1, 1), (1, 1))
     bottom, right = (-length % kernel for length in size)
@@ -58,7 +58,7 @@ def _embed_geometry(size: Size, kernel: int) -> tuple[int, Padding]:
 
 
 def embed(x: Array, projection: Tree, norm: Tree) -> tuple[Array, EmbedTrace]:
-    """Convolve with stride and normalise: (B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉)."""
+    """Apply a strided convolution and a layer norm: (B, C, H, W) → (B, C', ⌈H/r⌉, ⌈W/r⌉)."""
     stride, padding = _embed_geometry(x.shape[2:], projection["weight"].shape[-1])
     projected = conv2d(x, **projection, stride=stride, padding=padding)
     output = layer_norm(projected, **norm)
@@ -74,14 +74,14 @@ def embed_vjp(cotangent: Array, trace: EmbedTrace, projection: Tree, norm: Tree)
 
 
 def embed_macs(batch: int, size: Size, channels_in: int, channels_out: int, kernel: int) -> tuple[int, Size]:
-    """Return multiply-adds and the size of the map that comes out."""
+    """Return the multiply-adds of `embed` and the size of its output map."""
     stride, padding = _embed_geometry(size, kernel)
     height, width = conv_size(size, kernel, stride, padding)
     return conv2d_macs(batch * height * width, channels_in, channels_out, kernel), (height, width)
 
 
 def embed_image(x: Array, params: list[Tree]) -> tuple[Array, list[EmbedTrace]]:
-    """Run the patch embedding, one `embed` for patches or two with a GELU between for the convolutional stem."""
+    """Run the patch embedding: one `embed` for ``"patch"``, two with a GELU between them for ``"conv"``."""
     traces: list[EmbedTrace] = []
     for part in params:
         x, trace = embed(gelu(x) if traces else x, **part)
@@ -104,7 +104,7 @@ def embed_image_vjp(cotangent: Array, traces: list[EmbedTrace], params: list[Tre
 
 
 def dat_shapes(config: DATConfig) -> Tree:
-    """Return the backbone's parameter tree of shapes."""
+    """Return the tree of parameter shapes of the backbone."""
     dims = config.dims
     if config.patch_embedding == "patch":
         embedding = [_embed_shapes(config.in_channels, dims[0], kernel=4, bias=True)]
@@ -140,20 +140,18 @@ def _affine_shapes(dim: int) -> Tree:
 
 
 class Step(NamedTuple):
-    """One block of a pass through the backbone, as `DAT.walk` yields it."""
+    """One block of a forward pass, as `DAT.walk` yields it."""
 
     stage: int
     block: int
-    embeddings: list[
-        EmbedTrace
-    ]  # of the embedding or downsampling that led into the stage; empty but for its first block
+    embeddings: list[EmbedTrace]  # embedding or downsampling before the stage; empty except for its first block
     trace: BlockTrace
     output: Array  # (B, C, H, W)
 
 
 @dataclass(frozen=True)
 class StageTrace:
-    """One stage: what led into it, its blocks, its output map."""
+    """Intermediates of one stage: the embedding or downsampling before it, its blocks, its output map."""
 
     embeddings: list[EmbedTrace]
     blocks: list[BlockTrace]
@@ -162,25 +160,25 @@ class StageTrace:
 
 @dataclass(frozen=True)
 class DATTrace:
-    """Every intermediate of one pass through the backbone."""
+    """All intermediates of one forward pass."""
 
     stages: list[StageTrace]
     normed: Array  # (B, C, H, W), the last map after the final norm
-    pooled: Array  # (B, C); the normed map itself where every position is classified
+    pooled: Array  # (B, C); with ``global_pool=""`` equal to `normed`
 
 
-# ------------------------------------------------------------------------------------------------ the object
+# ------------------------------------------------------------------------------------------------ class
 
 
 class DAT:
-    """A DAT or DAT++ backbone: a configuration and its parameters.
+    """DAT or DAT++ backbone.
 
     Args:
-        config: what the backbone is; ``dat_ref.config("dat_tiny")`` gives a preset.
-        params: tree of `dat_shapes`; ``dat_ref.init_params(config, seed)`` makes one.
+        config: backbone configuration; ``dat_ref.config("dat_tiny")`` returns a preset.
+        params: parameter tree with the shapes of `dat_shapes`; ``dat_ref.init_params(config, seed)`` returns one.
 
     Raises:
-        CheckpointError: if names, shapes or numbers of `params` do not fit the configuration.
+        CheckpointError: if the names or shapes of `params` do not fit the configuration, or a value is not finite.
     """
 
     def __init__(self, config: DATConfig, params: Tree) -> None:
@@ -190,13 +188,13 @@ class DAT:
     # -------------------------------------------------------------------------------------------- forward
 
     def walk(self, x: Array) -> Iterator[Step]:
-        """Run block by block; a trace that the caller does not keep is freed before the next block.
+        """Run the blocks one by one. A trace is freed before the next block, unless the caller stores it.
 
         Args:
-            x: images (B, channels, H, W), any H and W that leave each map at least as large as its stride.
+            x: images (B, channels, H, W). Each map must be at least as large as the stride of its attention layers.
 
         Raises:
-            ShapeError, ConfigError: if an image does not fit, from the first step on.
+            ShapeError, ConfigError: if the images do not fit; raised at the block where this is found.
         """
         x = check_map("x", x, self.config.in_channels)
         y, embeddings = embed_image(x, self.params["patch_embedding"])
@@ -215,7 +213,7 @@ class DAT:
     def __call__(self, x: Array, return_trace: Literal[True]) -> tuple[Array, DATTrace]: ...
 
     def __call__(self, x: Array, return_trace: bool = False) -> Array | tuple[Array, DATTrace]:
-        """Return logits (B, classes) of images (B, channels, H, W), with the trace if asked.
+        """Return logits (B, classes) of images (B, channels, H, W), and the trace if requested.
 
         With ``global_pool=""``: logits of every position of the last map, (B, classes, Hs, Ws).
         Without a head (``num_classes=0``): the features instead of the logits.
@@ -226,7 +224,7 @@ class DAT:
         return self.classify(self.pool(self.forward_intermediates(x)[-1]))
 
     def forward_intermediates(self, x: Array) -> list[Array]:
-        """Return one feature map a stage, (B, dims[i], ⌈H/4⌉ …), before the final norm."""
+        """Return one feature map per stage, (B, dims[i], ⌈H/4⌉, …), before the final norm."""
         outputs: dict[int, Array] = {}
         for step in self.walk(x):
             outputs[step.stage] = step.output
@@ -262,7 +260,7 @@ class DAT:
     # -------------------------------------------------------------------------------------------- gradient
 
     def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Tree]]]:
-        """Return logits and their pullback: ``pullback(∂L/∂logits)`` gives (∂L/∂x, ∂L/∂params)."""
+        """Return logits and the pullback: ``pullback(∂L/∂logits)`` returns (∂L/∂x, ∂L/∂params)."""
         logits, trace = self(x, return_trace=True)
 
         def pullback(cotangent: Array) -> tuple[Array, Tree]:
@@ -290,7 +288,7 @@ class DAT:
         return grad, grads
 
     def _pull_back_stage(self, grad: Array, stage: int, trace: StageTrace, grads: Tree) -> Array:
-        """Fill in the gradients of one stage and of what led into it; return ∂L/∂input of that."""
+        """Store the gradients of one stage and of the embedding before it; return ∂L/∂input of the embedding."""
         params = self.params["stages"][stage]["blocks"]
         for index in reversed(range(len(params))):
             config = self.config.stages[stage][index]
@@ -307,7 +305,7 @@ class DAT:
 
     @classmethod
     def from_official(cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str) -> DAT:
-        """Build from the released model's arguments and its state dict.
+        """Build from the arguments and the state dict of the released model.
 
         Raises:
             CheckpointError: with a report of missing, unexpected and mis-shaped keys.
@@ -321,7 +319,7 @@ class DAT:
 
 
 def _flatten_map(x: Array) -> Array:
-    """(B, C) → (B, C, 1); (B, C, H, W) → (B, C, H·W)."""
+    """Flatten the spatial axes: (B, C) → (B, C, 1); (B, C, H, W) → (B, C, H·W)."""
     return x.reshape(*x.shape[:2], int(np.prod(x.shape[2:])))
 
 

@@ -1,11 +1,11 @@
-"""The Transformer block around any of the attentions: residual branches over a map.
+"""Transformer block with one of the attention layers: residual branches on a map.
 
     x ← x + DWConv₃ₓ₃(x)                       local perception unit, in DAT++
     x ← x + γ₁ · attention(LayerNorm(x))
-    x ← x + γ₂ · MLP(LayerNorm(x))             γ: learned per-channel layer scale, where there is one
+    x ← x + γ₂ · MLP(LayerNorm(x))             γ: learned per-channel layer scale, optional
 
-The MLP is linear → GELU → linear. With a depthwise convolution between its layers: ``"depthwise"`` (2022 code)
-GELU(DWConv(h)), ``"depthwise_residual"`` (2023 code) GELU(h + DWConv(h)).
+The MLP is linear → GELU → linear. Two variants have a depthwise convolution before the GELU: ``"depthwise"`` (2022
+code) is GELU(DWConv(h)), ``"depthwise_residual"`` (2023 code) is GELU(h + DWConv(h)).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .ops.basic import (
     linear_vjp,
 )
 from .ops.grid import Size
-from .peers.registry import ATTENTIONS as ATTENTIONS  # part of this module's names too
+from .peers.registry import ATTENTIONS as ATTENTIONS  # re-exported
 from .peers.registry import AttentionTrace
 
 SAME_3X3 = ((1, 1), (1, 1))
 
 
 def block_shapes(config: BlockConfig) -> Tree:
-    """Return the block's parameter tree of shapes."""
+    """Return the tree of parameter shapes."""
     dim, hidden = config.dim, config.dim * config.mlp_ratio
     shapes: dict[str, Tree] = {}
     if config.local_perception:
@@ -59,16 +59,16 @@ def block_shapes(config: BlockConfig) -> Tree:
 
 @dataclass(frozen=True)
 class MLPTrace:
-    """Intermediates of `mlp`, (B, ratio·C, H, W) but for the input."""
+    """Intermediates of `mlp`, (B, ratio·C, H, W) except for the input."""
 
     x: Array  # (B, C, H, W)
     hidden: Array
-    pre_activation: Array  # after the depthwise convolution; the same as `hidden` without one
+    pre_activation: Array  # after the depthwise convolution; equal to `hidden` without one
     activated: Array
 
 
 def mlp(x: Array, params: Tree, kind: str) -> tuple[Array, MLPTrace]:
-    """Two linear layers with a GELU between, and perhaps a depthwise convolution: see the module's equations."""
+    """Compute the MLP (B, C, H, W) → (B, C, H, W); see the equations of the module. Return the output and the trace."""
     hidden = linear(x, **params["linear1"])
     pre_activation = hidden
     if kind != "linear":
@@ -94,7 +94,7 @@ def mlp_vjp(cotangent: Array, trace: MLPTrace, params: Tree, kind: str) -> tuple
 
 
 def mlp_macs(pixels: int, dim: int, ratio: int, kind: str) -> int:
-    """Multiply-adds over `pixels` = B·H·W."""
+    """Multiply-adds of `mlp` for `pixels` = B·H·W."""
     depthwise = 0 if kind == "linear" else depthwise_conv2d_macs(pixels, ratio * dim, 3)
     return 2 * linear_macs(pixels, dim, ratio * dim) + depthwise
 
@@ -108,28 +108,28 @@ def layer_scale(x: Array, weight: Array) -> Array:
 
 
 def layer_scale_vjp(cotangent: Array, x: Array, weight: Array) -> tuple[Array, Tree]:
-    """∂L/∂x = γ ∂L/∂y, ∂L/∂γ = Σ x ∂L/∂y over batch and pixels."""
+    """Compute ∂L/∂x = γ ∂L/∂y and ∂L/∂γ = Σ x ∂L/∂y, with the sum over batch and pixels."""
     return cotangent * weight[:, None, None], {"weight": (cotangent * x).sum(axis=(0, 2, 3))}
 
 
-# ------------------------------------------------------------------------------------------------ the block
+# ------------------------------------------------------------------------------------------------ block
 
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """Intermediates of `block`, each (B, C, H, W) but for the traces."""
+    """Intermediates of `block`, all (B, C, H, W) except for the traces."""
 
     x: Array
-    lpu_out: Array  # after the local perception unit; the same as `x` without one
+    lpu_out: Array  # after the local perception unit; equal to `x` without one
     attention: AttentionTrace
-    attn_out: Array  # the attention's output, before layer scale and residual
+    attn_out: Array  # output of the attention, before layer scale and residual
     residual1: Array  # after the attention branch
     mlp: MLPTrace
-    mlp_out: Array  # the MLP's output, before layer scale and residual
+    mlp_out: Array  # output of the MLP, before layer scale and residual
 
 
 def block(x: Array, params: Tree, config: BlockConfig) -> tuple[Array, BlockTrace]:
-    """Run one block: (B, C, H, W) → (B, C, H, W), and the trace."""
+    """Run one block, (B, C, H, W) → (B, C, H, W). Return the output and the trace."""
     lpu_out = x
     if config.local_perception:
         lpu_out = x + depthwise_conv2d(x, **params["local_perception"], padding=SAME_3X3)
@@ -148,7 +148,7 @@ def _scaled(branch: Array, params: Tree, name: str) -> Array:
 
 
 def block_vjp(cotangent: Array, trace: BlockTrace, params: Tree, config: BlockConfig) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params). A residual branch adds its gradient to the one that goes straight through."""
+    """Return (∂L/∂x, ∂L/∂params). The gradient of a residual branch is added to the gradient of the identity."""
     grads: dict[str, Tree] = {}
 
     grad_mlp_out = _scaled_vjp(cotangent, trace.mlp_out, params, grads, "layer_scale2")

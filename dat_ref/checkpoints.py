@@ -1,16 +1,14 @@
 """Checkpoints: from a file of either release, or of our own, to the parameter tree of a configuration, and back.
 
-Which release a file is from, and which model, is read from its names and shapes. Bias tables of another size are
-resized as the released loader does it. Nothing is left out in silence: a `LoadReport` names every array that was
-loaded, resized, missing, left over, or of another shape.
+Release and model are detected from the names and shapes in the file. Bias tables of another size are resized as in the
+released loader. A `LoadReport` lists every array: loaded, resized, missing, unexpected, mis-shaped or ignored.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,16 @@ from ._deprecation import deprecated_names
 from .backbone import dat_shapes
 from .config import BiasKind, DATConfig, DeformableAttentionConfig, OffsetBound, WindowAttentionConfig
 from .initialization import init_params
-from .official import RELEASED_BUFFERS, backbone_names, to_official
+from .official import (
+    RELEASED_BUFFERS,
+    Fit,
+    LoadReport,
+    ReleasedName,
+    Shape,
+    backbone_names,
+    match_state,
+    to_official,
+)
 from .params import flatten, unflatten
 from .peers.window import relative_index, window_cells, window_visibility
 from .presets import PRESETS
@@ -51,70 +58,20 @@ __getattr__ = deprecated_names(
 )
 
 OURS = "dat_ref"
-Shape = tuple[int, ...]
 
-# The released code lowers hidden logits by this much.
+# The released code adds this to masked logits.
 _MASK_VALUE = -100.0
-# What the 2023 code has and the 2022 code has not.
+# Parts of names that only the 2023 code has.
 _MARKERS_2023 = (".rpb", ".linear1.0.", "local_perception_units.", "layer_scales.", ".rpe_table.0.", "patch_proj.3.")
 
 
-# ------------------------------------------------------------------------------------------------ report
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every array, by its name in the file (by our name where it is missing in a file of ours).
-
-    Attributes:
-        release: ``"cvpr2022"``, ``"datpp2023"``, or ``"dat_ref"`` for a file with our names.
-        loaded: taken over.
-        missing: asked for by the configuration, not in the file.
-        unexpected: in the file, unknown to the configuration.
-        misshaped: (name, expected shape, shape in the file), not taken over.
-        resized: (name, shape in the file, new shape), tables that were taken over at another size.
-        ignored: passed over by rule: buffers, other parts of a detector, a head where none is asked for.
-        hints: what may be wrong, and how to mend it.
-    """
-
-    release: str
-    loaded: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    misshaped: tuple[tuple[str, Shape, Shape], ...] = ()
-    resized: tuple[tuple[str, Shape, Shape], ...] = ()
-    ignored: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        """Whether the file and the configuration have the same parameters, tables of another size allowed."""
-        return not (self.missing or self.unexpected or self.misshaped)
-
-    def __str__(self) -> str:
-        misshaped = [f"{name}: expected {want}, got {got}" for name, want, got in self.misshaped]
-        resized = [f"{name}: {old} → {new}" for name, old, new in self.resized]
-        lines = [f"{self.release} names: {len(self.loaded)} arrays loaded"]
-        lines += _section("missing", self.missing) + _section("unexpected", self.unexpected)
-        lines += _section("mis-shaped", misshaped) + _section("resized", resized)
-        lines += _section("ignored", self.ignored, most=3)
-        return "\n".join(lines + [f"  hint: {hint}" for hint in self.hints])
-
-
-def _section(title: str, items: list[str] | tuple[str, ...], most: int = 8) -> list[str]:
-    if not items:
-        return []
-    rest = [f"    … and {len(items) - most} more"] if len(items) > most else []
-    return [f"  {title} ({len(items)}):", *(f"    {item}" for item in items[:most]), *rest]
-
-
-# ------------------------------------------------------------------------------------------------ which file
+# ------------------------------------------------------------------------------------------------ detection
 
 
 def detect_release(state: Mapping[str, Any]) -> str:
-    """Return whose names a state dict has: ``"cvpr2022"``, ``"datpp2023"`` or ``"dat_ref"``.
+    """Return the naming scheme of a state dict: ``"cvpr2022"``, ``"datpp2023"`` or ``"dat_ref"``.
 
-    The two releases share most names; one that has nothing that only the 2023 code has counts as 2022.
+    The two releases share most names. A state dict without any name that only the 2023 code has counts as 2022.
 
     Raises:
         CheckpointError: if the names are of none of them.
@@ -132,10 +89,10 @@ def detect_release(state: Mapping[str, Any]) -> str:
 
 
 def detect_preset(state: Mapping[str, Array]) -> tuple[str, DATConfig] | None:
-    """Return the preset that a state dict is of, with as many classes and image channels; None if it is of none.
+    """Return the preset of a state dict, with its number of classes and image channels; None if no preset fits.
 
-    The head and the final norm may be missing, as in a detector. Where two presets differ in nothing but the
-    size of their tables the one with the tables' own size is taken, and where they do not differ at all the first.
+    The head and the final norm may be missing, as in a detector. If two presets differ only in the size of their
+    tables, the one with the sizes of the file is returned. If they do not differ, the first one is returned.
     """
     fallback = None
     for name, preset in PRESETS.items():
@@ -152,30 +109,27 @@ def detect_preset(state: Mapping[str, Array]) -> tuple[str, DATConfig] | None:
 
 
 def with_channels_and_classes(config: DATConfig, state: Mapping[str, Array]) -> DATConfig:
-    """Return a configuration with the image channels and the classes of a state dict (no head where it has none)."""
+    """Return a configuration with the image channels and the classes of a state dict (no head if the state has none).
+
+    Arrays of another rank than a head or a stem leave the configuration as it is; loading then reports them.
+    """
     head = state.get("head.weight", state.get("cls_head.weight"))
     stem = state.get("patch_embedding.0.projection.weight", state.get("patch_proj.0.weight"))
+    has_classes = head is not None and head.ndim == 2 and len(head) > 0
+    has_channels = stem is not None and stem.ndim == 4 and stem.shape[1] > 0
     return replace(
         config,
-        num_classes=0 if head is None else len(head),
-        in_channels=config.in_channels if stem is None or stem.ndim != 4 else stem.shape[1],
+        num_classes=0 if head is None else len(head) if has_classes else config.num_classes,
+        in_channels=stem.shape[1] if stem is not None and has_channels else config.in_channels,
     )
 
 
 def _is_norm_or_head(name: str) -> bool:
-    """Whether a name, ours or released, is of the final norm or of the classifier."""
+    """Return True for a parameter of the final norm or the classifier, under our name or its released name."""
     return name.startswith(("norm.", "head.", "cls_norm.", "cls_head."))
 
 
 # ------------------------------------------------------------------------------------------------ fitting
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The arrays of a state dict that fit a configuration, by our flattened names, and the report."""
-
-    arrays: dict[str, Array]
-    report: LoadReport
 
 
 def load_params(
@@ -183,17 +137,19 @@ def load_params(
 ) -> tuple[Tree, LoadReport]:
     """Return the parameter tree of `config` from a checkpoint of either release or of ours, and the report.
 
-    float16 arrays come as float32. A head is ignored where ``config.num_classes == 0``.
+    float16 arrays become float32. A head is ignored if ``config.num_classes == 0``.
 
     Args:
-        path: see `read_state`.
-        strict: whether a missing, unexpected or mis-shaped array is an error. If not, what the file does not
-            give keeps its value in `start`: for fine-tuning with other classes, or a detector's backbone.
+        path: checkpoint, see `read_state`.
+        config: configuration of the backbone.
+        strict: whether a missing, unexpected or mis-shaped array is an error. If False, parameters without a fitting
+            array keep their value in `start`; use it for fine-tuning with another number of classes, or for the
+            backbone of a detector.
         start: parameter tree (default: ``init_params(config, seed=0)``).
 
     Raises:
-        CheckpointError: if the file cannot be read, is of another model, or holds NaN or infinity; the message
-            is the report.
+        CheckpointError: if the file cannot be read, belongs to another model, or contains NaN or infinity; with the
+            report.
     """
     state, others = select_backbone(read_arrays(path), os.fspath(path))
     fit = fit_state(state, config, strict=strict, source=os.fspath(path))
@@ -219,15 +175,20 @@ def fit_state(
     """Return the arrays of a state dict (of either release or ours) that fit a configuration, and the report.
 
     Args:
-        strict: as in `load_params`; if not, more than half of what is wanted must still be there.
-        wanted: our names of the parameters to look for, all of the configuration's if None.
-        source: what the error message calls the state dict.
+        state: named arrays.
+        config: configuration of the backbone.
+        strict: as in `load_params`. If False, more than half of the wanted parameters must still be found.
+        wanted: our names of the parameters to load; all if None.
+        source: name of the state dict for error messages.
 
     Raises:
         CheckpointError: as in `load_params`.
     """
-    fit = _compare(state, config, wanted)
-    report = replace(fit.report, hints=_hints(fit.report, state, config))
+    try:
+        fit = _compare(state, config, wanted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {str(error).removeprefix('state: ')}") from error
+    report = replace(fit.report, hints=fit.report.hints + _hints(fit.report, state, config))
     if not report.complete and strict:
         raise CheckpointError(f"{source}: expected the parameters of this configuration\n{report}")
     if len(report.loaded) <= len(report.missing) + len(report.misshaped):
@@ -242,48 +203,30 @@ def fit_state(
 
 
 def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[str] | None = None) -> Fit:
-    """Sort the arrays of a state dict by what becomes of them."""
+    """Compare a state dict under any naming scheme with a configuration."""
     release = detect_release(state)
     shapes: dict[str, Shape] = flatten(dat_shapes(config))
-    tables = _resizable_tables(config)
-    released_names = {name: (name, "same") for name in shapes} if release == OURS else dict(backbone_names(config))
-    wanted_names = {name: released_names[name] for name in shapes if wanted is None or name in wanted}
-    arrays: dict[str, Array] = {}
-    loaded, missing = [], []
-    misshaped: list[tuple[str, Shape, Shape]] = []
-    resized: list[tuple[str, Shape, Shape]] = []
-    for name, (key, layout) in wanted_names.items():
-        if key not in state:
-            missing.append(key)
-            continue
-        shape, array = shapes[name], _to_our_layout(state[key], layout)
-        if name in tables and array.shape != shape and array.ndim == 3 and array.shape[0] == shape[0]:
-            resized.append((key, array.shape, shape))
-            array = resize_table(array, (shape[1], shape[2]))
-        if array.shape != shape or not np.issubdtype(array.dtype, np.floating):
-            misshaped.append((key, shape, array.shape))
-            continue
-        arrays[name] = array
-        loaded.append(key)
-    wanted_keys, known_keys = ({key for key, _ in found.values()} for found in (wanted_names, released_names))
-    others = [key for key in state if key not in wanted_keys]
-    patterns = _ignored_patterns(config, wanted_names)
-    ignored = [key for key in others if key in known_keys or any(pattern in key for pattern in patterns)]
-    unexpected = [key for key in others if key not in ignored]
-    report = LoadReport(
-        release, tuple(loaded), tuple(missing), tuple(unexpected), tuple(misshaped), tuple(resized), tuple(ignored)
+    names = {name: ReleasedName(name) for name in shapes} if release == OURS else backbone_names(config)
+    return match_state(
+        state,
+        names,
+        shapes,
+        release=release,
+        wanted=wanted,
+        ignored=_ignored_patterns(config, shapes if wanted is None else wanted),
+        resizable=_resizable_tables(config),
+        resize=resize_table,
     )
-    return Fit(arrays, report)
 
 
-def _ignored_patterns(config: DATConfig, wanted_names: Collection[str]) -> list[str]:
-    """Return parts of names that a file may have and the configuration has no use for."""
+def _ignored_patterns(config: DATConfig, wanted: Collection[str]) -> list[str]:
+    """Return parts of names that a file may contain although the configuration has no use for them."""
     patterns = list(RELEASED_BUFFERS)
-    if "norm.weight" not in wanted_names:
-        patterns.append("norms.")  # a detector's, one for each map, in place of the final norm
+    if "norm.weight" not in wanted:
+        patterns.append("norms.")  # a detector's norms, one for each map, instead of the final norm
     if not config.num_classes:
         patterns += ["head.weight", "head.bias"]
-    # A released module without offsets keeps an offset network that it never uses.
+    # A released module without offsets has an offset network that it never uses.
     if all(layer.offset_bound is OffsetBound.NONE for layer in _deformable_layers(config)):
         patterns.append(".conv_offset.")
     return patterns
@@ -294,42 +237,31 @@ def _deformable_layers(config: DATConfig) -> list[DeformableAttentionConfig]:
     return [layer for layer in layers if isinstance(layer, DeformableAttentionConfig)]
 
 
-def _to_our_layout(array: Array, layout: str) -> Array:
-    """Undo a layout of `official.ReleasedName` at whatever size the array has; one that does not fit stays as it is."""
-    if layout == "conv1x1" and array.ndim == 4 and array.shape[2:] == (1, 1):
-        return array[:, :, 0, 0]
-    if layout == "flat_table" and array.ndim == 2:
-        side = math.isqrt(len(array))
-        if side * side == len(array):
-            return array.T.reshape(-1, side, side)
-    return array
-
-
 def _hints(report: LoadReport, state: Mapping[str, Array], config: DATConfig) -> tuple[str, ...]:
     if report.complete:
         releases = {layer.convention.release for layer in _deformable_layers(config)}
         if report.release == OURS or releases != {None}:
             return ()
-        return (f"learned in the geometry of {report.release}; this configuration samples elsewhere",)
+        return (f"trained in the geometry of {report.release}; this configuration samples at other points",)
     detected = detect_preset(state)
     if detected is not None and detected[0] not in _presets_of(config):
-        return (f"the file holds {detected[0]}: dat_ref.config({detected[0]!r})",)
+        return (f"the file contains {detected[0]}: dat_ref.config({detected[0]!r})",)
     hints = []
     if any(name.startswith("norms.") for name in report.unexpected):
         hints.append("a detector's backbone: it has a norm for each stage (norms.*), no final norm and no classifier")
     if all(_is_norm_or_head(name) for name in _mismatched(report)):
-        hints.append("strict=False loads all but what is listed, which keeps its values (fine-tuning)")
+        hints.append("strict=False loads all other arrays; the listed parameters keep their values (fine-tuning)")
     return tuple(hints)
 
 
 def _mismatched(report: LoadReport) -> list[str]:
-    """Return the names that do not fit, but for a detector's norms."""
+    """Return the names that do not fit, without a detector's norms."""
     expected = [*report.missing, *(name for name, _, _ in report.misshaped)]
     return expected + [name for name in report.unexpected if not name.startswith("norms.")]
 
 
 def _presets_of(config: DATConfig) -> list[str]:
-    """Return the presets with the same parameters as a configuration, but for its head, tables and image channels."""
+    """Return the presets with the parameters of a configuration, up to its head, tables and image channels."""
 
     def stripped(config: DATConfig) -> dict[str, Shape]:
         shapes = flatten(dat_shapes(replace(config, num_classes=0, in_channels=1)))
@@ -342,7 +274,7 @@ def _presets_of(config: DATConfig) -> list[str]:
 
 
 def _resizable_tables(config: DATConfig) -> set[str]:
-    """Return the names of the tables that are a function of displacement, which can be read at another size."""
+    """Return the names of the bias tables that are functions of displacement and can be resized."""
     names = set()
     for stage, blocks in enumerate(config.stages):
         for index, block in enumerate(blocks):
@@ -355,19 +287,23 @@ def _resizable_tables(config: DATConfig) -> set[str]:
 
 
 def resize_table(table: Array, size: tuple[int, int]) -> Array:
-    """Return a table (heads, h, w) at another size (heads, H, W), bicubic, as the released loader resizes tables.
+    """Resize a table (heads, h, w) to (heads, H, W) by bicubic interpolation, as in the released loader.
 
-    The corners of the outer cells are kept in place (torch's ``align_corners=False``), values beyond the border
-    are those of the border, and nothing is smoothed when a table shrinks.
+    The outer edges of the table stay fixed (torch's ``align_corners=False``). Values outside the table equal the
+    nearest border value. A table that shrinks is not smoothed.
+
+    Args:
+        table: bias table (heads, h, w) with h and w at least 1.
+        size: new (H, W).
     """
     rows, columns = (_cubic_weights(old, new) for old, new in zip(table.shape[1:], size, strict=True))
     return (rows @ table.astype(np.float64) @ columns.T).astype(table.dtype)
 
 
 def _cubic_weights(old: int, new: int, sharpness: float = -0.75) -> Array:
-    """Return the matrix (new, old) that reads `old` cells at the centers of `new` cells over the same length.
+    """Return the matrix (new, old) that interpolates `old` cells at the centers of `new` cells over the same length.
 
-    Keys' kernel with a = -3/4, at distance t of a cell: (a+2)t³ - (a+3)t² + 1 for t ≤ 1, a(t³ - 5t² + 8t - 4)
+    Keys' kernel with a = -3/4, at distance t from a cell: (a+2)t³ - (a+3)t² + 1 for t ≤ 1, a(t³ - 5t² + 8t - 4)
     for t < 2.
     """
     a = sharpness
@@ -385,18 +321,18 @@ def _cubic_weights(old: int, new: int, sharpness: float = -0.75) -> Array:
 
 
 def official_state(params: Tree, config: DATConfig) -> dict[str, Array]:
-    """Return a parameter tree as a released state dict with its buffers, which the released code loads strictly."""
+    """Return a parameter tree as a released state dict with buffers. The released code can load it strictly."""
     return {**to_official(params, backbone_names(config)), **official_buffers(config)}
 
 
 def official_buffers(config: DATConfig) -> dict[str, Array]:
-    """Return the buffers that the released modules keep in their state dicts.
+    """Return the buffers in the state dicts of the released modules.
 
-    Window attention registers ``relative_position_index`` (w², w²), its shifted form also ``attn_mask`` (nW, w²,
-    w²), which is 0 or -100. The deformable and neighborhood layers register none.
+    Window attention registers ``relative_position_index`` (w², w²). Shifted window attention also registers
+    ``attn_mask`` (nW, w², w²) with values 0 and -100. The deformable and neighborhood layers register none.
 
     Raises:
-        CheckpointError: if a map is not a whole number of windows at ``config.image_size``, as the released code needs.
+        CheckpointError: if windows do not partition a map at ``config.image_size``, as the released code requires.
     """
     buffers: dict[str, Array] = {}
     for stage, (blocks, reduction) in enumerate(zip(config.stages, config.reductions, strict=True)):
@@ -414,7 +350,9 @@ def _window_buffers(config: WindowAttentionConfig, size: tuple[int, int]) -> dic
     if not config.shift:
         return buffers
     if size[0] % window or size[1] % window:
-        raise CheckpointError(f"config: expected maps of whole windows of {window}, as the release needs, got {size}")
+        raise CheckpointError(
+            f"config: expected maps of whole windows of {window}, as the release requires, got {size}"
+        )
     _, cells = window_cells(size, window, config.shift)
     visible = window_visibility(cells, size, window, config.shift)
     return {**buffers, RELEASED_BUFFERS[1]: np.where(visible, np.float32(0), np.float32(_MASK_VALUE))}

@@ -7,9 +7,24 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ._checks import ConfigError, check_divides
+import numpy as np
+
+from ._checks import (
+    RATE,
+    ConfigError,
+    boolean,
+    check_divides,
+    check_fields,
+    choice,
+    integer,
+    member,
+    optional,
+    real,
+    size_pair,
+)
+from ._deprecation import warn_caller
 from .conventions import Convention
 
 
@@ -43,7 +58,7 @@ class OffsetBound(Enum):
     @classmethod
     def _missing_(cls, value: object) -> OffsetBound | None:
         if value == "tanh_pixels":
-            warnings.warn("the value 'tanh_pixels' is deprecated, use 'tanh_cells'", DeprecationWarning, stacklevel=4)
+            warn_caller("the value 'tanh_pixels' is deprecated, use 'tanh_cells'")
             return cls.TANH_CELLS
         return None
 
@@ -70,7 +85,12 @@ BiasResolution = Literal["fractions", "pixels"]
 MLPKind = Literal["linear", "depthwise", "depthwise_residual"]
 SmallMap = Literal["shrink", "pad"]
 GlobalPool = Literal["avg", ""]
+PatchEmbedding = Literal["patch", "conv"]
 Init = Literal["released", "zero_offset"]  # of the offset network's last layer
+
+CHECK_CONVENTION = member(Convention, names=True)
+CHECK_RESOLUTION = choice(get_args(BiasResolution))
+CHECK_INIT = choice(get_args(Init))
 
 # Hidden width of the log-CPB network, fixed in the released code.
 LOG_CPB_HIDDEN = 32
@@ -79,6 +99,9 @@ LOG_CPB_HIDDEN = 32
 @dataclass(frozen=True)
 class DeformableAttentionConfig:
     """Configuration of a deformable-attention layer.
+
+    Strings are converted: values of enumerations (``bias="log_cpb"``), and names of conventions in upper or lower case
+    (``convention="paper"``). A list for `size` becomes a tuple.
 
     Args:
         dim: number of channels C of the map, a multiple of `heads`.
@@ -97,7 +120,8 @@ class DeformableAttentionConfig:
         attention_dropout, projection_dropout: dropout rates in training, used only by `dat_ref.torch`.
 
     Raises:
-        ConfigError: if the sizes are not divisible or the options are incompatible.
+        ConfigError: if a value is invalid, the sizes are not divisible, or the options are incompatible. The message
+            names the field, the rule and the value.
     """
 
     dim: int
@@ -118,16 +142,27 @@ class DeformableAttentionConfig:
     kind = "deformable"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            groups=integer(),
+            stride=integer(1),
+            kernel_size=integer(1),
+            offset_bound=member(OffsetBound),
+            offset_range=real(0, rule="a width in key cells"),
+            bias=member(BiasKind),
+            size=optional(size_pair),
+            convention=CHECK_CONVENTION,
+            bias_resolution=CHECK_RESOLUTION,
+            average_pool=boolean,
+            attention_dropout=RATE,
+            projection_dropout=RATE,
+        )
         check_divides("heads", self.heads, "dim", self.dim)
         check_divides("groups", self.groups, "heads", self.heads)
-        if self.stride < 1 or self.kernel_size < 1:
-            raise ConfigError(f"stride, kernel_size: expected >= 1, got {self.stride}, {self.kernel_size}")
-        if self.offset_range < 0:
-            raise ConfigError(f"offset_range: expected >= 0 (a width in key cells), got {self.offset_range}")
         if self.bias in (BiasKind.TABLE, BiasKind.FIXED) and self.size is None:
             raise ConfigError(f"size: expected (H, W) of the map for bias={self.bias.value!r}, got None")
-        if self.bias_resolution not in ("fractions", "pixels"):
-            raise ConfigError(f"bias_resolution: expected 'fractions' or 'pixels', got {self.bias_resolution!r}")
         if self.average_pool and self.offset_bound is not OffsetBound.NONE:
             raise ConfigError("average_pool: expected offset_bound=OffsetBound.NONE (average pooling has no offsets)")
 
@@ -166,16 +201,18 @@ class DeformableAttentionConfig:
         needed += ["use_pe", "dwc_pe", "no_off", "fixed_pe", "ksize" if latest else "stage_idx"]
         _require("DAttentionBaseline", mapping, needed)
         no_offset = bool(mapping["no_off"])
+        heads, head_dim = (integer(1)(name, mapping[name]) for name in ("n_heads", "n_head_channels"))
+        factor = real()("offset_range_factor", mapping["offset_range_factor"])
         return cls(
-            dim=mapping["n_heads"] * mapping["n_head_channels"],
-            heads=mapping["n_heads"],
+            dim=heads * head_dim,
+            heads=heads,
             groups=mapping["n_groups"],
             stride=mapping["stride"],
             kernel_size=mapping["ksize"] if latest else (9, 7, 5, 3)[mapping["stage_idx"]],
-            offset_bound=_released_bound(mapping["offset_range_factor"], no_offset, latest),
-            offset_range=max(float(mapping["offset_range_factor"]), 0.0),
+            offset_bound=_released_bound(factor, no_offset, latest),
+            offset_range=max(factor, 0.0),
             bias=_released_bias(mapping, no_offset, latest),
-            size=_pair(mapping["q_size"]),
+            size=_pair("q_size", mapping["q_size"]),
             convention=convention,
             average_pool=no_offset and latest,
             attention_dropout=mapping.get("attn_drop", 0.0),
@@ -219,6 +256,15 @@ class WindowAttentionConfig:
     projection_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            window_size=integer(1),
+            shift=integer(),
+            attention_dropout=RATE,
+            projection_dropout=RATE,
+        )
         check_divides("heads", self.heads, "dim", self.dim)
         if not 0 <= self.shift < self.window_size:
             raise ConfigError(f"shift: expected 0 <= shift < window_size={self.window_size}, got {self.shift}")
@@ -257,13 +303,17 @@ class NeighborhoodAttentionConfig:
     kind = "neighborhood"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            kernel_size=integer(1, "it has a center pixel", odd=True),
+            small_map=choice(get_args(SmallMap)),
+            attention_dropout=RATE,
+            projection_dropout=RATE,
+            dilation=integer(1),
+        )
         check_divides("heads", self.heads, "dim", self.dim)
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size: expected an odd number (for a center pixel), got {self.kernel_size}")
-        if self.dilation < 1:
-            raise ConfigError(f"dilation: expected >= 1, got {self.dilation}")
-        if self.small_map not in ("shrink", "pad"):
-            raise ConfigError(f"small_map: expected 'shrink' or 'pad', got {self.small_map!r}")
 
     @property
     def scale(self) -> float:
@@ -279,8 +329,18 @@ class PeerConfig:
 
     kind = "peer"
 
+    def __post_init__(self) -> None:
+        check_fields(self, dim=integer(1))
+
 
 AttentionConfig = DeformableAttentionConfig | WindowAttentionConfig | NeighborhoodAttentionConfig | PeerConfig
+
+
+def _attention_config(name: str, value: Any) -> AttentionConfig:
+    """Rule for the configuration of an attention layer."""
+    if isinstance(value, (DeformableAttentionConfig, WindowAttentionConfig, NeighborhoodAttentionConfig, PeerConfig)):
+        return value
+    raise ConfigError(f"{name}: expected the configuration of an attention layer, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -305,13 +365,36 @@ class BlockConfig:
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mlp not in ("linear", "depthwise", "depthwise_residual"):
-            raise ConfigError(f"mlp: expected 'linear', 'depthwise' or 'depthwise_residual', got {self.mlp!r}")
+        check_fields(
+            self,
+            attention=_attention_config,
+            mlp=choice(get_args(MLPKind)),
+            mlp_ratio=integer(1),
+            local_perception=boolean,
+            layer_scale=optional(real()),
+        )
 
     @property
     def dim(self) -> int:
         """Channels of the block's feature map."""
         return self.attention.dim
+
+
+def _stages(name: str, value: Any) -> tuple[tuple[BlockConfig, ...], ...]:
+    """Rule for the stages of a backbone. Lists become tuples."""
+    expected = f"{name}: expected at least one stage, each with at least one block"
+    if not isinstance(value, Sequence) or not all(isinstance(blocks, Sequence) for blocks in value):
+        raise ConfigError(f"{expected}, as sequences of BlockConfig, got {value!r}")
+    if not value or not all(value):
+        raise ConfigError(f"{expected}, got {value!r}")
+    for number, blocks in enumerate(value, start=1):
+        for block in blocks:
+            if not isinstance(block, BlockConfig):
+                raise ConfigError(f"{name}: expected BlockConfig in stage {number}, got {block!r}")
+        dims = [block.dim for block in blocks]
+        if len(set(dims)) != 1:
+            raise ConfigError(f"{name}: expected one dim in stage {number}, got {dims}")
+    return tuple(tuple(blocks) for blocks in value)
 
 
 @dataclass(frozen=True)
@@ -328,7 +411,7 @@ class DATConfig:
     """
 
     stages: tuple[tuple[BlockConfig, ...], ...]
-    patch_embedding: Literal["patch", "conv"] = "patch"
+    patch_embedding: PatchEmbedding = "patch"
     image_size: tuple[int, int] = (224, 224)
     in_channels: int = 3
     num_classes: int = 1000
@@ -337,15 +420,17 @@ class DATConfig:
     global_pool: GlobalPool = "avg"
 
     def __post_init__(self) -> None:
-        if self.patch_embedding not in ("patch", "conv"):
-            raise ConfigError(f"patch_embedding: expected 'patch' or 'conv', got {self.patch_embedding!r}")
-        if self.global_pool not in ("avg", ""):
-            raise ConfigError(f"global_pool: expected 'avg' or '', got {self.global_pool!r}")
-        if not self.stages or any(not blocks for blocks in self.stages):
-            raise ConfigError("stages: expected at least one stage, each with at least one block")
-        for number, blocks in enumerate(self.stages, start=1):
-            if len({block.dim for block in blocks}) != 1:
-                raise ConfigError(f"stages: expected one dim in stage {number}, got {[block.dim for block in blocks]}")
+        check_fields(
+            self,
+            stages=_stages,
+            patch_embedding=choice(get_args(PatchEmbedding)),
+            image_size=size_pair,
+            in_channels=integer(1),
+            num_classes=integer(0),
+            drop_path_rate=RATE,
+            dropout=RATE,
+            global_pool=choice(get_args(GlobalPool)),
+        )
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -358,12 +443,19 @@ class DATConfig:
         return tuple(4 * 2**i for i in range(len(self.stages)))
 
     def resized(self, image_size: tuple[int, int]) -> DATConfig:
-        """Return the same backbone with position biases for another image size (H, W)."""
+        """Return the same backbone with position biases for another image size (H, W).
+
+        Raises:
+            ConfigError: if the size is not a pair, or a stage with a position bias would have an empty map.
+        """
+        image_size = size_pair("image_size", image_size)
 
         def resize(block: BlockConfig, reduction: int) -> BlockConfig:
             attention: Any = block.attention
             if getattr(attention, "size", None) is None:
                 return block
+            if min(image_size) < reduction:
+                raise ConfigError(f"image_size: expected at least {reduction} (the stage's stride), got {image_size}")
             return replace(block, attention=replace(attention, size=tuple(side // reduction for side in image_size)))
 
         stages = tuple(
@@ -388,7 +480,7 @@ class DATConfig:
             raise ConfigError(f"stage_spec: expected depths={mapping['depths']} letters, got {mapping['stage_spec']}")
         if mapping.get("patch_size", 4) != 4 or mapping.get("dim_stem", mapping["dims"][0]) != mapping["dims"][0]:
             raise ConfigError("patch_size, dim_stem: expected 4 and dims[0], as in every released configuration")
-        size = _pair(mapping["img_size"])
+        size = _pair("img_size", mapping["img_size"])
         return cls(
             stages=tuple(
                 _released_stage(mapping, index, (size[0] // (4 << index), size[1] // (4 << index)), release)
@@ -453,7 +545,7 @@ def _released_stage(
             attention=attention(letter),
             mlp=mlp,
             mlp_ratio=mapping.get("expansion", 4),
-            local_perception=stage_option("use_lpus", False),
+            local_perception=bool(stage_option("use_lpus", False)),
             layer_scale=layer_scale if layer_scale > 0 else None,
         )
         for letter in mapping["stage_spec"][index]
@@ -466,6 +558,6 @@ def _require(class_name: str, mapping: Mapping[str, Any], names: Sequence[str]) 
         raise ConfigError(f"mapping: expected the released arguments of {class_name}, missing {', '.join(missing)}")
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """Return a released size, one integer or two, as (H, W)."""
+    return size_pair(name, [value, value] if not isinstance(value, (Sequence, np.ndarray)) else value)

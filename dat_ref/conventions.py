@@ -107,7 +107,7 @@ class Convention(Enum):
 
     @property
     def offset_padding(self) -> str:
-        """Padding of the offset network: ``"same"`` (windows centered on the key cells) or ``"half"`` (⌊k/2⌋ per side)."""
+        """Padding of the offset network: ``"same"`` (windows centered on key cells) or ``"half"`` (⌊k/2⌋ per side)."""
         return self.value.offset_padding
 
     @property

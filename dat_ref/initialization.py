@@ -1,10 +1,10 @@
 """Parameter initialization.
 
-Weights and biases are uniform in ±1/√fan_in: PyTorch's default, which is what the released models start from
-(their own ``reset_parameters`` changes nothing). Norms are one and zero. Bias tables are normal, σ = 0.01 (0.02
-in neighborhood attention), cut at ±2. The offset network starts like any other layer in the releases, so that
-their points start off the reference grid; ``offsets="zero_offset"`` starts them on it, as deformable
-convolution does. Deformable convolution and Deformable DETR's attention have rules of their own, in `dat_ref.peers`.
+Weights and biases are uniform in ±1/√fan_in. This is PyTorch's default, which the released models use: their own
+``reset_parameters`` has no effect. Norms have weight one and bias zero. Bias tables are normal with σ = 0.01 (0.02 in
+neighborhood attention), truncated at ±2. In the releases the offset network is initialized like any other layer, so the
+initial offsets are not zero. With ``offsets="zero_offset"`` they are zero, as in deformable convolution. Deformable
+convolution and Deformable DETR's attention have their own rules, in `dat_ref.peers`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import truncnorm
 
 from ._checks import Array, Tree
 from .backbone import dat_shapes
-from .config import AttentionConfig, DATConfig, Init
+from .config import CHECK_INIT, AttentionConfig, DATConfig, Init
 from .peers.registry import ATTENTIONS
 
 
@@ -31,15 +31,20 @@ def init_params(
     """Return seeded initial parameters for a backbone or for one attention layer.
 
     Args:
-        config: what to make parameters for.
-        seed: the same seed gives the same parameters.
-        offsets: ``"released"``, or ``"zero_offset"``: the last layer of every offset network is zero.
+        config: configuration of the backbone or the layer.
+        seed: random seed, or a generator.
+        offsets: ``"released"``, or ``"zero_offset"`` to set the last layer of every offset network to zero.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ConfigError: if `offsets` is unknown.
 
     >>> from dat_ref import DeformableAttentionConfig
     >>> config = DeformableAttentionConfig(dim=4, heads=2, size=(3, 5))
     >>> {name: leaf.shape for name, leaf in init_params(config, seed=0)["position_bias"].items()}
     {'table': (2, 5, 9)}
     """
+    CHECK_INIT("offsets", offsets)
     rng = np.random.default_rng(seed)
     if not isinstance(config, DATConfig):
         params = _init_tree(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
@@ -56,10 +61,10 @@ def init_params(
 
 
 def _init_special(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
-    """Set what an attention starts from by a rule of its own, in place."""
-    start = ATTENTIONS[type(config)].init
-    if start is not None:
-        start(params, config, rng)
+    """Apply the attention's own initialization rule in place, if it has one."""
+    init = ATTENTIONS[type(config)].init
+    if init is not None:
+        init(params, config, rng)
 
 
 def _init_tree(rng: np.random.Generator, tree: Tree, path: tuple[str, ...], offsets: Init, dtype: Any) -> Tree:
@@ -86,7 +91,7 @@ def _init_leaf(
     if module.startswith("norm"):
         return np.full(shape, float(name == "weight"))
     if module.startswith("layer_scale"):
-        return np.ones(shape)  # the backbone sets its own value
+        return np.ones(shape)  # `init_params` sets the configured value
     if module == "pointwise" and offsets == "zero_offset":
         return np.zeros(shape)
     return rng.uniform(-1, 1, shape) / np.sqrt(fan_in)

@@ -1,14 +1,14 @@
-"""The deformable-attention layer, one call a step, and the same steps backwards.
+"""Deformable-attention layer: forward pass, with one function call per step, and its gradient.
 
-    q = x W_q                                      queries, one a pixel
-    p̃ = bound(p, θ(q))                             sampling points, shared by a group's queries  (ops.offsets)
-    x̃ = φ(x; p̃)                                    features at the points                       (ops.sampling)
+    q = x W_q                                      queries, one per pixel
+    p̃ = bound(p, θ(q))                             sampling points, one set per group           (ops.offsets)
+    x̃ = φ(x; p̃)                                    features at the points                        (ops.sampling)
     k̃ = x̃ W_k,  ṽ = x̃ W_v                          keys and values
-    z = softmax(q k̃ᵀ/√d + φ(B̂; R)) ṽ               attention, bias read at the points           (ops.bias, attention)
+    z = softmax(q k̃ᵀ/√d + φ(B̂; R)) ṽ               attention, bias sampled at the points         (ops.bias, attention)
     y = z W_o
 
-Heads are cut into G groups, each with a key grid of its own. As in both releases W_k and W_v are dense: a
-group's points decide which features its channels take, then the projections mix the channels of all groups.
+The heads form G groups. Each group has its own key grid and samples its own channels. W_k and W_v are dense, as in both
+releases: after sampling, they mix the channels of all groups.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from .ops.offsets import (
 from .ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 from .params import check_params
 
-# The kernel of the depthwise convolution that stands in for a bias.
+# Kernel size of the depthwise convolution of ``BiasKind.DEPTHWISE``.
 BIAS_KERNEL = 3
 BIAS_PADDING = ((1, 1), (1, 1))
 
 
 def deformable_shapes(config: DeformableAttentionConfig) -> Tree:
-    """Return the layer's parameter tree, with shapes in place of arrays."""
+    """Return the tree of parameter shapes of the layer."""
     channels, group = config.dim, config.group_dim
     shapes: dict[str, Tree] = {
         name: {"weight": (channels, channels), "bias": (channels,)} for name in ("query", "key", "value", "output")
@@ -83,7 +83,7 @@ def _bias_shapes(config: DeformableAttentionConfig) -> Tree:
             "hidden": {"weight": (LOG_CPB_HIDDEN, 2), "bias": (LOG_CPB_HIDDEN,)},
             "out": {"weight": (config.heads // config.groups, LOG_CPB_HIDDEN)},
         }
-    assert config.size is not None  # the config has checked
+    assert config.size is not None  # checked by the configuration
     height, width = config.size
     if config.bias is BiasKind.TABLE:
         return {"table": (config.heads, 2 * height - 1, 2 * width - 1)}
@@ -93,15 +93,15 @@ def _bias_shapes(config: DeformableAttentionConfig) -> Tree:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """Every intermediate of one pass, by name. Geometry is (y, x), one key grid a group: (B, G, Hk, Wk, 2)."""
+    """All intermediates of one forward pass. Geometry is (B, G, Hk, Wk, 2), order (y, x), one key grid per group."""
 
     x: Array  # (B, C, H, W), the input
     query: Array  # (B, C, H, W), x W_q
     offset_network: OffsetNetworkTrace | None
-    raw_offsets: Array  # Δ, the network's output
-    offsets: Array  # what is added to the reference, normalised
-    reference: Array  # p, normalised
-    points: Array  # p̃, normalised by the convention
+    raw_offsets: Array  # Δ, output of the offset network
+    offsets: Array  # term added to the reference point, normalized
+    reference: Array  # p, normalized
+    points: Array  # p̃, normalized coordinates of the convention
     reference_px: Array  # in pixels of the map; 0 is the center of the first pixel
     points_px: Array
     sampled: Array  # (B, C, Hk, Wk), x̃
@@ -121,14 +121,15 @@ def deformable_layer(x: Array, params: Tree, config: DeformableAttentionConfig) 
     """Run the layer.
 
     Args:
-        x: (B, C, H, W), any H and W not smaller than the stride.
-        params: tree of `deformable_shapes`.
+        x: (B, C, H, W), with H and W at least the stride.
+        params: parameter tree with the shapes of `deformable_shapes`.
+        config: layer configuration.
 
     Returns:
         y (B, C, H, W) and the trace.
 
     Raises:
-        ShapeError: if x has another number of channels, or another size than a fixed bias table was built for.
+        ShapeError: if `x` has another number of channels, or a fixed bias table is for another map size.
         ConfigError: if the stride is larger than the map.
     """
     x = check_map("x", x, config.dim)
@@ -186,7 +187,7 @@ def _conv_options(config: DeformableAttentionConfig, size: Size) -> dict[str, An
 def _raw_offsets(
     query: Array, params: Tree, config: DeformableAttentionConfig, key_size: Size
 ) -> tuple[Array, OffsetNetworkTrace | None]:
-    """Return Δ (B, G, Hk, Wk, 2), float32 or wider, and the network's trace."""
+    """Return Δ (B, G, Hk, Wk, 2), at least float32, and the trace of the offset network."""
     batch, _, height, width = query.shape
     shape = (batch, config.groups, 2, *key_size)
     if config.offset_bound is OffsetBound.NONE:
@@ -208,7 +209,7 @@ def _sample_groups(x: Array, points_px: Array) -> Array:
 
 
 def _pool(x: Array, stride: int, key_size: Size) -> Array:
-    """Average whole r × r cells: (B, C, H, W) → (B, C, Hk, Wk)."""
+    """Average the r × r cells: (B, C, H, W) → (B, C, Hk, Wk)."""
     axes = {"B": None, "C": None, "H": key_size[0] * stride, "W": key_size[1] * stride}
     check_array("x", x, axes, f"H and W multiples of stride={stride}, which average pooling needs")
     return x.reshape(*x.shape[:2], key_size[0], stride, key_size[1], stride).mean(axis=(3, 5))
@@ -228,7 +229,7 @@ def _logit_bias(
 
 
 def _flatten_points(points: Array) -> Array:
-    """(B, G, Hk, Wk, 2) → (B, G, Ns, 2)."""
+    """Flatten the key grid: (B, G, Hk, Wk, 2) → (B, G, Ns, 2)."""
     return points.reshape(*points.shape[:2], points.shape[2] * points.shape[3], 2)
 
 
@@ -244,8 +245,8 @@ def deformable_layer_vjp(
 ) -> tuple[Array, Tree]:
     """Return (∂L/∂x, ∂L/∂params): the steps of `deformable_layer` in reverse.
 
-    Three paths lead back to x: the sampled features, the points (through features and bias, then the offset
-    network and the queries), and the queries themselves.
+    The gradient reaches x on three paths: through the sampled features; through the points, from features and bias to
+    the offset network and the queries; and through the queries in the attention.
     """
     size = trace.x.shape[2:]
     output = linear_vjp(cotangent, trace.merged, **params["output"])
@@ -279,7 +280,7 @@ def deformable_layer_vjp(
 
 
 def _sampling_vjp(grad_sampled: Array, trace: LayerTrace, config: DeformableAttentionConfig) -> tuple[Array, Array]:
-    """Return ∂L/∂x and ∂L/∂p̃ (normalised) through the sampled features."""
+    """Return ∂L/∂x and ∂L/∂p̃ (normalized coordinates) through the sampled features."""
     x, points_px = trace.x, trace.points_px
     if config.average_pool:
         grad_pixels = grad_sampled / config.stride**2
@@ -298,7 +299,7 @@ def _sampling_vjp(grad_sampled: Array, trace: LayerTrace, config: DeformableAtte
 def _logit_bias_vjp(
     grad_bias: Array, trace: LayerTrace, params: Tree, config: DeformableAttentionConfig
 ) -> tuple[Array, Tree | None]:
-    """Return ∂L/∂p̃ through the bias, and the gradients of the bias's parameters (None if the logits have no bias)."""
+    """Return ∂L/∂p̃ through the bias, and the gradients of the bias parameters (None if the logits have no bias)."""
     points = trace.points
     flat_points = _flatten_points(points)
     if config.bias is BiasKind.TABLE:
@@ -318,7 +319,7 @@ def _logit_bias_vjp(
 def _offsets_vjp(
     grad_points: Array, trace: LayerTrace, params: Tree, config: DeformableAttentionConfig
 ) -> tuple[Array, Tree]:
-    """Return ∂L/∂query through the offset network, and its parameters' gradients."""
+    """Return ∂L/∂query through the offset network, and the gradients of its parameters."""
     assert trace.offset_network is not None
     reference = reference_points(trace.reference.shape[2:4], config.convention)
     grad_raw = bound_offsets_vjp(
@@ -336,9 +337,10 @@ def _offsets_vjp(
 
 
 def deformable_layer_macs(batch: int, size: Size, config: DeformableAttentionConfig) -> dict[str, int]:
-    """Return multiply-adds by term.
+    """Return the multiply-adds of each part.
 
-    The first four are the article's Ω = 2HW·Ns·C + 2HW·C² + 2Ns·C² + (k² + 2)·Ns·C; it leaves the other two out.
+    The first four parts are the article's Ω = 2HW·Ns·C + 2HW·C² + 2Ns·C² + (k² + 2)·Ns·C. The article omits the other
+    two.
     """
     pixels = size[0] * size[1]
     keys = key_grid_size(size, config.kernel_size, config.stride, config.convention)
@@ -362,18 +364,18 @@ def deformable_layer_macs(batch: int, size: Size, config: DeformableAttentionCon
     return macs
 
 
-# ------------------------------------------------------------------------------------------------ the object
+# ------------------------------------------------------------------------------------------------ class
 
 
 class DeformableAttention:
-    """A deformable-attention layer: a configuration and its parameters.
+    """Deformable-attention layer.
 
     Args:
-        config: what the layer is.
-        params: tree of `deformable_shapes`; ``dat_ref.init_params(config, seed)`` makes one.
+        config: layer configuration.
+        params: parameter tree with the shapes of `deformable_shapes`, see `dat_ref.init_params`.
 
     Raises:
-        CheckpointError: if names, shapes or numbers of `params` do not fit the configuration.
+        CheckpointError: if the names or shapes of `params` do not fit the configuration, or a value is not finite.
 
     >>> import dat_ref
     >>> config = dat_ref.DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(5, 7))
@@ -394,12 +396,12 @@ class DeformableAttention:
     def __call__(self, x: Array, return_trace: Literal[True]) -> tuple[Array, LayerTrace]: ...
 
     def __call__(self, x: Array, return_trace: bool = False) -> Array | tuple[Array, LayerTrace]:
-        """Return y (B, C, H, W) for x (B, C, H, W), with the trace if asked."""
+        """Return y (B, C, H, W) for x (B, C, H, W), and the trace if requested."""
         y, trace = deformable_layer(x, self.params, self.config)
         return (y, trace) if return_trace else y
 
     def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Tree]]]:
-        """Return y and its pullback: ``pullback(∂L/∂y)`` gives (∂L/∂x, ∂L/∂params)."""
+        """Return y and the pullback: ``pullback(∂L/∂y)`` returns (∂L/∂x, ∂L/∂params)."""
         y, trace = deformable_layer(x, self.params, self.config)
 
         def pullback(cotangent: Array) -> tuple[Array, Tree]:
@@ -412,7 +414,7 @@ class DeformableAttention:
     def from_official(
         cls, mapping: Mapping[str, Any], state: Mapping[str, Any], *, release: str
     ) -> DeformableAttention:
-        """Build from the released module's arguments and its state dict.
+        """Build from the arguments and the state dict of the released module.
 
         Raises:
             CheckpointError: with a report of missing, unexpected and mis-shaped keys.

@@ -1,19 +1,22 @@
-"""Released names and shapes ↔ ours, both ways.
+"""Released parameter names and shapes, converted to ours and back.
 
-A mapping lists, for each of our flattened names, the released name and how its array is laid out there:
+A mapping gives, for each of our flattened names, the released name and the layout of the array there:
 
 - ``same``: as ours;
-- ``conv1x1``: a linear layer that the release keeps as a 1×1 convolution, (O, C, 1, 1);
-- ``flat_table``: a window's bias table, ((2w-1)², heads) instead of (heads, 2w-1, 2w-1).
+- ``conv1x1``: a linear layer that the release implements as a 1×1 convolution, (O, C, 1, 1);
+- ``flat_table``: the bias table of a window, ((2w-1)², heads) instead of (heads, 2w-1, 2w-1).
 
-Released state dicts also hold buffers that follow from the configuration (``relative_position_index``,
-``attn_mask``), and a module without offsets keeps an offset network that it never uses. Both are passed over
-when loading.
+Released state dicts also contain buffers that follow from the configuration (``relative_position_index``,
+``attn_mask``), and a released module without offsets has an offset network that it never uses. Both are ignored when
+loading. `match_state` compares a state dict with a configuration. All loaders use it, and all report with a
+`LoadReport`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,19 +32,20 @@ from .config import (
     OffsetBound,
     WindowAttentionConfig,
 )
-from .params import flatten, mismatch_report, unflatten
+from .params import flatten, unflatten
 
 
 class ReleasedName(NamedTuple):
-    """Where one of our arrays lives in a released state dict."""
+    """Name and layout of one of our arrays in a released state dict."""
 
     name: str
     layout: str = "same"
 
 
 NameMapping = dict[str, ReleasedName]
+Shape = tuple[int, ...]
 
-# In released state dicts, but no parameters: they follow from the configuration.
+# Buffers in released state dicts. They follow from the configuration and are not parameters.
 RELEASED_BUFFERS = ("relative_position_index", "attn_mask")
 _UNUSED_WITHOUT_OFFSETS = "conv_offset."
 
@@ -54,14 +58,15 @@ def _affine(ours: str, theirs: str, layout: str = "same") -> NameMapping:
 
 
 def _norm(ours: str, theirs: str) -> NameMapping:
-    return _affine(ours, f"{theirs}.norm")  # the release wraps every layer norm
+    return _affine(ours, f"{theirs}.norm")  # the release wraps each layer norm
 
 
 def attention_names(config: AttentionConfig) -> NameMapping:
     """Return the mapping of one attention layer.
 
     Raises:
-        ConfigError: for a peer that no released backbone uses; some have a mapping of their own, in `dat_ref.peers`.
+        ConfigError: for an attention that no released backbone uses. Some have a mapping of their own in
+            `dat_ref.peers`.
     """
     if isinstance(config, DeformableAttentionConfig):
         return _deformable_names(config)
@@ -120,7 +125,7 @@ def _block_names(config: BlockConfig, stage: int, index: int) -> NameMapping:
 def backbone_names(config: DATConfig) -> NameMapping:
     """Return the mapping of a whole backbone."""
     names: NameMapping = {}
-    # The convolutional stem is a list of convolution, norm, GELU, convolution, norm: the GELU takes number 2.
+    # The convolutional stem is a list of convolution, norm, GELU, convolution, norm. The GELU has index 2.
     for index, theirs in enumerate((0,) if config.patch_embedding == "patch" else (0, 3)):
         names |= _affine(f"patch_embedding.{index}.projection", f"patch_proj.{theirs}")
         names |= _norm(f"patch_embedding.{index}.norm", f"patch_proj.{theirs + 1}")
@@ -134,10 +139,171 @@ def backbone_names(config: DATConfig) -> NameMapping:
     return names | _affine("head", "cls_head") if config.num_classes else names
 
 
+# ------------------------------------------------------------------------------------------------ report
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Result of loading, array by array.
+
+    The names are those of the file. Missing arrays have the name that the file should contain.
+
+    Attributes:
+        release: ``"cvpr2022"``, ``"datpp2023"``, ``"released"`` (either), or ``"dat_ref"`` for a file with our names.
+        loaded: names of the loaded arrays.
+        missing: names that the configuration requires and the file lacks.
+        unexpected: names in the file that the configuration does not have.
+        misshaped: (name, expected shape, shape in the file) of arrays that were not loaded.
+        resized: (name, shape in the file, new shape) of tables that were loaded at another size.
+        ignored: names that are skipped by rule: buffers, other parts of a detector, a head if none is wanted.
+        hints: possible causes of a mismatch, with remedies.
+    """
+
+    release: str
+    loaded: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshaped: tuple[tuple[str, Shape, Shape], ...] = ()
+    resized: tuple[tuple[str, Shape, Shape], ...] = ()
+    ignored: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """True if the file and the configuration have the same parameters, tables of another size allowed."""
+        return not (self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        misshaped = [f"{name}: expected {want}, got {got}" for name, want, got in self.misshaped]
+        resized = [f"{name}: {old} → {new}" for name, old, new in self.resized]
+        lines = [f"{self.release} names: {len(self.loaded)} arrays loaded"]
+        lines += _section("missing", self.missing) + _section("unexpected", self.unexpected)
+        lines += _section("mis-shaped", misshaped) + _section("resized", resized)
+        lines += _section("ignored", self.ignored, most=3)
+        return "\n".join(lines + [f"  hint: {hint}" for hint in self.hints])
+
+
+def _section(title: str, items: list[str] | tuple[str, ...], most: int = 8) -> list[str]:
+    if not items:
+        return []
+    rest = [f"    … and {len(items) - most} more"] if len(items) > most else []
+    return [f"  {title} ({len(items)}):", *(f"    {item}" for item in items[:most]), *rest]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Arrays of a state dict that fit a configuration, by our flattened names, and the report."""
+
+    arrays: dict[str, Array]
+    report: LoadReport
+
+
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-def _released_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+def match_state(
+    state: Mapping[str, Any],
+    names: NameMapping,
+    shapes: Mapping[str, Shape],
+    *,
+    release: str = "released",
+    wanted: Collection[str] | None = None,
+    ignored: Collection[str] = RELEASED_BUFFERS,
+    resizable: Collection[str] = (),
+    resize: Callable[[Array, tuple[int, int]], Array] | None = None,
+) -> Fit:
+    """Compare a state dict with the parameters of a configuration, and convert the arrays that fit to our layout.
+
+    Args:
+        state: arrays (NumPy, or anything that ``np.asarray`` accepts) by the names in `names`.
+        names: name in the state dict and layout of each parameter, by our flattened name.
+        shapes: shape of each parameter, by our flattened name.
+        release: naming scheme, for the report.
+        wanted: our names of the parameters to load; all if None.
+        ignored: parts of names; other arrays whose name contains one of them are ignored.
+        resizable: our names of the tables (heads, h, w) that may have another size.
+        resize: function that resizes such a table to (h, w).
+    """
+    wanted_names = {ours: names[ours] for ours in shapes if ours in names and (wanted is None or ours in wanted)}
+    arrays: dict[str, Array] = {}
+    loaded, missing, not_floating = [], [], []
+    misshaped: list[tuple[str, Shape, Shape]] = []
+    resized: list[tuple[str, Shape, Shape]] = []
+    for ours, (theirs, layout) in wanted_names.items():
+        if theirs not in state:
+            missing.append(theirs)
+            continue
+        shape, array = shapes[ours], _to_our_layout(np.asarray(state[theirs]), layout)
+        if not np.issubdtype(array.dtype, np.floating):
+            not_floating.append(f"{theirs} ({array.dtype})")
+            misshaped.append((theirs, shape, array.shape))
+            continue
+        if resize and ours in resizable and array.shape != shape and _is_table(array, heads=shape[0]):
+            resized.append((theirs, array.shape, shape))
+            array = resize(array, (shape[1], shape[2]))
+        if array.shape != shape:
+            misshaped.append((theirs, shape, array.shape))
+            continue
+        arrays[ours] = array
+        loaded.append(theirs)
+    wanted_keys, known_keys = ({key for key, _ in found.values()} for found in (wanted_names, names))
+    ignored_keys: list[str] = []
+    unexpected: list[str] = []
+    for key in state:
+        if key not in wanted_keys:
+            is_ignored = key in known_keys or any(part in key for part in ignored)
+            (ignored_keys if is_ignored else unexpected).append(key)
+    hints = (f"expected floating-point numbers in {', '.join(not_floating[:3])}",) if not_floating else ()
+    report = LoadReport(
+        release=release,
+        loaded=tuple(loaded),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        misshaped=tuple(misshaped),
+        resized=tuple(resized),
+        ignored=tuple(ignored_keys),
+        hints=hints,
+    )
+    return Fit(arrays, report)
+
+
+def _is_table(array: Array, heads: int) -> bool:
+    return array.ndim == 3 and array.shape[0] == heads and array.size > 0
+
+
+def _to_our_layout(array: Array, layout: str) -> Array:
+    """Return a released array in our layout, at any size. An array that does not have the layout stays unchanged."""
+    if layout == "conv1x1" and array.ndim == 4 and array.shape[2:] == (1, 1):
+        return array[:, :, 0, 0]
+    if layout == "flat_table" and array.ndim == 2:
+        side = math.isqrt(len(array))
+        if side * side == len(array):
+            return array.T.reshape(array.shape[1], side, side)
+    return array
+
+
+def to_ours(state: Mapping[str, Any], names: NameMapping, shapes: Tree) -> Tree:
+    """Return our parameter tree from a released state dict.
+
+    Args:
+        state: arrays (NumPy, or anything that ``np.asarray`` accepts) by released name.
+        names: mapping from `attention_names` or `backbone_names`.
+        shapes: tree of our shapes.
+
+    Raises:
+        CheckpointError: with a `LoadReport` if keys are missing, unexpected or mis-shaped.
+    """
+    ignored = list(RELEASED_BUFFERS)
+    if not any(".pointwise." in name or name.startswith("offset_network") for name in names):
+        ignored.append(_UNUSED_WITHOUT_OFFSETS)
+    fit = match_state(state, names, flatten(shapes), ignored=ignored)
+    if not fit.report.complete:
+        report = replace(fit.report, ignored=())
+        raise CheckpointError(f"state: expected the released parameters of this configuration\n{report}")
+    return unflatten({name: fit.arrays[name] for name in names})
+
+
+def _released_shape(shape: Shape, layout: str) -> Shape:
     if layout == "conv1x1":
         return (*shape, 1, 1)
     if layout == "flat_table":
@@ -145,41 +311,9 @@ def _released_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_layout(array: Array, layout: str, shape: tuple[int, ...]) -> Array:
-    return (array.T if layout == "flat_table" else array).reshape(shape)
-
-
 def _to_layout(array: Array, layout: str) -> Array:
     theirs = _released_shape(array.shape, layout)
     return array.reshape(len(array), -1).T if layout == "flat_table" else array.reshape(theirs)
-
-
-def to_ours(state: Mapping[str, Any], names: NameMapping, shapes: Tree) -> Tree:
-    """Return our parameter tree from a released state dict.
-
-    Args:
-        state: released names to arrays (NumPy, or anything ``np.asarray`` takes).
-        names: of `attention_names` or `backbone_names`.
-        shapes: our tree of shapes.
-
-    Raises:
-        CheckpointError: with a report of missing, unexpected and mis-shaped keys.
-    """
-    ours = flatten(shapes)
-    offsets_used = any(".pointwise." in name or name.startswith("offset_network") for name in names)
-    arrays = {
-        name: np.asarray(value)
-        for name, value in state.items()
-        if not name.endswith(RELEASED_BUFFERS) and (offsets_used or _UNUSED_WITHOUT_OFFSETS not in name)
-    }
-    expected = {released.name: _released_shape(ours[name], released.layout) for name, released in names.items()}
-    problems = mismatch_report(expected, {name: value.shape for name, value in arrays.items()})
-    if problems:
-        raise CheckpointError(f"state: expected the released parameters of this configuration\n  {problems}")
-    leaves = {
-        name: _from_layout(arrays[released.name], released.layout, ours[name]) for name, released in names.items()
-    }
-    return unflatten(leaves)
 
 
 def to_official(params_or_grads: Tree, names: NameMapping) -> dict[str, Array]:

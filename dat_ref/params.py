@@ -1,9 +1,9 @@
-"""Parameter trees: nested dicts and lists of arrays, their names and their checks.
+"""Parameter trees: nested dicts and lists of arrays, with their names and checks.
 
-A tree of *shapes* (tuples in place of arrays) says what a model needs; every model builds one from its configuration.
-Leaves are called ``weight``, ``bias`` or ``table``, so a module's part of the tree can be handed on by name:
-``linear(x, **params["query"])``. Flattened names (``stages.2.blocks.1.attention.query.weight``) are those of the torch
-modules' state dicts.
+A tree of *shapes* has tuples instead of arrays. Every model builds one from its configuration, to describe its
+parameters. Leaves are named ``weight``, ``bias`` or ``table``, so that a subtree can be passed as keyword arguments:
+``linear(x, **params["query"])``. The flattened names (``stages.2.blocks.1.attention.query.weight``) equal the names in
+the torch modules' state dicts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """Return the tree of dotted names; a level whose names are all numbers becomes a list.
+    """Return the tree of dotted names. A level with only numbers as names becomes a list.
 
     >>> unflatten({"query.weight": 1, "blocks.0.bias": 2})
     {'query': {'weight': 1}, 'blocks': [{'bias': 2}]}
@@ -53,7 +53,7 @@ def unflatten(leaves: Mapping[str, Any]) -> Tree:
 
 
 def map_tree(function: Callable[..., Any], *trees: Tree) -> Tree:
-    """Return the tree of ``function(leaf, ...)`` over trees of one structure."""
+    """Return the tree of ``function(leaf, ...)`` over trees of the same structure."""
     first = trees[0]
     if isinstance(first, Mapping):
         return {name: map_tree(function, *(tree[name] for tree in trees)) for name in first}
@@ -68,7 +68,7 @@ def count(tree: Tree) -> int:
 
 
 def mismatch_report(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what is missing, unexpected and mis-shaped between two sets of named shapes; empty if nothing is."""
+    """Return a report of missing, unexpected and mis-shaped names in `actual`, or ``""``."""
     lines = [f"missing: {name} {tuple(shape)}" for name, shape in expected.items() if name not in actual]
     lines += [f"unexpected: {name} {tuple(shape)}" for name, shape in actual.items() if name not in expected]
     lines += [
@@ -80,11 +80,11 @@ def mismatch_report(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str
 
 
 def check_params(params: Tree, shapes: Tree) -> Tree:
-    """Return `params` as arrays if names, shapes and numbers are right.
+    """Return `params` as arrays, after a check of names, shapes and values.
 
     Raises:
-        CheckpointError: with a report of missing, unexpected and mis-shaped names, or of the arrays that are
-            not finite.
+        CheckpointError: with a report of missing, unexpected and mis-shaped names, or the name of an array that is not
+            floating point or not finite.
     """
     expected = flatten(shapes)
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}

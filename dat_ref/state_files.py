@@ -1,20 +1,26 @@
-"""State dicts on disk: names and arrays, read from and written to ``.pth``, ``.safetensors`` and ``.npz``.
+"""State dicts on disk: named arrays in ``.pth``, ``.safetensors`` and ``.npz`` files.
 
-A checkpoint is read, never run. ``.pth`` files are pickles, which can call any function of Python; they go
-through torch's restricted reader, which makes tensors and plain containers and refuses everything else. Training
-scripts keep their settings beside the weights (the released one a ``yacs`` node, others a namespace or a NumPy
-number): the classes of those are replaced by empty stand-ins and what they hold is dropped.
+Code in a checkpoint is never executed. ``.pth`` files are pickles, which can call any Python function. torch's
+restricted unpickler reads them: it builds tensors and plain containers and refuses everything else. Training scripts
+also store their settings (the released one a ``yacs`` node, others a namespace or a NumPy scalar). Empty placeholders
+replace these classes, and their content is dropped.
+
+``.pth`` (as a zip archive) and ``.npz`` store a checksum for each array, and a file whose content does not match its
+checksums is refused. ``.safetensors`` files and ``.pth`` files written by torch before 1.6 have no checksums.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,10 +29,14 @@ from ._checks import Array, CheckpointError
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 
-# What trainers call the weights inside a checkpoint, first choice first; averaged weights come before raw ones.
+WRITABLE_SUFFIXES = (".safetensors", ".npz", ".pth")
+
+# Names of the weights inside a training checkpoint, in order of preference: averaged weights come before raw ones.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model")
 
-# What wraps a backbone (parallel training, a detector, a trainer, a compiler) puts its own name before every key.
+# Wrappers of a backbone (parallel training, a detector, a trainer, a compiler) add a prefix to every key.
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+
 _BACKBONE_KEY = re.compile(r"((?:(?:module|backbone|model|_orig_mod)\.)*)(?:patch_proj|patch_embedding|stages)\.")
 
 
@@ -34,23 +44,25 @@ _BACKBONE_KEY = re.compile(r"((?:(?:module|backbone|model|_orig_mod)\.)*)(?:patc
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """Return the backbone's arrays in a checkpoint by name, without the wrapping.
+    """Return the backbone's arrays in a checkpoint by name, without wrappers and prefixes.
 
-    Weights are looked for under the names of `WRAPPERS`; prefixes such as ``module.`` and ``backbone.`` are taken
-    off, and what has no such prefix in a file where the backbone has one (a detector's neck and head) is left
-    out. bfloat16 arrays, which NumPy does not have, come as float32 of the same values.
+    The weights are searched under the names in `WRAPPERS`. Prefixes such as ``module.`` and ``backbone.`` are removed.
+    If the backbone has such a prefix, arrays without it (a detector's neck and head) are left out. bfloat16 arrays,
+    which NumPy does not have, become float32 arrays of the same values.
 
     Args:
-        path: a ``.safetensors`` file (needs safetensors), ``.npz``, or a file of `TORCH_SUFFIXES` (needs torch).
+        path: ``.safetensors`` file (needs safetensors), ``.npz`` file, or a file with one of `TORCH_SUFFIXES` (needs
+            torch).
 
     Raises:
-        CheckpointError: if the file is not what its suffix says, is damaged, or would have to be executed.
+        CheckpointError: if the content does not match the suffix, is damaged, or would have to be executed.
+        OSError: if the file cannot be opened or read.
     """
     return select_backbone(read_arrays(path), os.fspath(path))[0]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
-    """Return every array of a checkpoint by its name in the file, the wrapping around the whole taken off."""
+    """Return every array of a checkpoint by its name in the file. Only the wrapper of the whole state is removed."""
     file = Path(path)
     _check_content(file)
     try:
@@ -60,9 +72,15 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
             arrays = _read_safetensors(file)
         else:
             arrays = _read_torch(file)
-    except (CheckpointError, MemoryError, OSError):
+    except CheckpointError:
         raise
-    except Exception as error:  # a damaged file fails in any way that its format's reader can fail
+    except MemoryError as error:  # also raised for a damaged header that declares a huge array
+        raise MemoryError(f"{file}: needs more memory than is available: {_first_line(error)}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
+    except Exception as error:  # a damaged file can raise any exception in the reader of its format
         raise CheckpointError(
             f"{file}: cannot be read as {file.suffix}: damaged, cut short, or another format; download it again"
             f" ({type(error).__name__}: {_first_line(error)})"
@@ -73,7 +91,9 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
 
 
 def select_backbone(state: Mapping[str, Array], source: str = "state") -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Return the backbone's arrays without prefix, and the names of the others (none where there is no prefix).
+    """Return the backbone's arrays without their prefix, and the names of the other arrays.
+
+    If the backbone has no prefix, there are no other arrays.
 
     Raises:
         CheckpointError: if there is more than one backbone.
@@ -91,11 +111,13 @@ def select_backbone(state: Mapping[str, Array], source: str = "state") -> tuple[
 
 
 def _check_content(file: Path) -> None:
-    """Raise if the suffix is unknown, or the file's first bytes show that it holds no checkpoint of any kind."""
+    """Raise an error if the suffix is unknown or the first bytes show that the file is not a checkpoint."""
     if file.suffix not in SUFFIXES:
         raise CheckpointError(f"{file}: expected a file name that ends in one of {', '.join(SUFFIXES)}")
     if file.is_dir():
         raise CheckpointError(f"{file}: expected a file, got a folder")
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file}: expected a regular file, got a device or a pipe")
     with file.open("rb") as opened:
         head = opened.read(256)
     if not head:
@@ -121,7 +143,7 @@ def _read_safetensors(file: Path) -> dict[str, Array]:
 
 
 def _from_bytes(name: str, dtype: str, shape: list[int], data: bytes) -> Array:
-    """Return an array from the bytes that safetensors keeps, little-endian and row by row."""
+    """Return an array from the bytes in a safetensors file (little-endian, row-major)."""
     if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(shape)
@@ -129,15 +151,33 @@ def _from_bytes(name: str, dtype: str, shape: list[int], data: bytes) -> Array:
     if dtype == "BOOL":
         return np.frombuffer(data, np.bool_).reshape(shape).copy()
     if dtype[0] not in kinds or not dtype[1:].isdigit():
-        raise CheckpointError(f"{name}: expected numbers that NumPy knows, or BF16, got {dtype}")
+        raise CheckpointError(f"{name}: expected a NumPy dtype or BF16, got {dtype}")
     return np.frombuffer(data, f"{kinds[dtype[0]]}{int(dtype[1:]) // 8}").reshape(shape).copy()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the metadata in the header of a ``.safetensors`` file; empty if there are none.
+
+    Raises:
+        CheckpointError: if the header cannot be read.
+        OSError: if the file cannot be opened or read.
+    """
+    file = Path(path)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, _MAX_HEADER_BYTES))
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+        return {str(name): str(value) for name, value in metadata.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as .safetensors: its header is not a JSON object") from error
 
 
 # ------------------------------------------------------------------------------------------------ torch's files
 
 
 class _Placeholder:
-    """Stands in for a class or function that a checkpoint names beside its weights: takes anything, keeps nothing."""
+    """Replacement for a class or function that a checkpoint names: accepts any arguments, stores nothing."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -147,7 +187,7 @@ class _Placeholder:
 
 
 class _PlaceholderMapping:
-    """The same for mappings: the reader fills in items only where it finds an ``OrderedDict``."""
+    """Replacement for a mapping. The unpickler sets items only on an ``OrderedDict``."""
 
     def __new__(cls, *_: Any) -> Any:
         return OrderedDict()
@@ -169,24 +209,48 @@ def _read_torch(file: Path) -> dict[str, Array]:
         raise CheckpointError(f"{file}: torch is needed to read it: pip install 'dat-ref[torch]'") from error
     import pickle
 
-    try:
-        with torch.serialization.safe_globals(_PLACEHOLDERS):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise
-        raise CheckpointError(
-            f"{file}: refused: it asks for {refused[1]}, and loading that could run code. Expected tensors only; if "
-            "you trust its maker, load it in a place that may be harmed and save its state dict by itself"
-        ) from error
+    with file.open("rb") as opened:  # not by name: torch opens only UTF-8 names
+        _check_checksums(opened)
+        try:
+            with torch.serialization.safe_globals(_PLACEHOLDERS):
+                loaded = torch.load(opened, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused is None:
+                raise
+            raise CheckpointError(
+                f"{file}: refused: it needs {refused[1]}, and loading that could run code. Expected tensors only; if "
+                "you trust its author, load it in an isolated environment and save only its state dict"
+            ) from error
     tensors = {name: value for name, value in _unwrap(loaded, file).items() if isinstance(value, torch.Tensor)}
-    return {name: _to_numpy(value) for name, value in tensors.items()}
+    for name in tensors:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{file}: expected parameter names (strings), got the {type(name).__name__} {name!r}")
+    return {name: _to_numpy(value, f"{file}: {name}") for name, value in tensors.items()}
 
 
-def _unwrap(loaded: Any, file: Path) -> Mapping[str, Any]:
-    """Return the innermost state dict; a wrapper without one, such as ``model_ema: None``, is passed over."""
+def _check_checksums(opened: BinaryIO) -> None:
+    """Raise an error if an entry of a zip archive does not match its checksum; torch does not compare them.
+
+    ``torch.serialization.set_crc32_options(False)`` writes zeros in place of all checksums. Such files pass.
+    """
+    if zipfile.is_zipfile(opened):
+        with zipfile.ZipFile(opened) as archive:
+            damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+    opened.seek(0)
+
+
+def _unwrap(loaded: Any, file: Path) -> Mapping[Any, Any]:
+    """Return the innermost state dict. A wrapper without a state dict, such as ``model_ema: None``, is skipped."""
+    seen: set[int] = set()
     while isinstance(loaded, Mapping):
+        if id(loaded) in seen:
+            raise CheckpointError(
+                f"{file}: expected a state dict (names and tensors), got a mapping that contains itself"
+            )
+        seen.add(id(loaded))
         inner = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
         if inner is None:
             return loaded
@@ -194,68 +258,98 @@ def _unwrap(loaded: Any, file: Path) -> Mapping[str, Any]:
     raise CheckpointError(f"{file}: expected a state dict (names and tensors), got {type(loaded).__name__}")
 
 
-def _to_numpy(tensor: Any) -> Array:
+def _to_numpy(tensor: Any, name: str) -> Array:
     import torch
 
     tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    try:
+        array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, without data, or a dtype that NumPy lacks
+        raise CheckpointError(
+            f"{name}: expected a dense tensor with a NumPy dtype or bfloat16, got {tensor.layout}, {tensor.dtype} on "
+            f"{tensor.device}"
+        ) from error
+    return array
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None:
-    """Write named arrays; the file is there whole or not at all, and one that was there stays until then.
+    """Write named arrays to a file, atomically: an existing file stays until the new one is complete.
 
     Args:
-        path: its suffix decides: ``.safetensors``, ``.npz``, or ``.pth`` (``{"model": state}``, as released).
+        path: file name. The suffix selects the format: ``.safetensors``, ``.npz``, or ``.pth`` (``{"model": state}`` as
+            in the releases).
+        state: named numeric arrays.
 
     Raises:
-        CheckpointError: for another suffix, for arrays of objects, or if the package that writes it is missing.
+        CheckpointError: for another suffix, for arrays of objects, or if the package for the format is missing.
+        OSError: if the file cannot be written.
     """
     file = Path(path)
-    if file.suffix not in (".safetensors", ".npz", ".pth"):
-        raise CheckpointError(f"{file}: expected a file name that ends in .safetensors, .npz or .pth")
+    check_writable_suffix(file)
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in state.items()}
     objects = [name for name, array in arrays.items() if array.dtype.hasobject]
     if objects:
-        raise CheckpointError(f"state: expected arrays of numbers, got objects in {', '.join(objects)}")
-    with atomic_write(file) as partial:
+        raise CheckpointError(f"state: expected numeric arrays, got objects in {', '.join(objects)}")
+    with atomic_write(file) as partial, partial.open("wb") as opened:
         if file.suffix == ".npz":
-            with partial.open("wb") as opened:
-                np.savez(opened, **dict[str, Any](arrays))
+            np.savez(opened, **dict[str, Any](arrays))
         elif file.suffix == ".safetensors":
-            _write_safetensors(partial, arrays)
+            opened.write(_safetensors_bytes(arrays))
         else:
-            _write_torch(partial, arrays)
+            opened.write(_torch_bytes(arrays))
+
+
+def check_writable_suffix(file: Path) -> None:
+    """Raise `CheckpointError` if `save_state` cannot write the file name's format."""
+    if file.suffix not in WRITABLE_SUFFIXES:
+        raise CheckpointError(f"{file}: expected a file name that ends in .safetensors, .npz or .pth")
 
 
 @contextmanager
-def atomic_write(file: Path) -> Iterator[Path]:
-    """Yield a name beside `file` to write to; at the end it takes the place of `file`, or goes if writing failed."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+def atomic_write(file: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary name in the folder of `file`. At the end it replaces `file`; after an error it is removed.
+
+    The temporary name ends in `suffix`, for writers that choose the format by it. An `OSError` about the temporary file
+    (no such folder, disk full) is raised again with the name of `file`.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial{suffix}")
     try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            yield partial
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(partial), partial):
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
-def _write_safetensors(file: Path, arrays: dict[str, Array]) -> None:
+# The writers below return bytes. When torch and safetensors write to a file themselves, they hide the error of a full
+# disk in exceptions of their own.
+
+
+def _safetensors_bytes(arrays: dict[str, Array]) -> bytes:
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError as error:
         raise CheckpointError("safetensors is needed to write .safetensors: pip install safetensors") from error
-    save_file(arrays, file, metadata={"format": "pt"})  # the layout is the same; some loaders insist on the word
+    content: bytes = save(arrays, metadata={"format": "pt"})  # torch's loaders require this entry
+    return content
 
 
-def _write_torch(file: Path, arrays: dict[str, Array]) -> None:
+def _torch_bytes(arrays: dict[str, Array]) -> memoryview:
     try:
         import torch
     except ImportError as error:
         raise CheckpointError("torch is needed to write .pth: pip install 'dat-ref[torch]'") from error
-    # A copy, since torch warns of arrays that cannot be written to.
-    torch.save({"model": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}}, file)
+    buffer = io.BytesIO()
+    # The copy avoids torch's warning about read-only arrays.
+    torch.save({"model": {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}}, buffer)
+    return buffer.getbuffer()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,9 +1,9 @@
-"""Training in NumPy: a loss, an optimiser, a loop, and a small DAT that learns to read digits from scratch.
+"""Training in NumPy: loss, optimizer, training loop, and a small DAT that learns to read digits from scratch.
 
     L(θ) = -1/B Σ_b log softmax(model(x_b; θ))[label_b]           `cross_entropy`
     θ ← AdamW(θ, ∂L/∂θ)                                           `AdamW`, the gradient by `DAT.vjp`
 
-Everything is a function of its arguments: a step takes a model and returns the next one, one seed fixes a whole run.
+All functions are pure: a step takes a model and returns a new one, and one seed determines a whole run.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __getattr__ = deprecated_names(__name__, {"decays": "has_weight_decay", "enlarge
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Return the mean over the batch of -log softmax(logits)[label], a scalar of the logits' dtype.
+    """Return the batch mean of -log softmax(logits)[label], a scalar of the logits' dtype.
 
     Args:
         logits: (B, classes), B >= 1.
         labels: (B,), integers in [0, classes).
 
     Raises:
-        ShapeError: if the shapes do not go together, or a label names no class.
+        ShapeError: if the shapes do not match, or a label is not a class index.
 
     >>> float(cross_entropy(np.zeros((2, 4)), np.array([0, 3])))  # log 4
     1.3862943611198906
@@ -62,22 +62,24 @@ def _check_labels(logits: Array, labels: Array) -> Array:
     check_array("logits", logits, {"B": None, "classes": None})
     labels, classes = np.asarray(labels), logits.shape[1]
     if len(logits) == 0 or labels.shape != logits.shape[:1]:
-        raise ShapeError(f"labels: expected (B,) with B >= 1, one a row of logits {logits.shape}, got {labels.shape}")
+        raise ShapeError(
+            f"labels: expected (B,) with B >= 1, one for each row of logits {logits.shape}, got {labels.shape}"
+        )
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
         raise ShapeError(f"labels: expected integers in [0, {classes}), got {labels.dtype} with {labels!r}")
     return labels
 
 
-# ------------------------------------------------------------------------------------------------ the optimiser
+# ------------------------------------------------------------------------------------------------ the optimizer
 
 
 def has_weight_decay(name: str, leaf: Array) -> bool:
-    """Whether weight decay pulls a parameter to zero: weights, yes; biases, norms, layer scales and bias tables, no."""
+    """Return True for weights; False for biases, norms, layer scales and bias tables, which have no weight decay."""
     return leaf.ndim > 1 and not name.endswith(".table")
 
 
 class AdamWState(NamedTuple):
-    """What `AdamW` remembers between steps: running means of the gradient and of its square."""
+    """State of `AdamW`: running means of the gradient and of its square."""
 
     steps: int
     mean: Tree
@@ -86,19 +88,19 @@ class AdamWState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay. With g the gradient, t the number of the step, and products leaf by leaf:
+    """Adam with decoupled weight decay. With g the gradient, t the number of the step from 1, elementwise:
 
-        θ ← θ (1 - η λ)                            only where `has_weight_decay` says so
+        θ ← θ (1 - η λ)                            only if `has_weight_decay`
         m ← m + (1 - β₁)(g - m)
         v ← β₂ v + (1 - β₂) g²
         θ ← θ - η/(1 - β₁ᵗ) · m / (√v/√(1 - β₂ᵗ) + ε)
 
-    The order of operations is that of ``torch.optim.AdamW``, so that the two round alike.
+    The operations have the order of ``torch.optim.AdamW``, so that rounding errors agree.
 
     Args:
-        weight_decay: λ.
-        betas: β₁ and β₂.
-        epsilon: ε.
+        weight_decay: λ ≥ 0.
+        betas: β₁ and β₂, in [0, 1).
+        epsilon: ε > 0.
     """
 
     weight_decay: float = 0.05
@@ -110,10 +112,11 @@ class AdamW:
         return AdamWState(0, map_tree(np.zeros_like, params), map_tree(np.zeros_like, params))
 
     def step(self, params: Tree, grads: Tree, state: AdamWState, learning_rate: float) -> tuple[Tree, AdamWState]:
-        """Return new parameters and the new state; the old ones stay as they are.
+        """Return new parameters and the new state; the arguments are not modified.
 
         Args:
-            params, grads: trees of one structure.
+            params, grads: trees of the same structure.
+            state: state from `init` or from the step before.
             learning_rate: η of this step.
         """
         beta1, beta2 = self.betas
@@ -131,7 +134,7 @@ class AdamW:
 
 
 def scheduled_rate(step: int, steps: int, peak: float, warmup_steps: int, min_rate: float = 0.0) -> float:
-    """Return the learning rate of step 0 … steps-1: a straight rise to `peak`, then half a cosine down to `min_rate`.
+    """Return the learning rate of step 0 … steps-1: linear warmup to `peak`, then cosine decay to `min_rate`.
 
     >>> [round(scheduled_rate(step, 6, 1.0, 2), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
@@ -147,32 +150,32 @@ def scheduled_rate(step: int, steps: int, peak: float, warmup_steps: int, min_ra
 
 
 def loss_and_gradient(model: DAT, images: Array, labels: Array) -> tuple[float, Tree]:
-    """Return the mean cross-entropy of a batch and its gradient, a tree like the model's parameters."""
+    """Return the mean cross-entropy of a batch and its gradient, a tree with the structure of the parameters."""
     logits, pullback = model.vjp(images)
     _, grads = pullback(cross_entropy_vjp(1.0, logits, labels))
     return float(cross_entropy(logits, labels)), grads
 
 
 def batches(rng: np.random.Generator, count: int, batch_size: int) -> Iterator[Array]:
-    """Yield the indices of one epoch's mini-batches: every image once, in random order; the last may be smaller."""
+    """Yield the indices of one epoch's batches: every image once, in random order; the last batch may be smaller."""
     order = rng.permutation(count)
     for start in range(0, count, batch_size):
         yield order[start : start + batch_size]
 
 
 class Step(NamedTuple):
-    """One step of training, as `fit` hands it to `on_step`."""
+    """Training step, the argument of `on_step` of `fit`."""
 
     epoch: int
-    step: int  # from 0, counted over all epochs
-    steps: int  # how many there will be
-    loss: float  # of this step's batch, before its update
+    step: int  # from 0, over all epochs
+    steps: int  # total number of steps
+    loss: float  # loss of the batch before the update
     learning_rate: float
 
 
 @dataclass
 class History:
-    """What `fit` recorded, one entry a step."""
+    """Record of `fit`, one entry per step."""
 
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
@@ -190,22 +193,24 @@ def fit(
     optimizer: AdamW | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[DAT, History]:
-    """Train a model, and return the trained one with the losses on the way.
+    """Train a model; return the trained model and the losses of all steps.
 
-    The rate rises over the first epoch and then falls to zero along a cosine. On one machine, one seed gives one run,
-    number for number.
+    The learning rate rises linearly over the first epoch, then falls to zero along a cosine. Runs with the same seed on
+    the same machine are equal bit for bit.
 
     Args:
-        model: what to start from; it stays as it is.
-        images: (N, channels, H, W), in the dtype to train in.
+        model: initial model; it is not modified.
+        images: (N, channels, H, W), in the dtype of the training.
         labels: (N,), integers.
-        learning_rate: the highest.
-        seed: of the order of the images.
-        optimizer: ``AdamW()`` if None.
+        epochs: number of epochs.
+        batch_size: images per step.
+        learning_rate: peak learning rate.
+        seed: random seed of the order of the images.
+        optimizer: optimizer; None: ``AdamW()``.
         on_step: called after every step.
 
     Raises:
-        ConfigError: if there is nothing to do.
+        ConfigError: if there are no images, epochs or images per batch.
     """
     if len(images) == 0 or epochs < 1 or batch_size < 1:
         raise ConfigError(
@@ -228,7 +233,7 @@ def fit(
 
 
 def accuracy(model: DAT, images: Array, labels: Array, *, batch_size: int = 128) -> float:
-    """Return the share of images whose highest logit is their label's."""
+    """Return the share of images whose largest logit belongs to their label."""
     parts = range(0, len(images), batch_size)
     predictions = [model(images[start : start + batch_size]).argmax(axis=1) for start in parts]
     return float((np.concatenate(predictions) == labels).mean())
@@ -238,7 +243,7 @@ def accuracy(model: DAT, images: Array, labels: Array, *, batch_size: int = 128)
 
 
 class Digits(NamedTuple):
-    """Scikit-learn's handwritten digits, enlarged and split."""
+    """Scikit-learn's handwritten digits, upsampled and split."""
 
     train_images: Array  # (1347, 1, 32, 32), float32 in [-1, 1]
     train_labels: Array  # (1347,)
@@ -247,7 +252,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """Return the 1797 digits of scikit-learn, 8×8 pixels enlarged to 32×32; a quarter of each class is held out.
+    """Return the 1797 digits of scikit-learn, upsampled from 8×8 to 32×32 pixels; a quarter of each class is held out.
 
     The split is the same in every run. Needs scikit-learn.
     """
@@ -261,7 +266,7 @@ def load_digits() -> Digits:
 
 
 def upsample(images: Array, size: tuple[int, int]) -> Array:
-    """Resize images bilinearly, (B, C, H, W) → (B, C, *size): sample them at the centers of the new cells."""
+    """Resize images bilinearly, (B, C, H, W) → (B, C, *size), by sampling at the centers of the new cells."""
     config = DeformableAttentionConfig(dim=1, heads=1, size=size)
     centers = to_pixels(
         reference_points(size, config.convention).astype(images.dtype), images.shape[2:], config.convention
@@ -271,9 +276,9 @@ def upsample(images: Array, size: tuple[int, int]) -> Array:
 
 
 def digits_config() -> DATConfig:
-    """Return a small DAT for 32×32 grey digits: two stages (8×8 and 4×4 pixels) of two deformable blocks each.
+    """Return a small DAT for 32×32 gray digits: two stages (8×8 and 4×4 pixels) of two deformable blocks each.
 
-    Every point stays within one key cell of its reference, on either axis.
+    Every point stays within one key cell of its reference point on each axis.
     """
     first = DeformableAttentionConfig(
         dim=32,
@@ -298,25 +303,25 @@ def digits_config() -> DATConfig:
 
 @dataclass(frozen=True)
 class DigitsResult:
-    """A model trained on digits, and how well it reads those it has not seen."""
+    """Model trained on digits, with its accuracies."""
 
     model: DAT
     losses: list[float]
     train_accuracy: float
     test_accuracy: float
     parameters: int
-    seconds: float  # of training, without loading and testing
+    seconds: float  # training time, without loading and testing
 
 
 def run_digits(epochs: int = 12, seed: int = 0, progress: Callable[[Step], None] | None = None) -> DigitsResult:
-    """Train `digits_config` from scratch: with the defaults, about 97 % right on held-out digits after half a minute.
+    """Train `digits_config` from scratch: with the defaults, about 97 % accuracy on held-out digits in half a minute.
 
-    Needs scikit-learn, for the data. Runs on one core: the matrices are too small to be worth sharing, and threads that
-    wait for each other make it many times slower where other programs run too.
+    Needs scikit-learn for the data. Runs on one core: the matrices are too small for several threads, and threads that
+    wait for each other are many times slower if other programs use the machine.
 
     Args:
-        epochs: how often every image is seen.
-        seed: of the first weights and of the order of the images.
+        epochs: number of epochs.
+        seed: random seed of the initialization and of the order of the images.
         progress: called after every step.
     """
     from threadpoolctl import threadpool_limits  # comes with scikit-learn

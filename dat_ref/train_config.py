@@ -1,4 +1,4 @@
-"""What a training run is: everything that decides its result, as data. `dat_ref.torch.train` carries it out."""
+"""Training configuration: all fields that determine the result of a run. `dat_ref.torch.train` runs it."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from .config import Init
 
 CONFIG_FILE = "train_config.json"  # in the folder of a run
 AMP_DTYPES = ("none", "bfloat16", "float16")
-# What may differ between a run and the one that goes on from its checkpoint: it changes how, not what.
+# Fields that may change when a run is resumed: they affect speed and memory, not the result.
 NON_SEMANTIC_FIELDS = ("workers", "compile", "grad_checkpointing", "shard", "save_every")
 
 
-def option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def option(default: Any, help_text: str, group: str = "") -> Any:
+    """Return a field whose help text and, for the first of a group, group title `dat-ref train --help` shows."""
+    return field(default=default, metadata={"help": help_text, "group": group})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
-    Batches are global: with several processes each takes its share, and the result is that of one.
+    Batches are global: with several processes each takes its share, and the result equals that of one process.
 
     >>> config = TrainConfig(model="dat_tiny", epochs=2)
     >>> TrainConfig.from_json(config.to_json()) == config
     True
     """
 
-    model: str = option("dat_nano", "model name, see dat_ref.torch.list_models()")
-    attention: str = option("", "attention that replaces deformable attention, see dat_ref.peers.matching")
-    init: str = option("", "offset initialization: released or zero_offset (the model's own)")
-    data: str = option("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*")
+    model: str = option("dat_nano", "model name, see dat_ref.torch.list_models()", group="Model")
+    attention: str = option(
+        "", "attention in place of deformable attention (default: none), see dat_ref.peers.matching"
+    )
+    init: str = option("", "offset initialization: released or zero_offset (default: the model's)")
+    data: str = option("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*", group="Data")
     task: str = option("which", "task on scenes: which, which_all, where, count, find or find_all")
     objects: str = option("shapes", "objects on scenes: pictures, discs or shapes")
     copies: int = option(1, "largest number of objects on a training scene of task find, all of one kind")
     image_size: int = option(64, "side of the images, pixels")
-    epochs: int = option(40, "number of epochs")
+    epochs: int = option(40, "number of epochs", group="Optimization")
     scenes_per_epoch: int = option(16384, "scenes per epoch; every epoch has new ones")
     batch_size: int = option(64, "global batch size (summed over processes)")
     learning_rate: float = option(1e-3, "peak learning rate")
@@ -49,16 +52,16 @@ class TrainConfig:
     warmup_epochs: float = option(1.0, "epochs of linear warmup")
     weight_decay: float = option(0.05, "weight decay; none on biases, norms and bias tables")
     clip: float = option(5.0, "maximum gradient norm; 0: no clipping")
-    label_smoothing: float = option(0.0, "label smoothing")
+    label_smoothing: float = option(0.0, "label smoothing", group="Regularization and augmentation")
     mixup: float = option(0.0, "mixup α; 0: off. With CutMix, each batch draws one of the two")
     cutmix: float = option(0.0, "CutMix α; 0: off")
     drop_path: float = option(0.0, "stochastic depth rate of the last block")
     ema: float = option(0.0, "decay of the exponential moving average of the weights, which is evaluated; 0: off")
-    amp: str = option("none", "autocast dtype: none, bfloat16 or float16")
+    amp: str = option("none", "autocast dtype: none, bfloat16 or float16", group="Precision, speed and memory")
     compile: bool = option(False, "use torch.compile")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     shard: bool = option(False, "shard the weights over the processes (FSDP2)")
-    seed: int = option(0, "random seed")
+    seed: int = option(0, "random seed", group="Reproducibility and checkpoints")
     workers: int = option(0, "data loading processes")
     save_every: int = option(0, "steps between checkpoints, besides one per epoch; 0: off")
 
@@ -106,7 +109,7 @@ class TrainConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"train config: expected JSON, got what is none: {error}") from error
+            raise ConfigError(f"train config: expected JSON, got {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"train config: expected a JSON object of fields, got a {type(values).__name__}")
         return cls.from_mapping(values)
@@ -120,7 +123,7 @@ class TrainConfig:
         return cls(**values)
 
     def changes(self, other: TrainConfig) -> list[str]:
-        """Return what would make another run of it: "name: ours, theirs" for each field that differs."""
+        """Return "name: ours, theirs" for each field that differs and affects the result."""
         pairs = ((each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
         return [
             f"{name}: {ours!r}, {theirs!r}"
@@ -150,8 +153,8 @@ SPOT = TrainConfig(
     objects="pictures",
     copies=4,
     image_size=160,
-    epochs=4,
-    scenes_per_epoch=12000,
+    epochs=3,
+    scenes_per_epoch=15000,
     batch_size=32,
     learning_rate=3e-3,
     warmup_epochs=0.2,
@@ -159,7 +162,7 @@ SPOT = TrainConfig(
 )
 # Flat shapes on photographs: a network of three stages that does not need its offsets.
 LAPTOP = TrainConfig()
-# 300 epochs of ImageNet with AdamW, cosine, 20 of them warming up; the learning rate is that of a batch of 1024.
+# 300 epochs of ImageNet with AdamW, cosine, 20 of them warmup; learning rate for a batch of 1024.
 RELEASED = TrainConfig(
     model="dat_tiny",
     data="imagenet",

@@ -20,13 +20,14 @@ def load_results(name: str) -> dict[str, Any]:
 
 def save_results(name: str, results: dict[str, Any]) -> None:
     """Write the results of an experiment, with seven significant digits."""
-    text = json.dumps(_rounded(results), indent=1)
+    text = json.dumps(rounded(results), indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return nested results with seven significant digits."""
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""Objects on photographs: does `dat_spot` need its offsets? Trained with offsets and with three controls.
+"""Objects on photographs: `dat_spot` trained with its offsets, and with three controls.
 
     python -m experiments.objects runs/objects --jobs 2    # an interrupted call continues where it stopped
 
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from dat_ref import __version__
 from dat_ref._checks import Array
+from dat_ref.data import network_path
 from dat_ref.layer import LayerTrace
 from dat_ref.ops.grid import key_grid_size, reference_points, to_pixels
 from dat_ref.peers import ATTENTIONS, matched_peer
@@ -50,13 +52,13 @@ from dat_ref.torch.offset_ablation import ABLATIONS, ablated_offsets, mean_offse
 from dat_ref.torch.train import TrainConfig, build_datasets, build_model, fit, preset
 from dat_ref.torch.train.data import normalised
 
-from . import save_results
+from . import rounded, save_results
 
 ARMS = {"offsets": "", "no offsets": "no_offsets", "average pooling": "average_pool", "more keys": "more_keys"}
 SEEDS = {"offsets": 5, "no offsets": 3, "average pooling": 3, "more keys": 3}  # with offsets, seed 0 ships
 BATCH = 64
 LOOKED_AT = 1024  # scenes whose points and attention are measured
-RADII = ((0.035, 0.05), (0.05, 0.07), (0.07, 0.09))  # bins of the object's radius, in sides of the image
+RADII = ((0.05, 0.063), (0.063, 0.077), (0.077, 0.09))  # bins of the object's radius, in sides of the image
 SEEN = 11  # image pixels that a position sees beyond its own 4 × 4: 15 × 15 before the deformable layer
 
 
@@ -231,6 +233,25 @@ def collect(runs: Path) -> dict[str, Any]:
     }
 
 
+def ship(runs: Path, results: dict[str, Any]) -> None:
+    """Copy the weights of the network that ships into the package, and write its card."""
+    shipped = results["runs"]["offsets"]["0"]
+    card = {
+        "about": "Names a small object on a photograph, at every position off it. See docs/experiments/objects.md.",
+        "command": "dat-ref train --out run --preset dat_spot",
+        "config": results["config"],
+        "classes": list(held_out_scenes().classes),
+        "parameters": shipped["parameters"],
+        "accuracy": shipped["accuracy"],
+        "held_out_scenes": results["held_out"],
+        "accuracies": {arm: [run["accuracy"] for run in runs.values()] for arm, runs in results["runs"].items()},
+        "versions": results["versions"],
+        "date": results["date"],
+    }
+    shutil.copyfile(folder_of(runs, "offsets", 0) / "best.safetensors", network_path())
+    network_path().with_suffix(".json").write_text(json.dumps(rounded(card), indent=1) + "\n", encoding="utf-8")
+
+
 def layer_macs(arm: str) -> int:
     """Return the multiply-adds of an arm's attention layer on one image."""
     layer, side = preset_attention(), held_out_scenes().size // 4
@@ -243,9 +264,10 @@ def main(arguments: Any = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.objects", description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--compile", action="store_true", help="train with torch.compile, about twice as fast")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--collect", action="store_true", help="collect results without training")
+    parser.add_argument("--ship", action="store_true", help="replace the network in dat_ref/data by seed 0")
     options = parser.parse_args(arguments)
     if not options.collect:
         jobs = [(arm, seed) for seed in range(max(SEEDS.values())) for arm in options.arms if seed < SEEDS[arm]]
@@ -253,7 +275,10 @@ def main(arguments: Any = None) -> None:
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             for made in [pool.submit(run, options.runs, arm, seed, options.compile) for arm, seed in jobs]:
                 made.result()
-    save_results("objects", collect(options.runs))
+    results = collect(options.runs)
+    save_results("objects", results)
+    if options.ship:
+        ship(options.runs, results)
 
 
 if __name__ == "__main__":

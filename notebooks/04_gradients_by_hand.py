@@ -13,13 +13,14 @@
 # %% [markdown]
 # # Gradients by hand
 #
-# A deformable-attention layer decides *where* to look, and it learns that by gradient descent. So there must be a
-# derivative of the loss with respect to a position. This notebook derives it with pencil and paper, checks it three
-# ways, and then walks a point over the map to see what the derivative cannot tell: what happens where it jumps, and
-# where it is dead.
+# A deformable-attention layer learns its sampling positions by gradient descent. This requires the derivative of the
+# loss with respect to a position. This notebook derives it by hand and checks it in three ways. Then it moves a point
+# across the map to show two limits of the derivative: positions where it is discontinuous, and positions where it is
+# zero although the loss is not minimal.
 #
-# Each section makes a claim, names the function of `dat_ref` that it is about, draws it, and ends with an assertion.
-# Everything runs in float64 and takes well under a minute. PyTorch is used as a third opinion where it is installed.
+# Each section makes a claim, names the function of `dat_ref` that it concerns, draws a figure, and ends with
+# assertions. All computations are in float64 and take less than a minute. If PyTorch is installed, its autograd is a
+# third check.
 
 # %%
 from dataclasses import replace
@@ -50,29 +51,29 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#0B4F7F", "#7FB4D8", "#FB
 # %% [markdown]
 # ## 1. One reading, two gradients
 #
-# A map $z$ is read at a point $p = (p_y, p_x)$ between its pixels. In the letters of the article,
+# A map $z$ is read at a point $p = (p_y, p_x)$ between its pixels. In the notation of the paper,
 #
 # $$
 # \phi(z;\ p) = \sum_r g(p_y, r_y)\, g(p_x, r_x)\, z[r_y, r_x], \qquad g(a, b) = \max(0,\ 1 - |a - b|).
 # $$
 #
-# $\phi$ is **linear in the map**. With $c = \partial L / \partial \phi$ arriving from above, pixel $r$ gets its
-# weight:
+# $\phi$ is **linear in the map**. With the incoming gradient $c = \partial L / \partial \phi$, pixel $r$ gets its
+# weight times $c$:
 #
 # $$
 # \frac{\partial L}{\partial z[r]} = g(p_y, r_y)\, g(p_x, r_x)\, c .
 # $$
 #
-# $\phi$ is **piecewise bilinear in the point**. Only $g$ depends on $p$, and $g$ is a tent: up with slope $+1$, down
-# with slope $-1$. Its corners are at $a = b - 1,\ b,\ b + 1$, and there we take the slope to the right:
+# $\phi$ is **piecewise bilinear in the point**. Only $g$ depends on $p$. As a function of $a$, $g$ is a hat function:
+# it rises with slope $+1$ and falls with slope $-1$. Its kinks are at $a = b - 1,\ b,\ b + 1$, and there we use the
+# right-hand slope:
 #
 # $$
 # \frac{\partial L}{\partial p_y} = c \sum_r g'(p_y, r_y)\, g(p_x, r_x)\, z[r],
 # \qquad g'(a, b) = \begin{cases} +1 & b - 1 \le a < b \\ -1 & b \le a < b + 1 \\ 0 & \text{else.} \end{cases}
 # $$
 #
-# **Claim.** These two sums are what `dat_ref.ops.sampling.bilinear_sample_vjp` computes. First the equations, as
-# loops:
+# **Claim.** `dat_ref.ops.sampling.bilinear_sample_vjp` computes these two sums. First, the equations as loops:
 
 
 # %%
@@ -98,12 +99,12 @@ def loop_gradients(z, p, c):
 a = np.linspace(-1.7, 1.7, 681)
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.5))
 left.plot(a, [g(t, 0) for t in a], color=BLUE, lw=2)
-left.set_title("the tent: weight of a pixel at 0 for a point at $a$")
+left.set_title("hat function: weight of a pixel at 0 for a point at $a$")
 for start, stop, slope in ((-1.7, -1, 0), (-1, 0, 1), (0, 1, -1), (1, 1.7, 0)):
     right.plot([start, stop], [slope, slope], color=ORANGE, lw=2)
 right.plot([-1, 0, 1], [1, -1, 0], "o", color=ORANGE, ms=6, zorder=4)
 right.plot([-1, 0, 1], [0, 1, -1], "o", mec=ORANGE, mfc="white", mew=1.5, ms=6, zorder=4)
-right.set_title("its slope; on a corner, the one to the right (full dot)")
+right.set_title("slope; at a kink, the right-hand one (filled dot)")
 for axes in (left, right):
     axes.set(xlabel="$a$, in pixels", xticks=[-1, 0, 1])
     axes.axhline(0, color=style.HAIRLINE, lw=0.6, zorder=0)
@@ -121,19 +122,19 @@ for p in (inside, outside, corner):
     np.testing.assert_allclose(by_hand.points_px[0, 0], grad_p, atol=1e-14)
 
 # %% [markdown]
-# ## 2. Checked three ways
+# ## 2. Three checks
 #
-# The loops above share an author with the code. So: **finite differences**, which know nothing of the derivation, and
-# **PyTorch's autograd** through `grid_sample`, which somebody else wrote.
+# The loops above have the same author as the code. Two further checks are independent: **finite differences**, which
+# do not use the derivation, and **PyTorch's autograd** through `grid_sample`.
 #
-# **Claim.** Away from the lattice all of them agree, to what each can resolve: loops and autograd to the last digits
-# of float64, finite differences to theirs. Each dot is one of two hundred random points (or its map), its height the
-# largest deviation from `bilinear_sample_vjp`.
+# **Claim.** Away from the pixel lattice all methods agree within their precision: loops and autograd to the last
+# digits of float64, finite differences to about nine digits. Each dot is one of two hundred random points (or its
+# map). Its height is the largest deviation from `bilinear_sample_vjp`.
 
 
 # %%
 def finite_differences(function, at, step=1e-5):
-    """Return the gradient of a scalar function by central differences, one component after the other."""
+    """Return the gradient of a scalar function by central differences."""
     gradient = np.zeros_like(at)
     for index in np.ndindex(at.shape):
         shift = np.zeros_like(at)
@@ -143,7 +144,7 @@ def finite_differences(function, at, step=1e-5):
 
 
 def torch_gradients(z, p, c):
-    """Return the same gradients by autograd. grid_sample takes (x, y), and ±1 are the outermost pixel centers."""
+    """Return the same gradients by autograd. `grid_sample` takes (x, y); ±1 are the outermost pixel centers."""
     z, p = torch.tensor(z[None, None], requires_grad=True), torch.tensor(p, requires_grad=True)
     last = torch.tensor([z.shape[2] - 1.0, z.shape[3] - 1.0], dtype=p.dtype)
     grid = (2 * p / last - 1).flip(0).reshape(1, 1, 1, 2)
@@ -158,41 +159,42 @@ def difference_gradients(z, p, c):
     return finite_differences(lambda at: loss(at, p), z), finite_differences(lambda at: loss(z, at), p)
 
 
-roads = {"loops": loop_gradients, "finite\ndifferences": difference_gradients}
+methods = {"loops": loop_gradients, "finite\ndifferences": difference_gradients}
 if torch is not None:
-    roads["autograd"] = torch_gradients
+    methods["autograd"] = torch_gradients
 
 points = rng.uniform(-0.95, np.array(z.shape) - 0.05, (200, 2))
 points += 0.01 * (np.abs(points - points.round()) < 1e-3)  # off the lattice
-deviation = {name: np.zeros((len(points), 2)) for name in roads}
+deviation = {name: np.zeros((len(points), 2)) for name in methods}
 for number, p in enumerate(points):
     by_hand = bilinear_sample_vjp(np.full((1, 1, 1), c), z[None, None], p[None, None])
-    for name, road in roads.items():
-        grad_z, grad_p = road(z, p, c)
+    for name, method in methods.items():
+        grad_z, grad_p = method(z, p, c)
         deviation[name][number] = np.abs(grad_z - by_hand.x).max(), np.abs(grad_p - by_hand.points_px).max()
 
 figure, axes = plt.subplots(figsize=(8.4, 3.0))
-for column, name in enumerate(roads):
+for column, name in enumerate(methods):
     for side, (color, label) in enumerate(((BLUE, r"$\partial L/\partial z$"), (ORANGE, r"$\partial L/\partial p$"))):
         x = column + 0.36 * (side - 0.5) + rng.uniform(-0.12, 0.12, len(points))
         y = np.maximum(deviation[name][:, side], 1e-17)
         axes.scatter(x, y, s=9, color=color, alpha=0.5, lw=0, label=label if column == 0 else None)
-axes.set(yscale="log", ylim=(3e-18, 1e-7), xticks=range(len(roads)), xticklabels=roads, ylabel="largest deviation")
+axes.set(yscale="log", ylim=(3e-18, 1e-7), xticks=range(len(methods)), xticklabels=methods, ylabel="largest deviation")
 axes.axhline(np.finfo(float).eps, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
-axes.text(0.5, 3.2e-16, "rounding of 1", color=style.QUIET, size=8, ha="center")
-axes.set_title("how far each road is from the gradient by hand (exact agreement is drawn at the bottom, $10^{-17}$)")
+axes.text(0.5, 3.2e-16, "float64 epsilon", color=style.QUIET, size=8, ha="center")
+axes.set_title("deviation of each method from the gradient by hand (zero is drawn at $10^{-17}$)")
 axes.legend(loc="upper right", ncols=2, markerscale=1.6)
 plt.show()
 
 # %%
-for name in roads:
+for name in methods:
     assert deviation[name].max() < (1e-9 if "finite" in name else 1e-13), name
 
 # %% [markdown]
-# ## 3. Two paths lead to a point
+# ## 3. Two paths to a point
 #
-# In a layer a moved point $\tilde p_n$ changes the output twice. Its **features** $\tilde x_n = \phi(x; \tilde p_n)$
-# become key and value; and the **position bias** reads its table $\hat B$ at the displacement $R$ of query and point:
+# In a layer, a moved point $\tilde p_n$ affects the output in two ways. Its **features**
+# $\tilde x_n = \phi(x; \tilde p_n)$ become key and value. The **position bias** reads its table $\hat B$ at the
+# displacement between query and point:
 #
 # $$
 # z_m = \sum_n A_{mn}\, \tilde v_n, \qquad
@@ -200,8 +202,8 @@ for name in roads:
 # \qquad B_{mn} = \phi\bigl(\hat B;\ \underbrace{q_m - \tilde p_n + (H - 1,\ W - 1)}_{i_{mn}}\bigr).
 # $$
 #
-# Both are readings with the same $\phi$, so both gradients are the one of section 1. The displacement falls where the
-# point rises, hence the minus:
+# Both are readings with the same $\phi$, so both gradients follow from section 1. The displacement decreases when the
+# coordinate of the point increases, hence the minus sign:
 #
 # $$
 # \frac{\partial L}{\partial \tilde p_n}
@@ -211,12 +213,12 @@ for name in roads:
 #   \frac{\partial L}{\partial B_{mn}}}_{\text{through the bias}} .
 # $$
 #
-# **Claim.** `dat_ref.ops.attention.deformable_attention_vjp` gives the second sum, `bilinear_sample_vjp` the first,
-# and only together are they the slope of the loss. Ports forget the second; nothing breaks, the points are merely
-# told a wrong direction.
+# **Claim.** `dat_ref.ops.attention.deformable_attention_vjp` gives the second sum and `bilinear_sample_vjp` the first.
+# Only their sum is the gradient of the loss. Some ports omit the second path. No error occurs, but the points get a
+# wrong direction.
 #
-# A small core to see it on: a map of 5 × 5 pixels, four keys that sample it (as they are, $W_k = W_v = 1$), one head,
-# and the squared distance of the output from a random target.
+# The example is a small attention core: a map of 5 × 5 pixels, four keys sampled from it (with $W_k = W_v = 1$), one
+# head, and the squared distance of the output from a random target.
 
 # %%
 SIZE, DEPTH, CONVENTION = (5, 5), 3, Convention.CELL_CENTER
@@ -228,13 +230,13 @@ target = rng.standard_normal(q.shape)
 GEOMETRY = {"query_size": SIZE, "convention": CONVENTION}
 
 
-def maps_for(points_px):
+def broadcast_inputs(points_px):
     return np.broadcast_to(x, (len(points_px), *x.shape[1:])), np.broadcast_to(q, (len(points_px), *q.shape[1:]))
 
 
 def attend_at(points_px, table=table):
-    """Return what goes into the core, and its output, for sets of four points (B, 4, 2) in pixels."""
-    maps, queries = maps_for(points_px)
+    """Return the inputs and the output of the core for sets of four points (B, 4, 2) in pixels."""
+    maps, queries = broadcast_inputs(points_px)
     sampled = bilinear_sample(maps, points_px).swapaxes(1, 2)[:, None]  # (B, 1, 4, d)
     inputs = (queries, sampled, sampled, from_pixels(points_px[:, None], SIZE, CONVENTION), table)
     return inputs, deformable_attention(*inputs, **GEOMETRY)
@@ -249,17 +251,17 @@ def loss(points_px, table=table):
 
 
 def two_paths(points_px, table=table):
-    """Return ∂L/∂p̃ (B, 4, 2), in pixels, through the features and through the bias."""
+    """Return the feature path and the bias path of ∂L/∂p̃, (B, 4, 2) each, per pixel."""
     inputs, output = attend_at(points_px, table)
     core = deformable_attention_vjp((output - target) / q.shape[2], *inputs, **GEOMETRY)
     grad_sampled = (core.k + core.v)[:, 0].swapaxes(1, 2)  # (B, d, 4): key and value are the sampled features
-    features = bilinear_sample_vjp(grad_sampled, maps_for(points_px)[0], points_px).points_px
+    features = bilinear_sample_vjp(grad_sampled, broadcast_inputs(points_px)[0], points_px).points_px
     return features, core.points[:, 0] / pixels_per_unit(SIZE, CONVENTION)
 
 
-places = np.array([[0.7, 3.2], [1.4, 0.6], [3.3, 2.6], [3.6, 0.7]])
-features, bias = (path[0] for path in two_paths(places[None]))
-measured = finite_differences(loss, places)
+positions = np.array([[0.7, 3.2], [1.4, 0.6], [3.3, 2.6], [3.6, 0.7]])
+features, bias = (path[0] for path in two_paths(positions[None]))
+measured = finite_differences(loss, positions)
 
 figure, axes = plt.subplots(figsize=(8.4, 4.1))
 axes.imshow(x[0, 0], cmap=style.FIELD, alpha=0.55, extent=(-0.5, 4.5, 4.5, -0.5))
@@ -271,14 +273,14 @@ for color, width, arrows, label in (
 ):
     shown = -step * arrows  # downhill
     axes.quiver(
-        places[:, 1], places[:, 0], shown[:, 1], shown[:, 0], color=color, label=label,
+        positions[:, 1], positions[:, 0], shown[:, 1], shown[:, 0], color=color, label=label,
         angles="xy", scale_units="xy", scale=1, width=width, headwidth=3.6, headlength=4, headaxislength=3.6, zorder=3,
     )  # fmt: skip
-ends = places - step * measured
-axes.scatter(ends[:, 1], ends[:, 0], s=95, fc="none", ec=ORANGE, lw=1.6, zorder=5, label="finite differences end here")
-axes.scatter(places[:, 1], places[:, 0], s=26, color="white", ec=style.INK, zorder=6)
+ends = positions - step * measured
+axes.scatter(ends[:, 1], ends[:, 0], s=95, fc="none", ec=ORANGE, lw=1.6, zorder=5, label="finite differences (tip)")
+axes.scatter(positions[:, 1], positions[:, 0], s=26, color="white", ec=style.INK, zorder=6)
 axes.set(xticks=range(5), yticks=range(5), xlim=(-0.5, 4.5), ylim=(4.5, -0.5), xlabel="$x$, pixels", ylabel="$y$")
-axes.set_title("downhill for four points: each path alone, and their sum")
+axes.set_title("descent directions of four points: each path, and the sum")
 axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), labelspacing=1.0)
 plt.show()
 
@@ -292,24 +294,24 @@ def cosine(one, other):
     return (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
-forgotten = np.degrees(np.arccos(cosine(features, measured)))
-print("without the bias path each direction is wrong by", ", ".join(f"{angle:.0f}°" for angle in forgotten))
+angles = np.degrees(np.arccos(cosine(features, measured)))
+print("without the bias path the directions are wrong by", ", ".join(f"{angle:.0f}°" for angle in angles))
 
 # %% [markdown]
 # ## 4. One point crosses the lattice
 #
-# Now three points stay, and one walks over the whole map. What does the loss look like from its seat?
+# Now three points are fixed and one moves over the whole map. The figure shows the loss as a function of its position.
 #
 # **Claim.** Inside a cell of the pixel lattice the loss is smooth. On the rows and columns of pixel centers it is
-# continuous, and creased.
+# continuous but has a crease.
 
 # %%
 FINE = 240
-axis = -0.5 + (np.arange(FINE) + 0.5) * 5 / FINE  # never on the lattice itself
-walkers = np.broadcast_to(places, (FINE, FINE, 4, 2)).copy()
-walkers[:, :, 0] = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
-landscape = np.stack([losses(row) for row in walkers])
-slope_y = np.stack([sum(two_paths(row))[:, 0, 0] for row in walkers])
+axis = -0.5 + (np.arange(FINE) + 0.5) * 5 / FINE  # never on the lattice
+moved = np.broadcast_to(positions, (FINE, FINE, 4, 2)).copy()
+moved[:, :, 0] = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+landscape = np.stack([losses(row) for row in moved])
+slope_y = np.stack([sum(two_paths(row))[:, 0, 0] for row in moved])
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.3), sharey=True)
 extent = (-0.5, 4.5, 4.5, -0.5)
@@ -320,33 +322,33 @@ heights = PowerNorm(0.6, landscape.min(), landscape.max())
 relief = light.shade(landscape, terrain, norm=heights, blend_mode="soft", vert_exag=60)
 left.imshow(relief, extent=extent, interpolation="bilinear")
 left.contour(axis, axis, landscape, levels=16, colors=style.INK, linewidths=0.45, alpha=0.55)
-left.set_title("the loss, lit from the upper left")
+left.set_title("loss, as a relief")
 bound = np.abs(slope_y).max()
 shown = right.imshow(slope_y, extent=extent, cmap=SIGNED, vmin=-bound, vmax=bound, interpolation="nearest")
-right.set_title("its slope along $y$, by hand: it jumps on every row")
+right.set_title("slope along $y$, by hand: it jumps on every row")
 figure.colorbar(shown, ax=right, shrink=0.75, aspect=28, label="loss per pixel").outline.set_visible(False)
 for axes in (left, right):
     axes.plot(*np.meshgrid(range(5), range(5)), ".", color=style.INK, ms=2.5)
     axes.set(xticks=range(5), yticks=range(5), xlabel="$x$, pixels")
     for side in axes.spines.values():
         side.set_visible(False)
-left.scatter(places[1:, 1], places[1:, 0], s=42, color="white", ec=style.INK, zorder=4)
-for place in places[1:]:
-    left.annotate("stays", place[::-1], xytext=(6, 5), textcoords="offset points", size=7.5, color=style.INK)
+left.scatter(positions[1:, 1], positions[1:, 0], s=42, color="white", ec=style.INK, zorder=4)
+for position in positions[1:]:
+    left.annotate("fixed", position[::-1], xytext=(6, 5), textcoords="offset points", size=7.5, color=style.INK)
 left.set_ylabel("$y$, pixels")
 plt.show()
 
 
 # %%
 def one_sided(function, at, direction, step=1e-6):
-    """Return the slope of a function when one goes from `at` along `direction`, by a second-order difference."""
+    """Return the one-sided slope of a function at `at` along `direction`, by a second-order difference."""
     return (-3 * function(at) + 4 * function(at + step * direction) - function(at + 2 * step * direction)) / (2 * step)
 
 
 def along_y(y, x_position=1.35, table=table):
-    walker = places.copy()
-    walker[0] = y, x_position
-    return loss(walker, table)
+    points = positions.copy()
+    points[0] = y, x_position
+    return loss(points, table)
 
 
 jump = {y: abs(one_sided(along_y, y, 1.0) + one_sided(along_y, y, -1.0)) for y in (0.0, 0.4, 1.0, 1.6, 2.0, 2.7, 3.0)}
@@ -354,29 +356,29 @@ for y, size in jump.items():
     assert (size > 1e-2) == (y == round(y)), (y, size)
 
 # %% [markdown]
-# ## 5. Which slope, on a crease?
+# ## 5. The slope on a crease
 #
-# A gradient must say *something* on a crease, so it follows a rule: floor-based indexing, hence the slope **to the
-# right of what is read**. That is PyTorch's rule as well. For the features, what is read moves with the point. For
-# the bias, what is read is the displacement $q - \tilde p$, which moves the other way: to the right of it is to the
-# *left* of the point.
+# On a crease the code has to choose a value. Floor-based indexing gives the slope **to the right of the reading
+# position**; PyTorch does the same. For the features, the reading position is the point. For the bias, it is the
+# displacement $q - \tilde p$, which moves in the opposite direction. Its right-hand slope is the *left-hand* slope as
+# seen from the point.
 #
-# **Claim.** On the lattice the gradient by hand is the right-hand slope of the features' path plus the left-hand
-# slope of the bias's path. Without a bias it is the slope to the right. With one it is neither the slope to the right
-# nor the one to the left, and not even always between the two.
+# **Claim.** On the lattice the gradient by hand is the right-hand slope of the feature path plus the left-hand slope
+# of the bias path. Without a bias it equals the right-hand slope of the loss. With a bias it equals neither one-sided
+# slope of the loss, and it is not always between the two.
 
 
 # %%
 def hand_slope(y, table=table):
-    walker = places.copy()
-    walker[0] = y, 1.35
-    return [float(path[0, 0, 0]) for path in two_paths(walker[None], table)]  # (features, bias), ∂L/∂p_y
+    points = positions.copy()
+    points[0] = y, 1.35
+    return [float(path[0, 0, 0]) for path in two_paths(points[None], table)]  # (features, bias), ∂L/∂p_y
 
 
 figure, rows = plt.subplots(1, 2, figsize=(9.4, 3.7))
 ticks = np.linspace(-0.5, 4.5, 501)
 no_bias = np.zeros_like(table)
-for axes, read, title in ((rows[0], no_bias, "a table of zeros: features only"), (rows[1], table, "features and bias")):
+for axes, read, title in ((rows[0], no_bias, "table of zeros: features only"), (rows[1], table, "features and bias")):
     curve = np.array([along_y(y, table=read) for y in ticks])
     axes.plot(ticks, curve, color=style.HAIRLINE, lw=2.2, zorder=2)
     for y in range(5):
@@ -387,12 +389,12 @@ for axes, read, title in ((rows[0], no_bias, "a table of zeros: features only"),
             (sum(hand_slope(float(y), read)), ORANGE, (-1, 1), 1.3, (0, (3, 1.5))),
         )
         for slope, color, sides, width, dashes in slopes:
-            reach = 0.45 / np.hypot(1, 5 * slope / np.ptp(curve)) * np.array(sides)  # lines of one length on the page
-            axes.plot(y + reach, value + slope * reach, color=color, lw=width, ls=dashes, zorder=4 if width < 2 else 3)
+            half = 0.45 / np.hypot(1, 5 * slope / np.ptp(curve)) * np.array(sides)  # equal length on the page
+            axes.plot(y + half, value + slope * half, color=color, lw=width, ls=dashes, zorder=4 if width < 2 else 3)
         axes.plot(y, value, "o", color="white", mec=style.INK, ms=5, zorder=5)
-    axes.set(xticks=range(5), xlabel="$y$ of the walking point, pixels", title=title)
-rows[0].plot([], [], color=GREEN, lw=2.4, label="slope to the left")
-rows[0].plot([], [], color=BLUE, lw=2.4, label="slope to the right")
+    axes.set(xticks=range(5), xlabel="$y$ of the moving point, pixels", title=title)
+rows[0].plot([], [], color=GREEN, lw=2.4, label="left-hand slope")
+rows[0].plot([], [], color=BLUE, lw=2.4, label="right-hand slope")
 rows[0].plot([], [], color=ORANGE, lw=1.3, ls=(0, (3, 1.5)), label="by hand")
 rows[0].set_ylabel("loss")
 figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -401,9 +403,9 @@ plt.show()
 
 # %%
 def frozen_loss(t, y, moving):
-    """The loss at the walker's place y, to first order, if only what one path reads moves on to t."""
-    (still, output), (moved, _) = (attend_at(np.array([[[place, 1.35], *places[1:]]])) for place in (y, t))
-    inputs = (still[0], *moved[1:3], *still[3:]) if moving == "features" else (*still[:3], *moved[3:])
+    """Return the loss, linearized at y, if only the inputs of one path move to t."""
+    (fixed, output), (shifted, _) = (attend_at(np.array([[[at, 1.35], *positions[1:]]])) for at in (y, t))
+    inputs = (fixed[0], *shifted[1:3], *fixed[3:]) if moving == "features" else (*fixed[:3], *shifted[3:])
     return ((output - target) / q.shape[2] * deformable_attention(*inputs, **GEOMETRY)).sum()
 
 
@@ -413,29 +415,29 @@ for y in range(5):
         sum(hand_slope(float(y), no_bias)), one_sided(lambda t: along_y(t, table=no_bias), y, 1.0), atol=1e-7
     )
     features, bias = hand_slope(float(y))
-    to_the_right = one_sided(lambda t, y=y: frozen_loss(t, y, "features"), y, 1.0)
-    to_the_left = -one_sided(lambda t, y=y: frozen_loss(t, y, "bias"), y, -1.0)
-    np.testing.assert_allclose([features, bias], [to_the_right, to_the_left], atol=1e-7)
-    one_way, other_way = one_sided(along_y, y, 1.0), -one_sided(along_y, y, -1.0)
-    assert min(abs(features + bias - slope) for slope in (one_way, other_way)) > 1e-3  # neither of the two
-    between.append(min(one_way, other_way) <= features + bias <= max(one_way, other_way))
-print("rows where the gradient by hand is not between the two:", np.flatnonzero(~np.array(between)).tolist())
+    right_hand = one_sided(lambda t, y=y: frozen_loss(t, y, "features"), y, 1.0)
+    left_hand = -one_sided(lambda t, y=y: frozen_loss(t, y, "bias"), y, -1.0)
+    np.testing.assert_allclose([features, bias], [right_hand, left_hand], atol=1e-7)
+    right_slope, left_slope = one_sided(along_y, y, 1.0), -one_sided(along_y, y, -1.0)
+    assert min(abs(features + bias - slope) for slope in (right_slope, left_slope)) > 1e-3  # neither of the two
+    between.append(min(right_slope, left_slope) <= features + bias <= max(right_slope, left_slope))
+print("gradient not between the one-sided slopes at rows", np.flatnonzero(~np.array(between)).tolist())
 assert not all(between)
 
 # %% [markdown]
-# Is the lattice a set of measure zero, which nobody meets? Not at the start. With **zero offsets**
-# (`init_params(..., offsets="zero_offset")`, as deformable convolution starts) and stride 1, *every* point of the two
-# consistent conventions lies on a pixel: that is what makes them consistent. The releases' grids are off the lattice
-# almost everywhere.
+# The lattice has measure zero, but points are on it at initialization. With **zero offsets**
+# (`init_params(..., offsets="zero_offset")`, the initialization of deformable convolution) and stride 1, *every* point
+# of the two consistent conventions is at a pixel center: this is the definition of consistency. The grids of the
+# releases are off the lattice almost everywhere.
 #
 # **Claim.** Under `CELL_CENTER` and `PAPER` all points of a zero-offset layer of stride 1 start on a crease, up to
-# rounding. And rounding is not innocent there: normalised coordinates are seldom round numbers, so some points come out
-# a last digit *below* their pixel, in the cell before it, and get the slope to the left.
+# rounding. Rounding has an effect there: normalized coordinates are rarely exact. So some points are one rounding unit
+# *below* their pixel, in the previous cell, and get the left-hand slope.
 
 
 # %%
 def starts_px(side, convention, dtype):
-    """Return where the points of a zero-offset layer of stride 1 start along one axis, in pixels."""
+    """Return the points of a zero-offset layer of stride 1 along one axis, in pixels."""
     return to_pixels(reference_points((side, side), convention).astype(dtype), (side, side), convention)[:, 0, 0]
 
 
@@ -462,7 +464,7 @@ for shift, (convention, color) in enumerate(((Convention.CELL_CENTER, BLUE), (Co
     below_axes.bar(at, below[convention], width=0.34, color=color, label=convention.name)
 below_axes.set(xticks=range(len(SIDES)), xticklabels=SIDES, xlabel="rows of the map", ylim=(0, 0.42))
 below_axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-below_axes.set_title("rows that float32 puts into the cell before")
+below_axes.set_title("rows that float32 puts into the previous cell")
 below_axes.legend(ncols=2, loc="upper right")
 plt.show()
 
@@ -470,13 +472,13 @@ plt.show()
 assert shares["CELL_CENTER"] == shares["PAPER"] == 1
 assert max(shares["CVPR2022"], shares["DATPP2023"]) < 0.05
 for side, share in zip(SIDES, below[Convention.CELL_CENTER], strict=True):
-    assert share == 0 or side & (side - 1)  # powers of two are exact under CELL_CENTER
+    assert share == 0 or side & (side - 1)  # exact under CELL_CENTER for powers of two
 
 # %% [markdown]
-# ## 6. What softmax and layer norm cannot see
+# ## 6. The null spaces of softmax and layer norm
 #
-# Two more steps lie on the way, and both throw something away. For softmax, $A_n = e^{S_n} / \sum_m e^{S_m}$ gives
-# $\partial A_n / \partial S_m = A_n (\delta_{nm} - A_m)$ and so
+# Two more steps are on the path of the gradient, and both have directions that they map to zero. For softmax,
+# $A_n = e^{S_n} / \sum_m e^{S_m}$ gives $\partial A_n / \partial S_m = A_n (\delta_{nm} - A_m)$ and so
 #
 # $$
 # \frac{\partial L}{\partial S_n}
@@ -484,18 +486,18 @@ for side, share in zip(SIDES, below[Convention.CELL_CENTER], strict=True):
 # \qquad \sum_n \frac{\partial L}{\partial S_n} = 0 .
 # $$
 #
-# For layer norm, $y = \gamma \hat x + \beta$ with $\hat x = (x - \mu)/\sqrt{\sigma^2 + \varepsilon}$. Write $h =
-# \gamma\, \partial L / \partial y$. Both $\mu$ and $\sigma$ depend on every channel, and each contributes a mean:
+# For layer norm, $y = \gamma \hat x + \beta$ with $\hat x = (x - \mu)/\sqrt{\sigma^2 + \varepsilon}$. Let
+# $h = \gamma\, \partial L / \partial y$. Both $\mu$ and $\sigma$ depend on every channel, and each contributes a mean:
 #
 # $$
 # \frac{\partial L}{\partial x}
 # = \frac{1}{\sqrt{\sigma^2 + \varepsilon}} \Bigl(h - \overline{h} - \hat x\, \overline{h \hat x}\Bigr) .
 # $$
 #
-# **Claim.** The Jacobian of `softmax` sends constants to zero; that of `layer_norm` sends constants to zero and, but
-# for $\varepsilon$, multiples of the centered input as well. One consequence: the key projection's bias adds $q \cdot
-# b_k$ to all logits of a query alike, so **its gradient is zero**. It never learns, in any of the released models
-# either.
+# **Claim.** The Jacobian of `softmax` maps constant vectors to zero. The Jacobian of `layer_norm` maps constant
+# vectors and, up to $\varepsilon$, multiples of the centered input to zero. One consequence: the bias of the key
+# projection adds $q \cdot b_k$ to all logits of a query, so **its gradient is zero**. It is never trained, in the
+# released models either.
 
 # %%
 logits, cells = np.array([0.2, 1.4, -0.6, 2.0, 0.9]), np.array([0.4, -1.2, 2.0, 0.3, -0.8])
@@ -542,24 +544,25 @@ _, grads = pullback(rng.standard_normal(y.shape))
 assert np.abs(grads["key"]["bias"]).max() < 1e-13 < 1e-3 < np.abs(grads["value"]["bias"]).max()
 
 # %% [markdown]
-# ## 7. The bound, and gradients that are dead
+# ## 7. Bounds and zero gradients
 #
-# The offset network's output $\Delta$ becomes a point by way of a bound:
+# The bound maps the output $\Delta$ of the offset network to a point:
 #
 # $$
 # \begin{aligned}
-# \text{article, 2022:} && \tilde p &= p + \ell \tanh \Delta &
+# \text{paper, 2022:} && \tilde p &= p + \ell \tanh \Delta &
 # \frac{\partial L}{\partial \Delta} &= \ell\,(1 - \tanh^2 \Delta)\ \frac{\partial L}{\partial \tilde p} \\
 # \text{2023:} && \tilde p &= \min(1, \max(-1,\ p + \Delta)) &
 # \frac{\partial L}{\partial \Delta} &= \mathbf{1}[-1 \le p + \Delta \le 1]\ \frac{\partial L}{\partial \tilde p}
 # \end{aligned}
 # $$
 #
-# with $\ell = \tfrac{s}{2} \cdot \text{pitch}$. A tanh always lets something through. Behind a clamp, nothing: a
-# point that is held on the border is not told to come back, whatever the loss.
+# with $\ell = \tfrac{s}{2} \cdot \text{pitch}$. A tanh reduces the gradient but never to zero. A clamp passes no
+# gradient outside its range: for any loss, a point clamped to the border gets no gradient that could move it
+# back.
 #
-# **Claim** (`bound_offsets_vjp`, `share_at_bound`). At the first step of DAT++, with the released starting values, a
-# fifth to a quarter of all offset components have a gradient of exactly zero. Under tanh, none has.
+# **Claim** (`bound_offsets_vjp`, `share_at_bound`). With the released initialization of DAT++, a fifth to a quarter of
+# all offset components have a gradient of exactly zero in the first step. With tanh, no component has.
 
 # %%
 STAGES = [
@@ -568,8 +571,8 @@ STAGES = [
 ]
 
 
-def start_of(stage, seed=0, bound=OffsetBound.CLAMP):
-    """Return a released DAT++ layer's configuration and the trace of its first pass over normalised random features."""
+def initial_pass(stage, seed=0, bound=OffsetBound.CLAMP):
+    """Return the configuration and the trace of a DAT++ layer with initial weights on random features."""
     config = replace(STAGES[stage], bias=BiasKind.NONE, offset_bound=bound, size=None)
     side = 224 // (4 << stage)
     features = np.random.default_rng(seed).standard_normal((1, config.dim, side, side))
@@ -577,15 +580,15 @@ def start_of(stage, seed=0, bound=OffsetBound.CLAMP):
     return config, dat_ref.DeformableAttention(config, params)(features, return_trace=True)[1]
 
 
-def dead_components(config, trace):
-    """Return where ∂p̃/∂Δ is exactly zero, (B, G, Hk, Wk, 2): ask the gradient itself."""
+def zero_components(config, trace):
+    """Return the components whose ∂p̃/∂Δ is exactly zero, (B, G, Hk, Wk, 2), from the VJP."""
     ones = np.ones_like(trace.raw_offsets)
     options = {"offset_range": config.offset_range, "convention": config.convention}
     return bound_offsets_vjp(ones, trace.raw_offsets, trace.reference[0, 0], config.offset_bound, **options) == 0
 
 
-starts = [[start_of(stage, seed) for seed in range(3)] for stage in range(4)]
-dead = [np.mean([dead_components(*start).mean() for start in of_stage]) for of_stage in starts]
+starts = [[initial_pass(stage, seed) for seed in range(3)] for stage in range(4)]
+zero_share = [np.mean([zero_components(*start).mean() for start in of_stage]) for of_stage in starts]
 
 figure, (curves, field, bars) = plt.subplots(1, 3, figsize=(9.8, 3.5), width_ratios=[1.0, 1.15, 0.85])
 delta = np.linspace(-2.5, 2.5, 501).reshape(1, 1, 1, -1, 1).repeat(2, axis=-1)
@@ -599,49 +602,50 @@ for bound, color, name in ((OffsetBound.TANH_COORDINATES, BLUE, "tanh"), (Offset
     curves.plot(delta[0, 0, 0, :, 0], passed, color=color, lw=1.2, ls=(0, (3, 2)), label=f"{name}: slope")
 curves.axhline(0, color=style.HAIRLINE, lw=0.6, zorder=0)
 curves.set(xlabel=r"$p + \Delta$", xticks=[-2, -1, 0, 1, 2], yticks=[-1, 0, 1], ylim=(-1.15, 1.15))
-curves.set_title("what arrives, and what returns")
+curves.set_title("bound: forward (solid), slope (dashed)")
 curves.legend(loc="lower right", fontsize=7, handlelength=2.2)
 
 config, trace = starts[2][0]
-is_dead, points_px = dead_components(config, trace)[0, 0], trace.points_px[0, 0]
+is_zero, points_px = zero_components(config, trace)[0, 0], trace.points_px[0, 0]
 last = trace.x.shape[2] - 1
 field.add_patch(plt.Rectangle((0, 0), last, last, fc=style.MARGIN, ec=style.HAIRLINE, lw=0.8))
-for kind, (color, label) in enumerate(((BLUE, "free"), (ORANGE, "one coordinate dead"), (style.QUERY, "both dead"))):
-    chosen = is_dead.sum(axis=-1) == kind
+for kind, (color, label) in enumerate(((BLUE, "nonzero"), (ORANGE, "one coordinate zero"), (style.QUERY, "both zero"))):
+    chosen = is_zero.sum(axis=-1) == kind
     y, x_position = points_px[chosen].T
     field.scatter(x_position, y, s=20, color=color, lw=0, label=label, zorder=3, clip_on=False)
 field.set(aspect="equal", xticks=[], yticks=[], xlim=(-0.6, last + 0.6), ylim=(last + 0.6, -0.6))
-field.set_title("points of one group, stage 3")
+field.set_title("gradients of one group, stage 3")
 field.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.9)
 for side in field.spines.values():
     side.set_visible(False)
 
-bars.bar(range(1, 5), dead, color=ORANGE, width=0.62)
-for stage, share in enumerate(dead, start=1):
+bars.bar(range(1, 5), zero_share, color=ORANGE, width=0.62)
+for stage, share in enumerate(zero_share, start=1):
     bars.text(stage, share + 0.004, f"{share:.0%}", ha="center", size=8.5)
 bars.set(xticks=range(1, 5), xlabel="stage of dat_pp_tiny", yticks=[], ylim=(0, 0.3))
 bars.spines["left"].set_visible(False)
-bars.set_title("components with a dead gradient")
+bars.set_title("components with zero gradient")
 plt.show()
 
 # %%
-assert all(0.15 < share < 0.28 for share in dead)
+assert all(0.15 < share < 0.28 for share in zero_share)
 for stage, of_stage in enumerate(starts):
     for seed, (config, trace) in enumerate(of_stage):
         bounding = {"offset_range": config.offset_range, "convention": config.convention}
-        held = share_at_bound(trace.offsets, trace.reference[0, 0], config.offset_bound, **bounding)
-        assert held == dead_components(config, trace).mean()
-        soft, soft_trace = start_of(stage, seed, OffsetBound.TANH_COORDINATES) if stage == 3 else (None, None)
-        assert soft is None or not dead_components(soft, soft_trace).any()
+        clamped = share_at_bound(trace.offsets, trace.reference[0, 0], config.offset_bound, **bounding)
+        assert clamped == zero_components(config, trace).mean()
+        soft, soft_trace = initial_pass(stage, seed, OffsetBound.TANH_COORDINATES) if stage == 3 else (None, None)
+        assert soft is None or not zero_components(soft, soft_trace).any()
 
 # %% [markdown]
 # ## What to remember
 #
-# - A position's gradient is a difference of neighbouring pixels. It knows its own cell and nothing behind it.
-# - It arrives by two paths. Forget the second one, through the bias, and points are told a wrong direction.
-# - On the lattice there is no gradient, only a rule: to the right of what is read. The two paths take opposite sides
-#   there.
-# - A clamp kills; a tanh damps.
+# - The gradient of a position is a difference of neighboring pixels. It depends on the current cell only, so a target
+#   attracts a point only from nearby (`dat_ref.ops.coverage.capture_radius`).
+# - It has two paths. Without the second one, through the bias, the points get a wrong direction.
+# - On the lattice the loss has no derivative. The code uses the right-hand slope of the reading position. As seen from
+#   the point, this is the right-hand slope for the features and the left-hand slope for the bias.
+# - A clamp can stop the gradient; a tanh only reduces it.
 #
-# The derivations of all steps, on one page: *Gradients by hand* in the documentation. The whole model, trained with
-# nothing else: `dat_ref.train`.
+# All derivations on one page: *Gradients by hand* in the documentation. `dat_ref.train` trains the whole model with
+# these gradients only.

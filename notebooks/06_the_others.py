@@ -11,20 +11,21 @@
 # ---
 
 # %% [markdown]
-# # The others
+# # Other attention systems
 #
-# "Deformable" is said of a convolution, of an encoder for detection and of a backbone's attention. "Local" is said of
-# windows and of neighborhoods. Names do not tell what a system does with a picture. Three questions do:
+# A convolution, an encoder for detection and the attention of a backbone are all called "deformable". Windows and
+# neighborhoods are both called "local". Three properties distinguish such systems better than their names:
 #
-# - Which pixels can a query reach?
-# - Who decides that: the architecture, the image, or the query itself?
-# - And who decides what counts: the thing that is found, or the one who asks?
+# - Receptive field: the pixels that a query can read.
+# - Choice of positions: fixed by the architecture, or predicted from the image or from the query.
+# - Choice of weights: computed from the features at the positions, or from the query alone.
 #
-# This notebook asks ten systems, and measures each answer. Then it ties them together: pushed to a limit, most of them
-# *are* one another, and a mistake in one would break a line of that web. Their equations and code: [the systems it is
+# This notebook measures these properties for ten systems. Then it shows how the systems are related: in limiting cases
+# most of them are equal, and an error in one of them breaks an identity. Equations and code: [the systems it is
 # compared with](../../peers/).
 #
-# Each section makes a claim, names the function of `dat_ref` that it is about, draws it, and ends with an assertion.
+# Each section makes a claim, names the function of `dat_ref` that it concerns, draws a figure, and ends with
+# assertions.
 
 # %%
 import matplotlib.pyplot as plt
@@ -77,7 +78,7 @@ def as_map(picture, side=SIDE):
 
 x = as_map(photo)
 
-# Nine keys a query wherever a system can choose, counted over all heads.
+# Nine keys per query, over all heads, where the system allows it.
 SYSTEMS = {
     "plain attention": MultiHeadAttentionConfig(DIM, HEADS),
     "spatial reduction": PyramidAttentionConfig(DIM, HEADS, reduction=4),
@@ -87,21 +88,21 @@ SYSTEMS = {
     "deformable attention": DeformableAttentionConfig(DIM, HEADS, stride=4, kernel_size=5, size=SIZE),
     "deformable convolution": DeformableConvConfig(DIM, kernel_size=3),
     "Deformable DETR": MultiScaleDeformableConfig(DIM, HEADS, points=3),
-    "keys of each query": PerQueryAttentionConfig(DIM, HEADS, kernel_size=3),
+    "per-query keys": PerQueryAttentionConfig(DIM, HEADS, kernel_size=3),
     "DAT-DCN": DATDCNAttentionConfig(DIM, HEADS, points=3),
 }
 
 
 def run(config, params, x=x):
-    """Run one layer: (y, trace)."""
+    """Run one layer; return (y, trace)."""
     return ATTENTIONS[type(config)].forward(x, params, config)
 
 
-def lively(config, seed=2):
-    """Return seeded parameters whose offsets are some pixels long, which first values alone would not give."""
+def moving_params(config, seed=2):
+    """Return random parameters with offsets of some pixels, larger than those of the initialization."""
     rng = np.random.default_rng(seed)
     params = init_params(config, seed, dtype=np.float64)
-    unit = SIDE / 2 if isinstance(config, DATDCNAttentionConfig) else 1  # its offsets count in half maps, not in pixels
+    unit = SIDE / 2 if isinstance(config, DATDCNAttentionConfig) else 1  # offsets in half maps, not in pixels
     for part in (params.get("offset", {}), params.get("offset_network", {}).get("pointwise", {})):
         if part:
             fan_in = part["weight"][0, 0].size
@@ -110,62 +111,67 @@ def lively(config, seed=2):
 
 
 # %% [markdown]
-# ## 1. What a query can reach
+# ## 1. The receptive field of a query
 #
-# Put two queries on the photograph, one on the face and one on the helmet, and mark what each can reach: the pixels
-# that enter its output as a key or a value, with any weight.
+# Select two queries on the photograph, one on the face and one on the helmet. Mark the receptive field of each: the
+# pixels that enter its output as key or value, with any weight.
 #
-# **Claim** (`dat_ref.peers.receptive_field`). Three of ten systems show all queries the same pixels: plain attention,
-# spatial reduction, and deformable attention. The first two show the whole map, and pay for it or blur it. **Only
-# deformable attention shows everybody the same few pixels, chosen for this image.**
+# **Claim** (`dat_ref.peers.receptive_field`). In three of the ten systems all queries have the same receptive field:
+# plain attention, spatial reduction, and deformable attention. In the first two it is the whole map, at quadratic cost
+# or at reduced resolution. **Only in deformable attention all queries read the same few pixels, chosen for this
+# image.**
 
 # %%
 QUERIES = {"face": (2, 5), "helmet": (9, 9)}
-seen = {}
+fields = {}
 figure, panels = plt.subplots(2, 5, figsize=(8.8, 4.6))
 for axes, (name, config) in zip(panels.ravel(), SYSTEMS.items()):
-    _, trace = run(config, lively(config))
-    seen[name] = [receptive_field(query, SIZE, config, trace) for query in QUERIES.values()]
+    _, trace = run(config, moving_params(config))
+    fields[name] = [receptive_field(query, SIZE, config, trace) for query in QUERIES.values()]
     axes.imshow(dim(photo), extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
-    one, other = seen[name]
+    one, other = fields[name]
     for pixels, color in ((one & ~other, BLUE), (other & ~one, ORANGE), (one & other, GREEN)):
         axes.imshow(np.where(pixels, 1.0, np.nan), cmap=ListedColormap([color]), alpha=0.6)
     for query, color in zip(QUERIES.values(), (BLUE, ORANGE)):
         axes.scatter(query[1], query[0], marker="*", s=120, color=color, ec="white", lw=0.9, zorder=4)
-    axes.set(xticks=[], yticks=[], xlabel=f"{seen[name][0].sum()} and {seen[name][1].sum()} pixels")
+    axes.set(xticks=[], yticks=[], xlabel=f"{fields[name][0].sum()} and {fields[name][1].sum()} pixels")
     axes.set_title(name, size=9)
     axes.spines[:].set_visible(False)
-figure.supxlabel("blue: reached from the face, orange: from the helmet, green: from both", size=8.5, color=style.QUIET)
+figure.supxlabel(
+    "read by the query on the face (blue), on the helmet (orange), by both (green)", size=8.5, color=style.QUIET
+)
 plt.show()
 
 # %%
-shared = {name for name, (one, other) in seen.items() if np.array_equal(one, other)}
+shared = {name for name, (one, other) in fields.items() if np.array_equal(one, other)}
 assert shared == {"plain attention", "spatial reduction", "deformable attention"}
-assert seen["plain attention"][0].all()
-assert seen["spatial reduction"][0].all()
-assert seen["deformable attention"][0].sum() <= 4 * 9  # nine points, four pixels each
+assert fields["plain attention"][0].all()
+assert fields["spatial reduction"][0].all()
+assert fields["deformable attention"][0].sum() <= 4 * 9  # nine points, four pixels each
 
 # %% [markdown]
-# ## 2. Is that what the output depends on?
+# ## 2. The receptive field and the output
 #
-# A picture of receptive fields is only as good as its definition. So test it. Put noise on all pixels that a query does
-# *not* reach: its output must not change by a single bit. Put noise on those it does: it must.
+# A receptive field is only useful if it describes the dependence of the output correctly. This can be tested. Add
+# noise to all pixels *outside* the receptive field of a query: its output must not change at all. Add noise inside: it
+# must change.
 #
-# One thing has to be held still: places and queries also depend on the map. So whatever *decides* gets weights of zero
-# here, and keeps its biases. What is left of the dependence goes through keys and values.
+# One dependence must be removed first: positions and queries also depend on the map. Therefore the weights of all
+# layers that compute positions and queries are set to zero here, and their biases are kept. The remaining dependence
+# is through keys and values.
 #
-# **Claim.** For all ten systems and both queries, the receptive field is exactly what the output depends on.
+# **Claim.** For all ten systems and both queries, the output depends on exactly the pixels of the receptive field.
 
 # %%
-DECIDERS = ("query", "offset", "modulation", "weights", "offset_network")
+PREDICTORS = ("query", "offset", "modulation", "weights", "offset_network")
 
 
-def decided(config):
-    """Return parameters under which queries, places and predicted weights do not depend on the map."""
+def fixed_predictions(config):
+    """Return parameters whose queries, positions and predicted weights do not depend on the map."""
     params = flatten(init_params(config, 2, dtype=np.float64))
     for name, leaf in params.items():
         part, last = name.split(".")[0], name.split(".")[-1]
-        if part in DECIDERS and last == "weight" and "pointwise" not in name and "norm" not in name:
+        if part in PREDICTORS and last == "weight" and "pointwise" not in name and "norm" not in name:
             leaf[:] = 0
         if part == "qkv" and last == "weight":
             leaf[:DIM] = 0
@@ -173,8 +179,8 @@ def decided(config):
 
 
 def influence(config, query):
-    """Return how much the query's output changes for noise outside of its receptive field, and for noise inside."""
-    params = decided(config)
+    """Return the change of the query's output for noise outside its receptive field, and for noise inside."""
+    params = fixed_predictions(config)
     y, trace = run(config, params)
     pixels = receptive_field(query, SIZE, config, trace)
     noise = np.random.default_rng(0).normal(size=x.shape)
@@ -194,7 +200,7 @@ axes.scatter([], [], s=50, fc="white", ec=ORANGE, lw=1.4, label="noise outside t
 axes.scatter([], [], s=50, color=BLUE, lw=0, label="noise inside")
 axes.set(xscale="log", xlim=(7e-4, 9), xticks=[1e-3, 1e-2, 0.1, 1], yticks=range(10), yticklabels=SYSTEMS)
 axes.set_xticklabels(["none", "0.01", "0.1", "1"])
-axes.set_title("change of the query's output")
+axes.set_title("change of the output")
 axes.minorticks_off()
 axes.invert_yaxis()
 axes.tick_params(axis="y", length=0)
@@ -208,18 +214,20 @@ for both in effects.values():
         assert inside > 1e-3
 
 # %% [markdown]
-# ## 3. Who decides?
+# ## 3. Positions and weights
 #
-# The same experiment, other questions. Show another photograph: do the places change? Change all that is found, but
-# nothing of what the query decides by (its own pixel; for the convolution its window): do the weights change?
+# Two more tests. First, show another photograph and check whether the positions change. Second, change all features
+# except those from which the query is computed (its own pixel; for the convolution its window), and check whether the
+# weights change.
 #
-# **Claim.** Of the seven systems that weigh by looking at what they find, only two can move: deformable attention and
-# its costly relative with keys of each query. The other movers weigh a point before they have seen what is there.
+# **Claim.** Seven systems compute the weights from the features at the positions. Only two of these seven can move the
+# positions: deformable attention, and the more expensive per-query keys. The other systems with moving positions
+# predict the weight of a point without its features.
 
 
 # %%
 def weights_of(config, trace, query):
-    """Return the weights that a query gives its keys or taps, flat."""
+    """Return the weights of a query for its keys or taps, flat."""
     number = query[0] * SIDE + query[1]
     if isinstance(config, WindowAttentionConfig):
         return viz.window_query_attention(trace, query).weights
@@ -229,29 +237,31 @@ def weights_of(config, trace, query):
     return np.take(trace.attention[0], number, axis=queries).ravel()
 
 
-def places_held(config):
-    """Return parameters with places that do not depend on the map, and weights that may."""
+def fixed_positions(config):
+    """Return parameters whose positions do not depend on the map; weights may."""
     params = init_params(config, 2, offsets="zero_offset", dtype=np.float64)
-    for name in ("modulation", "weights"):  # they start at zero
+    for name in ("modulation", "weights"):  # initialized to zero
         if name in params:
             params[name]["weight"][:] = np.random.default_rng(1).normal(size=params[name]["weight"].shape)
     if isinstance(config, DeformableConvConfig):
-        params["offset"]["bias"][:] = -4  # its taps lie outside of its window
+        params["offset"]["bias"][:] = -4  # moves the taps out of the window
     return params
 
 
-def ask(config, query=QUERIES["helmet"]):
-    """Return whether places depend on the image, and whether weights depend on what is found there."""
+def dependences(config, query=QUERIES["helmet"]):
+    """Return two booleans: positions depend on the image; weights depend on the features at the positions."""
     other = as_map(load_photo(photograph_path("coffee")))
-    lying = [receptive_field(query, SIZE, config, run(config, lively(config), picture)[1]) for picture in (x, other)]
+    pixels = [
+        receptive_field(query, SIZE, config, run(config, moving_params(config), picture)[1]) for picture in (x, other)
+    ]
     around = 1 if isinstance(config, DeformableConvConfig) else 0
     kept = np.s_[:, :, query[0] - around : query[0] + around + 1, query[1] - around : query[1] + around + 1]
     other[kept] = x[kept]
-    weights = [weights_of(config, run(config, places_held(config), picture)[1], query) for picture in (x, other)]
-    return not np.array_equal(*lying), np.abs(weights[0] - weights[1]).max() > 1e-6
+    weights = [weights_of(config, run(config, fixed_positions(config), picture)[1], query) for picture in (x, other)]
+    return not np.array_equal(*pixels), np.abs(weights[0] - weights[1]).max() > 1e-6
 
 
-answers = {name: (name in shared, *ask(config)) for name, config in SYSTEMS.items()}
+answers = {name: (name in shared, *dependences(config)) for name, config in SYSTEMS.items()}
 
 figure, axes = plt.subplots(figsize=(7.6, 3.2))
 for row, of_system in enumerate(answers.values()):
@@ -260,7 +270,7 @@ for row, of_system in enumerate(answers.values()):
 axes.set(xlim=(-0.5, 2.5), ylim=(9.6, -0.6), yticks=range(10), yticklabels=SYSTEMS)
 axes.set_xticks(
     range(3),
-    ["all queries see\nthe same places", "the image moves\nthe places", "what is found there\ndecides its weight"],
+    ["all queries read\nthe same positions", "positions depend\non the image", "features there\ndecide the weights"],
 )
 axes.xaxis.tick_top()
 axes.tick_params(length=0)
@@ -269,24 +279,26 @@ plt.show()
 
 # %%
 assert [name for name, (_, moves, _) in answers.items() if moves] == list(SYSTEMS)[5:]
-looking = {name for name, (_, _, looks) in answers.items() if looks}
-assert looking == set(SYSTEMS) - {"deformable convolution", "Deformable DETR", "DAT-DCN"}
-assert len(looking) == 7
+by_features = {name for name, (_, _, depends) in answers.items() if depends}
+assert by_features == set(SYSTEMS) - {"deformable convolution", "Deformable DETR", "DAT-DCN"}
+assert len(by_features) == 7
 assert {name for name, answer in answers.items() if all(answer)} == {"deformable attention"}
 
 # %% [markdown]
-# ## 4. Two layers, four layers
+# ## 4. The receptive field of several layers
 #
-# A backbone stacks layers, and what one layer cannot reach the next one may. How fast does the receptive field grow?
-# Keep each pixel's own (the residual branch), and chain: a query sees what is seen by what it sees.
+# A backbone stacks layers. To compute the receptive field of a stack, we include each pixel's own position (the
+# residual branch) and chain the receptive fields of the layers.
 #
-# The surprise is deformable attention. Every query sees the points of the last layer, those saw the points of the
-# layer before, and so on: **points see points**. However deep the stack, most of the map is never read. What is
-# missing is somebody who carries a point's surroundings to the point.
+# For deformable attention the result may surprise. Every query reads the points of the last layer, these points read
+# the points of the layer before, and so on: **points read only points**. Even in a deep stack, most of the map is
+# never read. A local layer is needed, which carries the surroundings of a point to the point.
 #
-# **Claim.** On a map of 28 × 28, four deformable layers of 16 points reach a quarter of the map. With a neighborhood
-# of 7 × 7 before each, one such pair reaches four fifths, and two layers of windows or of neighborhoods a fifth. The
-# released models alternate: local, deformable, local, deformable.
+# The stride is 7 here. At stride 1 or 2, undeformed points would read the whole map in one layer.
+#
+# **Claim.** On a map of 28 × 28, the receptive field of four deformable layers of 16 points is a quarter of the map.
+# That of one neighborhood layer of 7 × 7 and one deformable layer is four fifths. That of two window layers, or of two
+# neighborhood layers, is a fifth. The released models alternate local and deformable layers.
 
 # %%
 WIDE = 28
@@ -300,30 +312,30 @@ STACKS["neighborhood, deformable"] = STACKS["neighborhood"] + STACKS["deformable
 
 
 def receptive_fields(config, seed):
-    """Return which pixels each query reaches in one layer, its own included: (784, 784) of booleans."""
-    _, trace = run(config, lively(config, seed), wide)
+    """Return the receptive fields of all queries in one layer, own pixel included: (784, 784) bool."""
+    _, trace = run(config, moving_params(config, seed), wide)
     queries = [(0, 0)] if isinstance(config, DeformableAttentionConfig) else list(np.ndindex(WIDE, WIDE))
     rows = np.array([receptive_field(query, (WIDE, WIDE), config, trace).ravel() for query in queries])
     return np.broadcast_to(rows, (WIDE**2, WIDE**2)) | np.eye(WIDE**2, dtype=bool)
 
 
 single = {config: receptive_fields(config, 0) for stack in STACKS.values() for config in stack}
-reached, pictures = {}, {}
+covered, pictures = {}, {}
 for name, stack in STACKS.items():
-    chained, reached[name] = np.eye(WIDE**2, dtype=np.float32), []
+    chained, covered[name] = np.eye(WIDE**2, dtype=np.float32), []
     for depth in range(4):
         config = stack[depth % len(stack)]
         moves = isinstance(config, DeformableAttentionConfig)
-        layer = receptive_fields(config, depth) if moves else single[config]  # points of its own in each layer
+        layer = receptive_fields(config, depth) if moves else single[config]  # other points in each layer
         chained = (layer.astype(np.float32) @ chained > 0).astype(np.float32)
-        reached[name].append(chained.mean())
+        covered[name].append(chained.mean())
         if depth == 1:
             pictures[name] = chained[10 * WIDE + 11].reshape(WIDE, WIDE) > 0
 
 figure, (axes, *panels) = plt.subplots(1, 5, figsize=(8.8, 2.4), width_ratios=[1.3, 1, 1, 1, 1])
-for shares, color in zip(reached.values(), (GREEN, PINK, BLUE, ORANGE)):
+for shares, color in zip(covered.values(), (GREEN, PINK, BLUE, ORANGE)):
     axes.plot(range(1, 5), shares, color=color, lw=1.8, marker="o", ms=4)
-axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="share of the map reached")
+axes.set(xticks=range(1, 5), xlabel="layers", ylim=(0, 1.03), yticks=[0, 0.5, 1], title="receptive field / map")
 axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 for panel, (name, pixels), color in zip(panels, pictures.items(), (GREEN, PINK, BLUE, ORANGE)):
     panel.imshow(dim(photo), extent=(-0.5, WIDE - 0.5, WIDE - 0.5, -0.5))
@@ -335,21 +347,21 @@ for panel, (name, pixels), color in zip(panels, pictures.items(), (GREEN, PINK, 
 plt.show()
 
 # %%
-for name, shares in reached.items():
+for name, shares in covered.items():
     print(f"{name:25} " + "  ".join(f"{share:4.0%}" for share in shares))
-assert reached["deformable"][-1] < 0.3
-assert reached["neighborhood, deformable"][1] > 0.75
-assert max(reached["window, shifted"][1], reached["neighborhood"][1]) < 0.25
+assert covered["deformable"][-1] < 0.3
+assert covered["neighborhood, deformable"][1] > 0.75
+assert max(covered["window, shifted"][1], covered["neighborhood"][1]) < 0.25
 
 # %% [markdown]
-# ## 5. The web of identities
+# ## 5. Identities between the systems
 #
-# Push a system to its limit, and it becomes another: a window as large as the map is plain attention; a deformable
-# layer of stride 1 that moves nothing is plain attention too, if its coordinates are right. Each such limit is a test
-# that needs no expected numbers, and together they hold all systems in one web.
+# In limiting cases the systems become equal. A window as large as the map is plain attention. A deformable layer of
+# stride 1 with zero offsets is plain attention too, if its coordinates are consistent. Each such identity is a test
+# that needs no stored reference values, and together the identities connect all systems.
 #
-# **Claim.** Eleven pairs agree to the last digits when the condition holds (blue), and clearly do not when it is
-# missed by a little (orange): a window one pixel smaller, offsets of a hundredth of a pixel, a mask of 0.99.
+# **Claim.** Eleven pairs agree to the last digits when the condition holds (blue), and clearly differ when it is
+# slightly violated (orange): a window that is one pixel smaller, offsets of a hundredth of a pixel, a mask of 0.99.
 
 # %%
 rng = np.random.default_rng(0)
@@ -362,7 +374,7 @@ qkv, output, table = params["qkv"], params["output"], params["position_bias"]["t
 y = run(plain, params, z)[0]
 
 
-def apart(one, other):
+def gap(one, other):
     return np.abs(one - other).max()
 
 
@@ -385,9 +397,9 @@ def deformable(convention):
 
 
 IDENTITIES = {
-    "window = plain": (apart(window(5), y), apart(window(4), y)),
-    "neighborhood = plain": (apart(neighborhood(table[:, ::-1, ::-1]), y), apart(neighborhood(table), y)),
-    "deformable = plain": (apart(deformable(Convention.CELL_CENTER), y), apart(deformable(Convention.CVPR2022), y)),
+    "window = plain": (gap(window(5), y), gap(window(4), y)),
+    "neighborhood = plain": (gap(neighborhood(table[:, ::-1, ::-1]), y), gap(neighborhood(table), y)),
+    "deformable = plain": (gap(deformable(Convention.CELL_CENTER), y), gap(deformable(Convention.CVPR2022), y)),
 }
 
 bare = run(MultiHeadAttentionConfig(6, 2), {"qkv": qkv, "output": output}, z)[0]
@@ -400,23 +412,24 @@ def pyramid(reduction):
     return run(config, tree | {"output": output}, z)[0]
 
 
-IDENTITIES["spatial reduction = plain"] = apart(pyramid(1), bare), apart(pyramid(2), bare)
+IDENTITIES["spatial reduction = plain"] = gap(pyramid(1), bare), gap(pyramid(2), bare)
 
 # %% [markdown]
-# Now keys of each query: hand every query a copy of the points that a deformable layer found, or take their offsets
-# away (a neighborhood, but for the border). And a dilated neighborhood, which is one on every second pixel.
+# Next, per-query keys. If every query gets a copy of the points of a deformable layer, the two are equal. With zero
+# offsets they are equal to neighborhood attention, except at the border. A dilated neighborhood equals a neighborhood
+# on every second pixel.
 
 # %%
 config = DeformableAttentionConfig(6, 2, stride=2, kernel_size=3, bias=BiasKind.NONE)
 tree = init_params(config, seed=0, dtype=np.float64)
 _, trace = run(config, tree, z)
-own = np.repeat(trace.points_px.reshape(1, 1, 1, -1, 2), 25, axis=2)  # each query a copy of the shared points
+own = np.repeat(trace.points_px.reshape(1, 1, 1, -1, 2), 25, axis=2)  # a copy of the shared points for each query
 copied, moved = (
     attend_at_points(trace.query.reshape(1, 6, 25), z, points, tree, heads=2)[0] for points in (own, own + 0.01)
 )
-IDENTITIES["keys of each query = deformable"] = (
-    apart(copied.reshape(z.shape), trace.merged),
-    apart(moved.reshape(z.shape), trace.merged),
+IDENTITIES["per-query keys = deformable"] = (
+    gap(copied.reshape(z.shape), trace.merged),
+    gap(moved.reshape(z.shape), trace.merged),
 )
 
 config = PerQueryAttentionConfig(6, 2, kernel_size=3)
@@ -425,35 +438,35 @@ stacked = {leaf: np.concatenate([tree[name][leaf] for name in THIRDS]) for leaf 
 around = {"qkv": stacked, "output": tree["output"], "neighborhood_bias": {"table": np.zeros((2, 5, 5))}}
 one, other = run(config, tree, z)[0], run(NeighborhoodAttentionConfig(6, 2, 3), around, z)[0]
 inside = np.s_[:, :, 1:-1, 1:-1]
-IDENTITIES["keys of each query = neighborhood"] = (
-    apart(one[inside], other[inside]),
-    apart(one, other),
-)  # and at the border
+IDENTITIES["per-query keys = neighborhood"] = (
+    gap(one[inside], other[inside]),
+    gap(one, other),
+)  # second: including the border
 
 dilated = run(NeighborhoodAttentionConfig(6, 2, 3, dilation=2), around, wide[:, :6, :8, :8])[0][:, :, ::2, ::2]
 parts = [
     run(NeighborhoodAttentionConfig(6, 2, 3), around, wide[:, :6, :8, start:8:2][:, :, ::2])[0] for start in (0, 1)
 ]
 IDENTITIES["dilated = neighborhood of a sub-map"] = (
-    apart(dilated, parts[0]),
-    apart(dilated, parts[1]),
-)  # and of another one
+    gap(dilated, parts[0]),
+    gap(dilated, parts[1]),
+)  # second: another sub-map
 
 # %% [markdown]
-# Convolutions, and what ties them to Deformable DETR: a sigmoid in place of its softmax, a tap for each point, one
-# matrix for all taps. Last, the DAT-DCN layer, whose offsets are (y, x) in half maps where the original's are (x, y) in
-# pixels.
+# Convolutions, and their relation to Deformable DETR: a sigmoid instead of its softmax, one tap for each point, and
+# one matrix for all taps. Last, the DAT-DCN layer. Its offsets are (y, x) in half maps, where Deformable DETR has (x,
+# y) in pixels.
 
 # %%
 kernel = rng.normal(size=(6, 6, 3, 3))
-still, ones = np.zeros((1, 18, 5, 5)), np.ones((1, 9, 5, 5))
+zero_offsets, ones = np.zeros((1, 18, 5, 5)), np.ones((1, 9, 5, 5))
 convolved = conv2d(z, kernel, padding=((1, 1), (1, 1)))
-by_v2 = [deform_conv2d(z, still + shift, kernel, padding=1, mask=ones) for shift in (0, 0.01)]
-IDENTITIES["deformable conv. v2 = convolution"] = tuple(apart(each, convolved) for each in by_v2)
-wild = rng.uniform(-2, 2, size=still.shape)
-by_v1 = deform_conv2d(z, wild, kernel, padding=1)
+by_v2 = [deform_conv2d(z, zero_offsets + shift, kernel, padding=1, mask=ones) for shift in (0, 0.01)]
+IDENTITIES["deformable conv. v2 = convolution"] = tuple(gap(each, convolved) for each in by_v2)
+offsets = rng.uniform(-2, 2, size=zero_offsets.shape)
+by_v1 = deform_conv2d(z, offsets, kernel, padding=1)
 IDENTITIES["deformable conv. v1 = v2"] = tuple(
-    apart(by_v1, deform_conv2d(z, wild, kernel, padding=1, mask=level * ones)) for level in (1, 0.99)
+    gap(by_v1, deform_conv2d(z, offsets, kernel, padding=1, mask=level * ones)) for level in (1, 0.99)
 )
 
 moves, scores = rng.uniform(-2, 2, size=(1, 25, 2, 1, 3, 2)), rng.normal(size=(1, 25, 2, 1, 3))
@@ -464,14 +477,14 @@ detr = [
     multi_scale_deformable_attention(tokens, [(5, 5)], centers[:, None, None, None] + moves / 5, weights)
     for weights in (sigmoid, softmax)
 ]
-taps = np.stack([np.zeros(3), np.arange(3) - 1], axis=-1)  # of a kernel of 1 × 3
+taps = np.stack([np.zeros(3), np.arange(3) - 1], axis=-1)  # kernel of 1 × 3
 offset = (moves[:, :, :, 0, :, ::-1] - taps).transpose(0, 2, 3, 4, 1).reshape(1, -1, 5, 5)
 one_matrix = np.repeat(np.eye(6)[:, :, None, None], 3, axis=3)
 modulated = deform_conv2d(
     z, offset, one_matrix, padding=(0, 1), mask=sigmoid[:, :, :, 0].transpose(0, 2, 3, 1).reshape(1, -1, 5, 5)
 )
 as_maps = [each.swapaxes(1, 2).reshape(z.shape) for each in detr]
-IDENTITIES["DETR with a sigmoid = deformable conv. v2"] = tuple(apart(each, modulated) for each in as_maps)
+IDENTITIES["DETR with a sigmoid = deformable conv. v2"] = tuple(gap(each, modulated) for each in as_maps)
 
 
 def dat_dcn(convention):
@@ -486,7 +499,7 @@ exchanged = {
     leaf: array.reshape(4, 2, -1)[:, ::-1].reshape(array.shape) * 5 / 2 for leaf, array in tree["offset"].items()
 }
 in_pixels = run(MultiScaleDeformableConfig(6, 2, points=2), {**tree, "offset": exchanged}, z)[0]
-IDENTITIES["DAT-DCN = Deformable DETR"] = apart(halves, in_pixels), apart(dat_dcn(Convention.DATPP2023)[0], in_pixels)
+IDENTITIES["DAT-DCN = Deformable DETR"] = gap(halves, in_pixels), gap(dat_dcn(Convention.DATPP2023)[0], in_pixels)
 
 figure, axes = plt.subplots(figsize=(8.6, 3.6))
 for row, (holds, broken) in enumerate(IDENTITIES.values()):
@@ -499,7 +512,7 @@ axes.set(
     xlim=(4e-18, 20),
     yticks=range(len(IDENTITIES)),
     yticklabels=IDENTITIES,
-    title="largest difference of two outputs",
+    title="largest difference of the two outputs",
 )
 axes.set_xticks([1e-17, 1e-12, 1e-6, 1], ["0", "$10^{-12}$", "$10^{-6}$", "1"])
 axes.minorticks_off()
@@ -516,10 +529,11 @@ for holds, broken in IDENTITIES.values():
 # %% [markdown]
 # ## What to remember
 #
-# - Deformable attention shows all queries the same few places, moved by the image, and lets each query weigh what is
-#   found there. No other of the ten does all three.
-# - Points alone never see the whole map, however many layers. They need somebody who gathers their surroundings.
-# - Systems that look different are limits of one another, which is the best test they can have:
-#   [the web](../../peers/identities/), drawn, with a property test for each line.
+# - In deformable attention all queries read the same few positions, these depend on the image, and the weights depend
+#   on the features at the positions. No other of the ten systems has all three properties.
+# - A stack of deformable layers alone with few points never reads the whole map. Local layers must carry the
+#   surroundings to the points.
+# - Different systems are equal in limiting cases. These identities are strong tests: [the
+#   identities](../../peers/identities/), as a graph, with a property test for each edge.
 #
-# Next: [where it looks](../07_where_it_looks/).
+# Next: [what attention figures show](../07_where_it_looks/).

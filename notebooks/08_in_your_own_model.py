@@ -13,13 +13,15 @@
 # %% [markdown]
 # # In your own model
 #
-# Everything before this was NumPy, written to be read. `dat_ref.torch` is the same layer, written to be used: same
-# names, same parameters, same numbers. This notebook puts it into a U-Net and trains that, takes features from a
-# backbone, feeds sizes that nothing was built for, and then changes *how* the layer computes (half precision, a
-# compiled graph, another backend), to check each time that *what* it computes stays.
+# The previous notebooks use the NumPy code, which is written for reading. `dat_ref.torch` has the same layer for
+# training and inference: same names, same parameters, same results. This notebook trains a U-Net that contains the
+# layer, builds a feature pyramid on a backbone, and runs on image sizes for which nothing was built. Then it changes
+# *how* the layer computes (half precision, a compiled graph, another backend) and checks each time that the *result*
+# does not change.
 #
 # The reference is [Use it in PyTorch](../../torch/). Each section makes a claim, names the function of `dat_ref` that
-# it is about, draws it, and ends with an assertion. Needs PyTorch; no GPU, and nothing is compiled.
+# it concerns, draws a figure, and ends with assertions. This notebook needs PyTorch. It needs no GPU and compiles
+# nothing.
 
 # %%
 from collections import Counter
@@ -53,26 +55,30 @@ def as_picture(x):
 # %% [markdown]
 # ## 1. A layer in a U-Net
 #
-# `DeformableAttention` takes a map and returns one of the same shape, so it goes wherever a convolution goes. The
-# bottleneck of a U-Net is a good place: the map is small there, and what is needed is often far away. Two choices
+# `DeformableAttention` maps a feature map to one of the same shape, so it can replace a convolution. The bottleneck of
+# a U-Net is a suitable position: the map is small there, and the relevant context is often far away. Two choices
 # matter.
 #
-# - `init="zero_offset"` starts every point on its reference. In a network that already works, nothing should jump.
-# - The output projection at zero makes the new branch silent at first: the network is what it was, and learns to use
-#   it.
+# - `init="zero_offset"` starts every point at its reference point. Then the new layer does not begin with random
+#   positions.
+# - With the output projection initialized to zero, the new branch outputs zero: the network is unchanged at first, and
+#   learns to use the branch.
 #
-# The task is to remove noise; the photographs are three of those that ship, the fourth is for the test. What is
-# learned in half a minute is not the point. That it is learned through the layer is.
+# The task is denoising. Three of the photographs of the package are for training, the fourth is for the test. Half a
+# minute of training is too short for a good denoiser. It shows that the gradients pass through the layer. It does not
+# show that the offsets improve the result: with stride 2 the points read the whole map even with zero offsets
+# (`dat_ref.ops.coverage`), so a large effect is not expected. [Notebook 07](../07_where_it_looks/) has an experiment
+# with a control.
 #
-# **Claim** (`dat_ref.torch.DeformableAttention`). The branch is silent at first, and wakes in three steps: in the
-# first only the output projection has a gradient, in the second all but the inside of the offset network, in the third
-# every parameter but the key's bias. (That one is invisible to softmax: [gradients by hand](../04_gradients_by_hand/),
-# section 6.) And what the U-Net learned holds for a photograph of another size.
+# **Claim** (`dat_ref.torch.DeformableAttention`). The branch outputs zero at first. In step 1 only the output
+# projection has a gradient. In step 2 all parameters have one except the key's bias and those before the last layer of
+# the offset network. In step 3 all have one except the key's bias. (Softmax is invariant to that bias: [gradients by
+# hand](../04_gradients_by_hand/), section 6.) The trained U-Net also works on a photograph of another size.
 
 
 # %%
 class UNet(nn.Module):
-    """Two steps down, deformable attention at the bottom, two steps up; returns the noise that it sees."""
+    """U-Net of two levels with deformable attention in the bottleneck; predicts the noise."""
 
     def __init__(self, dim=16, attend=True):
         super().__init__()
@@ -82,9 +88,9 @@ class UNet(nn.Module):
         config = dat_ref.DeformableAttentionConfig(
             dim=4 * dim,
             heads=4,
-            groups=2,  # two point grids, one for each half of the heads
-            stride=2,  # a key for 2 × 2 pixels of the map
-            size=(12, 12),  # the map that the bias table is built for
+            groups=2,  # two grids of points, one for each half of the heads
+            stride=2,  # one key for 2 × 2 pixels of the map
+            size=(12, 12),  # map size of the bias table
         )
         self.norm = nn.GroupNorm(1, 4 * dim)
         self.attend = dt.DeformableAttention(config, init="zero_offset", backend="blockwise")
@@ -104,7 +110,7 @@ class UNet(nn.Module):
         return self.leave(torch.cat((high, torch.relu(self.up1(middle))), dim=1))
 
 
-SIGMA = 0.12  # of the noise
+SIGMA = 0.12  # standard deviation of the noise
 torch.manual_seed(0)
 net = UNet()
 crops = torch.cat([tensor_of(name, (240, 360)) for name in ("coffee", "rocket", "astronaut")])
@@ -120,10 +126,10 @@ def noisy_batch(count=8, side=48):
 
 x, noise = noisy_batch()
 with torch.no_grad():
-    assert torch.equal(net(x + noise), net(x + noise, use_attention=False))  # silent at first
+    assert torch.equal(net(x + noise), net(x + noise, use_attention=False))  # the branch outputs zero
 
 optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01)
-losses, reached = [], []
+losses, with_gradient = [], []
 for step in range(90):
     x, noise = noisy_batch()
     loss = nn.functional.mse_loss(net(x + noise), noise)
@@ -132,14 +138,14 @@ for step in range(90):
     optimizer.step()
     losses.append(loss.item())
     if step < 3:
-        reached.append({name for name, leaf in net.attend.named_parameters() if leaf.grad.abs().max() > 1e-9})
+        with_gradient.append({name for name, leaf in net.attend.named_parameters() if leaf.grad.abs().max() > 1e-9})
 
 net.eval()
 torch.manual_seed(1)
 unseen = tensor_of("chelsea", (168, 252))  # another photograph, another size
 noisy = unseen + SIGMA * torch.randn_like(unseen)
 with torch.inference_mode():
-    cleaned = noisy - net(noisy)
+    denoised = noisy - net(noisy)
 
 
 def psnr(one, other):
@@ -149,37 +155,37 @@ def psnr(one, other):
 figure, (fall, *panels) = plt.subplots(1, 3, figsize=(8.8, 2.4), width_ratios=[0.9, 1.2, 1.2])
 fall.plot(losses, color=BLUE, lw=1.3)
 fall.axhline(SIGMA**2, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
-fall.text(89, 1.06 * SIGMA**2, "as it came", ha="right", color=style.QUIET, size=8)
+fall.text(89, 1.06 * SIGMA**2, "noisy input", ha="right", color=style.QUIET, size=8)
 fall.set(yscale="log", yticks=[0.003, 0.01], yticklabels=["0.003", "0.01"], xlabel="step", title="mean squared error")
 fall.minorticks_off()
-for axes, (name, picture) in zip(panels, {"noisy": noisy, "cleaned": cleaned}.items()):
+for axes, (name, picture) in zip(panels, {"noisy": noisy, "denoised": denoised}.items()):
     axes.imshow(as_picture(picture), interpolation="nearest")
     axes.set(xticks=[], yticks=[], title=f"{name}: {psnr(picture, unseen):.1f} dB")
     axes.spines[:].set_visible(False)
 plt.show()
 
 # %%
-every = {name for name, _ in net.attend.named_parameters()}
-network = {name for name in every if name.startswith("offset_network") and "pointwise" not in name}
-assert reached[0] == {"output.weight", "output.bias"}
-assert reached[1] == every - network - {"key.bias"}
-assert reached[2] == every - {"key.bias"}
-assert psnr(cleaned, unseen) > psnr(noisy, unseen) + 3
+all_names = {name for name, _ in net.attend.named_parameters()}
+network = {name for name in all_names if name.startswith("offset_network") and "pointwise" not in name}
+assert with_gradient[0] == {"output.weight", "output.bias"}
+assert with_gradient[1] == all_names - network - {"key.bias"}
+assert with_gradient[2] == all_names - {"key.bias"}
+assert psnr(denoised, unseen) > psnr(noisy, unseen) + 3
 assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:3])
 
 # %% [markdown]
-# ## 2. The same numbers as the spec
+# ## 2. The same results as the NumPy layer
 #
-# A module is good for training, the NumPy layer for reading. They are one layer: parameters go over by name, and the
-# trace of a pass has the same fields, so that all [figures](../07_where_it_looks/) work for both.
+# The module is for training, the NumPy layer for reading. They are the same layer: parameters are transferred by name,
+# and the trace of a pass has the same fields, so all [figures](../07_where_it_looks/) work for both.
 #
-# **Claim** (`dat_ref.torch.as_numpy`). The trained layer of the U-Net, handed to NumPy, gives the same output and the
-# same points.
+# **Claim** (`dat_ref.torch.as_numpy`). The NumPy layer with the trained parameters of the U-Net gives the same output
+# and the same points.
 
 
 # %%
 def bottleneck(x):
-    """Return what enters the layer."""
+    """Return the input of the attention layer."""
     return net.norm(torch.relu(net.down2(torch.relu(net.down1(torch.relu(net.enter(x)))))))
 
 
@@ -188,29 +194,30 @@ with torch.inference_mode():
     bottleneck_input = bottleneck(one_eye)  # (1, 64, 14, 20)
     y, trace = net.attend(bottleneck_input, return_trace=True)
 trace = dt.as_numpy(trace)
-viz.draw_points(as_picture(one_eye - net(one_eye)), trace, label="the U-Net's bottleneck")
+viz.draw_points(as_picture(one_eye - net(one_eye)), trace, label="bottleneck of the U-Net")
 
 # %%
 spec = dat_ref.DeformableAttention(net.attend.config, net.attend.to_numpy())
 y_spec, trace_spec = spec(bottleneck_input.numpy(), return_trace=True)
 np.testing.assert_allclose(y.numpy(), y_spec, atol=1e-5)
 np.testing.assert_allclose(trace.points_px, trace_spec.points_px, atol=1e-4)
-assert np.abs(trace.points_px - trace.reference_px).max() > 0.1  # and they did move
+assert np.abs(trace.points_px - trace.reference_px).max() > 0.1  # the points have moved
 
 # %% [markdown]
 # ## 3. A feature pyramid
 #
-# Detectors and segmenters want maps of several sizes. `features_only=True` gives them, `feature_info` says what they
-# are, and a pyramid on top is ten lines. Photographs come as they are: no multiple of 32, no square.
+# Detectors and segmentation models use feature maps of several sizes. `features_only=True` returns them,
+# `feature_info` describes them, and a feature pyramid needs ten more lines. Images can have any size; they need not be
+# square or a multiple of 32.
 #
 # **Claim** (`dat_ref.torch.create_model`). For an image of any size the maps have $H/8$, $H/16$ and $H/32$ rows,
-# rounded up, and a gradient from any level reaches the points of the first stage. (Seeded weights: what is drawn is
-# geometry, the strongest component of each level.)
+# rounded up. A gradient from any level reaches the offset network of the first stage. (The weights are random. The
+# figure shows the first principal component of each level: geometry, nothing learned.)
 
 
 # %%
 class Pyramid(nn.Module):
-    """Three levels of a backbone, brought to one width and added from the top down."""
+    """Feature pyramid: three levels of a backbone, projected to one width and added from coarse to fine."""
 
     def __init__(self, name, dim=32):
         super().__init__()
@@ -224,8 +231,8 @@ class Pyramid(nn.Module):
         return levels
 
 
-def strongest(level):
-    """Return the strongest component of a map (1, C, H, W), (H, W)."""
+def principal_component(level):
+    """Return the first principal component of a map (1, C, H, W): (H, W)."""
     rows = level[0].detach().flatten(1).T
     rows = rows - rows.mean(dim=0)
     return (rows @ torch.linalg.svd(rows, full_matrices=False)[2][0]).reshape(level.shape[2:]).numpy()
@@ -240,7 +247,7 @@ figure, panels = plt.subplots(1, 4, figsize=(8.8, 1.8))
 panels[0].imshow(as_picture(tensor_of("coffee", size)))
 panels[0].set_title(f"{size[0]} × {size[1]}")
 for axes, level in zip(panels[1:], levels):
-    axes.imshow(strongest(level), cmap=style.FIELD, interpolation="nearest")
+    axes.imshow(principal_component(level), cmap=style.FIELD, interpolation="nearest")
     axes.set_title(f"{level.shape[2]} × {level.shape[3]}")
 for axes in panels:
     axes.set(xticks=[], yticks=[])
@@ -256,17 +263,19 @@ for level, reduction in zip(levels, (8, 16, 32)):
     assert gradient.abs().max() > 0
 
 # %% [markdown]
-# ## 4. A bias table that meets another map
+# ## 4. The bias table on maps of other sizes
 #
-# A table is built for one size: $(2H_0 - 1) \times (2W_0 - 1)$ displacements. What does it mean on a larger map?
+# A bias table is built for one map size: $(2H_0 - 1) \times (2W_0 - 1)$ displacements. On a larger map it can be used
+# in two ways.
 #
-# - **Fractions** (the default): the same *part of the map*. The table stretches. Right for larger photographs of the
-#   same things, 224 → 384.
-# - **Pixels**: the same *distance*. Beyond the table there is nothing. Right for larger crops at the same scale.
+# - **Fractions** (the default): an entry belongs to a displacement as a *fraction of the map*. The table is stretched.
+#   Use this for the same images at a higher resolution, 224 → 384.
+# - **Pixels**: an entry belongs to a displacement in *pixels*. Outside the table the bias is zero. Use this for larger
+#   crops at the same scale.
 #
-# **Claim** (`bias_resolution`). On the map it was built for the two are one. On three times that map, fractions read
-# the same table at three times the distance, and pixels read the same numbers at the same distance, and zero further
-# out.
+# **Claim** (`bias_resolution`). On the map for which the table was built, both are equal. On a map three times as
+# large, fractions read the same values at three times the distance. Pixels read the same values at the same distance,
+# and zero at larger distances.
 
 # %%
 BUILT = (9, 9)
@@ -274,14 +283,14 @@ table = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 17, 17)).cumsu
 
 
 def bias_row(side, resolution):
-    """Return the bias of keys along the middle row, for the query in the middle of a map of side², side odd."""
-    middle, columns = (side - 1) / 2, torch.arange(0, side - 0.75, 0.25)
-    keys = torch.stack([torch.full_like(columns, middle), columns], dim=-1)  # (y, x), in pixels
+    """Return the bias of keys along the center row, for the query at the center of a map of side², side odd."""
+    center, columns = (side - 1) / 2, torch.arange(0, side - 0.75, 0.25)
+    keys = torch.stack([torch.full_like(columns, center), columns], dim=-1)  # (y, x), in pixels
     points = dt.functional.from_pixels(keys[None, None], (side, side), dat_ref.Convention.CELL_CENTER)
     bias = dt.functional.table_bias(
         table, points, query_size=(side, side), convention=dat_ref.Convention.CELL_CENTER, resolution=resolution
     )
-    return columns - middle, bias[0, 0, (side * side) // 2]
+    return columns - center, bias[0, 0, (side * side) // 2]
 
 
 figure, panels = plt.subplots(1, 3, figsize=(8.8, 2.1), sharey=True)
@@ -294,7 +303,7 @@ for axes, (side, resolution, title), color in zip(panels, cases, (style.INK, BLU
     distance, values = bias_row(side, resolution)
     axes.plot(distance, values, color=color, lw=1.7)
     axes.axhline(0, color=style.HAIRLINE, lw=0.6)
-    axes.set(xlim=(-14, 14), xticks=[-12, -4, 0, 4, 12], xlabel="key right of the query by, pixels", title=title)
+    axes.set(xlim=(-14, 14), xticks=[-12, -4, 0, 4, 12], xlabel="key minus query, pixels", title=title)
 plt.show()
 
 # %%
@@ -302,19 +311,19 @@ plt.show()
 torch.testing.assert_close(built, built_too)
 far, stretched = bias_row(27, "fractions")
 np.testing.assert_allclose(np.interp(3 * near.numpy(), far, stretched), built, atol=1e-4)
-far, cut = bias_row(27, "pixels")
-np.testing.assert_allclose(np.interp(near.numpy(), far, cut), built, atol=1e-5)
-assert cut[far.abs() >= 9].abs().max() < 1e-5
+far, by_pixels = bias_row(27, "pixels")
+np.testing.assert_allclose(np.interp(near.numpy(), far, by_pixels), built, atol=1e-5)
+assert by_pixels[far.abs() >= 9].abs().max() < 1e-5
 
 # %% [markdown]
 # ## 5. Half precision
 #
-# Under autocast the products run in bfloat16. [Coordinates must not](../02_coordinates/): a point that is stored in
-# eight bits is off by a good part of a pixel. So the geometry stays in float32, and what error is left in a point is
-# that of the queries from which its offset was computed.
+# Under autocast the matrix products run in bfloat16. [Coordinates must not](../02_coordinates/): a point stored with
+# eight significant bits has an error of a large part of a pixel. So the geometry stays in float32. The remaining error
+# of a point comes from the queries, from which its offset is computed.
 #
-# **Claim.** In the U-Net under autocast, points are float32, off by less than a hundredth of a pixel, and the cleaned
-# photograph is as good to a tenth of a decibel.
+# **Claim.** In the U-Net under autocast, points are float32, with an error below a hundredth of a pixel. The quality
+# of the denoised photograph changes by less than a tenth of a decibel.
 
 # %%
 with torch.inference_mode():
@@ -323,47 +332,47 @@ with torch.inference_mode():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = noisy - net(noisy)
         _, half_trace = net.attend(whole, return_trace=True)
-off = (half_trace.points_px - exact.points_px).norm(dim=-1).flatten()
-rounded = exact.points.bfloat16().float()  # what would be, were they stored in bfloat16
+error = (half_trace.points_px - exact.points_px).norm(dim=-1).flatten()
+rounded = exact.points.bfloat16().float()  # points as if stored in bfloat16
 stored = dt.functional.to_pixels(rounded, whole.shape[2:], net.attend.config.convention)
-would_be = (stored - exact.points_px).norm(dim=-1).flatten()
+stored_error = (stored - exact.points_px).norm(dim=-1).flatten()
 
 figure, axes = plt.subplots(figsize=(6.4, 2.3))
 bins = np.geomspace(1e-6, 1, 60)
-axes.hist(off, bins=bins, color=BLUE, label="points under autocast")
-axes.hist(would_be, bins=bins, color=ORANGE, alpha=0.75, label="points stored in bfloat16")
-axes.set(xscale="log", xlim=(1e-5, 1), yticks=[], xlabel="off by, pixels")
+axes.hist(error, bins=bins, color=BLUE, label="points under autocast")
+axes.hist(stored_error, bins=bins, color=ORANGE, alpha=0.75, label="points stored in bfloat16")
+axes.set(xscale="log", xlim=(1e-5, 1), yticks=[], xlabel="error, pixels")
 axes.spines["left"].set_visible(False)
 axes.legend(loc="upper left")
 plt.show()
 
 # %%
 print(
-    f"off by {off.mean():.4f} pixels on average and {off.max():.4f} at most; "
-    f"stored in bfloat16 by {would_be.mean():.3f} and {would_be.max():.3f}"
+    f"error under autocast: mean {error.mean():.4f}, maximum {error.max():.4f} pixels; "
+    f"stored in bfloat16: mean {stored_error.mean():.3f}, maximum {stored_error.max():.3f}"
 )
 assert half_trace.points.dtype == torch.float32
 assert half_trace.attention.dtype in (torch.float32, torch.bfloat16)
-assert off.max() < 0.01 < would_be.mean()
-assert abs(psnr(half, unseen) - psnr(cleaned, unseen)) < 0.1
+assert error.max() < 0.01 < stored_error.mean()
+assert abs(psnr(half, unseen) - psnr(denoised, unseen)) < 0.1
 
 # %% [markdown]
 # ## 6. One graph
 #
-# `torch.compile` traces a module into a graph of operators and lets a compiler have it. Each place that cannot be
-# traced breaks the graph in two. So the question to a layer is: how many graphs, and of what?
+# `torch.compile` traces a module into a graph of operators and passes it to a compiler. Code that cannot be traced
+# breaks the graph into parts. So we check the number of graphs and the operators in them.
 #
-# A compiler is any function that takes a graph. Ours writes down what is in it and changes nothing; leave `backend`
-# out, and Inductor makes machine code of the same graph, if the machine has a C++ compiler (and a minute).
+# A compiler is any function that takes a graph. Ours records the operators and changes nothing. Without the argument
+# `backend`, Inductor compiles the same graph to machine code; this needs a C++ compiler and about a minute.
 #
-# **Claim.** The layer is one graph, without `grid_sample` and other operators that exporters stumble over, and gives
-# the same output.
+# **Claim.** The layer is one graph. It does not contain `grid_sample` and other operators that many exporters do not
+# support. Its output is the same.
 
 # %%
 graphs = []
 
 
-def write_down(graph, inputs):
+def record_operators(graph, inputs):
     graphs.append(
         Counter(
             getattr(node.target, "__name__", str(node.target))
@@ -375,7 +384,7 @@ def write_down(graph, inputs):
 
 
 torch._dynamo.reset()
-compiled = torch.compile(net.attend, fullgraph=True, backend=write_down)  # fullgraph: a break would be an error
+compiled = torch.compile(net.attend, fullgraph=True, backend=record_operators)  # fullgraph: a graph break is an error
 with torch.no_grad():
     y_compiled = compiled(bottleneck_input.clone())
     y_plain = net.attend(bottleneck_input)
@@ -384,7 +393,7 @@ names, counts = zip(*graphs[0].most_common(16))
 figure, axes = plt.subplots(figsize=(8.6, 2.6))
 axes.bar(names, counts, color=BLUE, width=0.7)
 axes.tick_params(axis="x", rotation=60, length=0)
-axes.set(title=f"{sum(graphs[0].values())} operators in one graph: the most frequent")
+axes.set(title=f"{sum(graphs[0].values())} operators in one graph; the most frequent ones")
 plt.show()
 
 # %%
@@ -395,17 +404,17 @@ torch.testing.assert_close(y_compiled, y_plain, atol=1e-5, rtol=1e-5)
 # %% [markdown]
 # ## 7. Backends
 #
-# What the layer computes is fixed. How is a choice: written out as in the releases, by plain matrix products, some
-# rows at a time, or by kernels that never write the pairs of query and key down.
+# The function that the layer computes is fixed. Several backends compute it: `"eager"` as in the released code, others
+# in blocks of rows or with kernels that never store the pairs of query and key.
 #
-# **Claim** (`dat_ref.torch.backends`). Every backend of this machine gives the spec's output and the spec's five
-# gradients. What differs is what a pass keeps for its backward: with `"eager"` it grows with the fourth power of the
-# map's side, with `"blockwise"` with the second.
+# **Claim** (`dat_ref.torch.backends`). Every backend that is available gives the output of the NumPy layer and its
+# five gradients. The memory for the backward pass differs. It grows with the fourth power of the side of the map for
+# `"eager"`, and with the second power for `"blockwise"`.
 
 
 # %%
 def inputs(side, seed=0, dtype=torch.float32):
-    """Return q, k, v, points and table of a map of side² with as many keys, two heads and one group."""
+    """Return q, k, v, points and table for a map of side² with side² keys, two heads and one group."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 2, side * side, 8, generator=generator, dtype=dtype) for _ in range(3))
     points = 1.8 * torch.rand(1, 1, side * side, 2, generator=generator, dtype=dtype) - 0.9
@@ -417,7 +426,7 @@ GEOMETRY = {"convention": dat_ref.Convention.CELL_CENTER}
 
 
 def deviation(backend, side=9):
-    """Return how far output and gradients of a backend in float32 are from the spec in float64, relative."""
+    """Return the relative deviation of output and gradients, float32 backend against float64 NumPy."""
     wide = inputs(side, dtype=torch.float64)
     arrays = [leaf.detach().numpy() for leaf in wide]
     y = dat_ref.deformable_attention(*arrays, query_size=(side, side), **GEOMETRY)
@@ -430,8 +439,8 @@ def deviation(backend, side=9):
     return [np.abs(ours.detach().numpy() - theirs).max() / np.abs(theirs).max() for ours, theirs in pairs]
 
 
-def kept(backend, side):
-    """Return the bytes that autograd keeps for the backward of one pass, beyond its inputs."""
+def saved_bytes(backend, side):
+    """Return the bytes that autograd stores for the backward of one pass, without its inputs."""
     leaves, storages = inputs(side), {}
 
     def pack(tensor):
@@ -444,10 +453,10 @@ def kept(backend, side):
     return sum(size for pointer, size in storages.items() if pointer not in given)
 
 
-usable = [name for name in dt.backends() if name != "triton"]  # that one is for GPUs
+usable = [name for name in dt.backends() if name != "triton"]  # for GPUs
 deviations = {name: deviation(name) for name in usable}
 MAPS = (8, 16, 32)
-memory = {name: [kept(name, side) for side in MAPS] for name in usable}
+memory = {name: [saved_bytes(name, side) for side in MAPS] for name in usable}
 
 figure, (axes, growth) = plt.subplots(1, 2, figsize=(8.8, 2.7))
 PARTS = ("output", "∂q", "∂k", "∂v", "∂points", "∂table")
@@ -458,9 +467,9 @@ for (name, values), color in zip(deviations.items(), (GREEN, PINK, BLUE, ORANGE)
     end = (MAPS[-1], memory[name][-1])
     growth.annotate(name, end, xytext=(7, nudge), textcoords="offset points", color=color, va="center")
 axes.axhline(1e-5, color=style.QUIET, lw=0.8, ls=(0, (4, 3)))
-axes.set(yscale="log", ylim=(1e-8, 1e-4), title="float32 against the spec, relative")
+axes.set(yscale="log", ylim=(1e-8, 1e-4), title="relative deviation from NumPy")
 growth.set(xscale="log", yscale="log", xticks=MAPS, xticklabels=MAPS, xlim=(7, 60), xlabel="side of the map")
-growth.set(title="kept for the backward, bytes")
+growth.set(title="bytes stored for backward")
 growth.minorticks_off()
 plt.show()
 
@@ -475,14 +484,16 @@ assert growth_of["eager"] > 3.8
 assert growth_of["blockwise"] < 2.2
 
 # %% [markdown]
-# `backend="auto"`, the default, takes the fastest that can serve. `layer.backend = "eager"` or
-# `model.set_backend("eager")` asks for one by name, and where it cannot serve, a warning says why and which does.
+# `backend="auto"`, the default, selects the fastest backend that supports the call. `layer.backend = "eager"` or
+# `model.set_backend("eager")` selects one by name. If it does not support a call, a warning gives the reason and the
+# backend that is used instead.
 #
 # ## What to remember
 #
-# - It goes where a convolution goes, at any size. Start it silent: points on the grid, output at zero.
-# - One parameter tree for both worlds: train in torch, look in NumPy.
-# - Say what a bias table means on a larger map: fractions, or pixels.
-# - Whatever is changed in *how* it is computed, check *what* against the spec. It is there for that.
+# - The layer can replace a convolution, at any input size. Initialize it with zero offsets and a zero output
+#   projection.
+# - Parameters are the same in both implementations: train in PyTorch, inspect in NumPy.
+# - Choose the meaning of a bias table on larger maps: fractions or pixels.
+# - When the way of computing changes, compare the results with the NumPy layer.
 #
-# Next: [what it learned](../09_what_it_learned/).
+# Next: [the trained network](../09_what_it_learned/).

@@ -1,13 +1,11 @@
 """Shared fixtures and settings: Hypothesis profiles, the golden fixtures, the rule for GPU tests."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from helpers.browser import FLAGS, find_chromium
 from helpers.golden import load_golden
+from helpers.site import build_site, built_site
 from hypothesis import settings
 
 # "ci" draws the same examples on every run, so that a failure can be repeated; "deep" draws new ones.
@@ -24,19 +22,13 @@ def golden():
 
 @pytest.fixture(scope="session")
 def site_folder(tmp_path_factory):
-    """Build the site without running the notebooks; return its folder."""
+    """Return the folder of the site; build it, without executing the notebooks, unless `make test` has built it."""
+    if built_site():
+        return built_site()
     for package in ("mkdocs", "material", "mkdocstrings_handlers", "mkdocs_jupyter"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert built.returncode == 0, built.stderr
+    build_site(folder)
     return folder
 
 
@@ -48,8 +40,8 @@ def chromium():
         path = find_chromium(playwright)
         if path is None:
             if os.environ.get("CI"):
-                pytest.fail("needs a Chromium, and found none: .ci/run installs it")
-            pytest.skip("needs a Chromium, and found none")
+                pytest.fail("found no Chromium: .ci/run installs it")
+            pytest.skip("found no Chromium")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()

@@ -1,4 +1,4 @@
-"""Attention over sampled keys: against scalar loops and torch, and what it must be indifferent to."""
+"""Attention over sampled keys: against scalar loops and torch, and its invariances."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_core_equals_scalar_loops(convention, size, built, resolution, seed):
 
 @given(seeds, st.sampled_from([None, 0.25, 2.0]))
 def test_attend_equals_torch(seed, scale):
-    """attend is torch's scaled_dot_product_attention with an additive mask."""
+    """`attend` equals torch's scaled_dot_product_attention with an additive mask."""
     torch = pytest.importorskip("torch")
     q, k, v = (numbers(seed + i, 2, 3, count, 5) for i, count in enumerate((7, 4, 4)))
     bias = numbers(seed + 3, 3, 7, 4)
@@ -110,7 +110,7 @@ def test_one_key_takes_all_the_attention(convention, size, seed):
 
 @given(seeds)
 def test_a_constant_added_to_a_query_s_logits_changes_nothing(seed):
-    """Softmax sees differences only, however large the constant."""
+    """Softmax depends on differences only, also for a large constant."""
     arguments = core(seed, (3, 5), 4)
     constant = 1e3 * numbers(seed, 2, 4, 15, 1)
     plain, _ = attend(arguments["q"], arguments["k"], arguments["v"], None, 0.5)
@@ -119,13 +119,13 @@ def test_a_constant_added_to_a_query_s_logits_changes_nothing(seed):
 
 
 def test_softmax_of_large_and_hidden_logits():
-    """Logits of a thousand do not overflow, -inf gets weight zero."""
+    """Logits of 1000 do not overflow; -inf gets weight zero."""
     weights = softmax(np.array([1000.0, 1000.0, -np.inf, -1000.0]))
     np.testing.assert_array_equal(weights, [0.5, 0.5, 0.0, 0.0])
 
 
 @given(seeds, st.sampled_from([(2, 3, 5), (1, 7, 1), (3, 1, 4)]))
-def test_heads_are_cut_and_joined(seed, shape):
+def test_heads_are_split_and_merged(seed, shape):
     """merge_heads undoes split_heads; head m holds channels [m d, (m + 1) d)."""
     batch, height, width = shape
     x = numbers(seed, batch, 6, height, width)
@@ -136,7 +136,7 @@ def test_heads_are_cut_and_joined(seed, shape):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_precision_and_non_contiguous_inputs(dtype):
-    """Read-only and strided inputs are accepted and not modified; the precision is kept, in the gradients too."""
+    """Read-only and strided inputs are accepted and not modified; outputs and gradients have the input's precision."""
     arguments = core(0, (3, 5), 4, dtype=dtype)
     odd = {name: non_contiguous(array) for name, array in arguments.items()}
     options = {"query_size": (3, 5), "convention": Convention.CVPR2022}
@@ -193,14 +193,14 @@ def test_empty_batch():
     ],
 )
 def test_wrong_arguments_are_named(name, value, error, message):
-    """A wrong argument is named with the expected pattern and what was found."""
+    """The error names the argument, the expected pattern and the actual value."""
     arguments = {**core(0, (3, 5), 4), name: value}
     with pytest.raises(error, match=message):
         deformable_attention(**arguments, query_size=(3, 5), convention=Convention.CELL_CENTER)
 
 
 def test_no_keys_are_refused():
-    """Softmax over no keys is undefined, so it is refused."""
+    """Softmax over no keys is undefined, so it raises an error."""
     arguments = core(0, (3, 5), 0)
     with pytest.raises(ShapeError, match=r"k: expected .* with Ns >= 1, got \(2, 4, 0, 3\)"):
         deformable_attention(**arguments, query_size=(3, 5), convention=Convention.CELL_CENTER)

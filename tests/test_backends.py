@@ -1,4 +1,4 @@
-"""Every backend of the core against the spec: outputs and all five gradients, wherever the points lie."""
+"""Every backend of the core against the spec: outputs and all five gradients, for points inside and outside the map."""
 
 import os
 import subprocess
@@ -44,9 +44,9 @@ FUSED = [each for each in BACKENDS if each not in ("eager", "matmul", "auto")]
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(core=exact_cores(), scale=st.sampled_from([None, 0.7]))
 def test_on_and_off_the_lattice(backend, core, scale):
-    """Where the table is read exactly on its cells, the slope is the one from the right in every backend."""
+    """All backends use the right-hand slope where the table is read exactly at its entries."""
     inputs, geometry = core
-    # The releases' sampler takes normalised coordinates, and what they round to decides.
+    # The releases' sampler takes normalised coordinates, whose rounding selects the side of the slope.
     if backend == "eager" and lattice_distance(inputs, geometry) < 1e-6:
         _, actual = run_core(inputs, geometry, backend, scale=scale)
         assert_close(actual, np_attention.deformable_attention(**inputs, **geometry, scale=scale))
@@ -58,7 +58,7 @@ def test_on_and_off_the_lattice(backend, core, scale):
 @given(core=cores())
 def test_on_maps_of_any_size(backend, core):
     inputs, geometry = core
-    assume(lattice_distance(inputs, geometry) > 1e-6)  # there the spec's own rounding decides
+    assume(lattice_distance(inputs, geometry) > 1e-6)  # closer points depend on the rounding in the spec
     assert_core(inputs, geometry, backend)
 
 
@@ -73,7 +73,7 @@ def test_float32_is_within_the_budget(backend, core):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "eager"])
 def test_half_precision_is_within_the_budget(dtype, backend):
-    """The values are half, the geometry is not: no worse than the released formulation in the same precision."""
+    """With half-precision values and float32 geometry, errors do not exceed those of the released formulation."""
     inputs, geometry = one_core()
     truth = np_attention.deformable_attention(**inputs, **geometry)
     points = torch.from_numpy(inputs["points"]).float()
@@ -94,7 +94,7 @@ def test_without_a_bias(backend):
 
 @given(core=exact_cores(), budget=st.sampled_from([1, 7, 60, 500]))
 def test_tiles_of_any_size_make_the_same(core, budget):
-    """Parts of rows, single keys, heads and groups, runs of images."""
+    """Tile sizes from parts of a row, single keys, heads or groups up to several images give the same result."""
     inputs, geometry = core
     with pytest.MonkeyPatch.context() as patch:
         for tiles in (blockwise.FORWARD_MAX_LOGITS, blockwise.BACKWARD_MAX_LOGITS, torch_attention._MAX_LOGITS):
@@ -106,7 +106,7 @@ def test_tiles_of_any_size_make_the_same(core, budget):
 @pytest.mark.parametrize("built", [(2, 9), (9, 2), (31, 40)])
 @pytest.mark.parametrize("convention", Convention)
 def test_a_table_for_a_map_of_another_size(convention, built):
-    """Steps below a half and above two cells."""
+    """Query spacings below half a table cell and above two cells."""
     inputs, geometry = one_core(convention=convention)
     rng = np.random.default_rng(0)
     inputs["bias_table"] = rng.standard_normal((6, 2 * built[0] - 1, 2 * built[1] - 1))
@@ -116,7 +116,7 @@ def test_a_table_for_a_map_of_another_size(convention, built):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_images_read_the_table_from_slabs(backend):
-    """Small maps and many keys: windows are then cut from a wider copy of the table."""
+    """With small maps and many keys, windows are slices of a wider copy of the table."""
     rng = np.random.default_rng(0)
     for convention in Convention:
         inputs, geometry = one_core(convention=convention, batch=19)
@@ -129,7 +129,7 @@ def test_many_images_read_the_table_from_slabs(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_points_that_are_not_finite_touch_only_what_is_theirs(backend, dtype):
+def test_non_finite_points_affect_only_their_group(backend, dtype):
     """A key at infinity has no bias and no gradient from it; one at NaN makes its group's queries NaN, no others."""
     inputs, geometry = one_core()
     for far in (np.inf, -np.inf, 1e30, 3e38):
@@ -177,7 +177,7 @@ def test_views_and_empty_batches(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_cotangent(backend):
-    """That of a sum has strides of zero."""
+    """The cotangent of a sum has strides of zero and is accepted."""
     inputs, geometry = one_core()
     leaves, output = run_core(inputs, geometry, backend)
     grads = torch.autograd.grad(output.sum(), list(leaves.values()))
@@ -187,7 +187,7 @@ def test_an_expanded_cotangent(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_twice_the_same_to_the_bit(backend):
+def test_results_are_reproducible_bit_for_bit(backend):
     inputs, geometry = one_core(batch=5)
     cotangent = np.random.default_rng(1).standard_normal((5, 6, 20, 3))
     runs = []
@@ -198,7 +198,7 @@ def test_twice_the_same_to_the_bit(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_requested_gradients_are_computed(backend):
     inputs, geometry = one_core()
     leaves = {name: torch.from_numpy(leaf) for name, leaf in inputs.items()}
     for name, leaf in leaves.items():
@@ -223,7 +223,7 @@ def test_only_the_gradients_that_are_asked_for(backend):
         {"k": (2, 6, 0, 3), "v": (2, 6, 0, 3), "points": (2, 3, 0, 2)},
     ],
 )
-def test_errors_say_what_the_spec_s_say(change):
+def test_errors_equal_those_of_the_spec(change):
     inputs, geometry = one_core()
     inputs = inputs | {name: np.zeros(shape) for name, shape in change.items()}
     with pytest.raises(ValueError, match="expected") as expected:
@@ -243,11 +243,11 @@ def test_integers_and_unknown_backends_are_refused():
         run_core(inputs, geometry, "cuda")
 
 
-# ------------------------------------------------------------------------------------------------ the checks check
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 def wrong_kernels():
-    """Return sets of kernels with a mistake each; the gradients are those of the wrong output unless named."""
+    """Return sets of kernels with one mistake each; gradients are derivatives of the wrong output unless named."""
 
     def of_table(change):
         def forward(q, k, v, origin, table, **geometry):
@@ -318,7 +318,7 @@ def test_a_wrong_core_is_rejected(name):
 
 
 def peak_bytes(backend, size, monkeypatch):
-    """Return the most bytes that tensors take at once, forward and backward, beyond the input."""
+    """Return the peak bytes of tensors in forward and backward, in addition to the input."""
     queries, samples = size[0] * size[1], size[0] * size[1] // 2
     q, k, v = (torch.randn(1, 2, count, 4) for count in (queries, samples, samples))
     points, table = torch.rand(1, 1, samples, 2), torch.randn(2, 2 * size[0] - 1, 2 * size[1] - 1)
@@ -327,7 +327,7 @@ def peak_bytes(backend, size, monkeypatch):
     if backend in ("eager", "matmul"):
         run = lambda: functional.deformable_attention(*leaves, **geometry, backend=backend).sum().backward()  # noqa: E731
         return torch_peak_bytes(run)
-    # Inside an operation of ours nothing is counted: so the kernels themselves.
+    # The counter does not see inside our registered operations, so the kernels are called directly.
     functions = blockwise if backend == "blockwise" else kernels.load(backend)
     origin, step = functional.table_index(points.detach(), tuple(table.shape[1:]), **geometry)
     where = {"query_size": size, "step": step, "scale": 0.5}
@@ -357,7 +357,7 @@ def test_memory_grows_with_the_queries_and_not_with_their_square(backend, monkey
 
 
 def test_triton_in_its_interpreter():
-    """In a process of its own: whether Triton compiles or interprets is settled when it is imported."""
+    """Triton runs in a separate process, because importing it fixes whether it compiles or interprets."""
     pytest.importorskip("triton")
     script = """
 import numpy as np
@@ -375,7 +375,7 @@ for convention in Convention:
 
 
 def test_importing_imports_no_kernels():
-    # Not triton itself: where it is installed, torch's own registration of operations imports it.
+    # Triton itself is not checked: if installed, torch imports it when it registers operations.
     script = """
 import sys, dat_ref.torch
 print({'numba', 'torch._dynamo', 'dat_ref.torch.kernels.cpu', 'dat_ref.torch.kernels.gpu'} & set(sys.modules))

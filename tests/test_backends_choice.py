@@ -1,4 +1,4 @@
-"""The core as an operation of PyTorch, and which backend computes it."""
+"""The core as a PyTorch operation, and the selection of its backend."""
 
 import logging
 from dataclasses import replace
@@ -24,8 +24,8 @@ SIZE = (4, 5)
 
 
 @pytest.fixture(autouse=True)
-def backends_as_they_were(monkeypatch):
-    """Let each test register backends of its own, and hear each message anew."""
+def restore_backends(monkeypatch):
+    """Restore the registered backends and the record of emitted warnings after each test."""
     before = dict(registry._BACKENDS)
     monkeypatch.setattr(registry, "_WARNED", set())
     yield
@@ -39,7 +39,7 @@ def leaves(dtype=torch.float64, **changes):
 
 
 def small_leaves():
-    """Return what numerical derivatives take little time for."""
+    """Return inputs small enough for fast numerical derivatives."""
     rng = np.random.default_rng(0)
     shapes = ((1, 2, 6, 2), (1, 2, 3, 2), (1, 2, 3, 2), (1, 1, 3, 2), (2, 3, 5))
     return [torch.from_numpy(rng.uniform(-1, 1, shape)).requires_grad_() for shape in shapes]
@@ -61,7 +61,7 @@ def arguments(kernels_name, dtype=torch.float64):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", FUSED)
 def test_opcheck(name):
-    """The schema, the shapes without numbers, the registered gradients, and what ahead-of-time autograd makes of it."""
+    """Schema, fake tensors, registered gradients and AOT autograd pass `torch.library.opcheck`."""
     args = arguments(name)
     torch.library.opcheck(operation._operation, args)
     out, lse = operation._operation(*args)
@@ -78,7 +78,7 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_autocast_leaves_geometry_alone(backend, monkeypatch):
-    """Values become narrow, as everywhere; the points and the table do not, nor do their gradients."""
+    """Autocast narrows the values; points, table and their gradients keep their precision."""
     seen = {}
     functions = operation._KERNELS[backend]()
 
@@ -117,21 +117,18 @@ def test_checkpointed_gradients_are_the_same(backend, reentrant):
 @pytest.mark.parametrize("backend", ["auto", *FUSED])
 @pytest.mark.parametrize("convention", [Convention.CVPR2022, Convention.PAPER])
 def test_one_graph_for_every_size_with_gradients(backend, convention, monkeypatch):
-    """The step between queries follows from the size, in 2022 as a fraction: it stays symbolic."""
+    """The spacing of queries depends on the size (a fraction in the 2022 release) and stays symbolic."""
 
     def run(*args):
         size = args[5:]
         return functional.deformable_attention(*args[:5], query_size=size, convention=convention, backend=backend)
 
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # else pytest keeps every step
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # otherwise pytest records every step
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for height, width in (
-            (8, 11),
-            (7, 5),
-            (10, 12),
-        ):  # the first: no two axes alike, or they would be taken for one
+        # The axes of the first call differ, otherwise the compiler assumes that they are equal.
+        for height, width in ((8, 11), (7, 5), (10, 12)):
             shapes = ((2, 6, height * width, 5), (2, 6, 9, 5), (2, 6, 9, 5), (2, 3, 9, 2))
             args = [torch.randn(shape, requires_grad=True) for shape in shapes]
             args.append(torch.randn(6, 2 * height - 1, 2 * width - 1, requires_grad=True))
@@ -170,7 +167,7 @@ def test_products_are_counted_and_shapes_suffice():
     assert attend(*(each.to("meta") for each in args)).shape == (2, 6, 20, 3)
 
 
-# ------------------------------------------------------------------------------------------------ looking inside
+# ------------------------------------------------------------------------------------------------ transforms
 
 
 def test_second_derivatives_come_from_plain_operations():
@@ -179,7 +176,7 @@ def test_second_derivatives_come_from_plain_operations():
         assert torch.autograd.gradgradcheck(run, small_leaves())
 
 
-def test_transforms_and_forward_mode_look_inside():
+def test_transforms_and_forward_mode_use_plain_operations():
     args = [each.detach() for each in leaves(batch=1)]
     along = [torch.randn_like(each) for each in args]
     run = partial(attend, backend="blockwise")
@@ -197,7 +194,7 @@ def test_transforms_and_forward_mode_look_inside():
         assert_close(ours, theirs.numpy())
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ selection
 
 
 def chosen(name="auto", dropout=0.0, device="cpu"):
@@ -205,7 +202,7 @@ def chosen(name="auto", dropout=0.0, device="cpu"):
     return registry.choose_backend(name, registry.Call(q, k, v, points, table, dropout)).name
 
 
-def test_auto_takes_the_best_that_can_and_says_nothing():
+def test_auto_selects_the_best_backend_silently():
     assert chosen() == ("blockwise" if kernels.missing("cpu") else "cpu")
     assert chosen(dropout=0.1) == "matmul"
     assert chosen(device="meta") == "blockwise"
@@ -222,13 +219,13 @@ def test_auto_takes_the_best_that_can_and_says_nothing():
         ("absent", {}, "it is not here"),
     ],
 )
-def test_another_backend_serves_and_why_is_said_once(name, options, why):
+def test_fallback_warns_once_with_the_reason(name, options, why):
     absent = replace(registry._BACKENDS["blockwise"], name="absent", missing=lambda: "it is not here")
     registry._BACKENDS["absent"] = absent
-    with pytest.warns(functional.BackendWarning, match=f"backend='{name}' cannot serve: {why}") as caught:
+    with pytest.warns(functional.BackendWarning, match=f"backend='{name}' does not support this call: {why}") as caught:
         instead = chosen(name, **options)
     assert instead not in ("absent", "triton")
-    assert caught[0].message.args[0].endswith(f"'{instead}' does instead.")
+    assert caught[0].message.args[0].endswith(f"Using '{instead}'.")
     assert chosen(name, **options) == instead
 
 
@@ -253,13 +250,13 @@ def test_kernels_that_cannot_be_imported_are_missing(monkeypatch):
         kernels.missing.cache_clear()
 
 
-def test_what_is_here_and_what_is_not():
+def test_list_of_available_backends():
     here, missing = functional.backends(), functional.backends(missing=True)
     assert {"eager", "matmul", "blockwise"} <= set(here)
     assert not set(here) & set(missing)
     assert set(here) | set(missing) == set(registry._BACKENDS)
     if not torch.cuda.is_available():
-        assert missing["triton"] == "there is no CUDA device"
+        assert missing["triton"] == "no CUDA device"
 
 
 def test_a_registered_backend_is_chosen_by_its_priority():

@@ -1,4 +1,4 @@
-"""Neighborhood attention by every backend: against the spec, with gradients; compiled, cast, in how much memory."""
+"""Neighborhood attention by every backend: outputs and gradients against the spec, compilation, autocast, memory."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from dat_ref.torch import functional, kernels  # noqa: E402
 from dat_ref.torch.functional import BackendWarning, neighborhood_tiles  # noqa: E402
 
 needs_numba = pytest.mark.skipif(bool(kernels.missing("cpu")), reason=kernels.missing("cpu"))
-FUSED = ["blockwise", pytest.param("cpu", marks=needs_numba)]  # those of Triton: `test_kernels_triton`
+FUSED = ["blockwise", pytest.param("cpu", marks=needs_numba)]  # Triton kernels are tested in `test_kernels_triton`
 each_backend = pytest.mark.parametrize("backend", ["eager", "matmul", *FUSED])
 each_fused = pytest.mark.parametrize("backend", FUSED)
 
@@ -32,7 +32,7 @@ each_fused = pytest.mark.parametrize("backend", FUSED)
 
 @dataclass(frozen=True)
 class Case:
-    """A call: a projected map, a table and a cotangent, by seed."""
+    """Arguments of a call: a projected map, a table and a cotangent, drawn by seed."""
 
     size: tuple[int, int] = (5, 9)
     kernel: int = 3
@@ -54,7 +54,7 @@ class Case:
 
 
 def spec(qkv, table, cotangent, case):
-    """Return output and gradients of qkv and table, from the spec's own pieces."""
+    """Return output and gradients of qkv and table, computed by the spec."""
     batch, height, width, channels = qkv.shape
     neighbors, places = neighbor_index((height, width), case.kernel, case.dilation)
     heads = qkv.reshape(batch, height * width, 3, case.heads, case.depth).transpose(2, 0, 3, 1, 4)
@@ -73,7 +73,7 @@ def spec(qkv, table, cotangent, case):
 
 
 def run(function, case, dtype=torch.float64, backend="eager", layout=lambda qkv: qkv):
-    """Return output and gradients of a function of the operation's signature."""
+    """Return output and gradients of a function with the operation's signature."""
     qkv, table, cotangent = case.arrays()
     leaves = [tensor(array, dtype).detach().requires_grad_() for array in (qkv, table)]
     y, weights = function(layout(leaves[0]), leaves[1], scale=case.scale, dilation=case.dilation, backend=backend)
@@ -82,7 +82,7 @@ def run(function, case, dtype=torch.float64, backend="eager", layout=lambda qkv:
 
 
 def check(backend, case, function=functional.neighborhood_attention, **options):
-    """Compare in float64, exact but for rounding."""
+    """Compare with the spec in float64, up to rounding."""
     for name, actual, expected in zip(
         ("y", "qkv", "table"), run(function, case, backend=backend, **options), spec(*case.arrays(), case)
     ):
@@ -91,7 +91,7 @@ def check(backend, case, function=functional.neighborhood_attention, **options):
 
 LAYOUTS = {
     "contiguous": lambda qkv: qkv,
-    "map first": lambda qkv: qkv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),  # channels far apart
+    "map first": lambda qkv: qkv.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),  # large channel stride
     "a part": lambda qkv: torch.cat([qkv.flip(3), qkv, qkv], dim=2)[:, :, qkv.shape[2] : 2 * qkv.shape[2]],
 }
 cases = st.builds(
@@ -114,12 +114,12 @@ cases = st.builds(
 @example(case=Case((2, 3), 31, batch=1), layout="contiguous")  # a table far larger than the map
 @example(case=Case((5, 4), 3, dilation=9), layout="contiguous")  # sub-maps of one pixel
 @example(case=Case((33, 5), 3, depth=1), layout="contiguous")  # several bands
-def test_backend_is_the_spec(backend, case, layout):
+def test_backend_equals_the_spec(backend, case, layout):
     check(backend, case, layout=LAYOUTS[layout])
 
 
 @each_fused
-def test_single_precision_is_as_good_as_written_out(backend):
+def test_float32_is_as_accurate_as_the_written_out_form(backend):
     for case in (Case((14, 11), 7, depth=32), Case((6, 7), 5, dilation=2, depth=9)):
         plain, actual = run_plain(case), run(functional.neighborhood_attention, case, torch.float32, backend)
         for name, one, yardstick, truth in zip(("y", "qkv", "table"), actual, plain, spec(*case.arrays(), case)):
@@ -131,8 +131,8 @@ def run_plain(case):
 
 
 @each_fused
-def test_pieces_of_work_do_not_show(backend, monkeypatch):
-    """A few logits at a time, or bands of a few rows, or one thread: the same numbers."""
+def test_result_does_not_depend_on_tiling(backend, monkeypatch):
+    """The result does not depend on logits per tile, rows per band or the number of threads."""
     monkeypatch.setattr(neighborhood_tiles, "_MAX_LOGITS", {"cpu": 1})
     check(backend, Case((19, 13), 5, batch=3))
     case = Case((40, 6), 7, heads=1, depth=4)
@@ -149,8 +149,8 @@ def test_pieces_of_work_do_not_show(backend, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dilated_2", "dilated_3"])
 @each_backend
-def test_layer_is_the_spec(name, backend):
-    """The module around it, with both rules for small maps."""
+def test_layer_equals_the_spec(name, backend):
+    """The module equals the spec under both rules for small maps."""
     config = CONFIGS[name]
     for size in ((7, 10), (4, 5)):
         module, params = build_peer(config)
@@ -181,7 +181,7 @@ def geometry(case):
 
 
 @each_fused
-def test_operation_keeps_the_rules_of_operations(backend):
+def test_opcheck_of_neighborhood_attention(backend):
     case = Case((4, 5), 3, depth=2)
     deterministic = False
     arguments = (case.size, case.kernel, case.dilation, case.scale, backend, deterministic)
@@ -195,7 +195,7 @@ def test_operation_keeps_the_rules_of_operations(backend):
 
 
 @each_fused
-def test_gradients_are_those_of_differences(backend):
+def test_gradients_equal_finite_differences(backend):
     case = Case((3, 4), 3, batch=1, depth=2)
 
     def function(*leaves):
@@ -223,7 +223,7 @@ def test_second_derivatives_come_from_plain_operations(backend):
 
 
 @each_fused
-def test_only_the_gradients_that_are_asked_for(backend):
+def test_only_requested_gradients_are_computed(backend):
     q, k, v, table = operands(Case())
     for leaf in (k, table):
         leaf.requires_grad_(False)
@@ -265,7 +265,7 @@ def test_compiled_once_for_all_sizes(backend):
 @each_fused
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(backend, dtype):
-    """Values are narrow and sums are not: no worse than the written-out form, carried out in the narrow type."""
+    """With narrow values and wide sums, errors do not exceed those of the written-out form in the narrow type."""
     case = Case((7, 9), 5, depth=16)
     truth = spec(*case.arrays(), case)[0]
     qkv, table, _ = (torch.from_numpy(array) for array in case.arrays())
@@ -305,26 +305,26 @@ def test_nothing_is_read_before_it_is_written(backend, poisoned):
 
 
 @each_fused
-def test_nan_reaches_who_sees_it_and_nobody_far_away(backend):
+def test_nan_reaches_only_queries_that_see_it(backend):
     case = Case((20, 19), 5, batch=2)
     qkv, table, _ = (torch.from_numpy(array) for array in case.arrays())
     clean = functional.neighborhood_attention(qkv, table, scale=1.0, backend=backend)[0]
     qkv[1, 9, 8] = float("nan")
     y = functional.neighborhood_attention(qkv, table, scale=1.0, backend=backend)[0]
-    assert y[1, 7:12, 6:11].isnan().all()  # those whose neighborhood has the pixel in it
+    assert y[1, 7:12, 6:11].isnan().all()  # queries whose neighborhood contains the pixel
     far = torch.ones(case.size, dtype=torch.bool)
-    far[3:16, 2:15] = False  # the tiles of those
+    far[3:16, 2:15] = False  # the tiles of these queries
     assert torch.equal(y[1, far], clean[1, far])
     assert torch.equal(y[0], clean[0])
-    table[0, 0, 0] = float("nan")  # a displacement that is needed in the corner only
+    table[0, 0, 0] = float("nan")  # a displacement that occurs only in the corner
     y = functional.neighborhood_attention(qkv, table, scale=1.0, backend=backend)[0]
     assert y[0, -1, -1, : case.depth].isnan().all()
     assert y[0, 5:-5, 5:-5].isfinite().all()
 
 
 @each_fused
-def test_what_is_hidden_has_no_weight(backend):
-    """Not even a little: huge values that a query does not see do not change it by one bit."""
+def test_hidden_keys_have_no_weight(backend):
+    """Huge values outside the neighborhood of a query do not change its output by one bit."""
     case = Case((12, 13), 3, batch=1)
     qkv, table, _ = (torch.from_numpy(array) for array in case.arrays())
     clean = functional.neighborhood_attention(qkv, table, scale=1.0, backend=backend)[0]
@@ -337,8 +337,8 @@ def test_what_is_hidden_has_no_weight(backend):
 
 
 @each_fused
-def test_autograd_keeps_the_output_and_a_number_a_query(backend):
-    """Bytes, besides the projected map and the table: output and logarithms."""
+def test_autograd_stores_the_output_and_one_element_per_query(backend):
+    """Besides the projected map and the table, autograd stores the output and the log-sum-exp of each query."""
     for case in (Case((8, 9), 5, depth=4), Case((16, 9), 5, depth=4)):
         qkv, table = (tensor(array) for array in case.arrays()[:2])
         queries = case.batch * case.heads * case.size[0] * case.size[1]
@@ -348,7 +348,7 @@ def test_autograd_keeps_the_output_and_a_number_a_query(backend):
 
 @each_fused
 def test_memory_grows_with_the_map(backend):
-    """Peak bytes of forward and backward, inside the operation too: four times the rows, at most four times as much."""
+    """Peak bytes of forward and backward grow at most fourfold with four times the rows, also inside the operation."""
     functions = neighborhood_tiles
     if backend == "cpu":
         from dat_ref.torch.kernels.cpu import neighborhood as functions
@@ -372,10 +372,10 @@ def test_counted_operations_are_those_of_the_neighborhoods(backend):
     assert counted == 2 * case.batch * case.heads * case.depth * 6 * 9 * 25
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ selection
 
 
-def test_auto_takes_the_kernels_where_they_can_serve():
+def test_auto_selects_the_kernels_where_supported():
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
 
     def operations(**options):
@@ -389,17 +389,17 @@ def test_auto_takes_the_kernels_where_they_can_serve():
 
 
 @each_fused
-def test_a_backend_that_cannot_serve_says_why_and_another_one_does(backend):
+def test_unsupported_backend_falls_back_with_the_reason(backend):
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
     functional.registry._WARNED.clear()
-    with pytest.warns(BackendWarning, match=f"backend='{backend}' cannot serve: it has no dropout.*'matmul' does"):
+    with pytest.warns(BackendWarning, match=f"'{backend}' does not support.*: it has no dropout.*Using 'matmul'"):
         y, _ = functional.neighborhood_attention(qkv, table, scale=1.0, dropout=0.5, backend=backend)
     assert y.isfinite().all()
 
 
 @each_fused
-def test_functional_transforms_look_inside(backend):
-    """`torch.func` takes plain operations."""
+def test_functional_transforms_use_plain_operations(backend):
+    """`torch.func` uses plain operations instead of the kernels."""
     qkv, table = (torch.from_numpy(array) for array in Case().arrays()[:2])
     expected = functional.neighborhood_attention(qkv, table, scale=1.0, backend="eager")[0]
 
@@ -408,7 +408,7 @@ def test_functional_transforms_look_inside(backend):
 
     y, tangent = torch.func.jvp(of_table, (table,), (torch.ones_like(table),))
     assert_close(y, expected.numpy())
-    assert tangent.abs().max() < 1e-12  # the same number added to all logits
+    assert tangent.abs().max() < 1e-12  # the same constant added to all logits
 
 
 @pytest.mark.parametrize(
@@ -433,12 +433,12 @@ def test_backends_are_those_of_the_core():
     assert set(functional.neighborhood._BACKENDS) <= named
 
 
-# ------------------------------------------------------------------------------------------------ the kernel's code
+# ------------------------------------------------------------------------------------------------ machine code
 
 
 @needs_numba
 def test_products_are_vector_instructions():
-    """What the inner loop is compiled to has multiply-adds of whole vectors and none of single numbers."""
+    """The compiled inner loop contains vector multiply-adds and no scalar ones."""
     import platform
 
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -463,8 +463,8 @@ def test_products_are_vector_instructions():
 
 
 @needs_numba
-def test_code_on_disk_is_told_apart():
-    """Compiled functions are called by a record's number, which must be the same in every process and nobody else's."""
+def test_cached_code_has_unique_identifiers():
+    """The identifier of a cached compiled function is the same in every process and unique."""
     import subprocess
     import sys
 
@@ -487,11 +487,11 @@ for module in (neighborhood_kernels, deformable):
     assert len({str(record.mangling_args) for record in records}) == 4
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 def by_pieces(change=lambda name, value: value, **changed):
-    """Return the operation with something wrong: what goes in, changed by name, or its options."""
+    """Return a wrong operation: its inputs are changed by name, or its options."""
 
     def function(qkv, table, *, scale, dilation, backend):
         options = {"scale": scale, "dilation": dilation, "backend": backend} | changed
@@ -523,7 +523,7 @@ def test_checker_rejects_wrong_functions(name):
 
 
 def test_checker_rejects_a_window_that_does_not_slide(monkeypatch):
-    """At the border keys would be lost instead."""
+    """A window that does not slide would lose keys at the border."""
     right = neighborhood_tiles.first_key
     check("blockwise", Case())
     monkeypatch.setattr(neighborhood_tiles, "first_key", lambda query, length, keys: right(query + 1, length, keys))
@@ -531,7 +531,7 @@ def test_checker_rejects_a_window_that_does_not_slide(monkeypatch):
 
 
 def test_presets_of_datpp_use_it():
-    """The stages that the kernels are made for: K = 7, 32 channels a head, whole bands."""
+    """The stages that the kernels are optimized for: K = 7, 32 channels per head, whole bands."""
     import dat_ref
 
     blocks = [block for stage in dat_ref.config("dat_pp_tiny").stages for block in stage]

@@ -1,4 +1,4 @@
-"""The benchmark: no speed of what computes something else, medians by turns, memory, a page that follows the JSON."""
+"""Benchmark: no timing of implementations that disagree, medians of alternating rounds, memory, pages from the JSON."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def tiny_cases(monkeypatch):
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    """Do without the processes that memory is measured in."""
+    """Skip the separate processes that measure memory."""
     monkeypatch.setattr(measure, "extra_bytes", lambda *arguments: 2_500_000)
 
 
@@ -52,7 +52,7 @@ def test_backends_agree_and_are_within_the_budget_in_half_precision():
 
 @pytest.mark.parametrize("part", ["forward", "out", "q", "k", "v", "points", "table"])
 @pytest.mark.parametrize("mistake", ["thousandth", "nan", "missing", "shape", "one element"])
-def test_a_mistake_in_any_part_is_seen(part, mistake):
+def test_a_mistake_in_any_part_is_detected(part, mistake):
     wrong, expected = results(), results(backend="eager")
     tensor = wrong[part].clone()
     wrong[part] = {
@@ -70,7 +70,7 @@ def test_a_mistake_in_any_part_is_seen(part, mistake):
         check("wrong", wrong, expected, expected, torch.float32)
 
 
-def test_in_half_precision_a_mistake_of_a_tenth_is_seen():
+def test_a_relative_error_of_a_tenth_is_detected_in_half_precision():
     expected, plain = results(), results(torch.bfloat16, "eager")
     wrong = {**plain, "points": plain["points"] * 1.3}
     check("right", plain, expected, plain, torch.bfloat16)
@@ -82,9 +82,10 @@ def test_in_half_precision_a_mistake_of_a_tenth_is_seen():
 
 
 def test_implementations_take_turns_and_the_median_counts(monkeypatch):
-    """Each round starts with another implementation; what a clock shows of each is known."""
+    """Each round starts with another implementation; a fake clock gives each a known duration."""
     now, ran = [0.0], []
-    costs = {"a": [9, 1, 5, 2], "b": [9, 40, 30, 20], "c": [9, 3, 3, 3]}  # the first only says how often to repeat
+    # The first call, of 9 seconds, only determines the number of repetitions.
+    costs = {"a": [9, 1, 5, 2], "b": [9, 40, 30, 20], "c": [9, 3, 3, 3]}
 
     def run(name):
         def call():
@@ -118,23 +119,23 @@ def test_short_calls_are_repeated_and_long_ones_get_fewer_rounds(monkeypatch):
 
 
 def allocate(megabytes):
-    """Return a small run and one that takes so much, for `extra_bytes`."""
+    """Return a small run and one that allocates a given number of bytes, for `extra_bytes`."""
     return [lambda: torch.ones(3) @ torch.ones(3), lambda: torch.ones(megabytes * 250_000).sum()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
-def test_memory_is_what_was_taken():
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
+def test_extra_bytes_equal_the_allocation():
     for megabytes in (5, 40):
         taken = memory.extra_bytes("cpu", 1, allocate, megabytes)
         assert 0.95 * megabytes < taken / 1e6 < megabytes + 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs")
 @pytest.mark.parametrize("backend", ["blockwise", "cpu", "eager"])
 def test_memory_grows_with_queries_and_not_with_pairs(backend):
-    """Four times the pixels are sixteen times the pairs; the eager formulation, the counter-example, keeps those."""
+    """Memory grows with the queries; the counter-example is the eager formulation, which stores all pairs."""
     if backend not in functional.backends():
-        pytest.skip("not here")
+        pytest.skip(f"no backend {backend}")
 
     def taken(case):
         return memory.extra_bytes("cpu", 1, measure.attention_runs, case, backend, torch.float32, "cpu", FORWARD)
@@ -144,16 +145,16 @@ def test_memory_grows_with_queries_and_not_with_pairs(backend):
     assert linear == (backend != "eager"), (small, large)
 
 
-# ------------------------------------------------------------------------------------------------ who takes part
+# ------------------------------------------------------------------------------------------------ selection
 
 
-def test_a_backend_that_cannot_serve_takes_no_part():
+def test_unsupported_backends_are_left_out():
     assert implementations.unsupported_reason("blockwise", CORE, draw_inputs(CORE, torch.float32, "cpu", 0)) == ""
     if not torch.cuda.is_available():
         assert implementations.unsupported_reason("triton", CORE, draw_inputs(CORE, torch.float32, "cpu", 0)) != ""
 
 
-def test_data_is_drawn_anew_for_each_run(monkeypatch):
+def test_each_run_draws_new_data(monkeypatch):
     seeds = []
 
     def recorded(case, dtype, device, seed):
@@ -191,15 +192,15 @@ def bench(*arguments):
     return main(["bench", "--rounds", "1", "--device", "cpu", *arguments])
 
 
-def test_everything_is_measured_told_and_written(tiny_cases, no_memory, monkeypatch, capsys, tmp_path):
+def test_everything_is_measured_printed_and_written(tiny_cases, no_memory, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("dat_ref.cli.bench.SIDES", {"cpu": (3, 5)})
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # takes minutes
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # this would take minutes
     files = {kind: tmp_path / "made" / f"numbers.{kind}" for kind in ("json", "md", "png")}
     written = ["--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])]
     assert (
         bench("--shapes", "C", "dat_tiny", "curve", "--backends", "blockwise", "--compile", "dat_tiny", *written) == 0
     )
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     found = json.loads(files["json"].read_text(encoding="utf-8"))
     core, model = found["comparisons"]
     assert [row["name"] for row in core["rows"]] == ["eager", "blockwise", "sdpa"]
@@ -211,18 +212,28 @@ def test_everything_is_measured_told_and_written(tiny_cases, no_memory, monkeypa
     assert sum(model["shares"]["float32"].values()) == pytest.approx(1)
     assert BACKWARD not in next(row for row in model["rows"] if row["name"] == "optimized")["seconds"]
     assert [each["side"] for each in found["resolutions"]] == [3, 5]
-    assert "torch's attention, no bias" in told.out
-    assert "1.00×" in told.out
+    assert "torch's attention, no bias" in printed.out
+    assert "1.00×" in printed.out
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     again = tmp_path / "again.md"
     assert main(["bench", "--read", str(files["json"]), "--markdown", str(again)]) == 0
     assert again.read_text(encoding="utf-8") == files["md"].read_text(encoding="utf-8")
-    assert capsys.readouterr().out == told.out
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_processor_without_packed_bfloat16_is_reported_in_its_row(tiny_cases, no_memory, monkeypatch, capsys):
+    """AVX2 alone has no packed layers in bfloat16: the row says so, nothing warns, and float32 is measured."""
+    monkeypatch.setattr("dat_ref.torch.inference._supports_packing", lambda dtype: dtype == torch.float32)
+    assert bench("--shapes", "dat_tiny", "--backends", "blockwise", "--dtypes", "bfloat16") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"bfloat16 +optimized: not available on this processor( +–)+", told)
+    assert "dat_tiny, bfloat16: optimized: this CPU has no packed linear layers in torch.bfloat16." in told
+    assert re.search(r"float32 +optimized +\d", told)
 
 
 @pytest.mark.parametrize("numbers", sorted(DOCS.glob("performance/*.json")), ids=lambda path: path.name)
 def test_the_tables_of_the_site_are_those_of_the_numbers(numbers):
-    """`dat-ref bench --read docs/performance/cpu.json --markdown docs/performance/cpu.md` writes them anew."""
+    """`dat-ref bench --read docs/performance/cpu.json --markdown docs/performance/cpu.md` regenerates them."""
     found = json.loads(numbers.read_text(encoding="utf-8"))
     tables = numbers.with_suffix(".md").read_text(encoding="utf-8")
     assert tables == report.format_markdown(found)
@@ -244,8 +255,8 @@ class CrookedGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("mistake", [lambda out: out * 1.001, CrookedGradient.apply], ids=["output", "gradient"])
-def test_what_computes_something_else_gets_no_speed(tiny_cases, no_memory, mistake, monkeypatch, capsys, tmp_path):
-    """Neither for itself nor for the others; exit code 1, and no file is left."""
+def test_disagreeing_implementations_are_not_timed(tiny_cases, no_memory, mistake, monkeypatch, capsys, tmp_path):
+    """A wrong implementation stops the whole benchmark: no timings, no files, exit code 1."""
 
     def run(*arguments, **options):
         return mistake(registry._BACKENDS["blockwise"].run(*arguments, **options))
@@ -253,23 +264,23 @@ def test_what_computes_something_else_gets_no_speed(tiny_cases, no_memory, mista
     monkeypatch.setitem(registry._BACKENDS, "crooked", replace(registry._BACKENDS["eager"], name="crooked", run=run))
     path = tmp_path / "numbers.json"
     assert bench("--shapes", "C", "--backends", "blockwise", "crooked", "--json", str(path)) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert re.search(r"crooked in float32 differs: .*no speed is told", told.err, re.DOTALL)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"crooked in float32 differs: .*no timing is reported", printed.err, re.DOTALL)
     assert not path.exists()
 
 
-def test_what_would_not_fit_is_not_run(tiny_cases, no_memory, monkeypatch, capsys):
-    """The reference is then the blockwise formulation."""
+def test_runs_that_would_not_fit_are_skipped(tiny_cases, no_memory, monkeypatch, capsys):
+    """If the released formulation does not fit, the blockwise one is the reference."""
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
     monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], run=None))
     assert bench("--shapes", "C", "--backends", "blockwise") == 0
-    assert "C, float32: eager: would take about 0.0 GB, and 0.0 GB are free." in capsys.readouterr().out
+    assert "C, float32: eager: needs about 0.0 GB, 0.0 GB are free." in capsys.readouterr().out
 
 
 def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsys):
     if "cpu" not in functional.backends():
-        pytest.skip("not here")
+        pytest.skip("needs the CPU kernels")
     took = iter([8.5, 0.25])
     monkeypatch.setattr("dat_ref.bench.run.fresh_process", lambda *arguments: next(took))
     assert bench("--shapes", "C", "--warm") == 0

@@ -1,4 +1,4 @@
-"""The position bias: the table at continuous displacements, tables of other sizes, and the siblings."""
+"""Position bias: the table at continuous displacements, tables of other sizes, the other kinds of bias."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_zero_offset_bias_is_an_integer_gather_on_any_map(convention, size, seed
 
 
 def test_the_releases_read_between_the_entries():
-    """Seven keys: 2022 spaces its reads by 6/7 of an entry from 6/7 on; 2023 reads half an entry too early."""
+    """Example of seven keys: 2022 reads at multiples of 6/7 of an entry from 6/7 on, 2023 half an entry too early."""
     size = (7, 7)
     positions = {}
     for convention in (Convention.CVPR2022, Convention.DATPP2023):
@@ -70,7 +70,7 @@ def test_the_releases_read_between_the_entries():
 
 @given(conventions, map_sizes(smallest=2), map_sizes(smallest=2), seeds)
 def test_fractions_mean_the_same_part_of_any_map(convention, size, built, seed):
-    """A table that holds the displacement as a fraction of its own map reads it as a fraction of the map it is fed."""
+    """With `fractions`, a displacement stored relative to the table's map is read relative to the input map."""
     full = np.asarray(built) - convention.align_corners
     entries = (np.arange(2 * built[0] - 1)[:, None] - built[0] + 1) / full[0] + np.zeros(2 * built[1] - 1)
     points = np.random.default_rng(seed).uniform(-0.4, 0.4, (1, 1, 5, 2))
@@ -83,7 +83,7 @@ def test_fractions_mean_the_same_part_of_any_map(convention, size, built, seed):
 
 
 def _covered(queries_px, points_px, size, built, convention):
-    """Return where the displacement in x lies within the table."""
+    """Return a mask of the displacements in x inside the table."""
     a = convention.align_corners
     across = np.abs(queries_px[:, None] - points_px)[..., 1] / (size[1] - a) * (built[1] - a)
     return across <= built[1] - 1
@@ -91,7 +91,7 @@ def _covered(queries_px, points_px, size, built, convention):
 
 @given(conventions, map_sizes(), map_sizes(), seeds)
 def test_pixels_mean_the_same_distance_on_any_map(convention, size, built, seed):
-    """Read in pixels, a table of displacements gives q - p in pixels where it covers them, and zero elsewhere."""
+    """With `pixels`, a table of displacements gives q - p in pixels inside the table, and zero outside."""
     entries = np.arange(2 * built[1] - 1) - built[1] + 1.0 + np.zeros((2 * built[0] - 1, 1))
     points = somewhere(seed, 1, 1, 5)
     read = table_bias(entries[None], points, query_size=size, convention=convention, resolution="pixels")[0, 0]
@@ -105,9 +105,9 @@ def test_pixels_mean_the_same_distance_on_any_map(convention, size, built, seed)
 
 @given(conventions, map_sizes(), seeds)
 def test_both_rules_agree_at_the_tables_own_size(convention, size, seed):
-    """A table fed the map it was built for has scale one, whatever the rule."""
+    """On the map that a table was built for, both rules have scale one."""
     if convention.align_corners and 1 in size:
-        return  # a map of one pixel has no extent to take fractions of; both rules read the middle
+        return  # a map of one pixel has no extent to take fractions of; both rules read the center
     table, points = table_of(seed, 2, size), somewhere(seed, 1, 2, 4)
     options = {"query_size": size, "convention": convention}
     fractions = table_bias(table, points, **options, resolution="fractions")
@@ -117,7 +117,7 @@ def test_both_rules_agree_at_the_tables_own_size(convention, size, seed):
 
 @given(conventions, seeds)
 def test_heads_follow_their_own_groups_points(convention, seed):
-    """Head h reads at the points of group h // (heads / G), and no other group's points matter to it."""
+    """Head h reads at the points of group h // (heads / G) and does not depend on other groups."""
     size, table = (3, 5), table_of(seed, 6, (3, 5))
     points = somewhere(seed, 1, 3, 4)
     read = table_bias(table, points, query_size=size, convention=convention)
@@ -130,7 +130,7 @@ def test_heads_follow_their_own_groups_points(convention, seed):
 
 @given(map_sizes(smallest=2), seeds)
 def test_table_gradient_counts_every_pair_once(size, seed):
-    """Every pair inside hands its weights, which sum to one, to the table: the gradient of a sum is the count."""
+    """Each pair inside adds bilinear weights that sum to one, so the gradient of the sum counts the pairs."""
     queries = size[0] * size[1]
     table, points = table_of(seed, 2, size), np.random.default_rng(seed).uniform(-0.9, 0.9, (2, 1, 3, 2))
     inside = from_pixels(
@@ -142,7 +142,7 @@ def test_table_gradient_counts_every_pair_once(size, seed):
 
 @given(conventions, map_sizes(), seeds)
 def test_log_bias_equals_scalar_loops(convention, size, seed):
-    """The small network of the log-scaled displacement equals the oracle; groups share it."""
+    """The network on log-scaled displacements equals the oracle; all groups share it."""
     params = {
         "hidden": {"weight": numbers(seed, 32, 2), "bias": numbers(seed + 1, 32)},
         "out": {"weight": numbers(9, 2, 32)},
@@ -157,8 +157,8 @@ def test_log_bias_equals_scalar_loops(convention, size, seed):
     assert trace.hidden.shape == (4, 32, size[0] * size[1] * 3)
 
 
-def test_fixed_bias_is_its_table_and_says_which_map_it_fits():
-    """The fixed table is taken as it is; another map is refused, naming both sizes."""
+def test_fixed_bias_is_its_table_on_one_map_size():
+    """The fixed table is used unchanged; for a map of another size the error names both sizes."""
     table = numbers(0, 2, 15, 6)
     np.testing.assert_array_equal(fixed_bias(table, query_size=(3, 5), samples=6)[0], table)
     with pytest.raises(ShapeError, match=r"x: expected the map.*15 queries × 6 keys.*got H=4, W=5: 20 × 6"):
@@ -169,7 +169,7 @@ def test_fixed_bias_is_its_table_and_says_which_map_it_fits():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_precision_and_non_contiguous_inputs(dtype):
-    """Read-only and strided tables and points are accepted; the precision is kept, in the gradients too."""
+    """Read-only and strided tables and points are accepted; outputs and gradients have the input's precision."""
     table, points = numbers(0, 4, 5, 9, dtype=dtype), numbers(1, 2, 2, 3, 2, dtype=dtype)
     options = {"query_size": (3, 5), "convention": Convention.CELL_CENTER}
     read = table_bias(non_contiguous(table), non_contiguous(points), **options)

@@ -1,4 +1,6 @@
-"""Transformer blocks and whole backbones, at any size; and what everything costs."""
+"""Transformer blocks and whole backbones at any size, and their cost."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_linear_norm_and_gelu_equal_scalar_loops(size, seed):
 
 
 def oracle_block(x, params, block_config):
-    """Return the block's output from the loops, its attention a deformable layer."""
+    """Return the output of a block with deformable attention, computed by the scalar loops."""
     if block_config.local_perception:
         x = x + loops.conv2d(x, **params["local_perception"], padding=SAME, groups=x.shape[1])
     scale1, scale2 = (
@@ -102,7 +104,7 @@ def test_block_equals_scalar_loops(kind, extras):
 
 
 def test_block_with_silent_branches_is_the_identity():
-    """With the output layers zero a block passes its map on untouched."""
+    """With zero output layers a block returns its input."""
     block_config = BlockConfig(WindowAttentionConfig(4, 2, 3))
     params = random_params(block_shapes(block_config), np.random.default_rng(1))
     for module in (params["attention"]["output"], params["mlp"]["linear2"]):
@@ -131,7 +133,7 @@ def test_any_image_size(release, size):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_trace_walk_and_intermediates_agree(release):
-    """model(x), the trace, walk and forward_intermediates tell one story, and vjp returns the same logits."""
+    """model(x), the trace, walk, forward_intermediates and vjp give the same results."""
     model = DAT(tiny(release), tiny_params(tiny(release), 0))
     x = numbers(0, 1, 3, 64, 40)
     logits, trace = model(x, return_trace=True)
@@ -149,7 +151,7 @@ def test_trace_walk_and_intermediates_agree(release):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_headless_backbone_returns_pooled_features(release):
-    """num_classes=0: no head among the parameters, pooled features out."""
+    """With num_classes=0 there is no head, and the output is the pooled features."""
     headless = tiny(release, num_classes=0)
     params = tiny_params(headless, 0)
     assert "head" not in params
@@ -159,8 +161,22 @@ def test_headless_backbone_returns_pooled_features(release):
 
 
 @pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_every_position_is_classified_by_the_same_head(release, num_classes):
+    """global_pool="": the head is linear, so the mean of the logits equals the logits of the averaged map."""
+    averaged = tiny(release, num_classes=num_classes)
+    params, x = tiny_params(averaged, 0), numbers(0, 2, 3, 64, 40)
+    dense = DAT(replace(averaged, global_pool=""), params)
+    logits, trace = dense(x, return_trace=True)
+    assert trace.pooled is trace.normed
+    assert logits.shape == (2, num_classes or 12, 2, 2)
+    assert_agree(logits.mean(axis=(2, 3)), DAT(averaged, params)(x), 1e-13)
+    assert dense(x[:0]).shape == (0, num_classes or 12, 2, 2)
+
+
+@pytest.mark.parametrize("release", RELEASES)
 def test_backbone_precision_and_empty_batch(release):
-    """float32 in, float32 out, gradients included; no images, no logits."""
+    """float32 input gives float32 outputs and gradients; an empty batch gives empty logits."""
     backbone = tiny(release)
     model = DAT(backbone, tiny_params(backbone, 0, np.float32))
     logits, pullback = model.vjp(numbers(0, 1, 3, 64, 40, dtype=np.float32))
@@ -180,8 +196,8 @@ def test_nan_pixel_reaches_the_logits(release):
     assert np.isnan(logits[1]).all()
 
 
-def test_filled_up_images_are_images_with_zeros():
-    """An image that is no whole number of patches equals the one filled up with zeros at the bottom and right."""
+def test_images_are_padded_with_zeros():
+    """An image that is not a whole number of patches equals the image padded with zeros at bottom and right."""
     model = DAT(tiny("cvpr2022"), tiny_params(tiny("cvpr2022"), 0))
     x = numbers(0, 1, 3, 62, 94)
     filled = np.pad(x, ((0, 0), (0, 0), (0, 2), (0, 2)))
@@ -189,7 +205,7 @@ def test_filled_up_images_are_images_with_zeros():
 
 
 def test_resized_tables():
-    """resized builds the sized biases for another image, and leaves everything else alone."""
+    """`resized` changes the biases that depend on the image size, and nothing else."""
     resized = config("dat_tiny").resized((384, 320))
     assert [blocks[1].attention.size for blocks in resized.stages[2:]] == [(24, 20), (12, 10)]
     assert resized.resized((224, 224)) == config("dat_tiny")
@@ -201,7 +217,7 @@ C, H, W, K, R = 6, 5, 7, 3, 2
 
 
 def test_costs_of_basic_operations_are_counts():
-    """The formulas equal the multiplications that the very code makes when fed numbers that count them."""
+    """The formulas equal the multiplications of the code, run on elements that count them."""
     x = counting_array(numbers(0, 2, C, H, W))
     weight = numbers(1, 4, C)
     assert count_multiplications(lambda: basic.linear(x, weight)) == basic.linear_macs(2 * H * W, C, 4)
@@ -219,7 +235,7 @@ def test_costs_of_basic_operations_are_counts():
 
 
 def test_the_papers_worked_example():
-    """14 × 14, 49 keys, 384 channels, k = 5: 79 629 312 multiply-adds and 508 032 in the offset network."""
+    """For 14 × 14, 49 keys, 384 channels, k = 5: 79 629 312 multiply-adds, 508 032 of them in the offset network."""
     layer = DeformableAttentionConfig(384, 12, 3, stride=2, kernel_size=5, bias=BiasKind.NONE)
     macs = deformable_layer_macs(1, (14, 14), layer)
     assert macs["attention"] + macs["query and output"] + macs["key and value"] == 79_629_312
@@ -268,7 +284,7 @@ class Ledger:
 
 @given(layer_cases(bounds=[b for b in OffsetBound if b is not OffsetBound.NONE]))
 def test_layer_cost_is_what_a_pass_multiplies(case):
-    """deformable_layer_macs equals the count over the operations of an actual pass, every bias and stride."""
+    """deformable_layer_macs equals the count over the operations of a forward pass, for every bias and stride."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         ledger = Ledger(monkeypatch)
         deformable_layer(case.x(), case.params(), case.config)
@@ -278,7 +294,7 @@ def test_layer_cost_is_what_a_pass_multiplies(case):
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("size", [(64, 96), (37, 51)], ids=str)
 def test_backbone_cost_is_what_a_pass_multiplies(release, size, monkeypatch):
-    """dat_macs equals the count over the operations of an actual pass, at any size."""
+    """dat_macs equals the count over the operations of a forward pass, at any size."""
     model = DAT(tiny(release), tiny_params(tiny(release), 0))
     ledger = Ledger(monkeypatch)
     model(numbers(0, 2, 3, *size))
@@ -294,7 +310,7 @@ def test_costs_of_windows_and_neighborhoods():
 
 
 def test_cost_of_dat_tiny_adds_up():
-    """At 224² dat_tiny's multiply-adds are its embeddings', blocks' and head's; the paper prints 4.6 G."""
+    """At 224² the multiply-adds of dat_tiny are the sum over embeddings, blocks and head; the paper prints 4.6 G."""
     tiny_config = config("dat_tiny")
     dims, total, size = (96, 192, 384, 768), 0, 56
     total += 56 * 56 * 3 * 96 * 16
@@ -317,7 +333,7 @@ def test_cost_of_dat_tiny_adds_up():
 
 
 def test_embedding_cost_and_size():
-    """An embedding costs its convolution and says how large a map comes out."""
+    """The cost of an embedding is its convolution's; the size of its output map is returned too."""
     assert embed_macs(2, (37, 51), 3, 8, 4) == (2 * 10 * 13 * 8 * 3 * 16, (10, 13))
     assert embed_macs(1, (37, 51), 3, 8, 3) == (19 * 26 * 8 * 3 * 9, (19, 26))
     part = dat_shapes(tiny("datpp2023"))["patch_embedding"][0]
@@ -326,7 +342,7 @@ def test_embedding_cost_and_size():
 
 
 def test_block_cost_adds_up():
-    """A block costs its attention, its MLP, and its depthwise convolutions."""
+    """The cost of a block is the sum over attention, MLP and depthwise convolutions."""
     attention = WindowAttentionConfig(C, 2, 5)
     plain = block_macs(1, (5, 5), BlockConfig(attention))
     assert plain == ATTENTIONS[WindowAttentionConfig].macs(1, (5, 5), attention) + 2 * 25 * C * 4 * C
@@ -334,7 +350,7 @@ def test_block_cost_adds_up():
 
 
 def test_mlp_kinds_differ():
-    """The three MLPs are three functions of the same parameters."""
+    """The three kinds of MLP are different functions of the same parameters."""
     shapes = {"linear1": {"weight": (8, 4), "bias": (8,)}, "linear2": {"weight": (4, 8), "bias": (4,)}}
     shapes["depthwise"] = {"weight": (8, 1, 3, 3), "bias": (8,)}
     params = random_params(shapes, np.random.default_rng(0))
@@ -343,6 +359,6 @@ def test_mlp_kinds_differ():
 
 
 def test_seeded_weights_run():
-    """A backbone with its first values gives finite logits."""
+    """A backbone with initial weights gives finite logits."""
     backbone = tiny("datpp2023")
     assert np.isfinite(DAT(backbone, init_params(backbone, 0))(numbers(0, 1, 3, 64, 64, dtype=np.float32))).all()

@@ -1,4 +1,4 @@
-"""Checkpoints: what a file holds is found, loaded, resized and reported; what cannot be trusted or used is refused."""
+"""Checkpoints: recognition, loading, resizing and reports; rejection of unsafe or unusable files."""
 
 import pickle
 import sys
@@ -43,7 +43,7 @@ PRESET_OF = {
 
 
 def mini(release, dtype=np.float32):
-    """Return a small configuration and a state dict as its release writes it, buffers and all."""
+    """Return a small configuration and a state dict in the format of its release, with buffers."""
     meta, arrays = load_golden(FIXTURE[release])
     config = DATConfig.from_official(meta["cfg"], release=release)
     state = {name: array.astype(dtype) for name, array in under("state", arrays).items()}
@@ -109,13 +109,13 @@ def test_bfloat16_comes_as_float32_of_the_same_values(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_weights_are_found_inside_their_wrapping(tmp_path, wrapper):
+def test_weights_are_found_inside_containers(tmp_path, wrapper):
     _, state = mini("datpp2023")
     torch.save({"epoch": 3, "optimizer": {"state": {}}, wrapper: tensors(state)}, tmp_path / "w.pth")
     assert_same(read_state(tmp_path / "w.pth"), state)
 
 
-def test_averaged_weights_are_preferred_where_they_are(tmp_path):
+def test_averaged_weights_are_preferred(tmp_path):
     one, two = {"stages.x": torch.ones(1)}, {"stages.x": torch.full((1,), 2.0)}
     torch.save({"model": one, "model_ema": two}, tmp_path / "w.pth")
     assert read_state(tmp_path / "w.pth")["stages.x"] == 2
@@ -124,14 +124,14 @@ def test_averaged_weights_are_preferred_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.module.", "module.model.backbone."])
-def test_prefixes_are_taken_off(prefix):
+def test_prefixes_are_removed(prefix):
     _, state = mini("cvpr2022")
     found, others = select_backbone({prefix + name: array for name, array in state.items()})
     assert_same(found, state)
     assert others == ()
 
 
-def test_two_backbones_are_not_chosen_between():
+def test_two_backbones_in_one_file_are_rejected():
     with pytest.raises(CheckpointError, match="expected one backbone, found 2, under the prefixes"):
         select_backbone({"backbone.stages.0.x": 0, "model.stages.0.x": 0})
 
@@ -161,12 +161,12 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, writer):
 
 def test_a_whole_model_object_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"refused: it asks for torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(CheckpointError, match=r"refused: it needs torch\.nn\.modules\.linear\.Linear"):
         read_state(tmp_path / "w.pth")
 
 
-def test_settings_that_trainers_keep_beside_the_weights_are_dropped(tmp_path, monkeypatch):
-    """The released training script keeps its yacs configuration in the checkpoint; its class need not be there."""
+def test_trainer_settings_in_a_checkpoint_are_dropped(tmp_path, monkeypatch):
+    """The released training script stores its yacs configuration in the checkpoint; yacs need not be installed."""
 
     class CfgNode(dict):
         pass
@@ -197,7 +197,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".npz"])
 @pytest.mark.parametrize("what", DAMAGED)
-def test_what_is_no_checkpoint_is_named(tmp_path, what, suffix):
+def test_files_that_are_no_checkpoint_are_rejected(tmp_path, what, suffix):
     content, message = DAMAGED[what]
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
@@ -208,7 +208,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, what, suffix):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 @pytest.mark.parametrize("kept", [0.2, 0.7, 0.99])
-def test_a_file_cut_short_is_refused(tmp_path, suffix, kept):
+def test_a_truncated_file_is_rejected(tmp_path, suffix, kept):
     path = tmp_path / f"w{suffix}"
     save_state(path, mini("cvpr2022")[1])
     whole = path.read_bytes()
@@ -217,7 +217,7 @@ def test_a_file_cut_short_is_refused(tmp_path, suffix, kept):
         read_state(path)
 
 
-def test_a_header_that_looks_like_the_start_of_a_page_is_none(tmp_path):
+def test_a_safetensors_header_that_looks_like_html_is_accepted(tmp_path):
     """The first bytes of safetensors are the header's length: 15392 reads ' <' in ASCII."""
     for length in range(15000, 15500):
         save_state(tmp_path / "w.safetensors", {f"stages.{'x' * length}": np.ones(1)})
@@ -271,17 +271,17 @@ def test_failed_writing_leaves_the_file_that_was_there(tmp_path, suffix, monkeyp
 
     path = tmp_path / f"w{suffix}"
     path.write_bytes(b"precious")
-    for owner, name in ((np, "savez"), (torch, "save"), (safetensors_numpy, "save_file")):
+    for owner, name in ((np, "savez"), (torch, "save"), (safetensors_numpy, "save")):
         monkeypatch.setattr(owner, name, disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_state(path, {"x": np.ones(3)})
-    with pytest.raises(CheckpointError, match="expected arrays of numbers, got objects in x"):
+    with pytest.raises(CheckpointError, match="expected numeric arrays, got objects in x"):
         save_state(path, {"x": np.array([object()])})
     assert path.read_bytes() == b"precious"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-# ------------------------------------------------------------------------------------------------ which model
+# ------------------------------------------------------------------------------------------------ recognition
 
 
 @pytest.mark.parametrize("name", PRESET_OF)
@@ -289,7 +289,7 @@ def test_released_files_are_recognised(name):
     state = released(name)
     assert detect_release(state) == name.split("/")[0]
     found, config = detect_preset(state)
-    # The two DAT++-B differ in nothing that a state dict shows.
+    # The state dicts of the two DAT++-B models have the same names and shapes.
     assert found == PRESET_OF[name].replace("dat_pp_base_384", "dat_pp_base")
     assert {key: tuple(array.shape) for key, array in official_state(hollow_tree(config), config).items()} == {
         key: tuple(shape) for key, shape in official_state_dicts()[name]["state"].items()
@@ -380,7 +380,7 @@ def there_and_back(folder, config, state):
     assert_same({name: tensor.numpy() for name, tensor in loaded["model"].items()}, state)
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ mismatches
 
 
 def test_missing_unexpected_and_misshaped_are_listed(release):
@@ -398,7 +398,7 @@ def test_missing_unexpected_and_misshaped_are_listed(release):
     assert "got (3,)\n" in text + "\n"
 
 
-def test_what_does_not_fit_keeps_its_values_if_asked(tmp_path, release):
+def test_mismatched_parameters_keep_their_values_if_not_strict(tmp_path, release):
     config, state = mini(release)
     config = replace(config, num_classes=4)
     save_state(tmp_path / "w.npz", state)
@@ -413,14 +413,14 @@ def test_what_does_not_fit_keeps_its_values_if_asked(tmp_path, release):
     assert found["head"]["weight"].shape == start["head"]["weight"].shape
 
 
-def test_a_head_is_passed_over_where_none_is_wanted(release):
+def test_a_head_is_skipped_by_a_headless_model(release):
     config, state = mini(release)
     report = fit_state(state, replace(config, num_classes=0)).report
     assert report.complete
     assert {"cls_head.weight", "cls_head.bias"} <= set(report.ignored)
 
 
-def test_a_detector_says_what_it_lacks(tmp_path):
+def test_report_of_a_detector(tmp_path):
     config, state = mini("cvpr2022")
     detector = {f"backbone.{name}": array for name, array in state.items() if not name.startswith("cls_")}
     detector |= {f"backbone.norms.{i}.norm.weight": np.ones(6 << i, np.float32) for i in range(4)}
@@ -437,17 +437,17 @@ def test_a_detector_says_what_it_lacks(tmp_path):
 
 def test_another_model_is_named(tmp_path):
     small, tiny = released("cvpr2022/dat_small"), released("cvpr2022/dat_tiny")
-    with pytest.raises(CheckpointError, match=r"the file holds dat_small: dat_ref.config\('dat_small'\)"):
+    with pytest.raises(CheckpointError, match=r"the file contains dat_small: dat_ref.config\('dat_small'\)"):
         fit_state(small, dat_ref.config("dat_tiny"))
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         fit_state(tiny, dat_ref.config("dat_small"))
-    with pytest.raises(CheckpointError, match="the file holds dat_pp_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_pp_tiny"):
         fit_state(released("datpp2023/dat_tiny"), dat_ref.config("dat_tiny"))
     with pytest.raises(CheckpointError, match="most of it is missing"):
         fit_state(released("cvpr2022/dat_base"), dat_ref.config("dat_tiny"), strict=False)
 
 
-def test_weights_of_a_release_in_another_geometry_are_remarked_on():
+def test_report_hints_at_weights_for_another_geometry():
     config, state = mini("cvpr2022")
 
     def to_cells(block):
@@ -457,7 +457,7 @@ def test_weights_of_a_release_in_another_geometry_are_remarked_on():
 
     cells = replace(config, stages=tuple(tuple(map(to_cells, blocks)) for blocks in config.stages))
     assert fit_state(state, cells).report.hints == (
-        "learned in the geometry of cvpr2022; this configuration samples elsewhere",
+        "trained in the geometry of cvpr2022; this configuration samples at other points",
     )
 
 
@@ -469,7 +469,7 @@ def test_numbers_that_are_not_finite_are_refused(bad):
         fit_state(state, config, strict=False)
 
 
-def test_a_report_reads_like_one():
+def test_text_of_a_report():
     report = LoadReport(
         "cvpr2022", loaded=("a", "b"), unexpected=tuple("cdefghijklm"), resized=(("t", (1, 3, 3), (1, 5, 5)),)
     )
@@ -494,14 +494,14 @@ def test_tables_are_resized_as_by_torch(heads, old, new, seed):
     np.testing.assert_array_equal(resize_table(table, old), table)
 
 
-def test_the_resizing_test_would_see_another_kernel():
+def test_the_resizing_test_rejects_another_kernel():
     table = np.random.default_rng(0).standard_normal((1, 5, 7))
     wrong = torch.nn.functional.interpolate(torch.from_numpy(table)[None], (9, 4), mode="bicubic", align_corners=True)
     assert np.abs(resize_table(table, (9, 4)) - wrong[0].numpy()).max() > 0.1
 
 
 def test_a_file_of_another_image_size_is_resized_as_by_the_released_loader():
-    """From 224 to 384: offset tables 27² → 47², and with window 12 for 7 window tables 13² → 23²."""
+    """From 224 to 384, bias tables grow from 27² to 47², and window tables (window 7 to 12) from 13² to 23²."""
     small, large = dat_ref.config("dat_base"), dat_ref.config("dat_base_384")
     rng = np.random.default_rng(2)
     state = released("cvpr2022/dat_base")
@@ -526,14 +526,14 @@ def test_tables_of_images_that_are_not_square_are_resized():
 
 
 def test_a_neighborhood_table_is_not_resized():
-    """Its displacements are whole pixels, so a table of another kernel is another model's."""
+    """Displacements in it are whole pixels, so a table for another kernel belongs to another model."""
     config, state = mini("datpp2023")
     state["stages.0.attns.0.rpb"] = np.zeros((1, 9, 9), np.float32)
     with pytest.raises(CheckpointError, match=r"stages.0.attns.0.rpb: expected \(1, 13, 13\), got \(1, 9, 9\)"):
         fit_state(state, config)
 
 
-def test_a_window_table_that_is_no_square_is_misshaped():
+def test_a_window_table_that_is_not_square_is_misshaped():
     config, state = mini("cvpr2022")
     state["stages.0.attns.0.relative_position_bias_table"] = np.zeros((48, 1), np.float32)
     with pytest.raises(CheckpointError, match=r"relative_position_bias_table: expected \(1, 7, 7\), got \(48, 1\)"):
@@ -544,7 +544,7 @@ def test_a_window_table_that_is_no_square_is_misshaped():
 
 
 def test_buffers_are_those_of_the_released_modules():
-    """Index (dy + w - 1)(2w - 1) + dx + w - 1; mask -100 between places of the rolled map in different zones."""
+    """Index (dy + w - 1)(2w - 1) + dx + w - 1; mask -100 between positions of the rolled map in different zones."""
     config, _ = mini("cvpr2022")
     buffers = official_buffers(config)
     index = buffers["stages.0.attns.0.relative_position_index"]
@@ -567,12 +567,12 @@ def test_buffers_are_those_of_the_released_modules():
 
 
 def test_buffers_need_whole_windows():
-    with pytest.raises(CheckpointError, match=r"maps of whole windows of 7, as the release needs, got \(60, 56\)"):
+    with pytest.raises(CheckpointError, match=r"maps of whole windows of 7, as the release requires, got \(60, 56\)"):
         official_buffers(dat_ref.config("dat_tiny").resized((240, 224)))
 
 
 def test_a_checkpoint_for_other_classes_starts_a_new_head(tmp_path):
-    """`create_model` takes everything but the head, and says so; anything else that does not fit is still an error."""
+    """`create_model` loads all but the head and warns; any other mismatch is an error."""
     torch = pytest.importorskip("torch")
     from dat_ref.torch import create_model
     from dat_ref.torch.checkpoints import save_checkpoint
@@ -585,5 +585,5 @@ def test_a_checkpoint_for_other_classes_starts_a_new_head(tmp_path):
     for name, leaf in trained.state_dict().items():
         if not name.startswith("head."):
             assert torch.equal(leaf, tuned.state_dict()[name])
-    with pytest.raises(CheckpointError, match="hint: the file holds dat_pp_tiny"):
+    with pytest.raises(CheckpointError, match="hint: the file contains dat_pp_tiny"):
         create_model("dat_pp_small", checkpoint=tmp_path / "trained.safetensors", num_classes=3)

@@ -1,4 +1,4 @@
-"""`dat-ref check`: what it prints, its options, its exit codes, and what it says of targets that cannot be checked."""
+"""`dat-ref check`: printed reports, options, exit codes, and messages about targets that cannot be checked."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 
 from dat_ref.cli import main
 
-# A sampler that drops what lies outside the pixel centers, one that cannot say what it is, grids of two conventions.
+# A sampler that drops points outside the pixel centers, one with an unknown name, key grids, and others.
 PORT = """
 import numpy as np
 from dat_ref.ops.sampling import bilinear_sample as right, bilinear_sample_vjp as gradients
@@ -62,7 +62,7 @@ number = 3
 
 @pytest.fixture
 def port(tmp_path, monkeypatch):
-    """Put a module of that name into an empty current folder."""
+    """Write a module of this name into an empty current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -75,17 +75,17 @@ def port(tmp_path, monkeypatch):
 
 
 def run(*arguments, code):
-    """Run the command with few examples, and require its exit code."""
+    """Run the command with few examples and assert its exit code."""
     assert main(["check", *arguments, "--max-examples", "3"]) == code
 
 
 def test_a_wrong_implementation(port, capsys):
-    """Which checks fail, the mistake by name, the counter-example drawn, and a program that shows it."""
+    """Failed checks, the name of the mistake, a drawing of the counter-example, and a program that reproduces it."""
     run("port", code=1)
     printed = capsys.readouterr().out
     assert "✓ zeros_outside" in printed
     assert "✗ border_fades" in printed
-    assert "like the reference with one mistake:\n    points outside the pixel centers are dropped" in printed
+    assert "like the reference with one mistake:\n    points outside the outermost pixel centers read zero" in printed
     assert "    a: (y, x) = (-0.5, -0.5)" in printed
     assert "15 of 24 checks hold, 4 fail, 5 not run" in printed
     assert np.all(shown_by(printed) == 0)
@@ -93,20 +93,20 @@ def test_a_wrong_implementation(port, capsys):
 
 
 def shown_by(printed):
-    """Run the first program of a report as it stands, and return what it prints."""
+    """Run the first program of a report without changes, and return its output."""
     program, shown = printed.split("to reproduce:\n")[1].split("\n\n✗")[0].split("\n\nAlso")[0], []
     exec("\n".join(line[4:] for line in program.splitlines()), {"print": shown.append})
     return shown[0]
 
 
 def test_a_wrong_class(port, capsys):
-    """The program makes an instance, too."""
+    """The program creates an instance as well."""
     run("port:Shifted", code=1)
     assert shown_by(capsys.readouterr().out).shape == (1, 1, 1)
 
 
-def test_a_wrong_gradient_beside_a_function(port, capsys):
-    """It belongs to the function that is named, and the program calls it."""
+def test_a_wrong_gradient_next_to_a_function(port, capsys):
+    """The gradient belongs to the named function, and the program calls it."""
     run("port:doubled", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert "✗ gradient_of_the_map" in printed
@@ -115,9 +115,17 @@ def test_a_wrong_gradient_beside_a_function(port, capsys):
     assert len(shown_by(printed)) == 2
 
 
+def test_a_wrong_gradient_as_an_attribute(port, capsys):
+    """The program calls ``function.vjp``."""
+    attribute = PORT + "doubled.vjp = doubled_vjp\ndel doubled_vjp\n"
+    (port / "port.py").write_text(attribute.replace("def doubled_vjp", "def twice").replace("doubled_vjp", "twice"))
+    run("port:doubled", "--op", "sampler", code=1)
+    assert "doubled.vjp(" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("target", ["port:sample", "port:Port", "port:Port.bilinear_sample", "dat_ref.ops.sampling"])
-def test_right_ones_in_every_form(target, port, capsys):
-    """A function of any name, a class, a method, a module."""
+def test_correct_targets_of_every_form(target, port, capsys):
+    """Correct targets: a function of any name, a class, a method, a module."""
     if target == "port:Port.bilinear_sample":
         (port / "port.py").write_text(PORT + "Port = Port()\n", encoding="utf-8")
     run(target, "--op", "sampler", code=0)
@@ -127,11 +135,11 @@ def test_right_ones_in_every_form(target, port, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing", "it returns object, not numbers"),
-        ("noisy", "asked again, it answers differently: 4 of 4 differ"),
+        ("nothing", "it returned object, expected a numeric dtype"),
+        ("noisy", "a second call with the same inputs gave another result: 4 of 4 differ"),
     ],
 )
-def test_what_fails_at_once_is_asked_no_further(name, words, port, capsys):
+def test_a_failed_smoke_check_stops_the_other_checks(name, words, port, capsys):
     run(f"port:{name}", "--op", "sampler", code=1)
     printed = capsys.readouterr().out
     assert words in printed
@@ -139,16 +147,16 @@ def test_what_fails_at_once_is_asked_no_further(name, words, port, capsys):
 
 
 def test_options_that_are_not_there(port, capsys):
-    """Their cases are left out; a check that has no others is not run."""
+    """Cases with a missing option are skipped. A check without other cases is not run."""
     run("port:not_single_rows", "--op", "sampler", code=0)
     printed = capsys.readouterr().out
     assert "· single_row               not run: not implemented: single rows" in printed
     assert "✓ anywhere " in printed
-    assert "(on some cases not run: not implemented: single rows)" in printed
+    assert "(not run on some cases: not implemented: single rows)" in printed
 
 
 def test_conventions(port, capsys):
-    """Found, or asked for; a wrong one is told which would be right."""
+    """The convention is detected or selected. If the selected one is wrong, the report names the right one."""
     run("port:cells", "--op", "reference_grid", code=0)
     assert capsys.readouterr().out.startswith("reference_grid follows CELL_CENTER\n")
     run("port:cells", "--op", "reference_grid", "--convention", "cell_center", code=0)
@@ -158,14 +166,14 @@ def test_conventions(port, capsys):
 
 
 def test_single_precision_inside(port, capsys):
-    """It is recognised, and right in its own precision."""
+    """Single precision is detected. The implementation is correct in its own precision."""
     run("port:in_single_precision", "--op", "sampler", code=1)
     assert "check it with --dtype float32" in capsys.readouterr().out
     run("port:in_single_precision", "--op", "sampler", "--dtype", "float32", code=0)
 
 
 def test_expected_failures(port, capsys):
-    """Those that fail are no failure; one that is not on the list is shown in full; one that holds is a failure."""
+    """A listed check that fails is no failure, and one that passes is. A failure outside the list is shown in full."""
     known = port / "known.txt"
     everything = (
         "border_fades # we drop them\nsingle_row # so\nsampler.anywhere # so\n\n# the same\nzeros_around # so\n"
@@ -176,19 +184,19 @@ def test_expected_failures(port, capsys):
     known.write_text(everything.replace("single_row # so\n", ""), encoding="utf-8")
     run("port", "--xfails", str(known), code=1)
     printed = capsys.readouterr().out
-    assert "✗ single_row\n  promised:" in printed
+    assert "✗ single_row\n  property:" in printed
     assert "✗ border_fades\n" not in printed
     known.write_text(everything + "first_pixel # was wrong once\n", encoding="utf-8")
     run("port", "--xfails", str(known), code=1)
-    assert "holds, but is on the list of expected failures: take it off" in capsys.readouterr().out
+    assert "holds, but is listed as an expected failure: remove it from the list" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("listed", "words"),
     [
-        ("border_fades", "expected `name  # why` in known.txt, line 1"),
-        ("border_fade # why", "'border_fade' is no check; 'border_fades' is one"),
-        ("bias.border_fade # why", "'bias.border_fade' is no check; 'bias.border_fades' is one"),
+        ("border_fades", "expected `name  # reason` in known.txt, line 1"),
+        ("border_fade # why", "'border_fade' is not a check; did you mean 'border_fades'?"),
+        ("bias.border_fade # why", "'bias.border_fade' is not a check; did you mean 'bias.border_fades'?"),
         (None, "known.txt: No such file"),
     ],
 )
@@ -206,17 +214,17 @@ def test_lists_that_cannot_be_used(listed, words, port, capsys):
         ("port.", "expected package.module:object, got 'port.'"),
         ("elsewhere:sample", "found no module 'elsewhere'"),
         ("port.sampling:sample", "found no module 'port.sampling'"),
-        ("port.py:sample", "found no module 'port.py'; a file is named like a module: port\n"),
+        ("port.py:sample", "found no module 'port.py'; use the module name of a file: port\n"),
         ("port:absent", "port has no 'absent'"),
-        ("port:number", "port:number has none of the functions looked for:\n  bilinear_sample(x, points_px)"),
-        ("port:sample", "which operation does the function 'sample' implement?"),
-        ("port:Built", "port:Built is a class, which is called without arguments; that raised TypeError"),
+        ("port:number", "port:number has none of the expected functions:\n  bilinear_sample(x, points_px)"),
+        ("port:sample", "unknown operation of the function 'sample'."),
+        ("port:Built", "port:Built is a class; calling it without arguments raised TypeError"),
         ("broken", "importing broken raised ZeroDivisionError: division by zero (" ),
         ("needs", "importing needs raised ModuleNotFoundError: No module named 'nowhere'"),
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be_checked(target, words, port, capsys):
-    """Exit code 2, for 1 says that something is wrong with an implementation that ran."""
+    """Exit code 2. Exit code 1 means that an implementation ran and is wrong."""
     (port / "broken.py").write_text("1 / 0\n", encoding="utf-8")
     (port / "needs.py").write_text("import nowhere\n", encoding="utf-8")
     run(target, code=2)
@@ -229,7 +237,7 @@ def test_options_that_make_no_sense(port, capsys):
     run("port", "--op", "sampling", code=2)
     assert "--op: expected one of sampler, reference_grid" in capsys.readouterr().err
     run("port", "--op", "bias", code=2)
-    assert "table       (M, Y, X)" in capsys.readouterr().err  # what was asked for is told in full
+    assert "table       (M, Y, X)" in capsys.readouterr().err  # the requested operation is described in full
     assert main(["check", "port", "--max-examples", "0"]) == 2
     assert main(["check"]) == 2
     with pytest.raises(SystemExit) as stop:
@@ -238,7 +246,7 @@ def test_options_that_make_no_sense(port, capsys):
 
 
 def test_the_list(capsys):
-    """What people need to write an adapter."""
+    """Information that an author of an adapter needs."""
     assert main(["check", "--list", "--op", "sampler", "--op", "bias"]) == 0
     printed = capsys.readouterr().out
     assert "bilinear_sample(x, points_px) -> (N, C, P)" in printed

@@ -1,4 +1,4 @@
-"""`dat-ref complexity` as a user meets it: a table that adds up, exact integers in JSON, curves, errors that help."""
+"""`dat-ref complexity`: a table with correct sums, exact integers in JSON, curves, and error messages."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from dat_ref.viz import cost as viz_cost
 
 
 def run(capsys, *arguments):
-    """Run the command in this process; return its exit code and what it printed."""
+    """Run the command in this process; return its exit code and output."""
     parser = argparse.ArgumentParser()
     complexity.add_parser(parser.add_subparsers(required=True))
     options = parser.parse_args(["complexity", *map(str, arguments)])
@@ -23,18 +23,18 @@ def run(capsys, *arguments):
 
 
 def numbers(line):
-    """Return the numbers of a row of the table, a dot being none."""
+    """Return the numbers in a row of the table; a dot is zero."""
     cells = line.replace(",", "").replace(" MB", "").replace(" M", "").split()
     return [0.0 if cell == "·" else float(cell) for cell in cells if cell == "·" or cell.replace(".", "").isdigit()]
 
 
-def test_table_stands_beside_the_article(capsys, tmp_path):
-    """By default dat_tiny at 224²: totals as in the article, equal blocks of a stage in one row, the figure last."""
+def test_table_has_the_published_numbers(capsys, tmp_path):
+    """Default: dat_tiny at 224². Totals as published, equal blocks of a stage in one row, the figure last."""
     code, printed = run(capsys, "--out", tmp_path / "figures")
     lines = printed.strip().splitlines()
     assert code == 0
     assert lines[0] == "dat_tiny on one image of 224×224, float32"
-    assert "28.32 M parameters, 4.563 G multiply-adds (the article: 29 M, 4.6 G)" in lines
+    assert "28.32 M parameters, 4.563 G multiply-adds (published: 29 M, 4.6 G)" in lines
     assert sum(line.startswith("  deformable") for line in lines) == 2
     assert any(line.startswith("  window ×3") for line in lines)
     assert lines[-1] == str(tmp_path / "figures" / "dat_tiny_growth.png")
@@ -44,7 +44,7 @@ def test_table_stands_beside_the_article(capsys, tmp_path):
 
 
 def test_terms_of_the_table_add_up(capsys, tmp_path):
-    """The rows by term sum to the last row, to the last printed digit of each."""
+    """The rows by term sum to the last row, up to the printed digits."""
     _, printed = run(capsys, "--model", "dat_pp_tiny", "--size", 96, "--out", tmp_path)
     lines = printed.splitlines()
     start, stop = (
@@ -57,13 +57,13 @@ def test_terms_of_the_table_add_up(capsys, tmp_path):
 
 
 def test_json_is_exact(capsys, tmp_path):
-    """`--json` prints one document of integers, with the parts, the terms, the curves and the figure."""
+    """`--json` prints one JSON document with the integers of parts, terms and curves, and the path of the figure."""
     code, printed = run(capsys, "--json", "--size", "64x96", "--out", tmp_path)
     facts = json.loads(printed)
     cost = backbone_cost(1, (64, 96), dat_ref.config("dat_tiny"))
     assert code == 0
     assert facts["image_size"] == [64, 96]
-    assert facts["published"] is None  # the article's figure is for another size
+    assert facts["published"] is None  # the published numbers are for another size
     assert facts["total"]["macs"] == cost.total.macs == sum(term["macs"] for term in facts["terms"].values())
     assert facts["total"]["products"] == cost.total.products
     assert len(facts["parts"]) == len(cost.parts) == 12 + 1 + 3 + 1
@@ -72,7 +72,7 @@ def test_json_is_exact(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_any_peer_takes_the_deformable_place(capsys, tmp_path, kind):
+def test_any_peer_can_replace_deformable_attention(capsys, tmp_path, kind):
     code, printed = run(capsys, "--json", "--attention", kind, "--size", "64", "--out", tmp_path)
     facts = json.loads(printed)
     cost = backbone_cost(1, (64, 64), replace_attention(dat_ref.config("dat_tiny"), kind))
@@ -98,7 +98,7 @@ def test_unknown_names_are_refused(capsys, arguments):
 
 
 class Line:
-    """A curve with nothing but what the figure asks for."""
+    """A curve with only the attributes that the figure needs."""
 
     def __init__(self, kind, exponent, sides=(7, 14, 28)):
         self.kind, self.sides = kind, sides
@@ -107,7 +107,7 @@ class Line:
 
 def test_figure_names_every_line_with_its_exponent():
     figure = viz_cost.draw_cost([Line("multi_head", 4), Line("window", 2), Line("of_tomorrow", 3)], reduction=16)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Multiply-adds", "Memory for the backward"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Multiply-adds", "Memory for the backward pass"]
     for axes in figure.axes:
         texts = [text.get_text().strip() for text in axes.texts]
         assert texts == ["window", "2.0", "of tomorrow", "3.0", "multi-head", "4.0"]

@@ -1,4 +1,4 @@
-"""`dat-ref explain` as a user meets it: pictures of every kind, figures on disk, errors that say how to mend them."""
+"""`dat-ref explain`: the trained network on scenes, pictures of every kind, figures on disk, errors with a remedy."""
 
 import json
 import subprocess
@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from dat_ref import cli, data
-from dat_ref.cli import scene
+from dat_ref.cli import spot
 from dat_ref.cli.photo import input_size, load_photo, prepare
 
-SCENE_FIGURES = ["points", "attention"]
+TRAINED_FIGURES = ["objects.png", "objects_zero_offsets.png"]
 FIGURES = ["points", "key_importance", "attention", "offset_field"]
 
 
 def run(capsys, *arguments):
-    """Run the command in this process; return its exit code, what it printed and what it complained of."""
+    """Run the command in this process; return its exit code, standard output and standard error."""
     code = cli.main(["explain", *map(str, arguments)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
@@ -62,41 +62,89 @@ def test_json_holds_the_same_facts(capsys, tmp_path):
     assert len(facts["figures"]) == 4
 
 
-def test_by_default_the_trained_network_looks_at_a_scene(capsys, tmp_path):
-    """It says what it sees; another scene is another one; no scene beside a photograph or a model that was named."""
-    code, printed, _ = run(capsys, "--size", "64", "--out", tmp_path / "a")
+def test_default_is_the_trained_network_on_scenes_then_a_photograph(capsys, tmp_path):
+    code, printed, _ = run(capsys, "--size", "64", "--out", tmp_path)
     assert code == 0
-    assert printed.strip().splitlines()[-2:] == [str(tmp_path / "a" / f"scene_{name}.png") for name in SCENE_FIGURES]
-    assert "dat_nano, trained, on held-out scene 5: it sees cross " in printed
-    assert "there is a cross" in printed
-    code, printed, _ = run(capsys, "--json", "--scene", "1", "--size", "64", "--out", tmp_path / "b")
-    facts = json.loads(printed)["scene"]
-    assert (code, facts["scene"], facts["object"]) == (0, 1, "square")
-    assert sum(facts["answers"].values()) == pytest.approx(1)
-    assert max(facts["answers"], key=facts["answers"].get) == "square"
-    first, second = ((tmp_path / name / "scene_attention.png").read_bytes() for name in "ab")
-    assert first != second
+    assert printed.startswith("dat_spot: trained weights.")
+    assert "untrained" in printed
+    listed = [line for line in printed.splitlines() if line.endswith(".png")]
+    assert listed == [str(tmp_path / name) for name in [*TRAINED_FIGURES, *(f"stage3_{name}.png" for name in FIGURES)]]
+    for name in TRAINED_FIGURES:
+        with Image.open(tmp_path / name) as figure:
+            assert min(figure.size) > 600
+    counts = {len(spot.look_at_scene(number).objects) for number in spot.SCENES}
+    assert {0, 1} < counts  # an empty scene, single objects, several objects
+
+
+def test_no_scenes_for_a_model_or_a_photograph_of_ones_own(capsys, tmp_path):
     for arguments in (["--model", "dat_pp_tiny"], [data.photograph_path("rocket")]):
-        _, printed, _ = run(capsys, *arguments, "--size", "64", "--out", tmp_path / "c")
-        assert "scene" not in printed
-    assert not (tmp_path / "c" / "scene_points.png").exists()
+        _, printed, _ = run(capsys, *arguments, "--size", "64", "--out", tmp_path)
+        assert "dat_spot" not in printed
+        assert "untrained" in printed
+    assert not (tmp_path / TRAINED_FIGURES[0]).exists()
 
 
-def test_the_network_that_ships_is_as_good_as_its_card_says():
-    """On the first scenes held out; and small enough to ship."""
+def test_chosen_scenes_as_json(capsys, tmp_path):
+    code, printed, _ = run(capsys, "--json", "--scene", "12", "--scene", "27", "--out", tmp_path)
+    facts = json.loads(printed)
+    assert (code, list(facts)) == (0, ["trained"])
+    empty, octopus = facts["trained"]["pictures"]
+    assert (empty["picture"], empty["objects"]) == ("scene 12", [])
+    assert (octopus["picture"], octopus["objects"]) == ("scene 27", ["octopus"])
+    assert max(empty["answers"], key=empty["answers"].get) == "nothing"
+    assert max(octopus["answers"], key=octopus["answers"].get) == "octopus"
+    for each in (empty, octopus):
+        assert sum(each["answers"].values()) == pytest.approx(1)
+        assert each["points"] == 32
+    assert octopus["points_on_objects"] > 0
+    assert octopus["answers_with_zero_offsets"]["octopus"] < octopus["answers"]["octopus"]
+    assert facts["trained"]["figures"] == [str(tmp_path / name) for name in TRAINED_FIGURES]
+
+
+def test_object_placed_on_a_photograph(capsys, tmp_path, picture):
+    """The picture without and with the object: points on the object exist only with it, and the answer names it."""
+    path = saved(picture.resize((240, 160)), tmp_path / "photo.png")
+    code, printed, _ = run(capsys, path, "--place", "crab@100,150,14", "--json", "--out", tmp_path / "out")
+    (found,) = json.loads(printed)["trained"]["pictures"]
+    assert code == 0
+    assert found["objects"] == ["crab"]
+    assert found["points_on_objects"] > 0
+    assert max(found["answers"], key=found["answers"].get) == "crab"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("unicorn@1,2", "expected NAME@y,x in pixels of the photograph"),
+        ("crab", "expected NAME@y,x"),
+        ("crab@1", "expected NAME@y,x"),
+        ("crab@1.2.3,4", "expected numbers after @"),
+    ],
+)
+def test_bad_places_exit_with_2(capsys, place, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", "--place", place])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_network_that_ships_is_as_good_as_its_card_says():
+    """On the first held-out scenes; and small enough to ship."""
     torch = pytest.importorskip("torch")
     from dat_ref.scenes import Scenes
     from dat_ref.torch import create_model
     from dat_ref.torch.train import SceneImages, evaluate
 
-    card, number = data.network_card(), 512
-    assert tuple(card["classes"]) == scene.KINDS
+    card, number = data.network_card(), 256
+    scenes = Scenes("find", "held_out", spot.SIDE, length=number, objects="pictures")
+    assert tuple(card["classes"]) == scenes.classes
     assert data.network_path().stat().st_size <= 2_000_000
-    model = create_model(scene.NAME, checkpoint=data.network_path(), num_classes=len(scene.KINDS)).eval()
-    some = SceneImages(Scenes("which", "held_out", scene.SIDE, length=number))
+    model = create_model(data.NETWORK, checkpoint=data.network_path(), num_classes=len(scenes.classes)).eval()
+    assert sum(leaf.numel() for leaf in model.parameters()) == card["parameters"]
+    some = SceneImages(scenes, reduction=model.config.reductions[-1], on_objects=0.0)
     deviation = np.sqrt(card["accuracy"] * (1 - card["accuracy"]) / number)
     assert abs(evaluate(model, some).accuracy - card["accuracy"]) < 4 * deviation
-    with torch.no_grad():  # a network that knows nothing is noticed
+    with torch.no_grad():  # an untrained head is noticed
         model.head.weight.zero_()
     assert abs(evaluate(model, some).accuracy - card["accuracy"]) > 4 * deviation
 
@@ -215,6 +263,9 @@ BAD = {
     "too large": (["--size", "4000"], "choose a smaller size"),
     "absent checkpoint": (["--checkpoint", "{absent}"], "nothing.png"),
     "file in place of the folder": (["--out", "{text}"], "--out: expected a folder"),
+    "scene with a photograph": (["{folder}", "--scene", "3"], "--scene: expected no PHOTO and no --place"),
+    "object off the photograph": (["--place", "crab@300,10"], "--place: expected y,x inside the 300×451 photograph"),
+    "object too large": (["--place", "crab@30,10,200"], "--place: expected a radius from 3 to 150 pixels, got 200"),
 }
 
 
@@ -249,5 +300,5 @@ def test_as_a_process_into_a_closed_pipe(tmp_path):
     """`python -m dat_ref explain | head -1` ends quietly."""
     command = f"{sys.executable} -m dat_ref explain --size 64 --out {tmp_path} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("dat_tiny on the photograph that ships")
+    assert done.stdout.startswith("dat_spot: trained weights")
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""Cost: what runs equals the closed forms as integers."""
+"""Cost: counts of a run equal the closed forms as integers."""
 
 from dataclasses import replace
 
@@ -77,7 +77,7 @@ def test_parameters_are_those_of_the_shapes(case):
 
 @given(layer_cases())
 def test_each_term_of_the_deformable_layer_runs_where_it_says(case):
-    """Not only the sum: each term is what the functions of that name did."""
+    """Each term, not only the sum, equals the count of the functions of that name."""
     terms, found = attention_terms(case.batch, case.size, case.config), count_case(case)
     macs = {name: term.macs for name, term in terms.items()}
     bias = {"_logit_bias"} if case.config.bias is not BiasKind.DEPTHWISE else {"depthwise_conv2d"}
@@ -165,9 +165,10 @@ def small(embedding: str) -> DATConfig:
 
 
 @pytest.mark.parametrize("embedding", ["patch", "conv"])
+@pytest.mark.parametrize("global_pool", ["avg", ""])
 @pytest.mark.parametrize("size", [(32, 48), (45, 31)])
-def test_backbone_runs_and_keeps_what_the_formula_says(embedding, size):
-    config = small(embedding)
+def test_backbone_runs_and_keeps_what_the_formula_says(embedding, global_pool, size):
+    config = replace(small(embedding), global_pool=global_pool)
     cost = backbone_cost(2, size, config, itemsize=8)
     parameters = random_params(dat_shapes(config), np.random.default_rng(0))
     image = np.random.default_rng(1).standard_normal((2, 3, *size))
@@ -179,7 +180,7 @@ def test_backbone_runs_and_keeps_what_the_formula_says(embedding, size):
     assert retained_bytes(result, exclude=[image, parameters]) == cost.total.saved_bytes
 
 
-@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
+@pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny", "dat_spot"])
 def test_preset_runs_what_the_formula_says(name):
     config = dat_ref.config(name)
     cost = backbone_cost(1, (75, 101), config)
@@ -204,7 +205,7 @@ def test_backbone_with_a_peer_in_the_deformable_place(kind):
 
 
 def test_worked_example_of_the_article():
-    """H = W = 14, Ns = 49, C = 384, k = 5: the sum is right, and the offset network is 0.64 % of it, not 6 %."""
+    """For H = W = 14, Ns = 49, C = 384, k = 5 the article's sum holds; the offset network is 0.64 %, not 6 %."""
     config = DeformableAttentionConfig(384, heads=12, groups=3, stride=2, kernel_size=5, size=(14, 14))
     macs = {name: term.macs for name, term in attention_terms(1, (14, 14), config).items()}
     assert macs["attention"] == 2 * 196 * 49 * 384 == 7_375_872
@@ -212,7 +213,7 @@ def test_worked_example_of_the_article():
     assert macs["key and value"] == 2 * 49 * 384**2 == 14_450_688
     assert macs["attention"] + macs["query and output"] + macs["key and value"] == 79_629_312
     assert macs["offset network"] == (5**2 + 2) * 49 * 384 == 508_032
-    assert (macs["sampling"], macs["bias"]) == (4 * 49 * 384, 4 * 196 * 49 * 12)  # what the article leaves out
+    assert (macs["sampling"], macs["bias"]) == (4 * 49 * 384, 4 * 196 * 49 * 12)  # terms that the article leaves out
     found = count_case(Case(config, (14, 14), 1, 0))
     assert found.macs == sum(macs.values())
     assert found.within("offset_network").macs == 508_032
@@ -220,7 +221,7 @@ def test_worked_example_of_the_article():
 
 @pytest.mark.parametrize("name", EXACT)
 def test_totals_of_the_eight_models(name):
-    """Pinned as integers; within the article's rounding, or what a convention of counting adds (under 1.2 %)."""
+    """Totals are fixed integers, within the article's rounding or the difference of counting rules (under 1.2 %)."""
     side, millions, billions = PUBLISHED[name]
     cost = backbone_cost(1, (side, side), dat_ref.config(name)).total
     assert (cost.parameters, cost.products) == EXACT[name]
@@ -248,7 +249,7 @@ def deformable(stride: int, size: int | None = None) -> DeformableAttentionConfi
 
 
 def grown(term: str | None, config_at, sides=None):
-    """Return the growth of a term's multiply-adds (of all, if None) with a configuration for each side."""
+    """Return the growth of a term's multiply-adds (all terms if None), with one configuration per side length."""
 
     def macs(side):
         terms = attention_terms(1, (side, side), config_at(side))
@@ -278,7 +279,7 @@ def test_attention_term_grows_with_a_whole_exponent(name, config_at, exponent):
 
 @pytest.mark.parametrize(("name", "config_at", "exponent"), EXPONENTS, ids=[row[0] for row in EXPONENTS])
 def test_whole_layer_approaches_the_exponent_of_its_attention(name, config_at, exponent):
-    """Sums of side² and side⁴ climb from one to the other, and stay below the steeper one."""
+    """The exponent of a sum of side² and side⁴ terms rises from 2 to 4 and stays below 4."""
     steps = grown(None, config_at, doubling(14, 8)).steps
     assert steps[-1] == pytest.approx(exponent, abs=0.01)
     assert max(steps) <= exponent + 1e-9
@@ -286,7 +287,7 @@ def test_whole_layer_approaches_the_exponent_of_its_attention(name, config_at, e
 
 
 def test_as_many_keys_for_each_query_as_pixels_grow_with_the_fourth_power():
-    """The naive form with dense keys: Nq·Nk·C, biquadratic in the side, in sampling and in memory too."""
+    """The naive form with dense keys costs Nq·Nk·C, side⁴, in multiply-adds, sampling and memory."""
 
     def config_at(side):
         return PerQueryAttentionConfig(6, 2, kernel_size=side - 1, offset_kernel_size=3)
@@ -308,7 +309,7 @@ def test_as_many_keys_for_each_query_as_pixels_grow_with_the_fourth_power():
     ],
 )
 def test_exponents_hold_for_what_runs(config_at, exponent):
-    """Not for the formulas alone: products that `attend` really makes, on maps that double."""
+    """The exponents hold for counted products of `attend` on maps that double, not only for the formulas."""
     counts = {
         side: count_case(Case(config_at(side), (side, side), 1, 0)).within("attend").macs for side in doubling(4, 3)
     }
@@ -325,7 +326,7 @@ def test_memory_grows_with_the_attention_matrix_or_with_the_map():
 
 
 def test_compared_systems_have_as_many_keys_as_the_layer():
-    """Where a kind can choose; multi-head attention always sees all."""
+    """Systems with a variable number of keys have equally many; multi-head attention always sees all keys."""
     configs = compared_systems(DeformableAttentionConfig(12, 4, stride=2, kernel_size=3, size=(14, 14)), 14)
     assert configs["window"].window_size == configs["neighborhood"].kernel_size == 7
     assert configs["pyramid"].reduction == 2
@@ -336,6 +337,6 @@ def test_compared_systems_have_as_many_keys_as_the_layer():
     ("sides", "counts", "message"),
     [((7,), (1,), "at least two sides"), ((7, 13), (1, 2), "twice the one before"), ((7, 14), (0, 2), "positive")],
 )
-def test_growth_refuses_what_has_no_exponent(sides, counts, message):
+def test_growth_rejects_costs_without_an_exponent(sides, counts, message):
     with pytest.raises(ValueError, match=message):
         growth(dict(zip(sides, counts)))

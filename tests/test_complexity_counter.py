@@ -1,4 +1,4 @@
-"""The counters: bytes in a run, the rules of counting, wrong counts that are rejected, and torch's own count."""
+"""Operation counters: bytes of a run, counting rules, rejected wrong counts, comparison with torch's counter."""
 
 from dataclasses import replace
 
@@ -65,13 +65,13 @@ LARGE = [
 @pytest.mark.parametrize("config", LARGE, ids=lambda config: config.kind)
 @pytest.mark.parametrize(("batch", "dtype"), [(1, np.float32), (2, np.float64)])
 def test_peak_memory_is_within_three_percent_of_the_formula(config, batch, dtype):
-    """tracemalloc sees grids, indices and Python's own objects besides."""
+    """The 3 % are grids, indices and Python objects, which tracemalloc also counts."""
     size = (21, 28)
     shapes = ATTENTIONS[type(config)].shapes(config)
     parameters = random_params(shapes, np.random.default_rng(0), dtype)
     x = np.random.default_rng(1).standard_normal((batch, 96, *size)).astype(dtype)
     run = ATTENTIONS[type(config)].forward
-    run(x, parameters, config)  # what is imported or compiled on the way is there before
+    run(x, parameters, config)  # the first run imports and compiles
     found, tape = measure_allocation(run, x, parameters, config), Tape(np.dtype(dtype).itemsize)
     FORMULAS[type(config)].memory(tape, batch, size, config)
     assert 0.97 < found.peak / tape.peak < 1.03
@@ -99,7 +99,7 @@ def test_views_of_one_array_are_held_once():
 
 
 def rule(function, *arrays) -> Counts:
-    """Return what a function of arrays does, its numbers watched."""
+    """Return the counts of a function of arrays."""
     with counting() as counts:
         function(*map(mark_as_data, arrays))
     return counts
@@ -126,7 +126,7 @@ A, B, C = np.ones((2, 3, 5)), np.ones((2, 5, 7)), np.ones((2, 3, 5))
         (lambda a, b: np.square(a).mean(), (A, C), 0),
     ],
 )
-def test_what_is_a_multiply_add(function, arrays, macs):
+def test_definition_of_a_multiply_add(function, arrays, macs):
     assert rule(function, *arrays).macs == macs
 
 
@@ -134,7 +134,7 @@ def test_product_added_in_place_is_counted_once():
     def add(a, b):
         y, product = a + 0, a * b
         y += product  # 30
-        y += product  # no product any more
+        y += product  # no longer a product
         y += b
         y -= a * b
 
@@ -182,7 +182,7 @@ def test_counts_tell_which_function_ran():
     assert found.within("depthwise_conv2d").macs == 0
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 WITNESS = Case(DeformableAttentionConfig(12, 4, 2, 2, 3, size=(5, 7)), (5, 7), 2, 0)
 NUMBERS = {"macs": lambda: count_case(WITNESS).macs, "gathers": lambda: count_case(WITNESS).gathers}
@@ -207,7 +207,7 @@ def test_formula_without_one_of_its_terms_is_rejected(dropped):
 
 @pytest.mark.parametrize("size", [(7, 5), (5, 5), (6, 7)])
 def test_formula_for_another_map_is_rejected(size):
-    """Swapped axes give another key grid only where the axes differ, so they are drawn to differ."""
+    """The drawn maps are not square, because swapped axes change the key grid only if they differ."""
     config = replace(WITNESS.config, stride=3, size=(4, 7))
     found = count_case(Case(config, (4, 7), 1, 0))
     assert found.macs != total(attention_terms(1, size, config)).macs
@@ -245,7 +245,7 @@ def torch_counter():
 
 
 def torch_model(name):
-    """Return a preset without numbers, its attention computed as in the releases."""
+    """Return a preset on the meta device, with attention computed as in the releases."""
     import torch
 
     from dat_ref.torch import DAT as TorchDAT
@@ -254,7 +254,7 @@ def torch_model(name):
     with torch.device("meta"):
         model = TorchDAT(dat_ref.config(name), backend="eager").eval()
     for module in model.modules():
-        if isinstance(module, NeighborhoodAttention):  # without a trace, tiles of queries share keys and hide some
+        if isinstance(module, NeighborhoodAttention):  # without a trace, tiles of queries share keys and mask some
             module.forward = lambda x, traced=module.forward: traced(x, return_trace=True)[0]
     return model
 
@@ -268,7 +268,7 @@ def test_matrix_products_and_convolutions_are_those_that_torch_counts(torch_coun
 
 
 def test_torch_saves_the_attention_matrices_that_the_spec_keeps(torch_counter):
-    """With the attention written down, what autograd saves grows as the spec's trace does."""
+    """With explicit attention matrices, the tensors that autograd saves grow like the spec's trace."""
     import torch
 
     from dat_ref.torch import DeformableAttention

@@ -1,4 +1,4 @@
-"""The four coordinate conventions: where keys sit, what a coordinate means in pixels, when nothing moves."""
+"""The four coordinate conventions: key positions, pixel coordinates, sampling at zero offset."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_pixels_and_back(convention, size, seed):
 
 @given(conventions, map_sizes())
 def test_pixel_slope(convention, size):
-    """One normalised unit is (H - a)/2 pixels, and the gradient is multiplied by as much."""
+    """One normalised unit is (H - a)/2 pixels; the gradient is multiplied by this factor."""
     step = to_pixels(np.ones((1, 2)), size, convention) - to_pixels(np.zeros((1, 2)), size, convention)
     assert_agree(step[0], pixels_per_unit(size, convention), 1e-14)
     assert_agree(to_pixels_vjp(np.array([2.0, -3.0]), size, convention), np.array([2, -3]) * step[0], 1e-13)
@@ -64,7 +64,7 @@ def test_pixel_slope(convention, size):
 @pytest.mark.parametrize(
     ("convention", "edges"), [(CC, [-0.5, 6.5]), (PAPER, [0.0, 6.0]), (CVPR, [0.0, 6.0]), (PP, [0.0, 6.0])]
 )
-def test_what_plus_and_minus_one_are(convention, edges):
+def test_plus_and_minus_one(convention, edges):
     """±1 are the outer edges of the map for cell centers, the outermost pixel centers otherwise."""
     assert to_pixels(np.array([[-1.0, -1.0], [1.0, 1.0]]), (7, 7), convention)[:, 0].tolist() == edges
 
@@ -79,7 +79,7 @@ def test_what_plus_and_minus_one_are(convention, edges):
     ],
 )
 def test_seven_keys_on_fifty_six_pixels(convention, pixels):
-    """Where the first stage of DAT++ puts its reference points; the last of DATPP2023 lies outside the map."""
+    """Reference points of the first stage of DAT++; the last one of DATPP2023 is outside the map."""
     reference = to_pixels(reference_points((7, 7), convention), (56, 56), convention)
     np.testing.assert_allclose(reference[:, 3, 0], pixels, rtol=0, atol=1e-12)
     np.testing.assert_allclose(reference[3, :, 1], pixels, rtol=0, atol=1e-12)
@@ -87,7 +87,7 @@ def test_seven_keys_on_fifty_six_pixels(convention, pixels):
 
 @given(st.sampled_from([CC, PAPER, CVPR]), map_sizes())
 def test_reference_grid_is_symmetric(convention, keys):
-    """Turned by half a turn, the reference grid is itself with the sign changed."""
+    """Rotation by 180° changes the sign of the reference grid and nothing else."""
     reference = reference_points(keys, convention)
     assert_agree(-reference[::-1, ::-1], reference, 1e-14)
 
@@ -114,7 +114,7 @@ def test_key_grid_and_padding_equal_scalar_count(convention, size, kernel, strid
 
 @given(st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.sampled_from([1, 3, 5, 7, 9]))
 def test_centered_windows_look_where_cell_centers_are(stride, keys, kernel):
-    """On a map of whole cells the offset network's windows are centered on the references, to within half a pixel."""
+    """On a map of whole cells the windows of the offset network are centered on the references to half a pixel."""
     length = stride * keys
     ((before, after), _) = offset_padding((length, length), kernel, stride, CC)
     if kernel < stride:  # no padding: some pixels are between two windows
@@ -167,7 +167,7 @@ def test_minimal_counter_example_of_the_releases(convention, expected):
 
 
 def test_counter_example_on_a_wider_map():
-    """A ramp of ten columns: 2022 contracts it to the center, 2023 shifts it by half a pixel, the last key clamped"""
+    """On a ramp of ten columns 2022 contracts to the center, 2023 shifts by half a pixel and clamps the last key."""
     np.testing.assert_allclose(sampled_ramp(CVPR, (6, 10)), 0.45 + 0.9 * np.arange(10), rtol=0, atol=1e-12)
     shifted = [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.0]
     np.testing.assert_allclose(sampled_ramp(PP, (6, 10)), shifted, rtol=0, atol=1e-12)
@@ -177,7 +177,7 @@ def test_counter_example_on_a_wider_map():
 
 @given(st.sampled_from([CVPR, PP]), map_sizes(smallest=2), seeds)
 def test_zero_offset_is_not_the_identity_of_either_release(convention, size, seed):
-    """On any map of two pixels or more a release moves what it samples by at least a quarter of a pixel somewhere."""
+    """On any map of two pixels or more, some sample of a release is off by at least a quarter of a pixel."""
     config = DeformableAttentionConfig(
         2, 1, kernel_size=3, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE, convention=convention
     )
@@ -189,7 +189,7 @@ def test_zero_offset_is_not_the_identity_of_either_release(convention, size, see
 
 
 def test_resolution_independence_of_cell_centers():
-    """A cell-center layer fed the same image at twice the resolution keeps its points, as fractions of the map."""
+    """At twice the resolution, a cell-center layer has the same points as fractions of the map."""
     coarse = (to_pixels(reference_points((3, 5), CC), (6, 10), CC) + 0.5) / (6, 10)
     fine = (to_pixels(reference_points((3, 5), CC), (12, 20), CC) + 0.5) / (12, 20)
     assert_agree(coarse, fine, 1e-14)
@@ -200,7 +200,7 @@ def test_resolution_independence_of_cell_centers():
 
 @pytest.mark.parametrize(("convention", "pixel"), [(CC, 3.0), (PAPER, 3.0), (CVPR, 3.0), (PP, 6.0)])
 def test_a_single_key_sits_at_the_center_but_for_the_2023_release(convention, pixel):
-    """One key on seven pixels: pixel 3, the center; DATPP2023 divides by zero and is clamped to the last pixel."""
+    """A single key on seven pixels is at pixel 3, the center; DATPP2023 divides by 0 and clamps to the last pixel."""
     config = DeformableAttentionConfig(
         2, 1, stride=7, kernel_size=7, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE, convention=convention
     )
@@ -211,7 +211,7 @@ def test_a_single_key_sits_at_the_center_but_for_the_2023_release(convention, pi
 
 
 def test_unknown_release_is_named():
-    """An unknown release is refused with the two that exist; conventions without a release are not found by None."""
+    """For an unknown release the error names the two known ones; None does not match conventions without a release."""
     assert Convention.of_release("cvpr2022") is CVPR
     assert Convention.of_release("datpp2023") is PP
     for wrong in ("dat2022", None, "CVPR2022"):
@@ -220,7 +220,7 @@ def test_unknown_release_is_named():
 
 
 def test_trace_reports_what_was_used():
-    """reference + offsets is points for bounds that add; the pixel forms are the normalised ones, converted."""
+    """reference + offsets equals points for additive bounds; pixel forms are the converted normalised ones."""
     config = example_config(CC)
     x, params = example_input(config)
     _, trace = deformable_layer(x, params, config)

@@ -1,4 +1,4 @@
-"""The law of coverage: counted against gradients and loops, and each consequence shown on the layer itself."""
+"""Law of coverage: counts against gradients and loops, and each consequence for the layer."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,7 @@ from dat_ref.ops import coverage
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 
 CONVENTIONS = st.sampled_from(list(Convention))
-# Percent of a 48 × 48 map, by stride.
+# Percent of a 48 × 48 map that is read, by stride.
 PERCENT = {
     Convention.CELL_CENTER: {1: 100, 2: 100, 3: 100 / 9, 4: 25, 8: 6.25},
     Convention.CVPR2022: {1: 100, 2: 100, 3: 44.44, 4: 25, 8: 6.25},
@@ -53,7 +53,7 @@ def test_read_pixels_against_loops(convention, stride, more_rows, more_columns):
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
 def test_pixels_that_are_read_are_those_that_move_the_keys(stride, rows, columns):
-    """The gradient of the sampled features with respect to the map is zero outside of what is read, and only there."""
+    """The gradient of the sampled features to the map is nonzero exactly at the pixels that are read."""
     size = (stride * rows, stride * columns)
     config = DeformableAttentionConfig(4, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
     layer = DeformableAttention(config, init_params(config, 0, dtype=np.float64))
@@ -64,7 +64,7 @@ def test_pixels_that_are_read_are_those_that_move_the_keys(stride, rows, columns
     np.testing.assert_array_equal((np.abs(gradient) > 1e-9).all((0, 1)), coverage.read_pixels(size, stride))
 
 
-def test_a_grid_that_is_half_a_pixel_off_is_noticed():
+def test_a_grid_that_is_half_a_pixel_off_is_rejected():
     """The comparison above rejects footprints that were shifted."""
     read = coverage.read_pixels((12, 20), 4)
     assert (np.roll(read, 1, axis=1) != read).any()
@@ -77,11 +77,11 @@ def test_a_grid_that_is_half_a_pixel_off_is_noticed():
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_without_offsets_strides_1_and_2_are_average_pooling(stride, rows, columns, seed):
     size = (stride * rows, stride * columns)
-    still = DeformableAttentionConfig(6, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
-    params = init_params(still, seed, dtype=np.float64)
+    config = DeformableAttentionConfig(6, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
+    params = init_params(config, seed, dtype=np.float64)
     x = np.random.default_rng(seed).standard_normal((2, 6, *size))
-    sampled = DeformableAttention(still, params)(x, return_trace=True)[1].sampled
-    pooled = DeformableAttention(replace(still, average_pool=True), params)(x, return_trace=True)[1].sampled
+    sampled = DeformableAttention(config, params)(x, return_trace=True)[1].sampled
+    pooled = DeformableAttention(replace(config, average_pool=True), params)(x, return_trace=True)[1].sampled
     if stride <= 2:
         np.testing.assert_allclose(sampled, pooled, rtol=0, atol=1e-13)
     else:
@@ -117,7 +117,7 @@ def test_hit_rate_against_a_loop_over_positions(convention, stride, more_rows, m
 
 @given(st.integers(3, 6), st.integers(1, 3), st.integers(0, 2**16))
 def test_a_target_that_no_point_reads_changes_no_key(stride, side, seed):
-    """At every position: keys and values differ exactly where `hit_rate` counts a hit, whatever the target's values."""
+    """At every position, for any target, keys and values change exactly where `hit_rate` counts a hit."""
     size = (2 * stride, 3 * stride)
     config = DeformableAttentionConfig(4, 2, stride=stride, offset_bound=OffsetBound.NONE, bias=BiasKind.NONE)
     layer = DeformableAttention(config, init_params(config, seed, dtype=np.float64))
@@ -135,7 +135,7 @@ def test_a_target_that_no_point_reads_changes_no_key(stride, side, seed):
 
 @given(st.integers(4, 8), st.integers(1, 4), st.integers(2, 9))
 def test_the_best_classifier_of_the_keys_reaches_the_bound_and_no_more(stride, side, classes):
-    """Over all positions and kinds: guess the most frequent kind among those that look the same."""
+    """The classifier predicts the most frequent kind among all positions and kinds with equal keys."""
     size = (2 * stride, 2 * stride)
     read = coverage.read_pixels(size, stride)
     seen: dict[bytes, list[int]] = {}
@@ -156,7 +156,7 @@ def test_the_best_classifier_of_the_keys_reaches_the_bound_and_no_more(stride, s
 
 @given(st.floats(0.6, 6.0), st.floats(-0.5, 0.5), st.floats(-7.0, 7.0))
 def test_no_gradient_from_beyond_the_capture_radius(side, fraction, away):
-    """A target on one axis of an empty map; a point gets a gradient from it only within the radius."""
+    """On an empty map, a point gets a gradient from a target only within the radius."""
     length, center = 25, 12 + fraction
     pixels = np.arange(length)
     covered = np.minimum(pixels + 0.5, center + side / 2) - np.maximum(pixels - 0.5, center - side / 2)
@@ -170,7 +170,7 @@ def test_no_gradient_from_beyond_the_capture_radius(side, fraction, away):
 
 @given(st.integers(1, 6))
 def test_the_capture_radius_is_the_smallest_one(side):
-    """Just within it some target of that size pulls the point; an even half a pixel of it is needed off the lattice."""
+    """Just inside the radius, a target that half covers its outermost pixels gives the point a gradient."""
     length, center = 25, 12 + 0.5 * (side % 2 == 1)  # the target covers exactly half of a pixel at each end
     pixels = np.arange(length)
     covered = np.minimum(pixels + 0.5, center + side / 2) - np.maximum(pixels - 0.5, center - side / 2)

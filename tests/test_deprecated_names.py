@@ -1,4 +1,4 @@
-"""Renamed public names: the old one returns the same object, with a warning that says the new one."""
+"""Renamed public names: the old name returns the same object, with a warning that gives the new name."""
 
 import importlib
 import warnings
@@ -64,7 +64,7 @@ def test_an_old_name_is_the_new_object_and_warns(module, old, new):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_name_that_never_was_is_an_error(module):
+def test_an_unknown_name_is_an_error(module):
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
         _ = load(module).nothing
 

@@ -1,4 +1,4 @@
-"""Old names: each returns the new object with a warning that names it; new names warn of nothing."""
+"""Old names: each returns the new object and warns; new names do not warn."""
 
 import importlib
 import subprocess
@@ -114,7 +114,7 @@ def test_tanh_pixels_is_no_member():
         OffsetBound("tanh_pixel")
 
 
-def test_new_names_warn_of_nothing():
+def test_new_names_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert OffsetBound("tanh_cells") is OffsetBound.TANH_CELLS
@@ -122,7 +122,7 @@ def test_new_names_warn_of_nothing():
         assert list(dat_ref.PRESETS)
 
 
-def test_nothing_of_ours_uses_an_old_name():
+def test_the_package_uses_no_old_name():
     pytest.importorskip("torch")
     program = """
 import dat_ref, dat_ref.torch, dat_ref.torch.train, dat_ref.train_config, dat_ref.recipe

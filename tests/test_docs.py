@@ -1,4 +1,4 @@
-"""The site says what is true: its Python runs and prints what it shows, its names exist, its links lead somewhere."""
+"""Site: its Python runs and prints the shown output, its names exist, its links have targets."""
 
 import contextlib
 import importlib
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# docs/figures and docs/performance hold parts of pages. Notebooks have a test of their own.
+# docs/figures and docs/performance contain parts of pages. Notebooks have their own test.
 PARTS = ("figures", "performance")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in PARTS]
 README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
@@ -33,7 +33,7 @@ FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTA
 
 
 class Block(NamedTuple):
-    """A block of code: where it is, and what it must print or None; that is in the block titled "prints" after it."""
+    """Block of code: its line, and its expected output from the next block titled "prints" (None without one)."""
 
     line: int
     language: str
@@ -55,8 +55,9 @@ def code_blocks(markdown):
 
 
 def run_page(markdown, where):
-    """Run the blocks of a page one after the other, as a reader would: Python in one namespace, and what has a title is
-    a file of that name, or a change of it; commands where their output is shown."""
+    """Run the blocks of a page in order: Python in one namespace, and commands whose output is shown.
+
+    A block with a title is a file of that name, or a patch of it."""
     names = {"__name__": "page"}
     for block in code_blocks(markdown):
         printed = None
@@ -75,7 +76,7 @@ def run_page(markdown, where):
 
 
 def change(path, difference):
-    """Exchange the lines of a file that a difference takes out for those that it puts in."""
+    """Apply a patch to a file: replace the removed lines by the added ones."""
     lines = difference.splitlines(keepends=True)
     old, new = ("".join(line[1:] for line in lines if line[0] in (sign, " ")) for sign in "-+")
     text = path.read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def change(path, difference):
 
 
 def run_commands(commands):
-    """Run commands in a shell, as people do, and return what they print."""
+    """Run commands in a shell and return their output."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": scripts, "PYTHONDONTWRITEBYTECODE": "1"}  # files change within a second
     run = subprocess.run(
@@ -104,7 +105,7 @@ def test_python_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch)
     run_page(page.read_text(encoding="utf-8"), name_of(page))
 
 
-def test_wrong_output_is_noticed():
+def test_wrong_output_is_detected():
     page = '```python\nprint(1 + 1)\n```\n\n```text title="prints"\n3\n```\n'
     with pytest.raises(AssertionError, match="line 1: prints"):
         run_page(page, "page")
@@ -151,7 +152,7 @@ def test_commands_of_the_page_exist(page):
 
 
 def load(path):
-    """Import a file of docs/, which is no package; scripts beside it can be imported, as when it is run."""
+    """Import a file of docs/, which is not a package; it can import the scripts in its folder, as when it is run."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
@@ -161,7 +162,7 @@ def load(path):
 
 
 def documented():
-    """Return the names that the pages document, also those that the site's hook fills in."""
+    """Return the names that the pages document, including those that the site's hook inserts."""
     fill_in = load(DOCS / "extensions" / "api_names.py").on_page_markdown
     config = {"config_file_path": str(ROOT / "mkdocs.yml")}
     pages = [fill_in(page.read_text(encoding="utf-8"), config=config) for page in PAGES]
@@ -190,7 +191,7 @@ def test_the_build_fails_when_a_public_name_is_on_no_page():
 
 
 def test_every_file_of_the_reading_order_has_its_page():
-    """The operations, the layer, the block, the backbone and the two local attentions that it uses."""
+    """Operations, layer, block, backbone and the two local attentions each have a page."""
     operations = [path.stem for path in (ROOT / "dat_ref" / "ops").glob("*.py") if path.stem != "__init__"]
     names = [f"ops.{name}" for name in operations]
     names += ["layer", "peers.window", "peers.neighborhood", "block", "backbone"]
@@ -198,7 +199,7 @@ def test_every_file_of_the_reading_order_has_its_page():
 
 
 def test_tests_that_are_named_exist():
-    """A statement that rests on a test names one that is there."""
+    """Every test that a page names exists."""
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     there = set(re.findall(r"^def (test_\w+)", tests, re.M))
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
@@ -208,14 +209,14 @@ def test_tests_that_are_named_exist():
 # ------------------------------------------------------------------------------------------------ figures and tables
 
 
-SCRIPTS = ("draw.py", "draw_peers.py", "mutants.py")  # in docs/figures
+SCRIPTS = ("draw.py", "draw_peers.py", "mutants.py")  # those in docs/figures
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_figures_and_tables_are_what_the_spec_gives(script):
-    """`python docs/figures/draw.py` writes them anew."""
+def test_figures_and_tables_are_up_to_date(script):
+    """`python docs/figures/draw.py` regenerates them."""
     for name, content in load(DOCS / "figures" / script).outputs().items():
-        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, f"docs/figures/{name} is out of step"
+        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == content, f"docs/figures/{name} is out of date"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -238,7 +239,7 @@ LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video
 
 
 class Page(HTMLParser):
-    """Collect what a page loads, where it leads, and the places in it that can be led to."""
+    """Parser that collects the resources, links and anchors of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -264,24 +265,24 @@ def site(site_folder):
 
 
 def foreign(loaded):
-    """Return what comes from another host among what a page loads."""
+    """Return the resources of a page that come from another host."""
     return [address for address in loaded if urlsplit(address).scheme not in ("", "data") or address.startswith("//")]
 
 
 def foreign_in_style(text):
-    """Return what a style sheet fetches from another host."""
+    """Return the resources that a style sheet loads from another host."""
     return re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^)\s'\"]*)", text)
 
 
-def test_foreign_hosts_are_noticed():
+def test_foreign_hosts_are_detected():
     page = Page('<script src="https://a/b.js"></script><link href="//a/b.css"><img src="data:,"><img src="c">')
     assert foreign(page.loads) == ["https://a/b.js", "//a/b.css"]
     style = "@import 'https://a/b'; x { c: url(//d/e); f: url(g); h: url(data:,) }"
     assert foreign_in_style(style) == ["https://a/b", "//d/e"]
 
 
-def test_site_asks_no_other_host(site):
-    """Scripts, styles, fonts and images all come with the site."""
+def test_site_loads_nothing_from_other_hosts(site):
+    """Scripts, styles, fonts and images are part of the site."""
     for path, page in site.items():
         assert foreign(page.loads) == [], path
         assert "mermaid" not in page.classes, f"{path}: the theme fetches mermaid from another host"
@@ -290,11 +291,11 @@ def test_site_asks_no_other_host(site):
         assert foreign_in_style(style.read_text(encoding="utf-8")) == [], style
 
 
-def test_links_inside_the_site_lead_somewhere(site):
-    """Also the anchors, and what a page loads."""
+def test_links_inside_the_site_have_targets(site):
+    """All links, anchors and resources exist."""
     for path, page in site.items():
         if path.name == "404.html":
-            continue  # it is served for any address, so its links start at the root
+            continue  # the 404 page is served at any address, so its links start at the root
         for link in page.links + page.loads:
             parts = urlsplit(link)
             if parts.scheme:
@@ -315,6 +316,6 @@ README_LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
 @pytest.mark.parametrize("page", README, ids=name_of)
-def test_links_of_the_readme_lead_somewhere(page):
+def test_links_of_the_readme_have_targets(page):
     links = README_LINK.findall(page.read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []

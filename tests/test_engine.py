@@ -1,4 +1,4 @@
-"""Training: killed at any moment a run goes on as if nothing had been; two processes are one; nothing saved is lost."""
+"""Training: exact resumption after a kill at any moment, two processes equal one, saved files are never lost."""
 
 import errno
 import math
@@ -32,20 +32,20 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the log of a run that nobody stopped, nine steps, and its last weights."""
+    """Return the log of an uninterrupted run of nine steps, and its last weights."""
     folder = tmp_path_factory.mktemp("whole")
     result = run(folder)
     return (folder / "log.csv").read_text(encoding="utf-8"), dict(result.model.named_parameters())
 
 
 def is_that_run(folder, result, whole):
-    """Return whether a run has the losses of the whole one, to the last digit, and its weights, to the last bit."""
+    """Return whether the losses (to the last digit) and weights (bit for bit) equal those of the uninterrupted run."""
     log, weights = whole
     same = (folder / "log.csv").read_text(encoding="utf-8") == log
     return same and all(torch.equal(leaf, weights[name]) for name, leaf in result.model.named_parameters())
 
 
-# ------------------------------------------------------------------------------------------------ killed
+# ------------------------------------------------------------------------------------------------ resumption
 
 KILLED = """
 import os, signal, sys
@@ -68,12 +68,12 @@ runs.run(folder, on_step=lambda step, loss: kill() if where == "step" and step =
 
 @pytest.mark.parametrize(("where", "number"), [("step", 0), ("step", 6), ("fsync", 5), ("move", 6)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(where, number, tmp_path, whole):
-    """After a step and before its checkpoint; while a checkpoint is written; when it is whole but not in its place."""
+    """The kill is after a step and before its checkpoint, during the write, or between the write and the rename."""
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, where, str(number), str(tmp_path)], cwd=TESTS, capture_output=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert len(list(tmp_path.glob(".*"))) == (where != "step")  # the file that was being written
+    assert len(list(tmp_path.glob(".*"))) == (where != "step")  # the partial file
     assert is_that_run(tmp_path, run(tmp_path), whole)
     assert not list(tmp_path.glob(".*"))
 
@@ -92,9 +92,9 @@ def stopped_after(folder, last):
 
 
 @pytest.mark.parametrize("forgotten", ["chance", "optimizer", "ema", "epoch"])
-def test_what_is_forgotten_on_the_way_is_noticed(forgotten, tmp_path, whole, monkeypatch):
+def test_state_that_is_not_restored_is_detected(forgotten, tmp_path, whole, monkeypatch):
     stopped_after(tmp_path, 5)
-    if forgotten == "chance":  # goes on with whatever numbers torch has
+    if forgotten == "chance":  # does not restore torch's random state
         monkeypatch.setattr(loop, "_derive_seed", lambda *numbers: 5)
     elif forgotten == "epoch":
         monkeypatch.setattr(Noise, "set_epoch", lambda self, epoch: None)
@@ -104,7 +104,7 @@ def test_what_is_forgotten_on_the_way_is_noticed(forgotten, tmp_path, whole, mon
     assert not is_that_run(tmp_path, run(tmp_path), whole)
 
 
-def test_a_line_of_the_log_that_was_cut_short_is_written_again(tmp_path, whole):
+def test_a_truncated_line_of_the_log_is_rewritten(tmp_path, whole):
     stopped_after(tmp_path, 4)
     path = tmp_path / "log.csv"
     path.write_text(path.read_text(encoding="utf-8") + "5,1,0.12", encoding="utf-8")
@@ -119,8 +119,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, whole):
     assert again.scores == first.scores
 
 
-def test_a_run_of_an_earlier_version_is_gone_on_with(tmp_path, whole):
-    """Its checkpoints say "recipe" and "average", and its file is recipe.json."""
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path, whole):
+    """A run of an earlier version has "recipe" and "average" in its checkpoints, and its file is recipe.json."""
     stopped_after(tmp_path, 5)
     old = {"config": "recipe", "ema": "average"}
     state = checkpoint.load_latest(tmp_path)
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(how, tmp_pat
     assert before.name < last.name
 
 
-def test_nothing_is_begun_anew_over_damaged_checkpoints(tmp_path):
+def test_damaged_checkpoints_are_not_overwritten_by_a_new_run(tmp_path):
     stopped_after(tmp_path, 5)
     for place in checkpoint.list_checkpoints(tmp_path):
         damaged(place, "cut")
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_never_executed(tmp_path):
         checkpoint.load_latest(tmp_path)
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_the_last_two_checkpoints_are_stored(tmp_path):
     for step in (2, 5, 30, 100):
         assert checkpoint.save(tmp_path, step, {"step": step})
     assert [place.name for place in checkpoint.list_checkpoints(tmp_path)] == [
@@ -192,7 +192,7 @@ def test_the_last_two_are_kept(tmp_path):
 
 
 def test_a_disk_that_is_full_loses_nothing(tmp_path):
-    """For real: no file may grow beyond a few bytes for a while."""
+    """A resource limit keeps every file at a few bytes for a while, as a full disk would."""
     checkpoint.save(tmp_path, 1, {"weights": torch.ones(5)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -240,7 +240,7 @@ def in_two_processes(folder):
 
 
 def test_two_processes_are_one(tmp_path, monkeypatch):
-    """Batches of 5, 5 and 1 image: a process has three or two of them, and once none; eval looks at each image once."""
+    """For batches of 5, 5 and 1 image a process has 3, 2, 1 or 0 of them; evaluation reads each image once."""
     left, log = in_two_processes(tmp_path)
     (tmp_path / "one").mkdir()
     two_processes(tmp_path / "one")
@@ -251,14 +251,14 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
         assert row == pytest.approx(other, rel=1e-12)
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(left["weights"][name], weight, rtol=1e-10, atol=1e-12)
-    # A mean over what each process has, and not over all, is another run.
+    # A mean over the images of each process, instead of over all, gives another run.
     monkeypatch.setattr(loop, "per_sample_loss", lambda *arguments: per_sample_loss(*arguments) * 3 / len(arguments[0]))
     (tmp_path / "wrong").mkdir()
     two_processes(tmp_path / "wrong")
     assert read_rows(tmp_path / "wrong" / "log.csv")[3]["loss"] != pytest.approx(log[3]["loss"], rel=1e-3)
 
 
-def test_every_image_is_looked_at_once_an_epoch(tmp_path):
+def test_every_image_is_used_once_per_epoch(tmp_path):
     data, held_out = Noise(), Noise(7)
     fit(CONFIG, data, held_out, tmp_path, model=tiny_model(), quiet=True)
     epochs = [data.requested[start : start + 11] for start in (0, 11, 22)]
@@ -270,7 +270,7 @@ def test_every_image_is_looked_at_once_an_epoch(tmp_path):
 # ------------------------------------------------------------------------------------------------ formulas
 
 
-def test_what_decays_is_what_the_releases_let_decay():
+def test_weight_decay_applies_as_in_the_releases():
     model = create_model("dat_pp_tiny", num_classes=3)
     decaying, exempt = optimizer.parameter_groups(model, 0.05)
     assert (decaying["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
@@ -289,7 +289,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_a_step_is_adamw_with_clipping_and_average(tmp_path):
-    """The same steps by plain formulas on every parameter."""
+    """A step equals the plain formulas applied to every parameter."""
     config = replace(CONFIG, epochs=1, drop_path=0.0, clip=0.1, label_smoothing=0.1, learning_rate=1e-2)
     data = Noise()
     result = fit(config, data, Noise(7), tmp_path, model=tiny_model(), quiet=True)
@@ -318,7 +318,7 @@ def test_a_step_is_adamw_with_clipping_and_average(tmp_path):
                 mean[name] = decay * mean[name] + (1 - decay) * leaf
     for name, leaf in result.model.named_parameters():
         torch.testing.assert_close(leaf, mean[name], rtol=1e-3, atol=2e-5)
-    assert norm > 0.1  # it was cut
+    assert norm > 0.1  # the gradient was clipped
 
 
 def test_losses_and_answers():
@@ -344,7 +344,7 @@ def test_evaluation_leaves_the_model_as_it_was():
         evaluate(model, Noise(0))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_a_nan_loss_stops_the_run(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
@@ -378,7 +378,7 @@ def test_half_precision_and_checkpointing_train_too(tmp_path):
         ({"amp": "float8"}, "amp: expected one of none, bfloat16, float16, got 'float8'"),
     ],
 )
-def test_configs_that_cannot_be(changes, message):
+def test_invalid_configs(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**changes)
 

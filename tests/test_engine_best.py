@@ -1,4 +1,4 @@
-"""Training: what is kept as the best, and what chance decides from step to step; each with a run that gets it wrong."""
+"""Training: selection of the best weights, and random numbers of each step; each with a run that gets it wrong."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +11,7 @@ from helpers.runs import CONFIG, Noise, run, tiny_model  # noqa: E402
 
 from dat_ref.torch.train import DistributedContext, Scores, evaluate, fit, loop  # noqa: E402
 
-ACCURACIES = (0.5, 0.9, 0.7)  # of three epochs: the second is the best
+ACCURACIES = (0.5, 0.9, 0.7)  # accuracies of three epochs: the second is the best
 
 
 def kept(folder):
@@ -33,7 +33,7 @@ def test_best_is_the_average_that_was_evaluated(tmp_path, monkeypatch):
 
 
 def best_of(folder, monkeypatch, stop=None):
-    """Run three epochs whose accuracies are told; return the epochs whose weights were kept, and the best accuracy."""
+    """Run three epochs of given accuracies; return the epochs whose weights were saved, and the best accuracy."""
     epochs = []
     monkeypatch.setattr(loop._Run, "evaluate", lambda self, data: Scores(1.0, ACCURACIES[self.step // 3 - 1], 7))
     monkeypatch.setattr(loop, "_write_weights", lambda *arguments: not epochs.append(None))
@@ -49,12 +49,12 @@ def best_of(folder, monkeypatch, stop=None):
 
 
 @pytest.mark.parametrize("stop", [None, 7])
-def test_only_what_is_better_is_kept_also_after_a_stop(stop, tmp_path, monkeypatch):
-    """Stopped in the third epoch, which is worse than the second: the best that was is not forgotten."""
+def test_only_better_weights_are_saved_also_after_a_stop(stop, tmp_path, monkeypatch):
+    """A run stopped in its third epoch, worse than the second, remembers the best accuracy."""
     assert best_of(tmp_path, monkeypatch, stop) == (0.9, 2)
 
 
-def test_a_best_that_is_forgotten_is_noticed(tmp_path, monkeypatch):
+def test_a_forgotten_best_accuracy_is_detected(tmp_path, monkeypatch):
     load = loop._Run.load
     monkeypatch.setattr(loop._Run, "load", lambda self, state: load(self, {**state, "best": -1.0}))
     assert best_of(tmp_path, monkeypatch, 7) == (0.7, 3)
@@ -72,7 +72,7 @@ def drawn(folder, monkeypatch):
 
 def test_each_step_draws_its_own_numbers(tmp_path, monkeypatch):
     assert len(set(drawn(tmp_path / "right", monkeypatch))) == 3
-    derive_seed = loop._derive_seed  # of the seed and the process alone, without the step
+    derive_seed = loop._derive_seed  # from the seed and the process only, without the step
     monkeypatch.setattr(
         loop, "_derive_seed", lambda *numbers: derive_seed(numbers[0], numbers[-1]) if len(numbers) > 2 else 0
     )
@@ -80,8 +80,8 @@ def test_each_step_draws_its_own_numbers(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_the_scale_of_half_precision_is_gone_on_with(forgotten, tmp_path, monkeypatch):
-    """The scale is lowered by hand, as an overflow would have done."""
+def test_the_loss_scale_of_half_precision_is_resumed(forgotten, tmp_path, monkeypatch):
+    """The loss scale is resumed; the test lowers it, as an overflow would."""
     scales, unscale = [], torch.amp.GradScaler.unscale_
 
     def mark_as_data(self, optimizer):
@@ -110,8 +110,8 @@ def test_the_scale_of_half_precision_is_gone_on_with(forgotten, tmp_path, monkey
     assert (scales[before] == 64.0) is not forgotten
 
 
-def test_an_image_that_stands_in_for_none_counts_nowhere(monkeypatch):
-    """Of one image the second of two processes has none; it takes one so as to take part."""
+def test_a_substitute_image_has_no_weight(monkeypatch):
+    """For a batch of one image, the second process computes a substitute image with weight zero."""
     found = []
     monkeypatch.setattr(
         DistributedContext, "all_reduce_sum", lambda self, sums: found.append(sums.tolist()) or sums + 1

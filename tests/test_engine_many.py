@@ -1,4 +1,4 @@
-"""Weights cut over processes, models of one's own, data that changed, disks that are full, and the two commands."""
+"""Training: sharded weights, custom models, changed data, full disks, and the commands `train` and `evaluate`."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ from dat_ref.torch.train.log import read_rows  # noqa: E402
 from dat_ref.torch.train.mixup import mix_batch  # noqa: E402
 from dat_ref.train_config import TrainConfig  # noqa: E402
 
-# ------------------------------------------------------------------------------------------------ cut weights
+# ------------------------------------------------------------------------------------------------ sharded weights
 
 CUT = """
 import sys
@@ -70,7 +70,7 @@ def in_two_processes(code, folder):
 
 
 def test_a_run_with_cut_weights_that_was_stopped_is_that_of_one_process(tmp_path):
-    """Losses, scores, averages and the checkpoint, which is whole: one process goes on from it."""
+    """Losses, scores, averages and the unsharded checkpoint equal those of one process, which can resume from it."""
     folder, one = tmp_path / "cut", tmp_path / "one"
     in_two_processes(CUT, folder)
     one.mkdir()
@@ -79,7 +79,7 @@ def test_a_run_with_cut_weights_that_was_stopped_is_that_of_one_process(tmp_path
         assert row == pytest.approx(other, rel=1e-12)
     ours, theirs = checkpoint.load_latest(folder), checkpoint.load_latest(one)
     assert_same_state(ours, theirs)
-    two_processes(folder)  # finished already: loads, and evaluates
+    two_processes(folder)  # the run is finished: it only loads and evaluates
     ours["optimizer"]["state"][0]["exp_avg_sq"] *= 1.001
     with pytest.raises(AssertionError):
         assert_same_state(ours, theirs)
@@ -98,7 +98,7 @@ with init_distributed() as context:
 
 
 def test_processes_part_without_a_crash_while_tensors_are_still_held(tmp_path):
-    """Without the time to let go, two of three such runs abort: see `init_distributed`."""
+    """Without the delay in `init_distributed`, two of three such runs abort."""
     in_two_processes(LATE, tmp_path / "late")
 
 
@@ -108,8 +108,8 @@ def assert_same_state(ours, theirs):
     torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=1e-9, atol=1e-12)
 
 
-def test_processes_that_see_different_checkpoints_are_told(tmp_path, monkeypatch):
-    """As on machines that do not share a disk: here the other process is at the start."""
+def test_processes_that_see_different_checkpoints_are_an_error(tmp_path, monkeypatch):
+    """The processes see different checkpoints, as on machines without a shared disk: the second one sees none."""
     with pytest.raises(RuntimeError, match="stop"):
         run(tmp_path, on_step=_stop_at_three)
     monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda self, values: values)
@@ -124,10 +124,10 @@ def _stop_at_three(step, loss):
         raise RuntimeError("stop")
 
 
-# ------------------------------------------------------------------------------------------------ one's own, changed
+# ------------------------------------------------------------------------------------------------ custom models
 
 
-def test_a_model_of_ones_own_trains_and_keeps_its_best(tmp_path):
+def test_a_custom_model_trains_and_saves_its_best(tmp_path):
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_a_model_of_ones_own_trains_and_keeps_its_best(tmp_path):
         ({"classes": ("a", "c", "b")}, r"classes: \['a', 'b', 'c'\], \['a', 'c', 'b'"),
     ],
 )
-def test_a_run_is_not_gone_on_with_on_other_data(change, message, tmp_path):
+def test_a_run_is_not_resumed_on_other_data(change, message, tmp_path):
     run(tmp_path)
     data = Noise()
     vars(data).update(change)
@@ -153,7 +153,7 @@ def test_a_run_is_not_gone_on_with_on_other_data(change, message, tmp_path):
         fit(CONFIG, data, Noise(7), tmp_path, model=tiny_model(0.4), quiet=True)
 
 
-def test_nothing_is_written_for_a_config_that_cannot_be(tmp_path):
+def test_nothing_is_written_for_an_invalid_config(tmp_path):
     with pytest.raises(ConfigError, match="unknown model 'dat_nanoo'"):
         fit(TrainConfig(model="dat_nanoo"), Noise(), Noise(7), tmp_path / "none", quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +163,7 @@ def test_nothing_is_written_for_a_config_that_cannot_be(tmp_path):
 
 
 def test_a_whole_run_on_a_disk_that_fills_up(tmp_path):
-    """For real: from step 3 on no file may grow beyond 300 bytes, the log's neither; from step 6 on they may again."""
+    """A resource limit keeps all files, the log too, below 300 bytes from step 3 to step 6."""
     expected = run(tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -182,18 +182,18 @@ def test_a_whole_run_on_a_disk_that_fills_up(tmp_path):
 
 
 def test_best_is_what_is_on_disk(tmp_path, monkeypatch):
-    """Weights for which there is no room are not said to be kept."""
+    """Weights that do not fit on the disk are not reported as saved."""
     monkeypatch.setattr(loop, "_write_weights", lambda *arguments: False)
     assert run(tmp_path).best == -1.0
 
 
-# ------------------------------------------------------------------------------------------------ other ways to run
+# ------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("changes", [{"amp": "float16"}, {"grad_checkpointing": True}, {"compile": True}])
 def test_other_ways_to_run_are_the_same_run(changes, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # minutes, were it real
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # else minutes
     config = replace(CONFIG, epochs=1, drop_path=0.0)
     results = []
     for name, each in (("plain", config), ("other", replace(config, **changes))):
@@ -227,7 +227,7 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
         run(tmp_path / "without", tensorboard=True)
 
 
-# ------------------------------------------------------------------------------------------------ mixing
+# ------------------------------------------------------------------------------------------------ mixup and cutmix
 
 
 def test_mixup_blends_an_image_and_its_target_in_the_same_share():
@@ -238,7 +238,7 @@ def test_mixup_blends_an_image_and_its_target_in_the_same_share():
         torch.testing.assert_close(mixed, share * images + (1 - share) * images[[3, 2, 1, 0]])
         shares.append(share)
     assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)  # of Beta(α, α)
+    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)  # mean and variance of Beta(α, α)
 
 
 def test_cutmix_pastes_a_box_and_keeps_the_share_of_the_rest():
@@ -250,7 +250,7 @@ def test_cutmix_pastes_a_box_and_keeps_the_share_of_the_rest():
         torch.testing.assert_close(mixed[1], 1 - mixed[0])
         rows, columns = mixed[0, 0].any(1), mixed[0, 0].any(0)
         assert mixed[0, 0].sum() == rows.sum() * columns.sum()  # one box
-    assert own[0].sum() == 0  # the images given stay as they are
+    assert own[0].sum() == 0  # the input images are unchanged
 
 
 def test_a_coin_decides_between_the_two_and_without_both_nothing_is_drawn():
@@ -265,7 +265,7 @@ def test_a_coin_decides_between_the_two_and_without_both_nothing_is_drawn():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_loss_of_a_mixed_step_is_that_of_mixed_targets(several, tmp_path, monkeypatch):
-    """By the definition, with targets that are shares; softmax and multi-hot."""
+    """The loss equals its definition on mixed targets, for softmax and multi-hot losses."""
     monkeypatch.setattr(loop, "mix_batch", lambda images, mixup, cutmix: (images, 0.7))
     data = Noise()
     if several:
@@ -287,7 +287,7 @@ def test_the_loss_of_a_mixed_step_is_that_of_mixed_targets(several, tmp_path, mo
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_run_that_mixes_is_gone_on_with_exactly(tmp_path):
+def test_a_run_with_mixup_is_resumed_exactly(tmp_path):
     config = replace(CONFIG, mixup=0.8, cutmix=1.0)
     run(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="stop"):
@@ -324,7 +324,7 @@ def trained(pictures, tmp_path_factory):
     return folder
 
 
-def test_evaluate_repeats_what_train_said(trained, capsys):
+def test_evaluate_prints_the_scores_of_train(trained, capsys):
     assert main(["evaluate", str(trained / "best.safetensors")]) == 0
     last = read_rows(trained / "log.csv")[-1]
     expected = f"held out, 6 images: {100 * last['held_out_accuracy']:.1f} % right, loss {last['held_out_loss']:.4f}\n"
@@ -355,12 +355,12 @@ def test_evaluate_on_another_folder_needs_its_val_alone(trained, pictures, tmp_p
         (["--config", "{folder}/none.json"], "none.json: No such file or directory"),
         (["--config", "{folder}/typed.json"], "epochs: expected int, got '3'"),
         (["--config", "{folder}/list.json"], "train config: expected a JSON object of fields, got a list"),
-        (["--config", "{folder}/text.json"], "train config: expected JSON, got what is none"),
+        (["--config", "{folder}/text.json"], "train config: expected JSON, got"),
         (["--data", "{folder}/none"], "expected a folder with a folder for each class, and there is none"),
         (["--amp", "float16", "--shard"], "amp: expected none or bfloat16 with shard"),
     ],
 )
-def test_training_that_cannot_be_exits_with_2_and_leaves_nothing(options, message, tmp_path, capsys):
+def test_invalid_training_exits_with_2_and_leaves_nothing(options, message, tmp_path, capsys):
     for name, text in (("typed", json.dumps({"epochs": "3"})), ("list", "[1]"), ("text", "epochs = 3")):
         (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
     try:
@@ -381,12 +381,12 @@ def test_training_that_cannot_be_exits_with_2_and_leaves_nothing(options, messag
         (["{trained}/log.csv", "--data", "{folder}"], "log.csv: cannot be read"),
     ],
 )
-def test_evaluation_that_cannot_be_exits_with_2(options, message, trained, tmp_path, capsys):
+def test_invalid_evaluation_exits_with_2(options, message, trained, tmp_path, capsys):
     assert main(["evaluate", *(each.format(folder=tmp_path, trained=trained) for each in options)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_exits_with_1(pictures, tmp_path, capsys):
+def test_a_nan_loss_exits_with_1(pictures, tmp_path, capsys):
     wild = ["--learning-rate", "1e30", "--clip", "0", "--warmup-epochs", "0", "--epochs", "3"]
     assert main(["train", "--out", str(tmp_path), "--data", str(pictures), *SMALL, *wild]) == 1
     assert "the loss is nan; lower the learning rate or clip" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The live figures in a headless browser: a drag and the arrow keys give the numbers that the spec gives."""
+"""Live figures in a headless browser: dragging and arrow keys give the values of the spec."""
 
 import importlib.util
 import sys
@@ -32,7 +32,7 @@ def browser(chromium):
 
 @contextmanager
 def figure(browser, name, folder=ALONE, **options):
-    """Open a figure alone; in the end, nothing must have gone wrong on its page."""
+    """Open a figure alone; at the end, fail if its page had errors."""
     with tab(browser, **options) as opened:
         opened.open(folder / f"{name}.html")
         yield opened
@@ -40,7 +40,7 @@ def figure(browser, name, folder=ALONE, **options):
 
 
 def load(name):
-    """Import a script of docs/figures, which is no package."""
+    """Import a script of docs/figures, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -81,7 +81,7 @@ def test_sampling_by_mouse_and_keys(browser):
 
 
 def test_sampling_on_the_lattice_and_outside(browser):
-    """On a pixel the slope is the one from the right; beyond the border there is nothing; a click moves the point."""
+    """The slope on a pixel is right-handed, the map is zero outside the border, and a click moves the point."""
     with figure(browser, "sampling") as opened:
         opened.handle("Sampling point").focus()
         opened.press(*["Shift+ArrowRight"] * 30, *["Shift+ArrowDown"] * 65)
@@ -171,7 +171,7 @@ def test_offsets_in_every_convention_and_bound(browser, picture):
             assert state["convention"] == convention.name
             assert state["bound"] == ("CLAMP" if convention is Convention.DATPP2023 else "TANH_CELLS")
             check_offsets(state, picture)
-        assert any(0 in slope for slope in state["slopes"])  # held by the clamp
+        assert any(0 in slope for slope in state["slopes"])  # limited by the clamp
         opened.page.locator('input[value="TANH_CELLS"]').check(force=True)
         opened.page.locator("input[type=range]").focus()
         opened.press("ArrowRight", "ArrowRight", "ArrowRight")
@@ -180,7 +180,7 @@ def test_offsets_in_every_convention_and_bound(browser, picture):
 
 
 def test_no_offsets_at_the_start_of_the_page_on_conventions(browser, picture, tmp_path):
-    """A place may say how its figure starts."""
+    """A page may set the initial state of its figure."""
     html = (ALONE / "offsets.html").read_text(encoding="utf-8")
     start = 'offsets.mount(document.querySelector("[data-figure]")'
     assert html.count(start) == 1
@@ -245,7 +245,7 @@ def check_cost(state):
 
 
 def shown_sum(opened):
-    """Return the integer that stands below the formulas."""
+    """Return the integer shown below the formulas."""
     words = opened.page.locator(".live-formulas tfoot td").last.inner_text()
     return int("".join(filter(str.isdigit, words)))
 
@@ -278,7 +278,7 @@ def test_cost_by_mouse_and_keys(browser):
 
 @pytest.fixture(scope="module")
 def seen_by():
-    """Return what the spec says that each system's query reaches, after a share of the offsets."""
+    """Return the receptive field of each system's query by the spec, with offsets multiplied by a factor."""
     data = load("live_data")
     structural = {
         "multi_head": MultiHeadAttentionConfig(12, 3),
@@ -332,7 +332,7 @@ def test_receptive_field_by_mouse_and_keys(browser, seen_by):
         assert opened.state()["moved"] == 0.05
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ all figures
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -349,7 +349,7 @@ def test_fits_a_phone_and_follows_the_scheme(browser, name, scheme):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_everything_that_answers_to_keys_has_a_name(browser, name):
+def test_every_focusable_element_has_a_name(browser, name):
     with figure(browser, name) as opened:
         nameless = """() => [...document.querySelectorAll('[data-figure] :is(input, button, [tabindex])')]
             .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.closest('label')?.textContent.trim()))
@@ -366,7 +366,7 @@ def test_everything_that_answers_to_keys_has_a_name(browser, name):
         ("cost", 'bias: "4 HW Ns M"', 'bias: "4 HW Ns"', check_cost),
     ],
 )
-def test_a_wrong_figure_is_noticed(browser, tmp_path, name, right, wrong, check):
+def test_a_wrong_figure_is_detected(browser, tmp_path, name, right, wrong, check):
     html = (ALONE / f"{name}.html").read_text(encoding="utf-8")
     assert html.count(right) == 1
     (tmp_path / f"{name}.html").write_text(html.replace(right, wrong), encoding="utf-8")
@@ -374,7 +374,7 @@ def test_a_wrong_figure_is_noticed(browser, tmp_path, name, right, wrong, check)
         check(opened.state())
 
 
-def test_a_request_or_an_error_on_the_page_is_noticed(browser, tmp_path):
+def test_a_request_or_an_error_on_the_page_is_detected(browser, tmp_path):
     html = (ALONE / "bias.html").read_text(encoding="utf-8")
     bad = '<img src="http://elsewhere.invalid/x.png"><script>missing();</script></body>'
     (tmp_path / "bias.html").write_text(html.replace("</body>", bad), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The mathematics of the live figures, docs/js/figures/kernel.mjs, against the spec: thousands of cases, in node."""
+"""Mathematics of the live figures, docs/js/figures/kernel.mjs, against the spec: thousands of cases in Node.js."""
 
 import json
 import math
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(NODE is None, reason="needs node")
 
 
 def plain(value):
-    """Return a value as JSON can hold it: conventions by name, numbers that are not finite as words."""
+    """Return a value in JSON types: conventions by name, non-finite numbers as strings."""
     if isinstance(value, Convention):
         return {"convention": value.name}
     if isinstance(value, np.ndarray):
@@ -111,7 +111,7 @@ def bound_cases(rng):
             place = (raw[(0, 0, *key, axis)], reference[(*key, axis)], bound.name, limit[axis])
             yield case("boundPoint", *place, expected=points[(0, 0, *key, axis)])
             yield case("boundSlope", *place, expected=slopes[(0, 0, *key, axis)])
-    # The way back: the raw offset of a point that can be reached, and the largest for one that cannot.
+    # Inverse: the raw offset of a reachable point, and the largest offset for an unreachable one.
     wanted = rng.uniform(-2, 2)
     _, points = bound_offsets(
         np.full_like(raw, wanted), reference, OffsetBound.TANH_CELLS, offset_range=s, convention=convention
@@ -144,7 +144,7 @@ def sampling_cases(rng):
 
 
 def bias_cases(rng):
-    """A table for any map, read by any convention and both resolutions; one point, all queries."""
+    """Cases of a table for any map, read by any convention and both resolutions; one point, all queries."""
     convention, size, built = draw_convention(rng), draw_size(rng), draw_size(rng)
     built = size if rng.integers(2) else built
     resolution = ("fractions", "pixels")[rng.integers(2)]
@@ -152,7 +152,7 @@ def bias_cases(rng):
     table = rng.normal(size=(1, *table_size))
     point = np.array(draw_point(rng, size)) if min(size) > 1 else np.zeros(2)
     points = from_pixels(point, size, convention).reshape(1, 1, 1, 2)
-    # An axis of one pixel has only that pixel in a convention with aligned corners: read what the spec reads.
+    # With aligned corners an axis of one pixel has only that pixel: the table is built for the map's own size.
     pixel = to_pixels(points, size, convention).ravel()
     queries = to_pixels(query_points(size, convention), size, convention).reshape(-1, 2)
     scale = table_scale(table_size, size, convention, resolution)
@@ -168,7 +168,7 @@ def bias_cases(rng):
 
 
 def window_cases(rng):
-    """Where queries are whole pixels, the bias of a key is the sum of four windows of the table."""
+    """Cases with queries on whole pixels, where the bias of a key is a weighted sum of four windows of the table."""
     size, convention = draw_size(rng, smallest=2), (Convention.CELL_CENTER, Convention.PAPER)[rng.integers(2)]
     table = rng.normal(size=(1, *(2 * length - 1 for length in size)))
     point = draw_point(rng, size)
@@ -181,7 +181,7 @@ def window_cases(rng):
 
 
 def cost_cases(rng):
-    """Every system at drawn sizes, term by term."""
+    """Cases of every system at drawn sizes, term by term."""
     size = draw_size(rng, smallest=3, largest=17)
     heads = int(rng.integers(1, 5))
     dim = 2 * heads * int(rng.integers(1, 4))
@@ -219,7 +219,7 @@ def cost_cases(rng):
 
 
 def in_order_of_the_kernel(kind, terms):
-    """The kernel starts with attention (or convolution), and with its order of the rest: only names must agree."""
+    """Return terms in the order of the kernel, which starts with attention (or convolution); the names must agree."""
     order = (
         "convolution",
         "attention",
@@ -256,7 +256,7 @@ def receptive_field_cases(rng):
     yield case("receptiveField", {"kind": "points"}, query, size, points, expected=seen, exact=True)
 
 
-DRAWN = {  # rounds of each
+DRAWN = {  # rounds of each kind
     grid_cases: 120,
     bound_cases: 100,
     sampling_cases: 100,
@@ -288,15 +288,15 @@ def compare(cases, *kernels):
 # ------------------------------------------------------------------------------------------------ tests
 
 
-def test_kernel_of_the_figures_is_the_spec(cases):
-    """To 1e-12, counts and sets exactly; several thousand cases."""
+def test_kernel_of_the_figures_equals_the_spec(cases):
+    """Several thousand cases agree to 1e-12; counts and sets agree exactly."""
     (report,) = compare(cases, KERNEL)
     assert report["failed"] == 0, json.dumps(report["failures"], indent=1)
     assert sum(report["passed"].values()) > 4000
     assert min(report["passed"].values()) >= 100
 
 
-# What the cases do not call by name, but functions that they call do.
+# Functions that the cases call only indirectly.
 WITHIN = {"coordinate", "pitch", "places", "corners", "biasWindows", "symbols", "evaluate", "clip"}
 WITHIN |= {"axisKernel", "axisNeighbors", "axisWindow", "sampledPixels"}
 
@@ -307,7 +307,7 @@ def test_no_function_of_the_kernel_is_left_out(cases):
     assert exported - called == WITHIN
 
 
-WRONG = {  # what is changed in the kernel: (before, after, a function that must notice)
+WRONG = {  # changes of the kernel: (before, after, a function whose cases must fail)
     "axes swapped": ("const [y, x] = point.map", "const [x, y] = point.map", "sample"),
     "left-hand derivative": ("[top, 1 - below, -1]", "[top, 1 - below, below ? -1 : 1]", "sample"),
     "border dropped": ("row < size[0] &&", "row < size[0] - 1 &&", "weightMap"),
@@ -329,11 +329,11 @@ WRONG = {  # what is changed in the kernel: (before, after, a function that must
 }
 
 
-def test_wrong_kernels_are_noticed(cases, tmp_path):
+def test_wrong_kernels_of_the_figures_are_detected(cases, tmp_path):
     text = KERNEL.read_text(encoding="utf-8")
     for name, (before, after, _) in WRONG.items():
         assert text.count(before) == 1, f"{name}: {before!r} is in the kernel {text.count(before)} times"
         (tmp_path / f"{name}.mjs").write_text(text.replace(before, after), encoding="utf-8")
     reports = compare(cases, *(tmp_path / f"{name}.mjs" for name in WRONG))
     for (name, (_, _, function)), report in zip(WRONG.items(), reports, strict=True):
-        assert function in report["functions"], f"{name}: noticed by {report['functions']}"
+        assert function in report["functions"], f"{name}: detected by {report['functions']}"

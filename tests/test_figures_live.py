@@ -1,4 +1,4 @@
-"""The files of the live figures are in step with their sources, and every figure is on a page."""
+"""Live figures: generated files are up to date, and every figure is on a page."""
 
 import importlib.util
 import re
@@ -11,17 +11,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def load(name):
-    """Import a script of docs/figures, which is no package."""
+    """Import a script of docs/figures, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and named tuples look their module up
+    sys.modules[spec.name] = module  # dataclasses and named tuples look up their module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("script", ["live_data", "bundle"])
 def test_written_files_are_what_the_script_would_write(script):
-    """`python docs/figures/live_data.py`, then `python docs/figures/bundle.py` write them anew."""
+    """`python docs/figures/live_data.py`, then `python docs/figures/bundle.py` regenerate them."""
     if script == "live_data":
         pytest.importorskip("PIL")
     for name, content in load(script).outputs().items():

@@ -1,4 +1,4 @@
-"""The released code, recorded: outputs, points, stage features and every gradient, to 1e-9."""
+"""Golden fixtures of the released code: outputs, points, stage features and all gradients agree to 1e-9."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_layer_is_the_released_one(name):
 
 @pytest.mark.parametrize("name", golden_names("module"))
 def test_layer_has_the_released_gradients(name):
-    """The gradients of the input and of every parameter equal autograd's through the released module."""
+    """Gradients of the input and of all parameters equal those of the released module."""
     meta, arrays = load_golden(name)
     layer = DeformableAttention.from_official(meta["ctor"], under("state", arrays), release=meta["release"])
     _, pullback = layer.vjp(arrays["x"])
@@ -94,7 +94,7 @@ def test_backbone_is_the_released_one(name):
 
 @pytest.mark.parametrize("name", ["model22_mini", "model23_mini"])
 def test_released_state_survives_the_round_trip(name):
-    """to_official gives back the released state dict that from_official was given."""
+    """to_official returns the released state dict that was passed to from_official."""
     meta, arrays = load_golden(name)
     state = under("state", arrays)
     model = DAT.from_official(meta["cfg"], state, release=meta["release"])
@@ -115,7 +115,7 @@ def our_name(released_key):
 
 @pytest.mark.parametrize("released_key", official_state_dicts())
 def test_preset_has_exactly_the_released_parameters(released_key):
-    """Names through the mapping, shapes and totals equal the released model's; buffers are not parameters."""
+    """Mapped names, shapes and totals equal those of the released model; buffers are not parameters."""
     released = official_state_dicts()[released_key]
     preset = config(our_name(released_key))
     shapes = dat_shapes(preset)

@@ -1,4 +1,4 @@
-"""The gradient checker itself: shown wrong gradients, it must reject every one."""
+"""Gradient checker: it rejects every wrong gradient."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ from dat_ref.testing.ops import SAMPLER
 
 
 def wrong_sample_vjps():
-    """Return wrong gradients of sampling by name: the kit's, but for those on the lattice, and more."""
+    """Return wrong gradients of sampling by name: those of the kit except on the lattice, and more."""
 
-    def corner_outside_counted(g, x, points_px):  # as if the map went on with its border pixels
+    def corner_outside_counted(g, x, points_px):  # as if the map were padded with its border pixels
         inside = np.clip(points_px, 0, np.asarray(x.shape[2:]) - 1.0)
         edge = bilinear_sample_vjp(g, np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge"), points_px + 1)
         return {"x": sample_vjp(g, x, inside)["x"], "points_px": edge.points_px}
@@ -45,7 +45,7 @@ def wrong_sample_vjps():
 @pytest.mark.parametrize("name", wrong_sample_vjps())
 @pytest.mark.parametrize("seed", range(3))
 def test_checker_rejects_wrong_sampling_gradients(name, seed):
-    """× 1.001, y and x swapped, a border counted or dropped, an input forgotten, NaN: all are found."""
+    """Rejected: × 1.001, y and x swapped, a border counted or dropped, an input forgotten, NaN."""
     points = off_lattice(seed, (2, 6, 2), -0.9, 4.9)
     points[:, 0], points[:, 1] = (-0.4, 1.3), (2.2, 3.6)  # one above the map, one to its right
     inputs = {"x": numbers(seed, 2, 3, 5, 4), "points_px": points}
@@ -67,7 +67,7 @@ WRONG_LAYERS = {
 
 @pytest.mark.parametrize("name", WRONG_LAYERS)
 def test_checker_rejects_scaled_layer_gradients(name):
-    """A layer gradient that is off by a thousandth is found."""
+    """A layer gradient with a relative error of 0.001 is rejected."""
     case = layer_example()
     check_layer(case)
     with pytest.raises(WrongGradient):
@@ -107,7 +107,7 @@ MISTAKES = [forget_bias, swap_points, forget_sampling, forget_pixel_scale, forge
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_checker_rejects_forgotten_paths(mistake, monkeypatch):
-    """A forgotten path through the bias or the samples, swapped points, a lost scale or slope: all are found."""
+    """Rejected: a forgotten path through the bias or the samples, swapped points, a lost scale or slope."""
     case = layer_example()
     mistake(dat_ref.layer, monkeypatch)
     with pytest.raises(WrongGradient, match=r"offset_network|query|x:"):
@@ -115,7 +115,7 @@ def test_checker_rejects_forgotten_paths(mistake, monkeypatch):
 
 
 def test_checker_rejects_a_wrong_shape():
-    """A gradient that would only broadcast to its input is refused."""
+    """A gradient that would only broadcast to its input is rejected."""
     inputs = {"x": numbers(0, 2, 3), "weight": numbers(1, 3)}
     with pytest.raises(WrongGradient, match=r"weight: expected shape \(3,\), got \(1, 3\)"):
         check_vjp(
@@ -127,12 +127,12 @@ def test_checker_rejects_a_wrong_shape():
 
 
 def test_kink_distance_sees_the_lattice_and_the_clamp():
-    """The guard of these tests is itself shown points on the lattice, at the clamp's edge, and clear of both."""
-    still = DeformableAttentionConfig(4, 2, kernel_size=3, size=(3, 5), offset_bound=OffsetBound.CLAMP)
-    params = random_params(deformable_shapes(still), np.random.default_rng(0))
+    """The kink distance is zero for points on the lattice or at the clamp's edge, and positive elsewhere."""
+    config = DeformableAttentionConfig(4, 2, kernel_size=3, size=(3, 5), offset_bound=OffsetBound.CLAMP)
+    params = random_params(deformable_shapes(config), np.random.default_rng(0))
     params["offset_network"]["pointwise"]["weight"][:] = 0
-    _, trace = deformable_layer(numbers(0, 1, 4, 3, 5), params, still)
-    assert kink_distance(trace, still, (5, 9)) < 1e-14
+    _, trace = deformable_layer(numbers(0, 1, 4, 3, 5), params, config)
+    assert kink_distance(trace, config, (5, 9)) < 1e-14
     held = DeformableAttentionConfig(
         4, 2, kernel_size=3, bias=BiasKind.NONE, offset_bound=OffsetBound.CLAMP, convention=Convention.DATPP2023,
         stride=3,

@@ -23,7 +23,7 @@ from dat_ref.params import flatten, unflatten
 
 @given(map_sizes(), seeds, st.booleans())
 def test_linear(size, seed, biased):
-    """linear, with and without a bias, on maps and on rows."""
+    """Linear layer, with and without a bias, on maps and on rows."""
     inputs = {"x": numbers(seed, 2, 3, *size), "weight": numbers(seed + 1, 4, 3)}
     if biased:
         inputs["bias"] = numbers(seed + 2, 4)
@@ -111,7 +111,7 @@ def test_sampling(size, seed):
 
 @given(map_sizes(), seeds)
 def test_sampling_on_the_lattice_is_right_handed(size, seed):
-    """At whole positions, the border's too, the gradient of the points is the one-sided one towards larger y and x."""
+    """At integer positions, including the border, the gradient of the points is one-sided, towards larger y and x."""
     rng = rng_of(seed)
     points = rng.integers(-2, np.asarray(size) + 2, (2, 6, 2)).astype(np.float64)
     inputs = {"x": numbers(seed, 2, 3, *size), "points_px": points}
@@ -124,7 +124,7 @@ def test_sampling_on_the_lattice_is_right_handed(size, seed):
 
 
 def test_on_the_lattice_the_left_hand_slope_differs():
-    """The kink is real: at pixel 1 of [0, 1, 3] the slope is 2 to the right and 1 to the left; the rule says 2."""
+    """At pixel 1 of [0, 1, 3] the slope is 2 to the right and 1 to the left; the rule gives 2."""
     x, point = np.array([0.0, 1.0, 3.0]).reshape(1, 1, 1, 3), np.array([[[0.0, 1.0]]])
     grads = bilinear_sample_vjp(np.ones((1, 1, 1)), x, point)
     assert grads.points_px[0, 0, 1] == 2.0
@@ -149,7 +149,7 @@ def test_to_pixels(convention, size, seed):
 
 @given(conventions, map_sizes(smallest=2), st.sampled_from(list(OffsetBound)), seeds)
 def test_bounds(convention, keys, bound, seed):
-    """Every bound; the clamp with points well inside and well outside."""
+    """Every bound of the offsets; the clamp with points well inside and well outside."""
     reference = grid.reference_points(keys, convention)
     raw = numbers(seed, 2, 2, *keys, 2)
     raw[np.abs(np.abs(reference + raw) - 1) < MARGIN] += 5 * MARGIN
@@ -163,7 +163,7 @@ def test_bounds(convention, keys, bound, seed):
 
 
 def test_clamp_on_its_edge_has_the_inner_slope():
-    """Exactly at ±1 the gradient passes, as in torch's clamp; differences taken inwards agree, outwards are zero."""
+    """Exactly at ±1 the clamp passes the gradient, as torch does: inward differences agree, outward ones are zero."""
     reference = np.zeros((1, 1, 2))
     options = {"offset_range": 0.0, "convention": Convention.PAPER}
     raw = np.array([1.0, -1.0]).reshape(1, 1, 1, 1, 2)
@@ -213,7 +213,7 @@ def table_inputs(seed, size, built, convention, resolution, samples=3):
 
 @given(conventions, map_sizes(), map_sizes(), st.sampled_from(["fractions", "pixels"]), seeds)
 def test_table(convention, size, built, resolution, seed):
-    """The table, to its entries and to the points, of this and of other sizes, displacements beyond it included."""
+    """The table bias, to its entries and to the points, for this and other map sizes, also outside the table."""
     options = {"query_size": size, "convention": convention, "resolution": resolution}
     check_vjp(
         lambda **i: bias.table_bias(**i, **options),
@@ -227,8 +227,8 @@ def test_table(convention, size, built, resolution, seed):
 def test_table_on_the_lattice_is_left_handed_in_the_points(convention, size, seed):
     """The rule is right-handed in the displacement q - p̃, so on the lattice towards smaller y and x in the points.
 
-    A pixel is not a round number of normalised coordinates: the points start a rounding error before the lattice, where
-    finite differences of 1e-5 cannot tell.
+    Pixels have no exact normalised coordinates: the points start a rounding error before the lattice, far less than
+    the steps of 1e-5 of the finite differences.
     """
     points = grid.reference_points(size, convention).reshape(1, 1, -1, 2) - 1e-13
     inputs = {"table": numbers(seed, 2, 2 * size[0] - 1, 2 * size[1] - 1), "points": points}

@@ -71,7 +71,7 @@ def compare(found, expected, tolerance=1e-11):
 
 @given(seeds)
 def test_sampling_against_grid_sample_on_the_lattice(seed):
-    """Values and both gradients are grid_sample's, on the lattice as well, where sizes make its arithmetic exact."""
+    """Values and both gradients equal grid_sample's; also on the lattice for sizes that make its arithmetic exact."""
     height, width = 5, 3  # H - 1 powers of two
     rng = np.random.default_rng(seed)
     whole = rng.integers(-1, [height + 1, width + 1], (1, 8, 2)).astype(np.float64)
@@ -112,7 +112,7 @@ def test_layer_against_autograd(bias_kind, data):
 
 @given(window_cases(batches=(1, 2), largest=5))
 def test_windows_against_autograd(case):
-    """Window attention's gradients equal autograd through dense attention with the scalar rule's mask."""
+    """Gradients of window attention equal autograd through dense attention with the mask of the scalar rule."""
 
     config, (height, width), window = case.config, case.size, case.config.window_size
     pixels = list(np.ndindex(height, width))
@@ -139,7 +139,7 @@ def test_windows_against_autograd(case):
 
 @given(neighborhood_cases(batches=(1, 2), largest=5))
 def test_neighborhoods_against_autograd(case):
-    """Neighborhood attention's gradients equal autograd through dense attention on the (padded) map."""
+    """Gradients of neighborhood attention equal autograd through dense attention on the (padded) map."""
 
     config, kernel = case.config, case.config.kernel_size
     small = [max(kernel - length, 0) if config.small_map == "pad" else 0 for length in case.size]
@@ -173,7 +173,7 @@ def compare_attention(case, run):
 
 
 def test_window_rule_of_the_autograd_test_is_the_oracles():
-    """The oracle's windows are what the dense mask above describes: the released shift is half a window, rounded up."""
+    """The dense mask above equals the oracle's windows; the released shift is half a window, rounded up."""
     x = numbers(0, 1, 4, 5, 7)
     config = WindowAttentionConfig(4, 2, 3, shift=2)
     params = random_params(ATTENTIONS[WindowAttentionConfig].shapes(config), np.random.default_rng(0))

@@ -1,5 +1,7 @@
 """The hand-written gradients of layers, blocks and backbones, to their input and to every parameter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.backbones import tiny, tiny_params
@@ -28,7 +30,7 @@ def test_layer(bias_kind, data):
 
 @pytest.mark.parametrize("convention", [Convention.CELL_CENTER, Convention.PAPER], ids=lambda c: c.name)
 def test_layer_on_the_lattice_is_right_handed(convention):
-    """Zero offsets start on the lattice; along weights that push every point down and right the gradient holds."""
+    """At zero offset, on the lattice, the gradient holds along weights that move every point down and right."""
     config = example_config(convention, bias=BiasKind.NONE, offset_bound=OffsetBound.RAW)
     x, params = example_input(config)
     params["offset_network"]["pointwise"]["weight"][:] = 0
@@ -38,7 +40,7 @@ def test_layer_on_the_lattice_is_right_handed(convention):
     assert lattice_distance(trace.points_px) < 1e-14
     fixed = flatten(params)
     name = "offset_network.pointwise.weight"
-    # Rounding leaves some references a hair before their pixel; the push puts all of them on the same side.
+    # Rounding puts some references slightly before their pixel; the move puts all of them on the same side.
     start = np.full((2, config.group_dim), 1e-13)
 
     def forward(weight):
@@ -59,7 +61,7 @@ def test_layer_on_the_lattice_is_right_handed(convention):
 
 @given(window_cases(batches=(1, 2), largest=5))
 def test_windows(case):
-    """Window and shifted-window attention, filling and seams included."""
+    """Window and shifted-window attention, including padding and seams."""
     check_attention(case)
 
 
@@ -111,8 +113,8 @@ def deformable_traces(trace):
 
 
 def backbone_off_kinks(release, size, margin):
-    """Return a small backbone's config, its parameters and an image whose pass stays clear of all kinks."""
-    changes = {"log_cpb": [False] * 4} if release == "datpp2023" else {}  # its rectified units are too many to miss
+    """Return configuration, parameters and image of a small backbone whose forward pass avoids all kinks."""
+    changes = {"log_cpb": [False] * 4} if release == "datpp2023" else {}  # too many rectified units
     config = tiny(release, num_classes=3, **changes)
     for seed in range(100):
         params, x = tiny_params(config, seed), numbers(seed, 1, 3, *size)
@@ -124,13 +126,15 @@ def backbone_off_kinks(release, size, margin):
             distance = min(distance, kink_distance(layer_trace, layer, None if table is None else table.shape[1:]))
         if distance > margin:
             return config, params, x
-    raise AssertionError("no seed stays clear of the kinks")
+    raise AssertionError("no seed away from kinks")
 
 
 @pytest.mark.parametrize(("release", "size"), [("cvpr2022", (41, 67)), ("datpp2023", (36, 65))])
-def test_backbone(release, size):
+@pytest.mark.parametrize("global_pool", ["avg", ""])
+def test_backbone(release, size, global_pool):
     """A whole small backbone of each release, to the image and to all parameters at once."""
     config, params, x = backbone_off_kinks(release, size, 1e-4)
+    config = replace(config, global_pool=global_pool)
 
     def vjp(cotangent, x, **leaves):
         _, pullback = DAT(config, unflatten(leaves)).vjp(x)

@@ -1,4 +1,4 @@
-"""Models rewritten for inference: the same outputs within the error budget, and a refusal of what they cannot do."""
+"""Models rewritten for inference: the same outputs within the error budget, errors for unsupported models."""
 
 import copy
 import pickle
@@ -20,12 +20,12 @@ from dat_ref.peers.matching import replace_attention  # noqa: E402
 from dat_ref.torch import inference  # noqa: E402
 from dat_ref.torch.inference import PackedLinear, optimize_for_inference  # noqa: E402
 
-if inference._unsupported_reason(nn.Linear(2, 2)):
-    pytest.skip("torch has no packed products here", allow_module_level=True)
+if inference.unsupported_reason(nn.Linear(2, 2)):
+    pytest.skip("torch has no packed products on this machine", allow_module_level=True)
 
 
 def random_model(config: DATConfig, seed: int, kind: type[dt.DAT] = dt.DAT) -> dt.DAT:
-    """Return a backbone whose every parameter is random: no factor is 1 and no bias 0."""
+    """Return a backbone with random parameters, so that no factor is 1 and no bias 0."""
     torch.manual_seed(seed)
     model = kind(config).eval()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def outputs(model, x):
 
 
 def assert_as_good(fast, model, x):
-    """Raise unless a rewritten model is about as good as the model it was made of, with float64 as the truth."""
+    """Raise unless a rewritten model is about as accurate as the original, measured against float64."""
     truth = outputs(copy.deepcopy(model).double(), x.double())
     got, plain = (outputs(each, x) for each in (fast, model))
     assert got.dtype == plain.dtype == x.dtype
@@ -66,7 +66,7 @@ def test_any_size_gives_the_same(release, batch, height, width, seed):
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_whole_windows_are_the_core_with_its_points_on_pixels(kernels):
-    """By the core's kernels where they are, by torch's attention where they are not."""
+    """Whole windows run in the core's kernels where available, otherwise in torch's attention."""
     model = random_model(tiny("cvpr2022"), 4)
     fast = optimize_for_inference(model)
     windows = [module for module in fast.modules() if isinstance(module, inference.FastWindowAttention)]
@@ -82,12 +82,12 @@ def test_whole_windows_are_the_core_with_its_points_on_pixels(kernels):
 @pytest.mark.parametrize("release", RELEASES)
 def test_half_precision_gives_the_same(release):
     if not inference._supports_packing(torch.bfloat16):
-        pytest.skip("no packed products in bfloat16 here")
+        pytest.skip("no packed products in bfloat16 on this machine")
     model = random_model(tiny(release), 1).to(torch.bfloat16)
     assert_as_good(optimize_for_inference(model), model, torch.randn(2, 3, 67, 98).to(torch.bfloat16))
 
 
-def test_a_wrong_rewriting_is_seen(model):
+def test_a_wrong_rewriting_is_detected(model):
     """A layer scale folded twice, an identity left out, a GELU left out."""
     x = torch.randn(2, 3, 67, 98)
     assert_as_good(optimize_for_inference(model), model, x)
@@ -134,7 +134,7 @@ def test_features(release):
 
 
 def test_every_released_projection_is_packed():
-    """What is left are the head, and the offset networks' last layer, which runs in float32 or wider."""
+    """Only the head and the last layer of the offset networks (float32 or wider) are not packed."""
     fast = optimize_for_inference(dt.create_model("dat_pp_tiny", num_classes=10).eval())
     left = {name.rpartition(".")[2] for name, module in fast.named_modules() if type(module) is nn.Linear}
     assert left == {"head", "pointwise"}
@@ -163,7 +163,7 @@ def test_other_attentions_in_its_place(attention):
     torch.testing.assert_close(outputs(optimize_for_inference(model), x), outputs(model, x), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ a copy of its own
+# ------------------------------------------------------------------------------------------------ copies
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -184,7 +184,7 @@ def test_a_copy_and_a_pickle_give_the_same(model):
         assert torch.equal(outputs(again, x), outputs(fast, x))
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def test_a_training_model_is_refused(model):
@@ -202,7 +202,7 @@ def test_a_training_model_is_refused(model):
         ("trace", lambda fast, x: fast(x, return_trace=True)),
     ],
 )
-def test_what_it_cannot_do_is_refused(model, what, attempt):
+def test_unsupported_models_are_rejected(model, what, attempt):
     fast = optimize_for_inference(model)
     with pytest.raises(RuntimeError, match=re.escape(what)):
         attempt(fast, torch.randn(1, 3, 64, 96))

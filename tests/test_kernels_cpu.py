@@ -1,6 +1,6 @@
-"""The Numba kernels called as a whole: results, memory, threads, number formats; see also `test_kernels_cpu_parts`.
+"""Numba kernels as a whole: results, memory, threads, dtypes; see also `test_kernels_cpu_parts`.
 
-That the kernels agree with the spec on drawn cases is tested with the other backends, in `test_backends`.
+Agreement with the spec on drawn cases is tested with the other backends, in `test_backends`.
 """
 
 import inspect
@@ -81,8 +81,8 @@ def test_results_are_the_specs(case, convention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_memory_that_comes_with_nan_in_it_does_no_harm(dtype):
-    """PyTorch fills new memory with NaN when it is told to be deterministic: results and scratch memory alike."""
+def test_nan_in_uninitialized_memory_is_harmless(dtype):
+    """Results and scratch memory may contain NaN, with which PyTorch fills new memory in deterministic mode."""
     for case in CASES:
         data, how, _ = example(**case, dtype=dtype)
         usual = results(data, how)
@@ -98,7 +98,7 @@ def test_memory_that_comes_with_nan_in_it_does_no_harm(dtype):
 
 @pytest.fixture
 def guards(monkeypatch):
-    """What lies around each piece of scratch memory, which was sevens."""
+    """Return the guard elements around each piece of scratch memory, which were set to 7."""
     pieces, margin = [], 4096
 
     def guarded(size, **options):
@@ -116,7 +116,7 @@ def untouched(guards):
 
 @pytest.mark.parametrize("case", [*CASES, {"size": (40, 1)}, {"size": (1, 33)}])
 def test_no_memory_beyond_the_scratch_is_touched(guards, case):
-    """Wherever the points are, and be they no numbers."""
+    """Points anywhere, also NaN, cause no access outside the scratch memory."""
     data, how, _ = example(**case, dtype=torch.float32)
     for place in (-1e30, float("inf"), float("nan"), -2.0 * BLOCK_M, 2.0 * BLOCK_M):
         data["origin"][..., ::2, :] = place
@@ -125,7 +125,7 @@ def test_no_memory_beyond_the_scratch_is_touched(guards, case):
     assert untouched(guards)
 
 
-def test_less_scratch_memory_than_a_kernel_needs_is_noticed(guards, monkeypatch):
+def test_too_little_scratch_memory_is_detected(guards, monkeypatch):
     run = launch.run
     monkeypatch.setattr(
         launch, "run", lambda kernel, fields, dtype, packed, *rest: run(
@@ -149,8 +149,8 @@ def test_far_points_have_no_bias_and_no_gradient_and_nan_stays_nan():
     assert all(each.isnan().all() for each in (out, lse, grads[0]))
 
 
-def test_any_strides_and_results_that_lie_as_the_inputs_do():
-    """Heads inside of rows, as a linear layer leaves them; a transposed last axis; an expanded cotangent."""
+def test_any_strides_and_results_with_the_strides_of_the_inputs():
+    """Inputs with interleaved heads (the output of a linear layer), a transposed last axis, an expanded cotangent."""
     data, how, _ = example(batch=2, dtype=torch.float32)
     usual = results(data, how)
     for name in ("q", "k", "v"):
@@ -182,7 +182,7 @@ def test_half_precision_is_computed_in_single():
 
 @pytest.mark.parametrize("case", [*CASES, {"size": (40, 23), "samples": 30, "heads": 1}])
 def test_bfloat16_is_computed_as_if_it_had_been_converted(case, threads):
-    """Results but for their last digit; from tensors of any strides, also those summed over splits by two threads."""
+    """Results agree up to the last digit, for any strides, also if two threads sum over splits."""
     threads(2)
     data, how, _ = example(**case, dtype=torch.bfloat16)
     data |= {name: data[name].float() for name in ("origin", "table")}
@@ -220,7 +220,7 @@ def test_neighborhoods_in_bfloat16_are_computed_as_if_they_had_been_converted(si
         torch.testing.assert_close(ours.float(), theirs, rtol=digit, atol=1e-6 * float(theirs.abs().max() + 1))
 
 
-def test_no_images_no_work():
+def test_empty_batch_launches_no_work():
     data, how, _ = example(batch=0)
     out, lse, *grads = results(data, how)
     assert (out.shape, lse.shape) == ((0, 2, 35, 6), (0, 2, 35))
@@ -251,7 +251,7 @@ def test_code_is_compiled_once_for_all_sizes(monkeypatch):
     assert launch.compile_kernel.cache_info().misses == misses
 
 
-def test_a_change_to_any_file_that_a_kernel_uses_compiles_it_anew(monkeypatch):
+def test_a_change_to_any_file_of_a_kernel_recompiles_it(monkeypatch):
     usual, source = launch._source_digest(deformable.__name__), inspect.getsource
     for module in (deformable, bias, tiles, vectors, tiling):
         changed = {module: source(module) + "\n"}

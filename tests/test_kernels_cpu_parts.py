@@ -1,4 +1,4 @@
-"""What the Numba kernels are made of: vectors, tiles, bfloat16, the bias, the tiling, and the machine code."""
+"""Parts of the Numba kernels: vectors, tiles, bfloat16, bias, tiling and machine code."""
 
 import re
 
@@ -75,7 +75,7 @@ def test_exp2_is_right_to_the_last_digits_and_keeps_nan(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_log2_is_right_to_the_last_digits_and_makes_no_number_of_what_is_none(dtype):
+def test_log2_is_right_to_the_last_digits_and_keeps_nan(dtype):
     x = np.exp2(np.linspace(-20, 20, 1600)).astype(dtype)
     out = np.empty_like(x)
     _logarithms(x, out)
@@ -149,29 +149,29 @@ def _narrow(numbers, bits, source, count):
 
 
 def all_bfloat16():
-    """Return every number that there is."""
+    """Return all bfloat16 numbers."""
     return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bfloat16_is_read_as_what_it_is(dtype):
+def test_every_bfloat16_is_read_exactly(dtype):
     given = all_bfloat16()
     read = np.full(len(given), 7, dtype)
     _widen(np.empty(0, dtype), given.view(torch.int16).numpy().view(np.uint16), read, len(given))
     columns = np.arange(len(given)) % WIDE < WIDE - 3
-    with np.errstate(all="ignore"):  # the largest ones, doubled; NaN
+    with np.errstate(all="ignore"):  # twice the largest ones are infinite; NaN
         np.testing.assert_array_equal(read[columns], dtype(2) * given.float().numpy().astype(dtype)[columns])
-    assert (read[~columns] == 7).all()  # behind the end of a row
+    assert (read[~columns] == 7).all()  # after the end of a row
 
 
 def between_bfloat16():
-    """Return numbers beside and between all there are: a tie goes to the even one, or to infinity."""
+    """Return float32 numbers next to and halfway between all bfloat16 numbers; ties round to even, or to infinity."""
     each = all_bfloat16().view(torch.int16).int() << 16
     return torch.cat([each | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
 
 
 def narrowed(given, dtype):
-    """Return what is written of twice some numbers, and whether it is that at a column of a row."""
+    """Return twice some numbers as written in bfloat16, and whether they are written at the right column of a row."""
     source = (2 * given.double()).to(dtype).numpy()
     bits = np.full(len(source), 7, np.uint16)
     _narrow(np.empty(0, source.dtype), bits, source, len(source))
@@ -188,7 +188,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it(dtype):
     expected = given.to(torch.bfloat16)
     torch.testing.assert_close(written[columns], expected[columns], rtol=0, atol=0, equal_nan=True)
     assert (written.view(torch.int16)[~columns] == 7).all()
-    cut_off = (given.view(torch.int32) & ~0xFFFF).view(torch.float32)  # what rounds towards 0 is noticed
+    cut_off = (given.view(torch.int32) & ~0xFFFF).view(torch.float32)  # rounding towards 0 is detected
     assert (written.float() != cut_off)[columns & given.isfinite().numpy()].any()
 
 
@@ -213,7 +213,7 @@ POINTS = np.array([[1.3, 2.6], [0, 0], [-1.25, 21.5], [3, -11.75], [-30, 4], [2,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", TILES)
 def test_bias_and_its_gradients_are_those_of_bilinear_samples(kind, tile):
-    """Of a table that has nothing to do with the size of the map."""
+    """The table may have any size, independent of the map."""
     rng = np.random.default_rng(2)
     table, step = rng.standard_normal((5, 27)), KINDS[kind]
     tiled = tiling.make_tiling(1, 1, (3, 23), table.shape, 1)
@@ -268,10 +268,10 @@ def machine_code(function):
 
 
 def objections(code, sums):
-    """Return what keeps a product from running at full speed: packed multiply-adds, in registers, and no others.
+    """Return the reasons why a product does not run at full speed, in packed multiply-adds on registers only.
 
     Args:
-        sums: numbers that are summed at the same time.
+        sums: number of sums accumulated at the same time.
     """
     registers, lanes = ("zmm", 16) if vectors._HAS_AVX512 else ("ymm", 8)
     fused = re.compile(rf"\tvfn?madd\d+ps\t.*%{registers}")
@@ -291,7 +291,7 @@ def objections(code, sums):
 
 @pytest.mark.skipif("+avx2" not in vectors.cpu_target.target_context.codegen().magic_tuple()[2], reason="not AVX2")
 def test_products_run_on_whole_registers():
-    """As loops over scalars, which look innocent, the same product runs ten times slower: it must be objected to."""
+    """The counter-example is the same product as loops over scalars, ten times slower."""
     assert objections(machine_code(_wide_product), 4 * WIDE) == []
     assert objections(machine_code(_outer_product), 4 * PAIR) == []
     assert objections(machine_code(_scalar_product), 4 * WIDE) != []

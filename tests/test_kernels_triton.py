@@ -1,7 +1,7 @@
-"""The Triton kernels: they agree with the spec, they compile without a GPU, and what the compiler makes of them.
+"""Triton kernels: agreement with the spec, compilation without a GPU, quality of the machine code.
 
-Whether Triton interprets or compiles is decided once in a process, when it is imported. Here it compiles; the
-comparison with the spec, `triton_kernels.py`, runs in a process of its own.
+Importing Triton fixes whether a process interprets or compiles. This process compiles; the comparison with the spec,
+`triton_kernels.py`, runs in a separate process.
 """
 
 import os
@@ -18,11 +18,11 @@ pytest.importorskip("triton")
 
 CHECKS = Path(__file__).with_name("triton_kernels.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, and TRITON_INTERPRET is set")
+compiles = pytest.mark.skipif(INTERPRETED, reason="needs compilation, but TRITON_INTERPRET is set")
 
 
 def run_checks(**environment):
-    """Run the comparison with the spec; raise with what it printed unless all passed."""
+    """Run the comparison with the spec; unless all tests pass, raise with its output."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
     options = {"cwd": CHECKS.parents[1], "env": {**os.environ, **environment}, "timeout": 1200}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
@@ -37,7 +37,7 @@ def test_kernels_agree_with_the_spec_in_the_interpreter():
 @compiles
 @pytest.mark.gpu
 def test_kernels_agree_with_the_spec_on_a_device():
-    """The same, and larger shapes in half precision, as machine code."""
+    """Compiled kernels agree on a device, also for larger shapes in half precision."""
     run_checks()
 
 
@@ -45,7 +45,7 @@ def test_kernels_agree_with_the_spec_on_a_device():
 
 
 class Compiler:
-    """Stands in for a kernel: compiles what would be launched, for a GPU that need not be there."""
+    """Stand-in for a kernel that compiles each launch for a GPU that need not exist."""
 
     def __init__(self, kernel, capability, compiled):
         self.kernel, self.capability, self.compiled = kernel, capability, compiled
@@ -78,7 +78,7 @@ class Compiler:
 
     @staticmethod
     def type_of(value):
-        """Return what Triton calls the type of an argument."""
+        """Return Triton's name for the type of an argument."""
         if torch.is_tensor(value):
             names = {torch.int32: "i32", torch.int64: "i64", torch.float16: "fp16", torch.bfloat16: "bf16"}
             return "*" + names.get(value.dtype, "fp32")
@@ -86,7 +86,7 @@ class Compiler:
 
 
 def compile_kernels(attention, dtype, capability, *, depth=32, step=(1.0, 1.0), deterministic=True):
-    """Return what an attention would launch, forward and backward, by name."""
+    """Return the compiled kernels of an attention, forward and backward, by name."""
     from dat_ref.torch.kernels.gpu import deformable, lookup, neighborhood, table_gradient
 
     size, heads = (14, 15), 4
@@ -113,7 +113,7 @@ def compile_kernels(attention, dtype, capability, *, depth=32, step=(1.0, 1.0), 
 
 @cache
 def tool(name):
-    """Return the path of one of the tools that Triton brings."""
+    """Return the path of a tool that is part of Triton."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -127,7 +127,7 @@ def disassemble(kernel, folder):
 
 
 def assert_sound(compiled, dtype, capability, folder):
-    """Products on tensor cores, shared memory that every device has, and next to nothing in local memory."""
+    """Assert products on tensor cores, limited shared memory, and almost no local memory."""
     instruction_in_line = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.M)
     for name, kernel in compiled.items():
         instructions = instruction_in_line.findall(disassemble(kernel, folder))
@@ -145,7 +145,7 @@ def assert_sound(compiled, dtype, capability, folder):
 @compiles
 @pytest.mark.parametrize("attention", ["deformable", "neighborhood"])
 def test_kernels_compile_for_hopper(attention, tmp_path, monkeypatch):
-    """Heads of 32 in bfloat16, as the models have them under autocast, for sm_90."""
+    """The kernels compile for sm_90 with heads of 32 in bfloat16, as in the models under autocast."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled = compile_kernels(attention, torch.bfloat16, 90)
     only_there = {"_fill_cells", "_locate_keys", "_collect"} if attention == "deformable" else set()
@@ -158,7 +158,7 @@ def test_kernels_compile_for_hopper(attention, tmp_path, monkeypatch):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
-    """All depths, steps and ways to the table's gradient, for Ampere and Hopper."""
+    """All head depths, query spacings and forms of the table's gradient compile for Ampere and Hopper."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for depth in (32, 64) if dtype is torch.float32 else (32, 64, 128):
         assert_sound(compile_kernels("neighborhood", dtype, capability, depth=depth), dtype, capability, tmp_path)
@@ -175,7 +175,7 @@ class Poor:
     asm = {"ptx": "fma.rn.f32 %f1, %f2, %f3, %f4;", "cubin": b""}  # noqa: RUF012
 
     class metadata:
-        """As much shared memory as a test says."""
+        """Metadata with the shared memory that a test sets."""
 
         shared = 0
 
@@ -190,8 +190,8 @@ class Poor:
         ([], 0, "_forward"),
     ],
 )
-def test_the_check_sees_poor_machine_code(listing, shared, message, monkeypatch, tmp_path):
-    """It is shown spilled registers, much shared memory, products that tensor cores do not make, and nothing at all."""
+def test_the_check_rejects_poor_machine_code(listing, shared, message, monkeypatch, tmp_path):
+    """The check rejects spilled registers, much shared memory, products without tensor cores, and empty code."""
     lines = "\n".join(f"        /*{16 * place:04x}*/                   {line} ;" for place, line in enumerate(listing))
     monkeypatch.setitem(globals(), "disassemble", lambda kernel, folder: lines)
     monkeypatch.setattr(Poor.metadata, "shared", shared)

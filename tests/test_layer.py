@@ -1,4 +1,4 @@
-"""The deformable layer as a whole: against scalar loops, its symmetries, its extremes, its precision."""
+"""Deformable layer: agreement with scalar loops, symmetries, limiting cases, precision."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_named_checks(check):
 @pytest.mark.parametrize("convention", list(Convention), ids=lambda convention: convention.name)
 @given(data=st.data())
 def test_equals_scalar_loops(convention, data):
-    """All bounds, biases, groups and strides: every intermediate and the output equal the oracle's."""
+    """Every intermediate and the output equal the oracle's, for all bounds, biases, groups and strides."""
     case = data.draw(layer_cases(among=[convention]))
     layer_matches_oracle(deformable_layer, case.x(), case.params(), case.config)
 
@@ -37,7 +37,7 @@ def test_equals_scalar_loops(convention, data):
 
 
 def windows_are_symmetric(case, axis):
-    """Return whether the offset network's windows look the same from both ends of an axis."""
+    """Return whether the windows of the offset network are symmetric about the center of an axis."""
     config = case.config
     before = offset_padding(case.size, config.kernel_size, config.stride, config.convention)[axis][0]
     reach = (case.keys[axis] - 1) * config.stride + config.kernel_size
@@ -46,10 +46,10 @@ def windows_are_symmetric(case, axis):
 
 @given(layer_cases(among=[CC, PAPER, CVPR], strides=(1, 2, 3)), st.integers(0, 1))
 def test_flips_commute_where_windows_are_symmetric(case, axis):
-    """Map, kernels, table and the sign of the offsets flipped together flip the output.
+    """Flipping map, kernels, table and the sign of the offsets flips the output.
 
-    In CELL_CENTER, PAPER and CVPR2022, wherever the offset network's windows are symmetric about the center of the map:
-    for odd kernels at stride 1, and for any kernel and stride if the windows reach equally far past both ends.
+    In CELL_CENTER, PAPER and CVPR2022 this holds if the windows of the offset network are symmetric about the center
+    of the map: for odd kernels at stride 1, and for any kernel and stride if windows extend equally past both ends.
     """
     moves = case.config.offset_bound is not OffsetBound.NONE
     assume(not moves or windows_are_symmetric(case, axis))
@@ -60,7 +60,7 @@ def test_flips_commute_where_windows_are_symmetric(case, axis):
 
 
 def flip_error(config, size):
-    """Return by how much the layer misses commuting with a vertical flip."""
+    """Return the largest difference between the flipped output and the output of the flipped input."""
     x = numbers(0, 1, config.dim, *size)
     params = random_params(deformable_shapes(config), np.random.default_rng(1))
     flipped, trace = deformable_layer(x, params, config)
@@ -70,16 +70,16 @@ def flip_error(config, size):
 
 
 def test_flips_do_not_commute_with_the_2023_release():
-    """Its references are shifted down and right, so even without offsets the flip is missed by far."""
-    still = {"offset_bound": OffsetBound.NONE, "size": (5, 3)}
-    assert flip_error(example_config(PP, **still), (5, 3)) > 0.1
-    assert flip_error(example_config(CVPR, **still), (5, 3)) < 1e-12
+    """The references of the 2023 release are shifted down and right, so the flip fails even without offsets."""
+    no_offsets = {"offset_bound": OffsetBound.NONE, "size": (5, 3)}
+    assert flip_error(example_config(PP, **no_offsets), (5, 3)) > 0.1
+    assert flip_error(example_config(CVPR, **no_offsets), (5, 3)) < 1e-12
 
 
 @pytest.mark.parametrize(
     ("convention", "stride", "kernel", "size", "commutes"),
     [
-        (CVPR, 2, 3, (9, 5), True),  # (H - 1) is a multiple of the stride: windows reach both ends alike
+        (CVPR, 2, 3, (9, 5), True),  # (H - 1) is a multiple of the stride: windows extend equally past both ends
         (CVPR, 2, 3, (8, 6), False),  # windows start at pixel -1 and end at pixel 7, the last one
         (CC, 2, 4, (8, 6), True),  # even kernel on whole cells: windows centered on the cells
         (CC, 2, 3, (8, 6), False),  # odd kernel on even cells: half a pixel too early
@@ -89,14 +89,14 @@ def test_flips_do_not_commute_with_the_2023_release():
     ],
 )
 def test_flips_commute_exactly_where_windows_are_symmetric(convention, stride, kernel, size, commutes):
-    """The flip is missed where the offset network sees the two ends of the map differently, and nowhere else."""
+    """The flip commutes exactly if the offset network treats both ends of the map equally."""
     config = example_config(convention, stride=stride, kernel_size=kernel, size=size)
     assert bool(flip_error(config, size) < 1e-11) == commutes
 
 
 @given(layer_cases())
 def test_transposition_commutes_in_every_convention(case):
-    """Exchanging y and x everywhere exchanges them in the output: no convention favours an axis."""
+    """Exchanging y and x everywhere exchanges them in the output, in every convention."""
     x, params = case.x(), case.params()
     turned = transpose(params, case.config, case.size, case.keys)
     y, _ = deformable_layer(x.swapaxes(2, 3), turned, transposed_config(case.config))
@@ -104,8 +104,8 @@ def test_transposition_commutes_in_every_convention(case):
 
 
 @given(layer_cases(batches=(2,)))
-def test_images_of_a_batch_do_not_meet(case):
-    """A batch gives what its images give one by one."""
+def test_images_of_a_batch_are_independent(case):
+    """The output of a batch equals the outputs of its images one by one."""
     x, params = case.x(), case.params()
     y, _ = deformable_layer(x, params, case.config)
     for image in range(2):
@@ -113,7 +113,7 @@ def test_images_of_a_batch_do_not_meet(case):
 
 
 def test_dense_projections_mix_groups():
-    """Moving group 1's points changes the keys of group 0's heads: W_k and W_v are dense, as in both releases."""
+    """Moving the points of group 1 changes the keys of group 0's heads, because W_k and W_v are dense."""
     config = example_config(CC)
     x, params = example_input(config)
     _, before = deformable_layer(x, params, config)
@@ -132,9 +132,9 @@ TINY_MAPS = [(1, 5), (5, 1), (1, 1), (2, 1), (1, 2)]
 @pytest.mark.parametrize("convention", list(Convention), ids=lambda convention: convention.name)
 @pytest.mark.parametrize("bound", list(OffsetBound), ids=lambda bound: bound.name)
 def test_maps_of_height_or_width_one(size, convention, bound):
-    """Every bias on maps one pixel high or wide: shapes as always, every number finite, gradients too."""
+    """Maps one pixel high or wide give the usual shapes and finite values and gradients, for every bias."""
     if convention is PP and bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
-        return  # refused, see test_offsets
+        return  # rejected, see test_offsets
     for bias in BiasKind:
         config = example_config(convention, offset_bound=bound, bias=bias, size=size)
         x, params = numbers(0, 2, 8, *size), random_params(deformable_shapes(config), np.random.default_rng(1))
@@ -150,7 +150,7 @@ def test_maps_of_height_or_width_one(size, convention, bound):
 
 @pytest.mark.parametrize("convention", [CC, PAPER, CVPR], ids=lambda convention: convention.name)
 def test_one_key(convention):
-    """A stride as large as the map leaves one key, which takes all the attention."""
+    """A stride as large as the map gives a single key, which gets all attention."""
     config = example_config(convention, stride=5, size=(5, 6), bias=BiasKind.TABLE, offset_bound=OffsetBound.NONE)
     x, params = numbers(0, 2, 8, 5, 5), random_params(deformable_shapes(config), np.random.default_rng(1))
     y, trace = deformable_layer(x, params, config)
@@ -161,7 +161,7 @@ def test_one_key(convention):
 
 @given(layer_cases(batches=(0,)))
 def test_empty_batch(case):
-    """No images: an empty output with the right shapes in the trace, and gradients that are zero."""
+    """An empty batch gives an empty output, a trace of the right shapes, and zero gradients."""
     x, params = case.x(), case.params()
     y, trace = deformable_layer(x, params, case.config)
     assert y.shape == x.shape
@@ -173,7 +173,7 @@ def test_empty_batch(case):
     assert not any(grad.any() for grad in grads.values())
 
 
-def test_trace_has_the_promised_shapes():
+def test_trace_has_the_documented_shapes():
     """The trace holds every intermediate by its public name, geometry as (B, G, Hk, Wk, 2)."""
     config = example_config(CC, stride=2)
     x, params = example_input(config)
@@ -191,7 +191,7 @@ def test_trace_has_the_promised_shapes():
 
 @given(layer_cases())
 def test_non_contiguous_inputs_are_accepted_and_left_alone(case):
-    """Read-only, strided, reversed maps and parameters give the same result and are not written to."""
+    """Read-only, strided and reversed maps and parameters give the same result and are not modified."""
     x, params = case.x(), case.params()
     odd = map_tree(non_contiguous, params)
     layer = DeformableAttention(case.config, odd)
@@ -204,7 +204,7 @@ def test_non_contiguous_inputs_are_accepted_and_left_alone(case):
 
 @given(layer_cases(), st.sampled_from([np.float32, np.float64]))
 def test_precision_is_kept(case, dtype):
-    """float32 in, float32 out; float64 in, float64 out: output, trace and every gradient."""
+    """Output, trace and all gradients have the dtype of the input, float32 or float64."""
     x, params = case.x(dtype), case.params(dtype)
     y, trace = deformable_layer(x, params, case.config)
     assert y.dtype == dtype
@@ -218,7 +218,7 @@ def test_precision_is_kept(case, dtype):
 
 @given(layer_cases(batches=(2,)))
 def test_nan_is_never_dropped(case):
-    """A NaN pixel makes its own query's output NaN, and never that of another image."""
+    """A NaN pixel makes the output of its own query NaN, and never the output of another image."""
     x = case.x()
     x[0, 0, -1, 0] = np.nan
     y, _ = deformable_layer(x, case.params(), case.config)
@@ -227,7 +227,7 @@ def test_nan_is_never_dropped(case):
 
 
 def float32_run(config, size, seed):
-    """Return the layer in float32, and in float64 on the very same (rounded) numbers."""
+    """Return the result of the layer in float32, and in float64 on the same rounded values."""
     x = numbers(seed, 1, config.dim, *size, dtype=np.float32)
     params = random_params(deformable_shapes(config), np.random.default_rng([seed, 1]), np.float32)
     exact = map_tree(lambda leaf: leaf.astype(np.float64), params)
@@ -237,7 +237,7 @@ def float32_run(config, size, seed):
 @pytest.mark.parametrize("convention", list(Convention), ids=lambda convention: convention.name)
 @pytest.mark.parametrize("bias", list(BiasKind), ids=lambda bias: bias.name)
 def test_float32_stays_within_the_error_budget(convention, bias):
-    """In float32 the layer is as exact as torch's own operators put together, element by element."""
+    """In float32 the layer is elementwise as accurate as a composition of torch's operators."""
     pytest.importorskip("torch")
     from helpers.torch_layers import torch_layer
 
@@ -256,7 +256,7 @@ def test_parameters_come_back_from_their_flat_names():
 
 
 def test_default_convention_is_cell_center():
-    """New work starts with cell centers, a bounded offset and a table."""
+    """The defaults are cell centers, a bounded offset and a table."""
     config = DeformableAttentionConfig(dim=4, heads=2, size=(3, 5))
     assert (config.convention, config.offset_bound, config.bias) == (CC, OffsetBound.TANH_CELLS, BiasKind.TABLE)
     layer = DeformableAttention(config, init_params(config, 0))

@@ -1,4 +1,4 @@
-"""The trail: a module imports only from those before it, and optional packages stay in their parts."""
+"""Import order (the trail): a module imports only from earlier ones; optional packages stay in their parts."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ import pytest
 import dat_ref
 
 ROOT = Path(dat_ref.__file__).parent
-# A package comes after its modules: its __init__ gathers them.
+# A package comes after its modules, because its __init__ imports them.
 TRAIL = [
     "_checks", "_deprecation", "conventions", "config", "presets", "params", "official",
     "ops", "ops.basic", "ops.grid", "ops.offsets", "ops.sampling", "ops.coverage", "ops.bias", "ops.attention", "layer",
@@ -20,7 +20,7 @@ TRAIL = [
     "block", "backbone", "initialization",
 ]  # fmt: skip
 CORE_PACKAGES = {"numpy", "scipy"}
-# Where an optional package may be imported when the module itself is.
+# Parts that may import an optional package at import time.
 PARTS = {
     "torch": (
         "torch",
@@ -45,7 +45,7 @@ def modules():
 
 
 def imports(source, name, is_package, *, everywhere=True):
-    """Return what a module imports (of this package, of others), by full name; its top level only if not `everywhere`.
+    """Return the full names of a module's imports (of this package, of others); of its top level if not `everywhere`.
 
     ``from . import official`` names the module `official`; ``from .params import count`` names `params`.
     """
@@ -78,7 +78,7 @@ def imports(source, name, is_package, *, everywhere=True):
 
 
 def backward_imports(name, imported):
-    """Return what a module of the trail imports that does not come before it."""
+    """Return the imports of a module of the trail that are not before it."""
     before = TRAIL[: TRAIL.index(name)]
     return sorted(one for one in imported if one not in before)
 
@@ -87,14 +87,14 @@ CORE = [name for name in modules() if name in TRAIL]
 
 
 def test_the_trail_is_all_there():
-    """Every module named in the trail exists, and every module of its folders has a place in it."""
+    """Every module named in the trail exists, and every module of its folders is in it."""
     assert set(TRAIL) == set(CORE)
     assert {name for name in modules() if name.split(".")[0] in ("ops", "peers")} <= set(TRAIL)
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_no_module_imports_backwards(name):
-    """Along the trail a module imports only from those before it, and from nothing beyond the trail."""
+    """A module of the trail imports only from earlier modules of the trail."""
     path = modules()[name]
     ours, _ = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
     assert backward_imports(name, ours) == []
@@ -102,7 +102,7 @@ def test_no_module_imports_backwards(name):
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_needs_numpy_and_scipy_only(name):
-    """The NumPy part imports numpy, scipy and the standard library, nowhere anything else."""
+    """The NumPy part imports only numpy, scipy and the standard library."""
     path = modules()[name]
     _, others = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
     assert {one.split(".")[0] for one in others} <= CORE_PACKAGES | sys.stdlib_module_names
@@ -110,7 +110,7 @@ def test_the_core_needs_numpy_and_scipy_only(name):
 
 @pytest.mark.parametrize("package", PARTS)
 def test_optional_packages_stay_in_their_parts(package):
-    """torch, matplotlib, PIL and hypothesis are imported with a module only where they are the module's business."""
+    """torch, matplotlib, PIL and hypothesis are imported at the top level only in the parts that need them."""
     for name, path in modules().items():
         _, others = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py", everywhere=False)
         if not any(f"{name}.".startswith(f"{part}.") for part in PARTS[package]):
@@ -118,7 +118,7 @@ def test_optional_packages_stay_in_their_parts(package):
 
 
 def test_the_package_itself_imports_the_core_only():
-    """`import dat_ref` needs no torch and no matplotlib: its __init__ imports from the trail."""
+    """`import dat_ref` needs neither torch nor matplotlib: its __init__ imports only from the trail."""
     ours, others = imports((ROOT / "__init__.py").read_text(encoding="utf-8"), "", True)
     assert ours - {""} <= set(TRAIL)
     assert not {one.split(".")[0] for one in others} - sys.stdlib_module_names
@@ -143,13 +143,13 @@ def test_the_package_itself_imports_the_core_only():
     ],
 )
 def test_checker_sees_backward_imports(name, source, expected):
-    """The checker is shown backward imports in every form, and a forward one."""
+    """The checker detects backward imports in every form and accepts a forward one."""
     ours, _ = imports(source, name, False)
     assert backward_imports(name, ours) == expected
 
 
 def test_checker_sees_foreign_packages():
-    """A foreign package is seen at any depth; `everywhere=False` looks at the top level."""
+    """A foreign package is detected at any depth; with `everywhere=False` only at the top level."""
     source = "import numpy\ndef late():\n    import torch.nn"
     assert imports(source, "layer", False)[1] == {"numpy", "torch.nn"}
     assert imports(source, "layer", False, everywhere=False)[1] == {"numpy"}

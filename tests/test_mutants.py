@@ -1,6 +1,6 @@
-"""Wrong implementations against the checkers beside the kit: scipy, the scalar loops, traces, and those of numbers.
+"""Wrong implementations against the checkers outside the kit: scipy, scalar loops, traces, agreement of arrays.
 
-What the kit rejects, and by which check, is in `test_testing_mutants`; here its mutants meet an independent truth.
+`test_testing_mutants` tests the kit's own checks; here its mutants are compared with an independent reference.
 """
 
 from functools import cache
@@ -32,7 +32,7 @@ CELL_CENTER = Setting(Convention.CELL_CENTER)
 @pytest.mark.parametrize("check", checks.SAMPLER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("mutant", [each for each in SAMPLER.mutants if each.forward], ids=lambda mutant: mutant.name)
 def test_wrong_samplers_are_rejected(mutant, check):
-    """Scipy and the loops see every mistake in sampling that the kit knows, on the examples that it judges by."""
+    """Scipy and the loops reject every sampling mutant of the kit, on the examples of the kit."""
     cases = SAMPLER.check(mutant.check).cases(CELL_CENTER)
     assert any(rejects(check, mutant.forward(bilinear_sample), case) for case in cases)
     assert not any(rejects(check, bilinear_sample, case) for case in cases)
@@ -49,7 +49,7 @@ def rejects(check, sampler, case):
 
 @pytest.mark.parametrize("check", checks.SAMPLER_CHECKS, ids=lambda check: check.__name__)
 def test_a_sampler_of_nan_is_rejected(check):
-    """NaN is as wrong as a wrong number."""
+    """A sampler that returns NaN is rejected."""
     with pytest.raises(AssertionError):
         check(lambda x, points_px: np.nan * bilinear_sample(x, points_px))
 
@@ -61,7 +61,7 @@ LARGE = "fine_positions"  # too many pixels for scalar loops
 
 @cache
 def by_the_loops(name):
-    """Return the kit's examples of a check of the layer, each with what the scalar loops make of it."""
+    """Return the kit's examples of a check of the layer, each with the result of the scalar loops."""
     found = []
     for case in LAYER.check(name).cases(CELL_CENTER):
         x, weights, options = case.arguments.values()
@@ -72,7 +72,7 @@ def by_the_loops(name):
 
 @pytest.mark.parametrize("mutant", [each for each in LAYER.mutants if each.forward], ids=lambda mutant: mutant.name)
 def test_wrong_layers_differ_from_the_loops(mutant):
-    """On the examples that the kit judges by, its reference is the scalar loops, and the mutant is not."""
+    """On the kit's examples its reference equals the scalar loops, and the mutant does not."""
     if mutant.check == LARGE:
         pytest.skip("too many pixels for scalar loops")
     wrong, differs = mutant.apply(LAYER.reference).forward, []
@@ -87,28 +87,28 @@ def test_wrong_layers_differ_from_the_loops(mutant):
 
 
 def replace_in(monkeypatch, module, name, wrong):
-    """Replace a function in the module that calls it; `wrong` gets the real one first."""
+    """Replace a function in the module that calls it; `wrong` gets the original as its first argument."""
     real = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: wrong(real, *args, **kwargs))
 
 
 def points_swapped(mp):
-    """Points are handed to the sampler as (x, y)."""
+    """Mutant: points are passed to the sampler as (x, y)."""
     replace_in(mp, dat_ref.layer, "bilinear_sample", lambda real, x, p: real(x, p[..., ::-1]))
 
 
 def half_a_pixel_off(mp):
-    """Coordinates are converted with the other meaning of ±1, half a pixel off."""
+    """Mutant: coordinates are converted with the other meaning of ±1, half a pixel off."""
     replace_in(mp, dat_ref.layer, "to_pixels", lambda real, *a: real(*a) + 0.5)
 
 
 def half_a_row_off(mp):
-    """The same in y alone."""
+    """Mutant: the same in y only."""
     replace_in(mp, dat_ref.layer, "to_pixels", lambda real, *a: real(*a) + np.array([0.5, 0.0]))
 
 
 def h_for_h_minus_one(mp):
-    """Coordinates span H pixels where they should span H - 1, and the reverse."""
+    """Mutant: coordinates span H pixels instead of H - 1, and the reverse."""
 
     def wrong(real, points, size, convention):
         extent = np.asarray(size) - convention.align_corners
@@ -119,12 +119,12 @@ def h_for_h_minus_one(mp):
 
 
 def groups_in_wrong_order(mp):
-    """Each group samples at another group's points."""
+    """Mutant: each group samples at the points of another group."""
     replace_in(mp, dat_ref.layer, "_sample_groups", lambda real, x, p: real(x, p[:, ::-1]))
 
 
 def heads_in_wrong_order(mp):
-    """Heads are dealt to the groups in turn, instead of in blocks."""
+    """Mutant: heads are assigned to groups alternately instead of in blocks."""
 
     def wrong(real, table, points, **options):
         heads, groups = len(table), points.shape[1]
@@ -138,34 +138,34 @@ def heads_in_wrong_order(mp):
 
 
 def bias_sign(mp):
-    """The displacement is taken from the key to the query."""
+    """Mutant: the displacement points from the key to the query."""
     replace_in(mp, dat_ref.layer, "table_bias", lambda real, table, *a, **o: real(table[:, ::-1, ::-1], *a, **o))
 
 
 def bias_subtracted(mp):
-    """The bias is subtracted from the logits."""
+    """Mutant: the bias is subtracted from the logits."""
     replace_in(
         mp, dat_ref.layer, "_logit_bias", lambda real, *a: (None if real(*a)[0] is None else -real(*a)[0], real(*a)[1])
     )
 
 
 def bias_transposed(mp):
-    """Queries and keys of the bias are exchanged (which a square key grid permits)."""
+    """Mutant: queries and keys of the bias are exchanged (possible for equally many of both)."""
     replace_in(mp, dat_ref.layer, "table_bias", lambda real, *a, **o: real(*a, **o).swapaxes(2, 3))
 
 
 def table_off_by_one(mp):
-    """The table's middle is taken for entry H, not H - 1."""
+    """Mutant: the center of the table is entry H instead of H - 1."""
     replace_in(mp, bias_ops, "table_positions", lambda real, *a: real(*a) + 1)
 
 
 def table_axes_swapped(mp):
-    """The table is read with x for y."""
+    """Mutant: the table is read with x and y exchanged."""
     replace_in(mp, bias_ops, "table_positions", lambda real, *a: real(*a)[..., ::-1])
 
 
 def wrong_query_grid(mp):
-    """Displacements are measured from the corners instead of the convention's own queries."""
+    """Mutant: displacements are measured from a corner-to-corner query grid instead of the convention's."""
 
     def wrong(real, size, convention):
         return real(size, dat_ref.Convention.PAPER if not convention.align_corners else dat_ref.Convention.CVPR2022)
@@ -202,21 +202,21 @@ WRONG_LAYERS = {
 
 @pytest.mark.parametrize("mutant", WRONG_LAYERS, ids=lambda mutant: mutant.__name__)
 def test_wrong_layers_are_rejected(mutant, monkeypatch):
-    """Each wrong layer fails every check that is meant to see it."""
+    """Each wrong layer fails every check that is listed for it."""
     mutant(monkeypatch)
     for check in WRONG_LAYERS[mutant]:
         with pytest.raises(AssertionError):
             check(deformable_layer)
 
 
-def test_transposition_cannot_see_a_swap(monkeypatch):
-    """Why the checks are many: swapped coordinates commute with transposing everything, so that check is blind."""
+def test_transposition_does_not_detect_a_swap(monkeypatch):
+    """Counter-example: swapped coordinates commute with transposition, so that check alone is not enough."""
     points_swapped(monkeypatch)
     checks.layer_commutes_with_transposition(deformable_layer)
 
 
-def test_square_maps_cannot_see_h_for_w():
-    """Why maps are never square here: the height for the width is invisible on a square, and plain on a rectangle."""
+def test_square_maps_do_not_detect_h_for_w():
+    """Counter-example: exchanging height and width is undetectable on a square map, and detected on a rectangle."""
     points = numbers(0, 1, 4, 2)
     for size, visible in (((5, 5), False), ((5, 3), True)):
         wrong = to_pixels(points, size[::-1], dat_ref.Convention.PAPER)
@@ -237,21 +237,21 @@ def test_square_maps_cannot_see_h_for_w():
     ],
 )
 def test_agreement_rejects(wrong):
-    """A billionth, a NaN, a shape that would broadcast, a transposed result: none of them agree to 1e-12."""
+    """Errors of 1e-9, a NaN, a shape that would broadcast and a transposed result do not agree to 1e-12."""
     right = 1 + np.arange(12.0).reshape(3, 4)
     assert_agree(right, right)
     with pytest.raises(AssertionError):
         assert_agree(wrong(right), right)
 
 
-def test_agreement_of_two_nans_is_none():
+def test_two_nans_do_not_agree():
     """NaN never passes, not even against NaN."""
     with pytest.raises(AssertionError):
         assert_agree(np.full(3, np.nan), np.full(3, np.nan))
 
 
 def budget_example():
-    """Return (result, truth, yardstick): a sum in float32, forwards and backwards."""
+    """Return (result, truth, yardstick) for sums in float32, forwards and backwards."""
     terms = numbers(0, 50, 40, dtype=np.float32)
     forwards = np.cumsum(terms, axis=0, dtype=np.float32)[-1]
     backwards = np.cumsum(terms[::-1], axis=0, dtype=np.float32)[-1]
@@ -259,7 +259,7 @@ def budget_example():
 
 
 def test_budget_accepts_another_order_of_summation():
-    """Two honest float32 results are within each other's budget."""
+    """Two correct float32 results are within each other's budget."""
     result, truth, yardstick = budget_example()
     assert_within_budget(result, truth, yardstick)
     assert_within_budget(yardstick, truth, result)
@@ -278,16 +278,16 @@ def test_budget_accepts_another_order_of_summation():
     ],
 )
 def test_budget_rejects(wrong):
-    """A ten-thousandth too much, one NaN, one element off, half precision inside, the wrong order, dtype or shape."""
+    """Rejected: errors of 1e-4, a NaN, one wrong element, internal half precision, wrong order, dtype, shape."""
     result, truth, yardstick = budget_example()
     with pytest.raises(AssertionError):
         assert_within_budget(wrong(result), truth, yardstick)
 
 
 def test_budget_needs_a_truth_in_double_precision():
-    """A truth in float32 or with a NaN is no truth."""
+    """A truth in float32 or with a NaN is an error."""
     result, truth, yardstick = budget_example()
-    with pytest.raises(AssertionError, match="truth in float32"):
+    with pytest.raises(AssertionError, match="truth has float32"):
         assert_within_budget(result, truth.astype(np.float32), yardstick)
     with pytest.raises(AssertionError, match="not finite"):
         assert_within_budget(result, np.where(truth == truth[0], np.nan, truth), yardstick)
@@ -296,7 +296,7 @@ def test_budget_needs_a_truth_in_double_precision():
 
 
 def test_half_precision_inside_the_layer_is_over_the_budget():
-    """A layer that keeps its points in float16 is rejected by the budget that the layer itself passes."""
+    """A layer with points in float16 exceeds the error budget; the original layer does not."""
     pytest.importorskip("torch")
     from helpers.layers import random_params
     from helpers.torch_layers import torch_layer

@@ -1,4 +1,4 @@
-"""Ablation of offsets: they are really replaced, and given back."""
+"""Ablation of offsets: they are replaced, and restored afterwards."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def traced(model, images):
         return model(images, return_trace=True)[1].stages[1].blocks[1].attention
 
 
-def test_offsets_are_replaced_and_given_back(model):
+def test_offsets_are_replaced_and_restored(model):
     assert list(deformable_layers(model)) == [
         "stages.1.blocks.1.attention",
         "stages.1.blocks.3.attention",

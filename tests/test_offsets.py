@@ -1,4 +1,4 @@
-"""The offset network and the bound on its output."""
+"""Offset network and the bound on its output."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def bounding(convention, offset_range=3.0):
 
 @given(conventions, map_sizes(smallest=2), st.sampled_from(list(OffsetBound)), seeds)
 def test_bounds_equal_scalar_formulas(convention, keys, bound, seed):
-    """Every bound equals the oracle's, for raw offsets small and huge."""
+    """Every bound equals the oracle's, for small and huge raw offsets."""
     raw = 3 * numbers(seed, 1, 2, *keys, 2) ** 3
     reference = reference_points(keys, convention)
     _, points = bound_offsets(raw, reference, bound, **bounding(convention))
@@ -40,7 +40,7 @@ def test_bounds_equal_scalar_formulas(convention, keys, bound, seed):
 
 @given(layer_cases(bounds=[OffsetBound.TANH_CELLS], biases=[BiasKind.NONE]), st.sampled_from([1.0, 1e3]))
 def test_tanh_keeps_points_within_half_the_range(case, gain):
-    """TANH_CELLS: no point leaves the s × s key cells around its reference, counted in pixels of the map."""
+    """With TANH_CELLS points stay in the s × s key cells around their reference, measured in pixels of the map."""
     params = case.params()
     params["offset_network"]["pointwise"]["weight"] *= gain
     _, trace = deformable_layer(case.x(), params, case.config)
@@ -55,7 +55,7 @@ def test_tanh_keeps_points_within_half_the_range(case, gain):
 
 @given(layer_cases(bounds=[OffsetBound.TANH_COORDINATES, OffsetBound.CLAMP], biases=[BiasKind.NONE]))
 def test_clamp_and_tanh_of_coordinates_keep_points_on_the_map(case):
-    """TANH_COORDINATES and CLAMP: no point leaves [-1, 1], however large the network's output."""
+    """With TANH_COORDINATES and CLAMP points stay in [-1, 1] for any output of the network."""
     params = case.params()
     params["offset_network"]["pointwise"]["weight"] *= 50
     _, trace = deformable_layer(case.x(), params, case.config)
@@ -64,7 +64,7 @@ def test_clamp_and_tanh_of_coordinates_keep_points_on_the_map(case):
 
 @given(layer_cases(bounds=[OffsetBound.RAW], biases=[BiasKind.NONE], among=list(Convention)[:3]))
 def test_raw_offsets_are_added_as_they_are(case):
-    """RAW: point = reference + network output, and it does leave the map when that says so."""
+    """With RAW point = reference + network output, also outside the map."""
     params = case.params()
     params["offset_network"]["pointwise"]["weight"] *= 1e3
     _, trace = deformable_layer(case.x(), params, case.config)
@@ -85,7 +85,7 @@ def test_huge_offsets_reach_the_limit_and_not_beyond(convention, keys, seed):
 
 @given(layer_cases(bounds=MOVING, biases=[BiasKind.NONE]))
 def test_zero_activations_give_zero_offsets(case):
-    """With the norm silenced, nothing enters the last convolution, which has no bias: points stay on the reference."""
+    """With a zero norm the last convolution, which has no bias, returns zero: points stay on the reference."""
     params = case.params()
     norm = params["offset_network"]["norm"]
     norm["weight"][:], norm["bias"][:] = 0, 0
@@ -99,7 +99,7 @@ def test_zero_activations_give_zero_offsets(case):
 @pytest.mark.parametrize("bound", MOVING)
 @pytest.mark.parametrize("convention", [Convention.CELL_CENTER, Convention.PAPER, Convention.CVPR2022])
 def test_zero_offset_initialisation_starts_on_the_reference(bound, convention):
-    """init_params(offsets="zero_offset") gives points equal to the reference, bit for bit, unless tanh bends them."""
+    """With offsets="zero_offset" initial points equal the reference bit for bit, unless tanh is applied to them."""
     layer = example_config(convention, offset_bound=bound)
     x, _ = example_input(layer)
     _, trace = deformable_layer(x, init_params(layer, 0, offsets="zero_offset", dtype=np.float64), layer)
@@ -108,7 +108,7 @@ def test_zero_offset_initialisation_starts_on_the_reference(bound, convention):
 
 
 def test_one_network_serves_all_groups():
-    """Groups that see the same queries make the same offsets."""
+    """Groups with equal queries have equal offsets."""
     layer = example_config(Convention.CELL_CENTER)
     x, params = example_input(layer)
     for name in ("weight", "bias"):
@@ -141,7 +141,7 @@ def test_clamp_stops_the_gradient_outside_only():
 
 @pytest.mark.parametrize("bound", [OffsetBound.CLAMP, OffsetBound.TANH_COORDINATES])
 def test_a_single_key_of_the_2023_release_never_moves(bound):
-    """Stride 7 on 7 × 7: the key sits at +1 whatever its offset, and the offset network gets no gradient at all."""
+    """At stride 7 on 7 × 7 the key is at +1 for any offset, and the offset network gets no gradient."""
     layer = example_config(Convention.DATPP2023, stride=7, kernel_size=7, offset_bound=bound, size=(7, 7))
     params = random_params(deformable_shapes(layer), np.random.default_rng(0))
     x = numbers(4, 2, 8, 7, 7)
@@ -158,7 +158,7 @@ def test_a_single_key_of_the_2023_release_never_moves(bound):
 
 @pytest.mark.parametrize("bound", [OffsetBound.TANH_CELLS, OffsetBound.RAW])
 def test_a_single_key_of_the_2023_release_needs_a_bound_on_coordinates(bound):
-    """A bound on the offset alone is refused by name, with the way out, instead of the release's division by zero."""
+    """A bound on the offset alone is rejected with a remedy, instead of the division by zero in the release."""
     layer = example_config(Convention.DATPP2023, stride=7, kernel_size=7, offset_bound=bound, size=(7, 7))
     params = init_params(layer, 0)
     with pytest.raises(ConfigError, match=r"offset_bound: DATPP2023 puts a single key at infinity.*got " + bound.name):
@@ -180,10 +180,10 @@ def clamped_share(layer, size, seed):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_share_of_offsets_without_gradient_at_the_released_start(stage):
-    """About a fifth of DAT++'s offset components begin with no gradient at all, and most of the last key row's y."""
+    """Initially about a fifth of DAT++'s offset components has no gradient, and most of y in the last key row."""
     reduction = 4 << stage
     layer = next(b.attention for b in config("dat_pp_tiny").stages[stage] if b.attention.kind == "deformable")
-    layer = replace(layer, bias=BiasKind.NONE)  # does not matter here, and takes time
+    layer = replace(layer, bias=BiasKind.NONE)  # irrelevant here, and slow
     size = (224 // reduction, 224 // reduction)
     shares, last = np.mean([clamped_share(layer, size, seed) for seed in range(6)], axis=0)
     assert 0.19 < shares < 0.25
@@ -191,8 +191,8 @@ def test_share_of_offsets_without_gradient_at_the_released_start(stage):
 
 
 @pytest.mark.parametrize("bound", list(OffsetBound))
-def test_share_at_bound_counts_what_is_held(bound):
-    """Two of eight components far out are a quarter; where nothing bounds, nothing is held."""
+def test_share_at_bound_counts_saturated_components(bound):
+    """Two of eight components far outside give a share of a quarter; without a bound the share is zero."""
     reference = reference_points((2, 2), Convention.CELL_CENTER)
     raw = np.zeros((1, 1, 2, 2, 2))
     raw[0, 0, 0, 0, 0], raw[0, 0, 1, 1, 1] = -40, 40
@@ -202,8 +202,8 @@ def test_share_at_bound_counts_what_is_held(bound):
     assert share_at_bound(offsets[:0], reference, bound, **bounding(Convention.CELL_CENTER)) == 0.0
 
 
-def test_range_zero_holds_every_point():
-    """s = 0 multiplies all offsets with zero, as the 2023 code does."""
+def test_range_zero_fixes_every_point():
+    """With s = 0 all offsets are multiplied by zero, as in the 2023 code."""
     layer = DeformableAttentionConfig(
         4, 2, offset_range=0.0, bias=BiasKind.NONE, convention=Convention.DATPP2023, kernel_size=3
     )

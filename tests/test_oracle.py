@@ -1,4 +1,4 @@
-"""The scalar loops of tests/oracle against torch, the released modules' outputs, and plain facts."""
+"""Scalar loops of tests/oracle against torch, outputs of the released modules, and known values."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ AGREEMENT = 1e-9
 
 
 def run_deformable(name: str, changes: dict[str, Any]) -> tuple[deformable.Result, dict[str, np.ndarray]]:
-    """The oracle on a fixture's input, its configuration changed; and the fixture."""
+    """Return the oracle's result on a fixture's input under a changed configuration, and the fixture."""
     meta, arrays = load_golden(name)
     config = released.deformable_config(meta["release"], meta["ctor"]) | changes
     params = released.deformable_params(under("state", arrays))
@@ -64,7 +64,7 @@ def test_window_attention_is_the_released_one(name: str) -> None:
 
 
 def run_neighborhood(name: str, small_map: str) -> tuple[np.ndarray, np.ndarray]:
-    """(the oracle's output, the fixture's)."""
+    """Return the outputs of the oracle and of the fixture."""
     meta, arrays = load_golden(name)
     params = released.neighborhood_params(under("state", arrays))
     sizes = {"heads": meta["heads"], "kernel_size": meta["kernel_size"]}
@@ -137,7 +137,7 @@ def test_linear_norm_gelu_softmax_pool(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_bilinear_and_slopes(rng: np.random.Generator, align_corners: bool) -> None:
-    """Points on, near and off the lattice, and outside: values as grid_sample, slopes as its gradient."""
+    """Values equal grid_sample and slopes its gradient, for points on, near and off the lattice, and outside."""
     torch = pytest.importorskip("torch")
     height, width = 5, 3  # H - 1 a power of two: pixel = (n + 1) / 2 (H - 1) is exact
     plane = rng.standard_normal((height, width))
@@ -147,7 +147,7 @@ def test_bilinear_and_slopes(rng: np.random.Generator, align_corners: bool) -> N
     if align_corners:
         n = 2.0 * pixels / (sizes - 1) - 1.0
     else:
-        pixels = pixels[len(lattice) :]  # n is rounded here; slopes on the lattice would flip
+        pixels = pixels[len(lattice) :]  # n is rounded here, which could change the side of the slope on the lattice
         n = (2.0 * pixels + 1.0) / sizes - 1.0
     grid = torch.tensor(n[None, None, :, ::-1].copy(), requires_grad=True)
     image = torch.tensor(plane[None, None], requires_grad=True)
@@ -168,7 +168,7 @@ def test_bilinear_and_slopes(rng: np.random.Generator, align_corners: bool) -> N
 
 
 def test_slopes_are_right_hand_differences(rng: np.random.Generator) -> None:
-    """The map is linear between lattice lines, so a step of 1/8 to the right measures the slope exactly."""
+    """A step of 1/8 to the right measures the slope exactly, because the map is linear between lattice lines."""
     plane, step = rng.standard_normal((4, 3)), 0.125
     for y in np.arange(-2.0, 5.0, 0.25).tolist():
         for x in np.arange(-2.0, 4.0, 0.25).tolist():
@@ -254,7 +254,7 @@ def test_same_padding_always_gives_ceil() -> None:
 
 @pytest.mark.parametrize("convention", ["paper", "cvpr2022", "datpp2023"])
 def test_table_bias_is_grid_sample_of_half_the_displacement(rng: np.random.Generator, convention: str) -> None:
-    """At its own size and read for another."""
+    """The table bias equals grid_sample for its own map size and for another."""
     torch = pytest.importorskip("torch")
     grid_sample = torch.nn.functional.grid_sample
     table = rng.standard_normal((9, 5))
@@ -297,7 +297,7 @@ def test_log_distance() -> None:
     assert [bias.log_distance(d) for d in (1.75, -1.75, 0.5, 0.0)] == pytest.approx(expected, abs=1e-15)
 
 
-# ---------------------------------------------------------------------- where no release can be asked
+# ---------------------------------------------------------------------- cases without fixtures
 
 
 def random_params(rng: np.random.Generator, dim: int, heads: int, groups: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -321,8 +321,8 @@ def random_params(rng: np.random.Generator, dim: int, heads: int, groups: int, s
 
 @pytest.mark.parametrize("convention", geometry.CONVENTIONS)
 @pytest.mark.parametrize("size", [(5, 3), (1, 4), (1, 1)])
-def test_core_is_the_layers_heart(rng: np.random.Generator, convention: str, size: tuple[int, int]) -> None:
-    """Any map size, the table built for another: fed with the layer's points, the core gives its output."""
+def test_core_equals_the_core_of_the_layer(rng: np.random.Generator, convention: str, size: tuple[int, int]) -> None:
+    """With the layer's points the core gives its output, for any map size and tables built for another."""
     batch, dim, heads, groups = 1, 6, 3, 3
     params = random_params(rng, dim, heads, groups, (4, 4))
     config = {"heads": heads, "groups": groups, "stride": 2, "kernel_size": 3, "convention": convention}
@@ -366,10 +366,10 @@ def test_empty_batch(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("size", "window", "shift"), [((5, 7), 4, 2), ((6, 3), 3, 2), ((2, 9), 4, 2), ((4, 5), 4, 0)])
-def test_windows_against_padding_rolling_and_cutting(
+def test_windows_against_padding_rolling_and_partition(
     rng: np.random.Generator, size: tuple[int, int], window: int, shift: int
 ) -> None:
-    """The rule of who sees whom against the usual construction, regions masked by minus infinity."""
+    """The rule for visible keys equals the usual construction with padding, rolling and masks of minus infinity."""
     dim, heads = 4, 2
     params = qkv_and_output(rng, dim) | {"table": rng.standard_normal(((2 * window - 1) ** 2, heads))}
     x = rng.standard_normal((1, dim, *size))
@@ -406,7 +406,7 @@ def rolled_windows(x: np.ndarray, params: dict, heads: int, window: int, shift: 
     logits = logits + params["table"][d[..., 0] * (2 * window - 1) + d[..., 1]].transpose(2, 0, 1)[:, None]
     regions, keys_real = cut(region[None, None])[..., 0], cut(real)[..., 0]
     hidden = (regions[:, :, :, None] != regions[:, :, None, :]) | (keys_real[:, :, None, :] == 0)
-    # An added query may see nothing real; its row is cropped, and left unmasked keeps the arithmetic finite.
+    # An added query may see only padding; its row is cropped later and left unmasked, so that values stay finite.
     hidden = hidden & (keys_real[:, :, :, None] == 1)
     logits = np.where(hidden[:, None], -np.inf, logits)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -425,7 +425,7 @@ def test_neighbors() -> None:
 
 
 def test_neighborhood_of_the_whole_map_is_the_window_of_the_whole_map(rng: np.random.Generator) -> None:
-    """K = w = H = W: the same attention; the tables differ by the displacement's sign."""
+    """For K = w = H = W both attentions are equal; the tables differ by the sign of the displacement."""
     size, dim, heads = 3, 4, 2
     projections = qkv_and_output(rng, dim)
     table = rng.standard_normal((heads, 5, 5))

@@ -1,4 +1,4 @@
-"""What a user installs: photographs with honest papers, a complete wheel, a command that starts."""
+"""Installation: pictures with provenance and licences, a complete wheel, a command that starts."""
 
 import hashlib
 import importlib.metadata
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dat_ref
-from dat_ref.data import photograph_path, photographs, provenance
+from dat_ref.data import network_path, object_path, objects, photograph_path, photographs, provenance
 
 ROOT = Path(__file__).parents[1]
 FREE = {"CC0-1.0", "public domain"}
@@ -57,9 +57,34 @@ def test_photographs_are_all_listed_and_stay_small():
     assert sum(provenance(name)["bytes"] for name in photographs()) < 400_000
 
 
-def test_unknown_photograph_is_refused_by_name():
+@pytest.mark.parametrize("name", objects())
+def test_object_is_the_one_in_the_manifest(name):
+    image = pytest.importorskip("PIL.Image")
+    row, content = provenance(name), object_path(name).read_bytes()
+    assert row.keys() >= PROVENANCE_KEYS
+    assert hashlib.sha256(content).hexdigest() == row["sha256"]
+    assert len(content) == row["bytes"]
+    assert row["licence"] == "MIT"
+    with image.open(object_path(name)) as picture:
+        assert list(picture.size) == row["size"]
+        assert picture.convert("RGBA").getchannel("A").getextrema() == (0, 255)
+
+
+def test_objects_are_all_listed_with_their_licence_and_stay_small():
+    folder = object_path("giraffe").parent
+    on_disk = {f"objects/{path.name}" for path in folder.glob("*.webp")}
+    assert on_disk == {provenance(name)["file"] for name in objects()}
+    assert "Permission is hereby granted, free of charge" in (folder / "LICENSE").read_text(encoding="utf-8")
+    assert sum(provenance(name)["bytes"] for name in objects()) < 300_000
+
+
+def test_unknown_photograph_object_or_network_is_refused_by_name():
     with pytest.raises(ValueError, match=r"name: expected one of chelsea, .*, got 'lenna'"):
         photograph_path("lenna")
+    with pytest.raises(ValueError, match=r"name: expected one of giraffe, .*, got 'unicorn'"):
+        object_path("unicorn")
+    with pytest.raises(ValueError, match=r"name: expected 'dat_spot', got 'dat_nano'"):
+        network_path("dat_nano")
 
 
 def test_provenance_is_a_copy():
@@ -90,9 +115,9 @@ def test_every_file_of_the_package_is_built_in(distributions, kind):
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in package.rglob("*")
-        if path.suffix in {".py", ".jpg", ".json", ".typed"} and path.is_file()
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"dat_ref/py.typed", "dat_ref/data/MANIFEST.json", "dat_ref/data/chelsea.jpg"} <= expected
+    assert {"dat_ref/py.typed", "dat_ref/data/MANIFEST.json", "dat_ref/data/objects/LICENSE"} <= expected
     assert expected <= distributions[kind]
 
 
@@ -103,7 +128,8 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
 
 def test_sdist_can_run_the_tests_and_carries_no_environment(distributions):
     names = distributions["sdist"]
-    assert {"LICENSE", "Makefile", "constraints.txt", "tests/conftest.py", "tests/golden/recipe.py"} <= names
+    needed = {"LICENSE", "Makefile", "constraints.txt", "tests/conftest.py", "tests/golden/recipe.py"}
+    assert needed | {"experiments/objects.py", "experiments/results/objects.json"} <= names
     assert not [name for name in names if name.startswith((".venv", "demo", "site"))]
 
 
@@ -129,7 +155,7 @@ def test_console_script_is_the_same_command():
 
 
 def test_running_as_a_module_does_not_hide_torch(tmp_path):
-    """`dat_ref/torch` must not be found as `torch`, as when a file beside it is run as a script."""
+    """`dat_ref/torch` must not be found as `torch`, as it is when a file in `dat_ref` runs as a script."""
     pytest.importorskip("torch")
     code = (
         "import json, runpy, sys\n"

@@ -1,4 +1,4 @@
-"""Parameter trees, released names both ways, and first values."""
+"""Parameter trees, conversion to and from released names, initialization."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ TREES = st.recursive(
 
 @given(TREES)
 def test_unflatten_undoes_flatten(tree):
-    """A tree survives its flat names."""
+    """unflatten(flatten(tree)) equals the tree."""
     assert unflatten(flatten(tree)) == tree
 
 
@@ -58,14 +58,14 @@ def test_lists_longer_than_ten_keep_their_order():
 
 @given(TREES)
 def test_map_tree_keeps_the_structure(tree):
-    """Mapping changes leaves and nothing else; several trees are walked together."""
+    """map_tree changes only leaves, and accepts several trees of the same structure."""
     doubled = map_tree(lambda leaf: 2 * leaf, tree)
     assert flatten(doubled) == {name: 2 * leaf for name, leaf in flatten(tree).items()}
     assert map_tree(lambda a, b: b - a, tree, doubled) == tree
 
 
 def test_count_of_shapes_and_arrays():
-    """Counting shapes and counting arrays give one number."""
+    """The count from shapes equals the count from arrays."""
     shapes = {"a": {"weight": (3, 5), "bias": (3,)}, "b": [{"weight": (2, 1, 3, 3)}]}
     assert count(shapes) == count(random_params(shapes, np.random.default_rng(0))) == 36
 
@@ -75,7 +75,7 @@ def test_count_of_shapes_and_arrays():
 
 @given(st.one_of(layer_cases(), window_cases(), neighborhood_cases()))
 def test_to_official_and_back_is_the_identity_for_attentions(case):
-    """Every attention's parameters survive their released names and shapes, element by element."""
+    """Conversion to released names and shapes and back returns the same elements, for every attention."""
     names, shapes = official.attention_names(case.config), ATTENTIONS[type(case.config)].shapes(case.config)
     params = case.params()
     assert set(names) == set(flatten(shapes))
@@ -88,7 +88,7 @@ def test_to_official_and_back_is_the_identity_for_attentions(case):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_to_official_and_back_is_the_identity_for_backbones(release):
-    """A backbone rebuilt from its own released state is the same backbone."""
+    """A backbone rebuilt from its own released state has the same parameters."""
     backbone = tiny(release)
     model = DAT(backbone, tiny_params(backbone, 0))
     state = model.to_official(model.params)
@@ -100,7 +100,7 @@ def test_to_official_and_back_is_the_identity_for_backbones(release):
 
 
 def test_buffers_and_unused_parameters_are_passed_over():
-    """What follows from the configuration, or what a module without offsets never uses, is not asked for."""
+    """Buffers that follow from the configuration and parameters unused without offsets are not required."""
     meta, arrays = load_golden("module23_no_offset")
     state = {key[6:]: value for key, value in arrays.items() if key.startswith("state.")}
     assert any("conv_offset" in key for key in state)
@@ -112,7 +112,7 @@ def test_buffers_and_unused_parameters_are_passed_over():
 
 
 def test_layouts():
-    """Linear layers are 1 × 1 convolutions there; a window's table is flat with the heads last."""
+    """In the release, linear layers are 1 × 1 convolutions, and a window's table is flat with the heads last."""
     case_config = tiny("cvpr2022").stages[0][0].attention
     params = random_params(ATTENTIONS[type(case_config)].shapes(case_config), np.random.default_rng(0))
     state = official.to_official(params, official.attention_names(case_config))
@@ -127,7 +127,7 @@ def test_layouts():
 
 @pytest.mark.parametrize("name", golden_names("module"))
 def test_released_arguments_read_both_ways(name):
-    """A layer's configuration from released arguments has the shapes of the released state."""
+    """A layer configuration built from released arguments has the shapes of the released state."""
     meta, arrays = load_golden(name)
     layer = DeformableAttentionConfig.from_official(meta["ctor"], release=meta["release"])
     found = sum(v.size for k, v in arrays.items() if k.startswith("state.") and k.partition(".")[2] in {
@@ -150,7 +150,7 @@ def test_released_arguments_read_both_ways(name):
     ],
 )
 def test_released_offset_range_factor(release, factor, no_off, expected):
-    """The sign of offset_range_factor means another bound in each release."""
+    """The sign of offset_range_factor selects a different bound in each release."""
     arguments = {
         "q_size": (5, 3), "n_heads": 4, "n_head_channels": 2, "n_groups": 2, "stride": 1,
         "offset_range_factor": factor, "use_pe": True, "dwc_pe": False, "no_off": no_off, "fixed_pe": False,
@@ -167,21 +167,21 @@ def test_released_offset_range_factor(release, factor, no_off, expected):
 
 
 def test_report_names_everything_that_is_wrong():
-    """Missing, unexpected and mis-shaped keys, each with its shapes, all in one message."""
+    """One message lists all missing, unexpected and mis-shaped keys with their shapes."""
     lines = mismatch_report({"a": (2,), "b": (3, 4)}, {"b": (4, 3), "c": (5,)}).split("\n  ")
     assert lines == ["missing: a (2,)", "unexpected: c (5,)", "mis-shaped: b: expected (3, 4), got (4, 3)"]
     assert mismatch_report({"a": (2,)}, {"a": (2,)}) == ""
 
 
 def test_long_reports_are_cut():
-    """Twenty lines, then how many more there are."""
+    """A report has twenty lines and the number of omitted ones."""
     lines = mismatch_report({f"p{i}": (1,) for i in range(50)}, {}).split("\n  ")
     assert len(lines) == 21
     assert lines[-1] == "… and 30 more"
 
 
-def test_check_params_keeps_what_is_right():
-    """Parameters that fit are returned as they are, not copied."""
+def test_check_params_returns_matching_parameters():
+    """Matching parameters are returned without a copy."""
     layer = DeformableAttentionConfig(4, 2, size=(3, 5))
     params = init_params(layer, 0)
     checked = check_params(params, deformable_shapes(layer))
@@ -189,30 +189,31 @@ def test_check_params_keeps_what_is_right():
 
 
 def test_wrong_checkpoint_leaves_the_caller_s_state_alone():
-    """A state that does not fit raises, and neither it nor an existing model is changed."""
+    """A mismatched state raises an error, and neither the state nor an existing model is changed."""
     backbone = tiny("cvpr2022")
     model = DAT(backbone, tiny_params(backbone, 0))
     before = {name: leaf.copy() for name, leaf in flatten(model.params).items()}
     state = model.to_official(model.params)
     state["cls_head.weight"] = state["cls_head.weight"][:3]
     del state["cls_norm.norm.bias"]
-    with pytest.raises(CheckpointError, match=r"missing: cls_norm.norm.bias \(12,\)\n  mis-shaped: cls_head.weight"):
+    expected = r"missing \(1\):\n +cls_norm.norm.bias\n  mis-shaped \(1\):\n +cls_head.weight"
+    with pytest.raises(CheckpointError, match=expected):
         DAT.from_official(RELEASES["cvpr2022"], state, release="cvpr2022")
     for name, leaf in flatten(model.params).items():
         np.testing.assert_array_equal(leaf, before[name])
 
 
-# ------------------------------------------------------------------------------------------------ first values
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def uniform_probability(values, bound):
-    """Return the probability that a sample as uneven as this is uniform in ±bound."""
+    """Return the p-value of a sample under the uniform distribution in ±bound."""
     return stats.kstest(values.ravel(), stats.uniform(-bound, 2 * bound).cdf).pvalue
 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_initialization_follows_the_rule(release):
-    """Uniform ±1/√fan_in, norms one and zero, tables normal (σ 0.01, neighborhoods 0.02), layer scale its value."""
+    """Weights are uniform ±1/√fan_in, norms 1 and 0, tables normal (σ 0.01, neighborhoods 0.02), scales constant."""
     backbone = replace(tiny(release), num_classes=50)
     params, shapes = flatten(init_params(backbone, 0, dtype=np.float64)), flatten(dat_shapes(backbone))
     tables = {}
@@ -236,14 +237,14 @@ def test_initialization_follows_the_rule(release):
 
 
 def test_every_layer_has_its_own_initialization():
-    """No two weights of one shape are alike: the generator runs on from leaf to leaf."""
+    """Two weights of the same shape differ, because one generator serves all leaves."""
     leaves = [leaf for leaf in flatten(init_params(tiny("datpp2023"), 0)).values() if leaf.ndim > 1]
     firsts = [float(leaf.flat[0]) for leaf in leaves]
     assert len(set(firsts)) == len(firsts)
 
 
 def test_seeds_repeat_and_differ():
-    """The same seed gives the same values, another one others; a generator is carried on."""
+    """Equal seeds give equal values, different seeds different ones; a passed generator advances."""
     layer = DeformableAttentionConfig(4, 2, size=(3, 5))
     first, again, other = (flatten(init_params(layer, seed)) for seed in (3, 3, 4))
     assert all((first[name] == again[name]).all() for name in first)
@@ -255,7 +256,7 @@ def test_seeds_repeat_and_differ():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_initialization_has_the_requested_precision(dtype):
-    """Every leaf has the dtype asked for, float32 by default."""
+    """Every leaf has the requested dtype, float32 by default."""
     leaves = flatten(init_params(tiny("datpp2023"), 0, dtype=dtype)).values()
     assert {leaf.dtype for leaf in leaves} == {np.dtype(dtype)}
     assert init_params(DeformableAttentionConfig(4, 2, size=(3, 5)), 0)["query"]["weight"].dtype == np.float32
@@ -263,7 +264,7 @@ def test_initialization_has_the_requested_precision(dtype):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_zero_offset_start_of_a_backbone(release):
-    """With offsets="zero_offset" every deformable block starts on its (clamped) reference; as released, none does."""
+    """With offsets="zero_offset" the points of deformable blocks equal the (clamped) references; as released, not."""
     backbone, x = tiny(release), numbers(0, 1, 3, 64, 96)
     for offsets in ("zero_offset", "released"):
         _, trace = DAT(backbone, init_params(backbone, 0, offsets=offsets, dtype=np.float64))(x, return_trace=True)
@@ -271,8 +272,8 @@ def test_zero_offset_start_of_a_backbone(release):
         assert len(layers) == {"cvpr2022": 2, "datpp2023": 4}[release]
         for layer in layers:
             expected = layer.reference if release == "cvpr2022" else np.clip(layer.reference, -1, 1)
-            still = (layer.points == expected).all()
-            assert still == (offsets == "zero_offset")
+            on_reference = (layer.points == expected).all()
+            assert on_reference == (offsets == "zero_offset")
 
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -289,7 +290,7 @@ def test_preset_of_other_classes_and_channels():
 
 
 def test_released_base_384_differs_by_tables_and_windows():
-    """dat_base_384 is dat_base with windows of 12 and tables for 384²; dat_pp_base_384 has dat_pp_base's own tables."""
+    """dat_base_384 is dat_base with windows of 12 and tables for 384²; dat_pp_base_384 has dat_pp_base's tables."""
     assert config("dat_base_384").stages[2][1].attention.size == (24, 24)
     assert config("dat_base_384").stages[0][0].attention.window_size == 12
     assert config("dat_pp_base_384").stages == config("dat_pp_base").stages

@@ -1,4 +1,4 @@
-"""The peers against the released modules' recorded outputs and gradients, to 1e-9."""
+"""Peers against recorded outputs and gradients of the released modules, to 1e-9."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ TOLERANCE = 1e-9
 
 @pytest.mark.parametrize("name", ["peer_dcn_v1", "peer_dcn_v2"])
 def test_deformable_convolution_is_torchvisions(name):
-    """Output and the gradients of map, offsets, weights, bias and mask."""
+    """Output and gradients of map, offsets, weights, bias and mask equal torchvision's."""
     meta, arrays = load_golden(name)
     inputs = {key: arrays[key] for key in ("x", "offset", "weight", "bias", "mask") if key in arrays}
     geometry = {key: meta[key] for key in ("stride", "padding", "dilation")}
@@ -35,7 +35,7 @@ def test_deformable_convolution_is_torchvisions(name):
 
 @pytest.mark.parametrize("name", ["single", "multi", "boxes"])
 def test_multi_scale_deformable_attention_is_deformable_detrs(name):
-    """Output and the gradients of queries, maps, references and parameters."""
+    """Output and gradients of queries, maps, references and parameters equal Deformable DETR's."""
     meta, arrays = load_golden(f"peer_ms_deform_attn_{name}")
     config = MultiScaleDeformableConfig(
         dim=arrays["query"].shape[2], heads=meta["n_heads"], points=meta["n_points"], levels=len(meta["shapes"])
@@ -54,7 +54,7 @@ def test_multi_scale_deformable_attention_is_deformable_detrs(name):
 
 
 def test_spatial_reduction_attention_is_the_released_one():
-    """Output and all gradients."""
+    """Output and all gradients equal those of the released module."""
     meta, arrays = load_golden("peer_pyramid")
     config = PyramidAttentionConfig(arrays["x"].shape[1], meta["heads"], meta["sr_ratio"])
     names = pyramid_names(config)
@@ -69,7 +69,7 @@ def test_spatial_reduction_attention_is_the_released_one():
 
 
 def test_wrong_offset_order_is_noticed():
-    """Offsets in (dx, dy) order, or tap before group, do not pass for torchvision's."""
+    """Offsets in (dx, dy) order, or with taps before groups, are rejected."""
     _, arrays = load_golden("peer_dcn_v2")
     inputs = {key: arrays[key] for key in ("x", "weight", "bias", "mask")}
     groups = arrays["offset"].reshape(1, 2, 9, 2, 4, 3)

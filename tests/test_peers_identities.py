@@ -1,4 +1,4 @@
-"""The web of identities: special cases in which one system is another, outputs and gradients, and where it is not."""
+"""Identities: special cases in which two systems have equal outputs and gradients, and counter-examples."""
 
 from dataclasses import replace
 
@@ -42,14 +42,14 @@ CONSISTENT = (Convention.CELL_CENTER, Convention.PAPER)
 
 
 def plain(seed, dim, heads, size, with_bias=True):
-    """Return multi-head attention: configuration and parameters."""
+    """Return configuration and parameters of multi-head attention."""
     config = MultiHeadAttentionConfig(dim, heads, size if with_bias else None)
     shapes = ATTENTIONS[MultiHeadAttentionConfig].shapes(config)
     return config, random_params(shapes, np.random.default_rng(seed))
 
 
 def as_window(config, params, size, extra=0):
-    """Return the same attention as one window over the map; the map's table lies in the middle of the window's."""
+    """Return the same attention as one window over the map; its table contains the map's table at the center."""
     window = max(size) + extra
     return WindowAttentionConfig(config.dim, config.heads, window), {
         "qkv": params["qkv"],
@@ -59,7 +59,7 @@ def as_window(config, params, size, extra=0):
 
 
 def as_neighborhood(config, params, size, extra=0):
-    """Return the same attention as one neighborhood; its table counts from query to key, so it is turned round."""
+    """Return the same attention as one neighborhood, with a flipped table: displacements are from query to key."""
     kernel = (max(size) + extra) // 2 * 2 + 1
     return NeighborhoodAttentionConfig(config.dim, config.heads, kernel), {
         "qkv": params["qkv"],
@@ -70,7 +70,7 @@ def as_neighborhood(config, params, size, extra=0):
 
 def in_the_middle(params, side):
     table = params["position_bias"]["table"]
-    grown = np.full((len(table), side, side), 77.0)  # what is around it is never read
+    grown = np.full((len(table), side, side), 77.0)  # entries around it are never read
     top, left = ((side - length) // 2 for length in table.shape[1:])
     grown[:, top : top + table.shape[1], left : left + table.shape[2]] = table
     return grown
@@ -87,14 +87,14 @@ def as_pyramid(config, params, size):
 
 
 def as_deformable(config, params, size, convention, start="offset network"):
-    """Return the same attention as a deformable layer at stride 1, its offsets zero or switched off."""
-    still = start == "no offsets"
+    """Return the same attention as a deformable layer at stride 1, with zero offsets or without an offset network."""
+    without_offsets = start == "no offsets"
     layer = DeformableAttentionConfig(
         config.dim,
         config.heads,
         config.heads,
         kernel_size=3,
-        offset_bound=OffsetBound.NONE if still else OffsetBound.TANH_CELLS,
+        offset_bound=OffsetBound.NONE if without_offsets else OffsetBound.TANH_CELLS,
         bias=BiasKind.NONE if config.size is None else BiasKind.TABLE,
         size=size,
         convention=convention,
@@ -110,7 +110,7 @@ def as_deformable(config, params, size, convention, start="offset network"):
 
 
 def equals(first, second, x, cotangent, tolerance=1e-11):
-    """Require that two attentions, (configuration, parameters), have the same output and gradient of the map."""
+    """Assert that two attentions, (configuration, parameters), have the same output and gradient of the map."""
     results = []
     for config, params in (first, second):
         y, trace = ATTENTIONS[type(config)].forward(x, params, config)
@@ -136,14 +136,14 @@ def plain_cases(draw, with_bias=True):
 
 @given(plain_cases(), st.integers(0, 2))
 def test_window_as_large_as_the_map_is_plain_attention(case, extra):
-    """With the relative bias; the window may also be larger than the map."""
+    """A window over the whole map, or larger, equals plain attention, with the relative bias."""
     config, params, size, x, cotangent = case
     equals((config, params), as_window(config, params, size, extra), x, cotangent)
 
 
 @given(plain_cases(), st.integers(0, 3))
 def test_neighborhood_as_large_as_the_map_is_plain_attention(case, extra):
-    """With the relative bias, its table turned round."""
+    """A neighborhood over the whole map equals plain attention, with the flipped relative bias."""
     config, params, size, x, cotangent = case
     equals((config, params), as_neighborhood(config, params, size, extra), x, cotangent)
 
@@ -156,17 +156,17 @@ def test_reduction_by_one_is_plain_attention(case):
 
 @given(st.booleans().flatmap(plain_cases), consistent_conventions, st.sampled_from(["offset network", "no offsets"]))
 def test_deformable_attention_without_offsets_is_plain_attention(case, convention, start):
-    """At stride 1 in CELL_CENTER and PAPER, with and without a bias, in the map's gradient too.
+    """At stride 1 in CELL_CENTER and PAPER the identity holds with and without a bias, also for the map's gradient.
 
     With an offset network that outputs zero, the points lie on pixels, where sampling has a kink; the gradient of the
-    map does not go through them, for the network's last layer is zero.
+    map does not pass through the points, because the network's last layer is zero.
     """
     config, params, size, x, cotangent = case
     equals((config, params), as_deformable(config, params, size, convention, start), x, cotangent)
 
 
 def test_the_web_rejects_what_is_not_plain_attention():
-    """The releases' geometries, a smaller window, kernel or resolution, and a table the wrong way round."""
+    """Rejected: the geometries of the releases, a smaller window, kernel or resolution, and a flipped table."""
     config, params = plain(0, 6, 2, (3, 5))
     without, bare = plain(0, 6, 2, (3, 5), with_bias=False)
     x, cotangent = numbers(1, 2, 6, 3, 5), numbers(2, 2, 6, 3, 5)
@@ -195,7 +195,7 @@ def coarse(params):
 
 @given(plain_cases(), st.sampled_from(CONSISTENT))
 def test_the_nodes_of_the_web_equal_each_other(case, convention):
-    """Window, neighborhood and deformable layer, two by two, with the same bias."""
+    """Window, neighborhood and deformable layer with the same bias agree in pairs."""
     config, params, size, x, cotangent = case
     nodes = [as_window(config, params, size), as_neighborhood(config, params, size)]
     nodes.append(as_deformable(config, params, size, convention))
@@ -208,7 +208,7 @@ def test_the_nodes_of_the_web_equal_each_other(case, convention):
 
 @given(seeds, st.sampled_from([(7, 9), (6, 11), (13, 8)]), st.sampled_from([2, 3]))
 def test_dilation_is_neighborhood_attention_of_each_sub_map(seed, size, dilation):
-    """Cut out every sub-map, attend in it, put it back; where no sub-map is shorter than the kernel."""
+    """Dilation equals plain neighborhood attention on every sub-map, if no sub-map is shorter than the kernel."""
     kernel = 3 if min(size) // dilation >= 3 else 1
     config = NeighborhoodAttentionConfig(4, 2, kernel, dilation=dilation)
     params = random_params(ATTENTIONS[NeighborhoodAttentionConfig].shapes(config), np.random.default_rng(seed))
@@ -221,7 +221,7 @@ def test_dilation_is_neighborhood_attention_of_each_sub_map(seed, size, dilation
 
 @given(seeds, st.sampled_from([1, 3]))
 def test_per_query_attention_without_offsets_is_neighborhood_attention_away_from_the_border(seed, kernel):
-    """Without a bias. At the border one reads zeros outside the map, and the other's windows slide inwards."""
+    """Both are equal without a bias away from the border, where one reads zeros and the other moves its windows."""
     config = PerQueryAttentionConfig(6, 3, groups=3, kernel_size=kernel, offset_kernel_size=3)
     shapes = ATTENTIONS[PerQueryAttentionConfig].shapes(config)
     params = random_params(shapes, np.random.default_rng(seed))
@@ -245,7 +245,7 @@ def test_per_query_attention_without_offsets_is_neighborhood_attention_away_from
 
 @st.composite
 def convolutions(draw):
-    """Draw arguments of a convolution with a square kernel: x, weight, bias, cotangent, geometry, and points a tap."""
+    """Draw arguments of a convolution with a square kernel: x, weight, bias, cotangent, geometry, points per tap."""
     kernel, stride, pad = draw(st.sampled_from([(3, 1, 1), (3, 2, 1), (1, 1, 0), (2, 3, 1), (2, 1, 0)]))
     size, seed = draw(map_sizes(smallest=3)), draw(seeds)
     out = [(length + 2 * pad - kernel) // stride + 1 for length in size]
@@ -261,7 +261,7 @@ def convolutions(draw):
 
 
 def is_a_convolution(arrays, mask, cotangent, geometry):
-    """Require that a deformable convolution equals the convolution, in y, ∂x, ∂weight and ∂bias."""
+    """Assert that a deformable convolution equals the convolution in y, ∂x, ∂weight and ∂bias."""
     pad = geometry["padding"]
     plain_arguments = [arrays[name] for name in ("x", "weight", "bias")]
     plain_geometry = {"stride": geometry["stride"], "padding": ((pad, pad), (pad, pad))}
@@ -280,7 +280,7 @@ def test_dcn_v2_with_zero_offsets_and_unit_mask_is_a_convolution(drawn):
 
 @given(convolutions())
 def test_dcn_v1_is_v2_with_a_unit_mask(drawn):
-    """Wherever the points are."""
+    """Version 1 equals version 2 with a unit mask, for any offsets."""
     arrays, mask, cotangent, geometry = drawn
     arrays = {**arrays, "offset": np.random.default_rng(0).uniform(-2, 2, arrays["offset"].shape)}
     assert_agree(deform_conv2d(**arrays, **geometry), deform_conv2d(**arrays, mask=mask, **geometry), 1e-13)
@@ -305,7 +305,7 @@ def test_other_masks_and_offsets_are_not_a_convolution():
 
 @given(seeds, st.sampled_from([1, 2]))
 def test_a_deformable_convolution_starts_as_half_a_convolution(seed, groups):
-    """Zero offsets and every modulation 1/2: half the convolution, and the whole bias."""
+    """The initial layer, with zero offsets and modulations of 1/2, is half the convolution plus the bias."""
     config = DeformableConvConfig(4, 3, groups=1, offset_groups=groups)
     params = init_params(config, seed, dtype=np.float64)
     x = numbers(seed, 2, 4, 3, 5)
@@ -318,13 +318,13 @@ def test_a_deformable_convolution_starts_as_half_a_convolution(seed, groups):
 
 
 def sigmoid_detr_and_its_convolution(seed, heads, depth, points, size, tied=True):
-    """Return both sides of the identity on one input, and what each has for gradients of values and weights.
+    """Return both sides of the identity on one input, each with its gradients of values and weights.
 
-    Left: Deformable DETR on one level, every pixel a query at its own center, its softmax replaced by a sigmoid. Right:
-    a modulated deformable convolution of the projected values v = W_v x + b_v with
+    Left: Deformable DETR on one level with a sigmoid instead of the softmax; every pixel is a query at its own center.
+    Right: a modulated deformable convolution of the projected values v = W_v x + b_v with
 
-    - a kernel of 1 × P, one tap a point (P odd, padding P//2 across: the map keeps its size);
-    - one offset group a head, its offsets (dy, dx) those of the head less the tap's own place p - P//2 across;
+    - a kernel of 1 × P, one tap per point (P odd, horizontal padding P//2, so that the map keeps its size);
+    - one offset group per head, with the head's offsets (dy, dx) minus the horizontal position p - P//2 of the tap;
     - the mask σ(scores) of each head and point;
     - the weight of channel c of every tap W_o[:, c], the same for all taps; the bias b_o.
     """
@@ -365,14 +365,14 @@ def sigmoid_detr_and_its_convolution(seed, heads, depth, points, size, tied=True
 
 @given(seeds, HEADS, st.sampled_from([1, 3, 5]), map_sizes())
 def test_sigmoid_deformable_detr_is_a_modulated_deformable_convolution(seed, heads, points, size):
-    """See `sigmoid_detr_and_its_convolution` for which one; gradients of values, mask and offsets are the same too."""
+    """Both sides of `sigmoid_detr_and_its_convolution` are equal, also in gradients of values, mask and offsets."""
     left, right = sigmoid_detr_and_its_convolution(seed, *heads, points, size)
     for name, one, other in zip(("y", "values", "mask", "offset"), left, right):
         assert_agree(other, one, 1e-11, name)
 
 
 def test_the_convolution_that_is_not_deformable_detr():
-    """A convolution whose taps have weights of their own is more than Deformable DETR has."""
+    """A convolution with different weights for each tap has no equal in Deformable DETR."""
     (left, *_), (right, *_) = sigmoid_detr_and_its_convolution(0, 2, 3, 3, (5, 7), tied=False)
     assert np.abs(left - right).max() > 0.1
 
@@ -389,7 +389,7 @@ def locations_on_one_map(draw):
 
 @given(locations_on_one_map())
 def test_one_level_is_single_scale(drawn):
-    """Two levels with the same map that share out the points are one level with all of them; a level may be unused."""
+    """Two levels with equal maps that share the points equal one level with all points; a level may be unused."""
     value, size, locations, weights = drawn
     single = multi_scale_deformable_attention(value, [size], locations, weights)
     half = locations.shape[4] // 2
@@ -406,7 +406,7 @@ def test_one_level_is_single_scale(drawn):
 
 @given(seeds, map_sizes(smallest=2), st.sampled_from([1, 3]))
 def test_dat_dcn_between_cell_centers_is_deformable_detr(seed, size, points):
-    """Half maps and (y, x) against pixels and (x, y): W_Δ scaled by half the map. The release's geometry is not."""
+    """Both are equal after changes of units (half maps to pixels) and axis order, but not in the release's geometry."""
     config = DATDCNAttentionConfig(6, 3, points, Convention.CELL_CENTER)
     params = random_params(ATTENTIONS[DATDCNAttentionConfig].shapes(config), np.random.default_rng(seed))
     half = np.array(size[::-1]) / 2

@@ -1,4 +1,4 @@
-"""Every peer against scalar loops, and what holds for all of them: gradients, precision, empty batches, cost."""
+"""Every peer against scalar loops, and common properties: gradients, precision, empty batches, cost."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def divisors(dim):
     return st.sampled_from([n for n in (2, 1, 3) if dim % n == 0])
 
 
-# One strategy a peer, given its dim and heads.
+# One strategy per peer, given its dim and heads.
 PEERS = {
     "multi_head": lambda dim, heads: st.builds(
         MultiHeadAttentionConfig, dim, heads, st.sampled_from([(3, 5), None, (2, 1), (5, 3)])
@@ -70,7 +70,7 @@ each_peer = pytest.mark.parametrize("kind", PEERS)
 
 @st.composite
 def peer_cases(draw, kind, batches=(1, 2), largest=5):
-    """Draw a peer of a kind, a map it is defined on, and the seed of its numbers."""
+    """Draw a peer of a kind, the size of a valid map, and a seed for the elements."""
     heads, head_dim = draw(HEADS)
     config = draw(PEERS[kind](st.just(heads * head_dim), st.just(heads)))
     undefined = isinstance(config, DATDCNAttentionConfig) and config.convention is PP
@@ -133,8 +133,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_loops_reject_a_layer_that_is_built_otherwise(name):
-    """The comparison notices what is left out or shifted: the loops follow one configuration, the layer another."""
+def test_loops_reject_another_configuration(name):
+    """The comparison fails if the loops follow another configuration than the layer."""
     right, wrong = (Case(config, (3, 5), 1, 0) for config in WRONG[name])
     assert_agree(run(right)[0], loops_of(right), 1e-10)
     with pytest.raises(AssertionError):
@@ -143,8 +143,8 @@ def test_loops_reject_a_layer_that_is_built_otherwise(name):
 
 @each_peer
 @given(data=st.data())
-def test_costs_are_what_runs(kind, data):
-    """The multiply-adds of the formula are those that NumPy did, as integers."""
+def test_costs_equal_counts(kind, data):
+    """Multiply-adds of the formula equal the counted ones as integers."""
     case = data.draw(peer_cases(kind))
     attention = ATTENTIONS[type(case.config)]
     counted = count(attention.forward, case.x(), case.params(), case.config)
@@ -155,7 +155,7 @@ def test_costs_are_what_runs(kind, data):
 
 
 def away_from_kinks(trace):
-    """Return whether no moved point lies next to a pixel row or column, where sampling has no derivative."""
+    """Return whether all moved points are away from pixel rows and columns, where sampling has no derivative."""
     return not hasattr(trace, "points_px") or lattice_distance(trace.points_px) > 1e-3
 
 
@@ -179,7 +179,7 @@ def check_gradients(case, vjp=None):
 @each_peer
 @given(data=st.data())
 def test_gradients_equal_finite_differences(kind, data):
-    """Of every peer, with respect to the map and to every parameter, away from kinks."""
+    """Gradients of every peer to the map and all parameters equal finite differences, away from kinks."""
     case = data.draw(peer_cases(kind))
     assume(away_from_kinks(run(case)[1]))
     check_gradients(case)
@@ -212,7 +212,7 @@ def generic_case(config, size=(3, 5)):
 
 @pytest.mark.parametrize("config", EXAMPLES, ids=example_id)
 def test_gradient_checker_rejects_wrong_gradients(config):
-    """A gradient of x off by 1e-3 of itself, and one that leaves out a parameter's bias, are noticed."""
+    """Rejected: a gradient of x with a relative error of 1e-3, and one without the bias of a parameter."""
     case, right = generic_case(config), ATTENTIONS[type(config)].vjp
     check_gradients(case)
 
@@ -230,13 +230,13 @@ def test_gradient_checker_rejects_wrong_gradients(config):
             check_gradients(case, wrong)
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------------------------ common properties
 
 
 @each_peer
 @given(data=st.data(), dtype=st.sampled_from([np.float32, np.float64]))
 def test_precision_and_non_contiguous_inputs(kind, data, dtype):
-    """Read-only and strided inputs are accepted and left alone; the precision is kept, in the gradients too."""
+    """Read-only and strided inputs are accepted and not modified; outputs and gradients have the input's precision."""
     case = data.draw(peer_cases(kind))
     x, params = case.x(dtype), case.params(dtype)
     odd = map_tree(non_contiguous, params)
@@ -255,7 +255,7 @@ def test_precision_and_non_contiguous_inputs(kind, data, dtype):
 @each_peer
 @given(data=st.data())
 def test_empty_batch(kind, data):
-    """No images: an empty output, and gradients that are zero."""
+    """An empty batch gives an empty output and zero gradients."""
     case = data.draw(peer_cases(kind, batches=(0,)))
     y, trace = run(case)
     assert y.shape == (0, case.config.dim, *case.size)
@@ -266,15 +266,15 @@ def test_empty_batch(kind, data):
 
 
 def _bias_macs(case):
-    """Return what reading a table costs, whatever the batch."""
+    """Return the multiply-adds of reading a table, which do not depend on the batch."""
     pixels = case.size[0] * case.size[1]
     return 4 * case.config.heads * pixels**2 if isinstance(case.config, MultiHeadAttentionConfig) else 0
 
 
 @each_peer
 @given(data=st.data())
-def test_images_of_a_batch_do_not_see_each_other(kind, data):
-    """Two images together give what each gives alone."""
+def test_images_of_a_batch_do_not_affect_each_other(kind, data):
+    """The output for two images equals the outputs for each alone."""
     case = data.draw(peer_cases(kind, batches=(2,)))
     x, params = case.x(), case.params()
     together = run(case, x, params)[0]
@@ -293,14 +293,14 @@ def test_wrong_channels_are_refused_by_name(config):
     ("make", "message"),
     [
         (lambda: MultiHeadAttentionConfig(6, 4), "heads: expected a divisor of dim=6, got 4"),
-        (lambda: PyramidAttentionConfig(6, 3, 0), "reduction: expected >= 1, got 0"),
-        (lambda: NeighborhoodAttentionConfig(6, 3, 3, dilation=0), "dilation: expected >= 1, got 0"),
-        (lambda: DeformableConvConfig(6, 4), "kernel_size: expected an odd number"),
+        (lambda: PyramidAttentionConfig(6, 3, 0), "reduction: expected an integer >= 1, got 0"),
+        (lambda: NeighborhoodAttentionConfig(6, 3, 3, dilation=0), "dilation: expected an integer >= 1, got 0"),
+        (lambda: DeformableConvConfig(6, 4), "kernel_size: expected an odd integer"),
         (lambda: DeformableConvConfig(6, 3, offset_groups=4), "offset_groups: expected a divisor of dim=6, got 4"),
-        (lambda: MultiScaleDeformableConfig(6, 3, 0), "points, levels: expected >= 1"),
+        (lambda: MultiScaleDeformableConfig(6, 3, 0), "points: expected an integer >= 1"),
         (lambda: MultiScaleDeformableConfig(6, 3, scoring="keys"), "scoring: expected 'query' or 'dot_product'"),
         (lambda: PerQueryAttentionConfig(6, 3, 2), "groups: expected a divisor of heads=3, got 2"),
-        (lambda: PerQueryAttentionConfig(6, 3, 3, 2), "kernel_size: expected an odd number"),
+        (lambda: PerQueryAttentionConfig(6, 3, 3, 2), "kernel_size: expected an odd integer"),
         (lambda: DATDCNAttentionConfig(6, 3, 0), "points: expected >= 1, got 0"),
     ],
 )
@@ -315,11 +315,11 @@ def test_dat_dcn_has_no_references_on_a_single_row():
         ATTENTIONS[DATDCNAttentionConfig].forward(np.zeros((1, 6, 1, 5)), init_params(config, 0), config)
 
 
-# ------------------------------------------------------------------------------------------------ first values
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def test_ring_is_the_released_one():
-    """Eight heads look into eight directions; point p lies p pixels away, measured along the longer axis."""
+    """Eight heads have eight directions; point p is p pixels away, measured along the longer axis."""
     offsets = ring_offsets(8, 2, 3)
     assert offsets.shape == (8, 2, 3, 2)
     assert_agree(offsets[0, :, :, :], np.broadcast_to([[1, 0], [2, 0], [3, 0]], (2, 3, 2)), 1e-12)
@@ -328,8 +328,8 @@ def test_ring_is_the_released_one():
     assert_agree(np.abs(offsets).max(axis=-1), np.broadcast_to([1, 2, 3], (8, 2, 3)), 1e-12)
 
 
-def test_first_values_are_the_released_ones():
-    """Deformable convolution starts on its lattice with half weights; Deformable DETR on a ring with equal weights."""
+def test_initialization_equals_the_released_one():
+    """Deformable convolution starts on its lattice with weights 1/2, Deformable DETR on a ring with equal weights."""
     x = numbers(0, 1, 12, 5, 7)
     convolution = DeformableConvConfig(12)
     _, trace = ATTENTIONS[DeformableConvConfig].forward(x, init_params(convolution, 0, dtype=np.float64), convolution)
@@ -344,7 +344,7 @@ def test_first_values_are_the_released_ones():
 
 
 def test_dat_dcn_starts_mostly_outside_the_map():
-    """The ring in half maps: with 4 points on 14 x 14, 12 heads, far more than half of the samples are zero."""
+    """The initial ring is in units of half maps: for 4 points, 14 x 14, 12 heads, most samples are outside and zero."""
     config = DATDCNAttentionConfig(24, 12, 4)
     _, trace = ATTENTIONS[DATDCNAttentionConfig].forward(numbers(0, 1, 24, 14, 14), init_params(config, 0), config)
     assert (trace.sampled == 0).all(axis=-1).mean() == pytest.approx(0.86, abs=0.01)
@@ -355,7 +355,7 @@ def test_dat_dcn_starts_mostly_outside_the_map():
 
 @given(st.integers(1, 13), st.sampled_from([1, 3, 5]), st.integers(1, 4))
 def test_dilated_neighbors_are_those_of_the_sub_map(length, kernel, dilation):
-    """Cut out a sub-map: the neighbors in it are those of plain neighborhood attention, where it is long enough."""
+    """In a sub-map that is long enough the neighbors equal those of plain neighborhood attention."""
     neighbors = axis_neighbors(length, kernel, dilation)
     assert neighbors.shape == (length, min(kernel, max(length // dilation, 1)))
     for first in range(min(dilation, length)):

@@ -23,7 +23,7 @@ HEADS = st.sampled_from([(2, 3), (4, 1), (1, 3), (3, 2)])
 
 @st.composite
 def convolutions(draw):
-    """Draw the arguments of `deform_conv2d`, asymmetric in everything."""
+    """Draw the arguments of `deform_conv2d`, with all axes different."""
     groups, offset_groups = draw(st.sampled_from([(1, 1), (2, 3), (3, 2), (6, 1), (1, 6)]))
     kernel = draw(st.sampled_from([(3, 2), (1, 3), (2, 2), (1, 1)]))
     stride, padding, dilation = (
@@ -46,14 +46,14 @@ def convolutions(draw):
 
 @given(convolutions())
 def test_deform_conv2d_equals_scalar_loops(drawn):
-    """Groups, offset groups, strides, padding, dilation, kernels of two different sides, points far outside."""
+    """Equal for groups, offset groups, strides, padding, dilation, non-square kernels and points far outside."""
     arguments, geometry = drawn
     assert_agree(deform_conv2d(**arguments, **geometry), loops.deform_conv2d(**arguments, **geometry), 1e-11)
 
 
 @given(convolutions())
 def test_deform_conv2d_gradients(drawn):
-    """With respect to the map, offsets, weights, bias and mask."""
+    """Gradients of map, offsets, weights, bias and mask equal finite differences."""
     arguments, geometry = drawn
     assume(lattice_distance(arguments["offset"]) > 1e-3)
 
@@ -65,7 +65,7 @@ def test_deform_conv2d_gradients(drawn):
     check_vjp(lambda **inputs: deform_conv2d(**inputs, **geometry), vjp, arguments, rng, projections=1)
 
 
-def test_deform_conv2d_takes_numbers_for_pairs():
+def test_deform_conv2d_accepts_integers_for_pairs():
     x, offset, weight = numbers(0, 1, 2, 7, 5), numbers(1, 1, 18, 4, 3), numbers(2, 3, 2, 3, 3)
     pairs = deform_conv2d(x, offset, weight, None, (2, 2), (1, 1), (1, 1))
     assert_agree(deform_conv2d(x, offset, weight, stride=2, padding=1, dilation=1), pairs, 0)
@@ -90,7 +90,7 @@ def test_deform_conv2d_takes_numbers_for_pairs():
         ({"bias": np.zeros(2)}, r"bias: expected \(O=3\), got \(2,\)"),
     ],
 )
-def test_deform_conv2d_refuses_what_does_not_fit(changes, message):
+def test_deform_conv2d_rejects_invalid_arguments(changes, message):
     arguments = {"x": np.zeros((1, 6, 7, 5)), "offset": np.zeros((1, 18, 5, 3)), "weight": np.zeros((3, 6, 3, 3))}
     with pytest.raises(ValueError, match=message):
         deform_conv2d(**{**arguments, **changes})
@@ -118,7 +118,7 @@ def test_multi_scale_equals_scalar_loops(inputs):
 
 @given(multi_scale_inputs())
 def test_multi_scale_gradients(inputs):
-    """With respect to values, locations and weights."""
+    """Gradients of values, locations and weights equal finite differences."""
     value, shapes, locations, weights = inputs
     extent = np.array(shapes)[:, None, ::-1]
     assume(lattice_distance(locations * extent - 0.5) > 1e-3)
@@ -135,7 +135,7 @@ def test_multi_scale_gradients(inputs):
 
 
 def test_boxes_scale_offsets_by_half_their_size_over_the_number_of_points():
-    """A box as large as P pixels twice over moves points as far as a reference point does."""
+    """With a box of size 2 P pixels, offsets move points as far as with a reference point."""
     config = MultiScaleDeformableConfig(6, 3, points=4)
     params = random_params(multi_scale_deformable_shapes(config), np.random.default_rng(0))
     query, value, centers = (
@@ -150,7 +150,7 @@ def test_boxes_scale_offsets_by_half_their_size_over_the_number_of_points():
     assert_agree(of_boxes, of_points, 1e-12)
 
 
-def test_multi_scale_refuses_what_does_not_fit():
+def test_multi_scale_rejects_invalid_arguments():
     value, locations, weights = np.zeros((1, 15, 2, 3)), np.zeros((1, 4, 2, 1, 3, 2)), np.zeros((1, 4, 2, 1, 3))
     with pytest.raises(ShapeError, match=r"value: expected \(B, S=12, heads, d\) with S = Σ H_l·W_l, got"):
         multi_scale_deformable_attention(value, [(3, 4)], locations, weights)

@@ -1,4 +1,4 @@
-"""What a query sees, checked by what its output depends on; and peers in the place of deformable layers."""
+"""Receptive field of a query, checked by the gradient of its output; peers in place of deformable layers."""
 
 from dataclasses import replace
 
@@ -60,15 +60,15 @@ CONFIGS = (
     PerQueryAttentionConfig(6, 3, 3),
     DATDCNAttentionConfig(6, 3, 2),
 )
-# What decides where to look, and how to weigh: by the first rows of a stacked projection, or by name.
+# Parameters that determine points and weights: the first rows of a stacked projection, or a name.
 DECIDERS = ("query", "offset", "modulation", "weights", "offset_network")
 
 
-def fixed_looks(case):
-    """Return parameters under which queries, offsets and weights are the same whatever the map holds.
+def parameters_with_fixed_points(case):
+    """Return parameters under which queries, offsets and weights do not depend on the map.
 
-    Only the weights of what decides are zero; the biases stay, so that points are moved, each tap another way. What is
-    left of the dependence on the map goes through keys and values.
+    Only the weights of these projections are zero; their biases stay, so that points move, each tap differently. The
+    output then depends on the map only through keys and values.
     """
     params = map_tree(np.array, case.params())
     for name in DECIDERS:
@@ -85,7 +85,7 @@ def fixed_looks(case):
 
 
 def depends_on(case, params, query):
-    """Return which pixels of the map the output at a query depends on, by its gradient: (H, W) of booleans."""
+    """Return a boolean map (H, W) of the pixels on which the output at a query depends, by its gradient."""
     attention = ATTENTIONS[type(case.config)]
     y, trace = attention.forward(case.x(), params, case.config)
     cotangent = np.zeros_like(y)
@@ -96,7 +96,7 @@ def depends_on(case, params, query):
 
 
 def check_receptive_field(case, query, receptive_field=receptive_field):
-    params = fixed_looks(case)
+    params = parameters_with_fixed_points(case)
     expected, trace = depends_on(case, params, query)
     seen = receptive_field(query, case.size, case.config, trace)
     assert seen.shape == case.size
@@ -107,20 +107,20 @@ def check_receptive_field(case, query, receptive_field=receptive_field):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-{CONFIGS.index(config)}")
 @given(seed=seeds, size=map_sizes(smallest=2), data=st.data())
 def test_receptive_field_is_what_the_output_depends_on(config, seed, size, data):
-    """Of every peer, any query, any map: a pixel counts as seen exactly if the output at the query depends on it."""
+    """For every peer, query and map, a pixel is in the receptive field exactly if the output depends on it."""
     query = tuple(data.draw(st.integers(0, side - 1)) for side in size)
     check_receptive_field(Case(config, size, 2, seed), query)
 
 
 @given(layer_cases(batches=(2,)), st.data())
 def test_receptive_field_of_the_deformable_layer(case, data):
-    """Likewise, in bounds, strides, groups, conventions; a depthwise bias lets a query see around itself."""
+    """The same for the deformable layer; a depthwise bias adds the pixels around the query."""
     query = tuple(data.draw(st.integers(0, side - 1)) for side in case.size)
-    if case.config.bias is BiasKind.DEPTHWISE:  # its input is the query map, which must stay
-        still = replace(case.config, offset_bound=OffsetBound.NONE)
-        case = replace(case, config=still)
+    if case.config.bias is BiasKind.DEPTHWISE:  # its input is the query map, which must not be zero
+        config = replace(case.config, offset_bound=OffsetBound.NONE)
+        case = replace(case, config=config)
         params = case.params()
-        params["key"]["weight"][:] = 0  # queries count no more for the weights
+        params["key"]["weight"][:] = 0  # weights no longer depend on queries
         params["key"]["bias"][:] = 0
         expected, trace = depends_on(case, params, query)
         np.testing.assert_array_equal(receptive_field(query, case.size, case.config, trace), expected)
@@ -129,7 +129,7 @@ def test_receptive_field_of_the_deformable_layer(case, data):
 
 
 def test_receptive_field_checker_rejects_wrong_maps():
-    """Off by a pixel, transposed, of another query or image."""
+    """Rejected: a map off by a pixel, transposed, or of another query or image."""
     case = Case(MultiScaleDeformableConfig(6, 3, 2), (5, 5), 2, 1)
     check_receptive_field(case, (1, 3))
     wrong = (
@@ -145,7 +145,7 @@ def test_receptive_field_checker_rejects_wrong_maps():
 
 
 def test_receptive_field_by_hand():
-    """Neighborhoods slide inwards and skip, windows are cut at the border, a point reads the pixels around it."""
+    """Known values: neighborhoods at borders and with dilation, windows at the border, pixels around a point."""
     around = receptive_field((0, 3), (4, 7), NeighborhoodAttentionConfig(2, 1, 3))
     assert np.argwhere(around).tolist() == [[y, x] for y in range(3) for x in (2, 3, 4)]
     dilated = receptive_field((0, 3), (6, 7), NeighborhoodAttentionConfig(2, 1, 3, dilation=2))
@@ -165,7 +165,7 @@ def test_receptive_field_of_another_image_of_the_batch():
     assert (receptive_field((2, 3), (5, 7), config, both) != expected).any()
 
 
-def test_receptive_field_refuses_what_it_cannot_answer():
+def test_receptive_field_rejects_invalid_queries():
     config = DeformableConvConfig(4, 3)
     x = numbers(0, 1, 4, 5, 7)
     _, trace = ATTENTIONS[DeformableConvConfig].forward(x, init_params(config, 0, dtype=np.float64), config)
@@ -196,7 +196,7 @@ def small():
 @pytest.mark.parametrize("match", ["keys", "macs"])
 @pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_a_swapped_backbone_runs_forward_and_backward(kind, match):
-    """No deformable layer is left, nothing else has changed, and every parameter gets a gradient."""
+    """All deformable layers are replaced, the rest is unchanged, and every parameter gets a gradient."""
     swapped = replace_attention(small(), kind, match)
     attentions = [block.attention for blocks in swapped.stages for block in blocks]
     assert attentions[0] == WindowAttentionConfig(6, 2, 3)
@@ -225,7 +225,7 @@ def test_other_sizes_than_the_built_one_can_be_fed(kind):
 
 
 def keys_of(peer, size):
-    """Return how many keys a query of a peer has, from what it computed."""
+    """Return the number of keys per query of a peer, from its trace."""
     x = numbers(0, 1, peer.dim, *size)
     _, trace = ATTENTIONS[type(peer)].forward(x, init_params(peer, 0, dtype=np.float64), peer)
     if isinstance(peer, DeformableConvConfig):
@@ -234,7 +234,7 @@ def keys_of(peer, size):
 
 
 def test_keys_are_matched():
-    """A layer of 49 keys on 14 x 14 meets peers with 49 (a reduction of 2, 7 x 7 windows and kernels, 49 points)."""
+    """A layer of 49 keys on 14 x 14 is matched by peers with 49: reduction 2, 7 x 7 windows and kernels, 49 points."""
     layer = DeformableAttentionConfig(12, 6, 3, stride=2, kernel_size=5, size=(14, 14))
     peers = {kind: matched_peer(layer, (14, 14), kind) for kind in REPLACEMENTS}
     assert {kind: keys_of(peer, (14, 14)) for kind, peer in peers.items()} == {
@@ -247,7 +247,7 @@ def test_keys_are_matched():
 
 @given(layer_cases(smallest=2, batches=(1,)), st.sampled_from([kind for kind in REPLACEMENTS if kind != "multi_head"]))
 def test_matches_are_the_nearest(case, kind):
-    """No other value of the searched number comes nearer, in keys or in multiply-adds."""
+    """No other value of the searched parameter is nearer, in keys or in multiply-adds."""
     size, layer = case.size, case.config
     wanted = np.prod(key_grid_size(size, layer.kernel_size, layer.stride, layer.convention))
     candidates = list(REPLACEMENTS[kind](layer, size))
@@ -265,7 +265,7 @@ def test_matches_are_the_nearest(case, kind):
 
 
 def test_released_backbones_can_be_swapped():
-    """In keys and in cost, by configuration: in dat_tiny a deformable layer becomes one window as large as the map."""
+    """Released backbones are matched in keys and cost; in dat_tiny a deformable layer becomes a window over the map."""
     swapped = replace_attention(config("dat_tiny"), "window")
     assert [block.attention.window_size for block in swapped.stages[2]] == [7, 14] * 3
     assert [block.attention.window_size for block in swapped.stages[3]] == [7, 7]

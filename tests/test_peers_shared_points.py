@@ -1,4 +1,4 @@
-"""The naive form and DAT: per-query attention in which all queries share one set of points is deformable attention."""
+"""Per-query attention equals deformable attention if all queries share one set of points."""
 
 from dataclasses import replace
 
@@ -19,9 +19,9 @@ from dat_ref.peers.per_query import attend_at_points, attend_at_points_vjp
 
 @given(layer_cases(biases=[BiasKind.TABLE, BiasKind.NONE, BiasKind.LOG_CPB]))
 def test_per_query_attention_at_shared_points_is_deformable_attention(case):
-    """Give every query DAT's points: the same output and gradients, in all conventions, groups and bounds.
+    """With DAT's points for every query, output and gradients are equal in all conventions, groups and bounds.
 
-    The points' gradients, one for every query, add up to those of the shared points.
+    The gradients of the points, summed over queries, equal the gradients of the shared points.
     """
     config, params = replace(case.config, average_pool=False), case.params()
     x = case.x()
@@ -52,7 +52,7 @@ def attend_shared(trace, params, config, points_px=None):
 
 
 def test_per_query_points_that_differ_are_not_deformable_attention():
-    """Another group's points, or a single query's moved by a tenth of a pixel, change the output."""
+    """Points of another group, or one query's points moved by a tenth of a pixel, change the output."""
     config = DeformableAttentionConfig(8, 4, 2, kernel_size=3, size=(3, 5))
     params = random_params(ATTENTIONS[DeformableAttentionConfig].shapes(config), np.random.default_rng(0))
     _, trace = deformable_layer(numbers(0, 1, 8, 3, 5), params, config)
@@ -66,7 +66,7 @@ def test_per_query_points_that_differ_are_not_deformable_attention():
 
 @given(layer_cases(biases=[BiasKind.NONE], bounds=[OffsetBound.RAW, OffsetBound.TANH_CELLS]))
 def test_gradients_of_queries_points_add_up_to_the_shared_points(case):
-    """Numerically: moving a shared point moves every query's copy of it."""
+    """Finite differences: moving a shared point moves the copies of all queries."""
     config, params, x = case.config, case.params(), case.x()
     _, trace = deformable_layer(x, params, config)
     merged, at_points = attend_shared(trace, params, config)

@@ -1,4 +1,4 @@
-"""The peers against torch: its own functions and autograd in float64, and other packages where they import."""
+"""Peers against torch functions and autograd in float64, and against other packages where installed."""
 
 import numpy as np
 import pytest
@@ -28,12 +28,12 @@ F = torch.nn.functional
 
 
 def leaves(arrays):
-    """Return tensors that want gradients, by name."""
+    """Return tensors that require gradients, by name."""
     return {name: torch.tensor(np.ascontiguousarray(array), requires_grad=True) for name, array in arrays.items()}
 
 
 def same_gradients(y, cotangent, tensors, grads, tolerance=1e-10):
-    """Require that autograd finds the same gradients."""
+    """Assert that autograd gives the same gradients."""
     y.backward(torch.tensor(np.ascontiguousarray(cotangent)))
     for name, tensor in tensors.items():
         assert_agree(grads[name], tensor.grad.numpy(), tolerance, name)
@@ -48,7 +48,7 @@ def read(maps, points_px):
 
 
 def torch_deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask):
-    """Sample tap by tap with grid_sample, then multiply as one grouped 1 × 1 convolution."""
+    """Compute a deformable convolution: grid_sample per tap, then one grouped 1 × 1 convolution."""
     batch, channels, height, width = x.shape
     k_y, k_x = weight.shape[2:]
     taps, (out_h, out_w) = k_y * k_x, offset.shape[2:]
@@ -94,7 +94,7 @@ def convolutions(draw):
 
 @given(convolutions())
 def test_deformable_convolution_against_grid_sample(drawn):
-    """Output and all gradients, with groups, offset groups, strides, padding, dilation."""
+    """Output and all gradients agree, with groups, offset groups, strides, padding and dilation."""
     arrays, geometry, cotangent = drawn
     tensors = leaves(arrays)
     y = torch_deform_conv2d(**{"mask": None, **tensors}, **geometry)
@@ -114,8 +114,8 @@ def test_deformable_convolution_against_torchvision(drawn):
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_zero_offsets_are_torchs_convolution(stride, groups):
-    """With unit mask; non-square kernel, stride, padding and dilation."""
+def test_zero_offsets_equal_torch_convolution(stride, groups):
+    """With zero offsets and a unit mask the result equals torch's convolution, for non-square kernels and geometry."""
     x, weight = numbers(0, 2, 4, 7, 9), numbers(1, 6, 4 // groups, 3, 2)
     geometry = {"stride": stride, "padding": (1, 2), "dilation": (2, 1)}
     expected = F.conv2d(torch.tensor(x), torch.tensor(weight), groups=groups, **geometry).numpy()
@@ -128,7 +128,7 @@ def test_zero_offsets_are_torchs_convolution(stride, groups):
 
 
 def run(config, x, params, cotangent):
-    """Return output and gradients by name, the map's among them."""
+    """Return output and gradients by name, including the gradient of the map."""
     attention = ATTENTIONS[type(config)]
     y, trace = attention.forward(x, params, config)
     grad_x, grads = attention.vjp(cotangent, trace, params, config)
@@ -136,7 +136,7 @@ def run(config, x, params, cotangent):
 
 
 def split(tokens, heads):
-    """(B, C, H, W) → (B, heads, H·W, d)."""
+    """Reshape (B, C, H, W) to (B, heads, H·W, d)."""
     return tokens.flatten(2).reshape(len(tokens), heads, tokens.shape[1] // heads, -1).transpose(2, 3)
 
 
@@ -181,7 +181,7 @@ def torch_convolution(x, params, config):
 
 
 def torch_multi_scale(value, shapes, locations, weights):
-    """Sum over levels of sampled maps."""
+    """Compute multi-scale attention as a sum over levels of sampled maps."""
     batch, _, heads, depth = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     total = 0
@@ -212,7 +212,7 @@ def torch_ms_deform(x, params, config):
     else:
         keys = tokens("key").reshape(batch, -1, config.heads, depth)
         channels = []
-        for point in range(config.points):  # one point alone, with weight one, reads the key there
+        for point in range(config.points):  # a single point with weight one samples the key there
             alone = locations[:, :, :, :, point : point + 1]
             ones = torch.ones(alone.shape[:-1], dtype=x.dtype)
             channels.append(torch_multi_scale(keys, [(height, width)], alone, ones))
@@ -225,7 +225,7 @@ def torch_ms_deform(x, params, config):
 
 
 def torch_neighborhood(x, params, config):
-    """Attention to the whole map under a mask of who sees whom, sub-map by sub-map."""
+    """Compute attention to the whole map with a mask of the visible keys, for each sub-map."""
     height, width = x.shape[2:]
     kernel, dilation = config.kernel_size, config.dilation
     seen, shift = [], []
@@ -305,7 +305,7 @@ def test_multi_scale_against_grid_sample(inputs):
 
 
 def test_multi_scale_checker_rejects_other_geometries():
-    """Locations as (y, x), corners instead of edges at 0 and 1, borders held instead of zero."""
+    """Rejected: locations as (y, x), corners instead of edges at 0 and 1, repeated borders instead of zeros."""
     rng = np.random.default_rng(0)
     locations = rng.uniform(-0.3, 1.3, (2, 5, 2, 1, 3, 2))
     inputs = (rng.standard_normal((2, 15, 2, 4)), [(3, 5)], locations, rng.uniform(size=locations.shape[:-1]))
@@ -323,7 +323,7 @@ def test_multi_scale_checker_rejects_other_geometries():
 @settings(max_examples=10)
 @given(multi_scale_inputs())
 def test_multi_scale_against_transformers(inputs):
-    """The function that Mask2Former's implementation there exports, and its gradients."""
+    """The function of Mask2Former in transformers gives the same output and gradients."""
     module = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
     check_multi_scale(module.multi_scale_deformable_attention, inputs)
 
@@ -331,7 +331,7 @@ def test_multi_scale_against_transformers(inputs):
 @settings(max_examples=10)
 @given(multi_scale_inputs())
 def test_multi_scale_against_transformers_deformable_detr(inputs):
-    """Deformable DETR's own module there."""
+    """The function of Deformable DETR in transformers gives the same output."""
     module = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     attention = module.MultiScaleDeformableAttention()
 
@@ -344,7 +344,7 @@ def test_multi_scale_against_transformers_deformable_detr(inputs):
 
 
 def test_module_against_transformers_deformable_detr():
-    """The whole attention module, with boxes and with points, on two levels."""
+    """The attention module of Deformable DETR gives the same output on two levels, with boxes and with points."""
     detr = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
     transformers = pytest.importorskip("transformers")
     settings_of = transformers.DeformableDetrConfig(d_model=12, num_feature_levels=2)
@@ -376,12 +376,12 @@ def test_module_against_transformers_deformable_detr():
         assert_agree(y, expected.detach().numpy(), 1e-12, f"references of {last}")
 
 
-@pytest.mark.filterwarnings("ignore")  # of the unfused implementation, which is what runs on a CPU
+@pytest.mark.filterwarnings("ignore")  # the unfused implementation, which runs on a CPU
 @pytest.mark.parametrize(
     ("size", "kernel", "dilation"), [((7, 9), 3, 1), ((7, 9), 3, 2), ((11, 6), 3, 2), ((13, 15), 5, 2)]
 )
 def test_dilated_neighborhoods_against_natten(size, kernel, dilation):
-    """In float32, which is all it does on a CPU; it has no relative bias."""
+    """NATTEN gives the same output in float32, its only dtype on a CPU, without a relative bias."""
     natten = pytest.importorskip("natten")
     config = NeighborhoodAttentionConfig(64, 2, kernel, dilation=dilation)
     params = random_params(ATTENTIONS[NeighborhoodAttentionConfig].shapes(config), np.random.default_rng(0), np.float32)

@@ -1,4 +1,4 @@
-"""Bilinear sampling: against scipy, against scalar loops, and what it promises inside, on and outside the map."""
+"""Bilinear sampling: against scipy and scalar loops; properties inside, on and outside the map."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_equals_scalar_loops(case):
 
 @given(samplings(maps=1))
 def test_gradients_equal_scalar_loops(case):
-    """The gradients are the loops' right-hand slopes and spread weights, on the lattice as well."""
+    """The gradients equal the right-hand slopes and weights of the loops, also on the lattice."""
     x, points = case
     cotangent = numbers(7, 1, x.shape[1], points.shape[1])
     grads = bilinear_sample_vjp(cotangent, x, points)
@@ -56,14 +56,14 @@ def test_gradients_equal_scalar_loops(case):
 
 @given(map_sizes(), seeds)
 def test_weights_sum_to_one_inside_the_map(size, seed):
-    """Anywhere between the first and the last pixel centers a map of ones reads one."""
+    """Samples of a map of ones are one everywhere between the first and the last pixel centers."""
     points = np.random.default_rng(seed).uniform(0, np.asarray(size) - 1.0, (1, 20, 2))
     assert_agree(bilinear_sample(np.ones((1, 2, *size)), points), np.ones((1, 2, 20)), 1e-14)
 
 
 @given(map_sizes(), seeds)
 def test_on_a_pixel_center_the_pixel_itself(size, seed):
-    """At whole positions sampling is exact: not one bit is lost."""
+    """At integer positions sampling returns the pixel bit for bit."""
     x = numbers(seed, 1, 2, *size)
     lattice = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1).reshape(1, -1, 2)
     np.testing.assert_array_equal(bilinear_sample(x, lattice.astype(np.float64)), x.reshape(1, 2, -1))
@@ -71,7 +71,7 @@ def test_on_a_pixel_center_the_pixel_itself(size, seed):
 
 @given(samplings(maps=1))
 def test_zeros_outside_are_the_zeros_of_a_padded_map(case):
-    """A ring of zeros around the map changes nothing but the origin."""
+    """Padding the map with zeros shifts the origin and changes nothing else."""
     x, points = case
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     assert_agree(bilinear_sample(padded, points + 1), bilinear_sample(x, points), 1e-12)
@@ -97,7 +97,7 @@ def test_map_gradient_is_the_transpose(case):
 
 
 def test_nan_point_gives_nan_and_no_other():
-    """A NaN coordinate gives NaN in all channels of its own sample, and leaves the others alone."""
+    """A NaN coordinate gives NaN in all channels of its own sample and does not affect the others."""
     x = numbers(0, 1, 2, 3, 5)
     points = np.array([[[1.0, 1.5], [np.nan, 1.0], [0.5, np.nan], [2.0, 2.0]]])
     sampled = bilinear_sample(x, points)
@@ -105,8 +105,8 @@ def test_nan_point_gives_nan_and_no_other():
     assert np.isnan(bilinear_sample_vjp(np.ones_like(sampled), x, points).points_px[0, 1]).any()
 
 
-def test_nan_pixel_reaches_whoever_reads_it():
-    """A NaN pixel is never dropped: whatever gives it a weight is NaN; two pixels away nothing is."""
+def test_nan_pixel_reaches_all_samples_that_read_it():
+    """A sample with a nonzero weight on a NaN pixel is NaN; samples two pixels away are not."""
     x = numbers(0, 1, 1, 5, 7)
     x[0, 0, 2, 3] = np.nan
     points = np.array([[[2.0, 3.0], [1.5, 3.5], [2.9, 2.1], [2.5, 0.5], [0.0, 3.0]]])
@@ -115,7 +115,7 @@ def test_nan_pixel_reaches_whoever_reads_it():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_precision_and_non_contiguous_inputs(dtype):
-    """Read-only, strided, reversed inputs are accepted and not modified; the precision is kept."""
+    """Read-only, strided and reversed inputs are accepted and not modified; the output has the input's precision."""
     x, points = numbers(1, 2, 3, 5, 4, dtype=dtype), numbers(2, 2, 6, 2, dtype=dtype) + 2
     odd_x, odd_points = non_contiguous(x), non_contiguous(points)
     sampled = bilinear_sample(odd_x, odd_points)
@@ -146,7 +146,7 @@ def test_infinite_points_are_outside():
 
 
 def test_a_nan_elsewhere_in_the_map_stays_where_it_is():
-    """Points that do not touch a NaN pixel do not see it, whether they lie inside, on the border or outside."""
+    """Points that do not read a NaN pixel are not affected by it, inside, on the border or outside."""
     x = np.ones((1, 2, 3, 3))
     x[0, 0, 0, 0] = np.nan
     points = np.array([[[2.0, 2.0], [1.5, 1.25], [2.5, 0.5], [9.0, 9.0], [0.5, 0.5]]])
@@ -158,8 +158,8 @@ def test_a_nan_elsewhere_in_the_map_stays_where_it_is():
     assert np.isfinite(grads.x).all()
 
 
-def test_whole_numbers_are_points_too():
-    """Integer maps and integer points are read as the floats they stand for, and so are their gradients."""
+def test_integer_maps_and_points_are_accepted():
+    """Integer maps and points are converted to floats, for outputs and gradients."""
     x, points = np.arange(12).reshape(1, 1, 3, 4), np.array([[[1, 2], [2, 3], [5, 0]]])
     assert bilinear_sample(x, points).tolist() == [[[6.0, 11.0, 0.0]]]
     whole = bilinear_sample_vjp(np.ones((1, 1, 3)), x, points)

@@ -1,4 +1,4 @@
-"""Every page of the site in a headless browser, with all other hosts out of reach."""
+"""All pages of the site in a headless browser without access to other hosts."""
 
 import threading
 from functools import partial
@@ -6,7 +6,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-# What a reader would see of a formula that was not set.
+# Visible text of a formula that was not rendered.
 UNSET = r"""() => {
   const left = [...document.querySelectorAll(".arithmatex")].filter((place) => !place.querySelector(".katex"));
   const failed = [...document.querySelectorAll(".katex-error")];
@@ -18,10 +18,10 @@ UNSET = r"""() => {
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
+    """Request handler without log output."""
 
     def log_message(self, *args):
-        """Nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def served(site_folder):
     server.server_close()
 
 
-def troubles(page, address, root):
-    """Open a page and return what is wrong there: console, errors, requests elsewhere or in vain, formulas."""
+def problems(page, address, root):
+    """Open a page and return its problems: console output, errors, foreign or failed requests, unrendered formulas."""
     wrong = []
     listeners = {
         "console": lambda message: wrong.append(f"console: {message.text}"),
@@ -58,12 +58,12 @@ def troubles(page, address, root):
     return wrong
 
 
-def test_every_page_opens_without_trouble(chromium, served):
-    """No word on the console, no request to another host or for what is not there, no formula left as source."""
+def test_every_page_opens_without_problems(chromium, served):
+    """No page has console output, requests to other hosts, failed requests or unrendered formulas."""
     root, pages = served
     assert len(pages) > 30
     page = chromium.new_page()
-    found = {path: troubles(page, root + path, root) for path in pages}
+    found = {path: problems(page, root + path, root) for path in pages}
     page.close()
     assert {path: wrong for path, wrong in found.items() if wrong} == {}
 
@@ -71,8 +71,8 @@ def test_every_page_opens_without_trouble(chromium, served):
 @pytest.mark.parametrize(
     "path", ["index.html", "conventions/", "spec/sampling/", "spec/offsets/", "spec/bias/", "cost/", "peers/"]
 )
-def test_figures_answer_to_arrow_keys_where_they_stand(chromium, served, path):
-    """On their pages too, and on a narrow screen; the numbers are checked where the figures stand alone."""
+def test_figures_respond_to_arrow_keys_on_their_pages(chromium, served, path):
+    """Figures respond to arrow keys on their pages, also on a narrow screen; other tests check the values."""
     root, _ = served
     page = chromium.new_page(viewport={"width": 390, "height": 800})
     page.goto(root + path)
@@ -80,15 +80,15 @@ def test_figures_answer_to_arrow_keys_where_they_stand(chromium, served, path):
     figure.scroll_into_view_if_needed()
     before = figure.get_attribute("data-state")
     figure.locator(".live-handle").first.focus()
-    page.keyboard.press("ArrowRight")  # right and up: on a slider both are more
+    page.keyboard.press("ArrowRight")  # right and up both increase a slider
     page.keyboard.press("ArrowUp")
     assert figure.get_attribute("data-state") != before
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
 
 
-def test_trouble_is_noticed(chromium, tmp_path_factory):
-    """The checker sees a word on the console, a missing file, another host and an unset formula."""
+def test_problems_of_a_page_are_detected(chromium, tmp_path_factory):
+    """The checker detects console output, a missing file, another host and an unrendered formula."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "index.html").write_text(
         "<main><span class='arithmatex'>\\(x\\)</span><script src='none.js'></script>"
@@ -99,7 +99,7 @@ def test_trouble_is_noticed(chromium, tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}/"
     page = chromium.new_page()
-    wrong = " ".join(troubles(page, root + "index.html", root))
+    wrong = " ".join(problems(page, root + "index.html", root))
     page.close()
     server.shutdown()
     server.server_close()

@@ -1,5 +1,7 @@
-"""The kit itself: every mutant fails first at the check that names it, is named, and shown by a program that runs; that
-right ones pass is shown in `test_testing_ours`."""
+"""Conformance kit on mutants: each fails first at its own check, is named, and is shown by a program that runs.
+
+`test_testing_ours` shows that correct implementations pass.
+"""
 
 import sys
 from contextlib import suppress
@@ -22,22 +24,22 @@ from dat_ref.testing.snippet import snippet
 
 MUTANTS = [(op, mutant) for op in OPS for mutant in op.mutants]
 
-# What ports get wrong, with words that the names of the mutants share.
+# Common mistakes of ports, with words that occur in the names of the mutants.
 COMMON_MISTAKES = {
     "x/y swapped": "x and y swapped",
     "half-pixel shift": "half a pixel",
-    "H for H - 1": "H for H - 1",
-    "square-only normalisation": "x is normalised by the height",
+    "H for H - 1": "H instead of H - 1",
+    "square-only normalisation": "x is normalized by the height",
     "group order": "groups in reverse order",
     "missing scale": "the scale is missing",
     "missing offset bound": "no bound: the tanh is missing",
-    "border dropped": "dropped",
+    "border dropped": "points outside the outermost pixel centers read zero",
     "border wrapped": "wraps around",
     "bias sign": "the displacement has the wrong sign",
     "bias transposed": "the table is transposed",
     "table off by one": "off by one",
     "gradient times 1.001": "0.1 % too large",
-    "position gradient through the bias forgotten": "the position gradient through the bias is forgotten",
+    "position gradient through the bias forgotten": "the points' gradient through the bias is missing",
     "half-precision geometry": "bfloat16",
     "padding keys attended": "padding keys are attended",
 }
@@ -45,7 +47,7 @@ COMMON_MISTAKES = {
 
 @pytest.mark.parametrize(("op", "mutant"), MUTANTS, ids=lambda each: each.name)
 def test_each_mutant_is_rejected_by_the_check_named_for_it(op, mutant, monkeypatch):
-    """The first check that fails is the one it names, the diagnosis is the mutant, and the program shows it."""
+    """The first failing check is the mutant's own, the diagnosis names the mutant, and the program shows the error."""
     port = replace(mutant.apply(op.reference), name=f"port:{op.function}")
     ctx = CheckContext(port, op, Setting(max_examples=3))
     results = (run_check(ctx, check, shrink=False) for check in op.checks)
@@ -57,7 +59,7 @@ def test_each_mutant_is_rejected_by_the_check_named_for_it(op, mutant, monkeypat
 
 
 def shows_a_difference(program, ctx, stage, monkeypatch):
-    """Run a snippet, and return whether what it prints is wrong."""
+    """Run a snippet and return whether it prints a difference."""
     module, op, printed = ModuleType("port"), ctx.op, []
     calls = {op.function: ctx.implementation.forward, f"{op.function}_vjp": ctx.implementation.vjp}
     for name, function in calls.items():
@@ -82,8 +84,8 @@ def over(got, expected):
 
 
 @pytest.mark.parametrize("mistake", COMMON_MISTAKES)
-def test_the_common_mistakes_are_all_there(mistake):
-    """Each of the mistakes that ports make is a mutant."""
+def test_the_common_mistakes_are_mutants(mistake):
+    """Each common mistake of ports is a mutant."""
     assert any(COMMON_MISTAKES[mistake] in mutant.name for _, mutant in MUTANTS)
 
 
@@ -102,7 +104,7 @@ def unchanged(step):
 )
 @pytest.mark.parametrize("convention", Convention)
 def test_without_a_mistake_the_steps_are_the_reference(op, compute, steps, replaced, convention):
-    """What the mutants are made of is right: only the exchanged step can be what a check sees."""
+    """Without a replaced step, the building blocks of the mutants equal the reference."""
     same = Mutant("nothing", "", replace_steps(compute, steps, **{replaced: unchanged}))
     setting = Setting(convention)
     ctx = CheckContext(same.apply(op.reference), op, setting)
@@ -115,15 +117,15 @@ def test_without_a_mistake_the_steps_are_the_reference(op, compute, steps, repla
 
 def test_a_report_names_the_first_failure_and_the_mistake():
     """All checks of one mutant, with the smallest counter-example."""
-    mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalised by the height")
+    mutant = next(mutant for mutant in BIAS.mutants if mutant.name == "x is normalized by the height")
     report = check_op(mutant.apply(BIAS.reference), BIAS, Setting(max_examples=10))
     assert not report.passed
     assert report.failed()[0].check.name == "not_square"
-    assert report.diagnosis == ["x is normalised by the height"]
+    assert report.diagnosis == ["x is normalized by the height"]
 
 
 def test_mistakes_that_make_up_for_each_other_are_not_named():
-    """Edges for centers and centers for edges cancel, but for a single row, where points would be held."""
+    """Two mistakes that cancel (edges for centers and the reverse), except on a single row, are not named."""
     held = Mutant("held", "single_row", sample_at(lambda points, size, last: np.where(size == 1, 0.0, points)))
     report = check_op(held.apply(SAMPLER.reference), SAMPLER, Setting(max_examples=5))
     assert report.failed()[0].check.name == "single_row"
@@ -131,7 +133,7 @@ def test_mistakes_that_make_up_for_each_other_are_not_named():
 
 
 def test_names_are_unique_and_mutants_name_checks():
-    """A name means one thing; every mutant's check exists."""
+    """Names of checks and mutants are unique, and the check of every mutant exists."""
     assert len({op.name for op in OPS}) == len({op.function for op in OPS}) == len(OPS)
     for op in OPS:
         checks, mutants = [check.name for check in op.checks], [mutant.name for mutant in op.mutants]

@@ -1,4 +1,4 @@
-"""What the site says of other packages is what the kit finds, for those that are installed in the version named."""
+"""Statements of the site about other packages equal the results of the kit, for installed packages of that version."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ WRITTEN = json.loads((FIGURES / "others.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def others():
-    """Return the script that wrote it."""
+    """Return the script that generates the page."""
     spec = importlib.util.spec_from_file_location("docs_others", FIGURES / "others.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -28,8 +28,8 @@ def others():
 
 
 @pytest.mark.parametrize("number", range(len(WRITTEN)), ids=lambda number: "{target}-{op}".format(**WRITTEN[number]))
-def test_what_is_written_of_a_package_is_what_the_kit_finds(number, others):
-    """A few cases a check are enough: every failure is seen in a named one."""
+def test_statements_about_packages_equal_the_results(number, others):
+    """A few cases per check are enough to reproduce every failure."""
     written, row = WRITTEN[number], others.ROWS[number]
     try:
         installed = version(row.package)
@@ -40,8 +40,8 @@ def test_what_is_written_of_a_package_is_what_the_kit_finds(number, others):
     assert others.outcome(row, others.measure(row, max_examples=3, shrink=False)) == written
 
 
-def test_the_page_says_what_was_found():
-    """Its table has the numbers of the file beside it."""
+def test_the_page_equals_the_results():
+    """The table of the page equals the results in its JSON file."""
     page = (FIGURES / "others.md").read_text(encoding="utf-8")
     for each in WRITTEN:
         statuses = list(each["statuses"].values())
@@ -50,8 +50,8 @@ def test_the_page_says_what_was_found():
         assert f"| {held} of {held + failed} |" in page
 
 
-def test_deformable_attention_with_its_two_mistakes_mended(monkeypatch):
-    """Each axis by its own length, -1 and 1 as the edges that they are read as: only the empty batch is left."""
+def test_deformable_attention_with_its_two_mistakes_corrected(monkeypatch):
+    """With axes divided by their own lengths and ±1 as edges, only the check of the empty batch fails."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("deformable_attention")
     from dat_ref.testing.adapters import deformable_attention as adapter
@@ -68,14 +68,14 @@ def test_deformable_attention_with_its_two_mistakes_mended(monkeypatch):
 
 
 def test_discrete_sampling_of_rt_detr_v2_is_the_reference_with_three_differences():
-    """Nearest pixel, border repeated, half a pixel further down and right: in this order."""
+    """The differences are, in this order: nearest pixel, repeated border, a shift by half a pixel down and right."""
     pytest.importorskip("transformers")
     from dat_ref.testing.adapters.transformers import rt_detr_v2_discrete
 
     names = (
-        "nearest pixel instead of linear",
-        "the border is repeated outside",
-        "half a pixel down and right: pixel = location · W",
+        "nearest neighbor instead of bilinear interpolation",
+        "the border is replicated outside the map",
+        "positions are shifted by half a pixel down and right: pixel = location · W",
     )
     known = {mutant.name: mutant for mutant in MULTI_SCALE.mutants}
     wrong = apply_mutants(MULTI_SCALE.reference, [known[name] for name in names])

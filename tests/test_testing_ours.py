@@ -1,6 +1,6 @@
-"""Our own implementations keep every promise of the kit: the NumPy spec, PyTorch in each backend, the torch layer.
+"""Our implementations pass every check of the kit: the NumPy spec, PyTorch in each backend, the torch layer.
 
-A few cases a check are drawn, in the profile "deep" many.
+Each check draws a few cases, many in the profile "deep".
 """
 
 import importlib.util
@@ -20,17 +20,17 @@ from dat_ref.testing.pytest import conformance_tests
 from dat_ref.torch import DeformableAttention, functional
 from dat_ref.torch.functional import backends
 
-FEW = max(settings.default.max_examples // 8, 1)  # 3 of a check in the profile "ci", 50 in "deep"
+FEW = max(settings.default.max_examples // 8, 1)  # cases per check: 3 in the profile "ci", 50 in "deep"
 DTYPES = ["float64", "float32"]
 
 
 def holds(target, op, *, besides="", **options):
-    """Require every promise but one that is not made, the gradients' among them."""
+    """Assert that every supported check passes, including the gradients."""
     reports = check(target, [op], **{"max_examples": FEW, **options})
     for report in reports:
         assert {result.check.name for result in report.failed()} <= {besides}, format_report(report)
         gradients = [result for result in report.results if result.check.stage is Stage.GRADIENTS]
-        assert not any("no gradient was given" in result.skipped for result in gradients)
+        assert not any("the implementation has no gradient" in result.skipped for result in gradients)
     return reports
 
 
@@ -53,7 +53,7 @@ FOR_EACH_CONVENTION = {"reference_grid", "offset_bound", "bias", "attention", "l
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", SPEC)
 def test_the_spec(op, dtype):
-    """The NumPy spec, under every convention where that matters; memory is measured, too."""
+    """The NumPy spec passes, under every convention where that matters, with its memory check."""
     reports = holds(SPEC[op], op, dtype=dtype)
     assert len(reports) == (len(Convention) if op in FOR_EACH_CONVENTION else 1)
     assert all(
@@ -65,7 +65,7 @@ def test_the_spec(op, dtype):
 
 
 def bounded_offsets(raw, offset_range, convention):
-    """`functional.bound_offsets` as the protocol has it."""
+    """Adapt `functional.bound_offsets` to the protocol."""
     reference = functional.reference_points(raw.shape[1:3], convention)
     options = {"offset_range": offset_range, "convention": convention}
     if convention.reference.gap and 1 in raw.shape[1:3]:
@@ -74,7 +74,7 @@ def bounded_offsets(raw, offset_range, convention):
 
 
 def reference_pixels(key_size, size, convention):
-    """`functional.reference_points` as the protocol has it."""
+    """Adapt `functional.reference_points` to the protocol."""
     return functional.to_pixels(
         functional.reference_points(key_size, convention, dtype=torch.float64), size, convention
     )
@@ -88,7 +88,7 @@ def by_grid_sample(x, points_px):
     return functional.bilinear_sample(x, points_px, sampler="grid_sample")
 
 
-# torch's grid_sample takes normalised coordinates: rounding decides on which side of a pixel a point on it lies.
+# torch's grid_sample takes normalised coordinates, so rounding determines the side of a pixel for a point on it.
 NOT_PROMISED = "gradient_on_the_lattice"
 
 OPERATIONS = [
@@ -103,12 +103,12 @@ OPERATIONS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "function", "besides"), OPERATIONS)
 def test_operations_in_torch(op, function, besides, dtype):
-    """The functions of `dat_ref.torch.functional`."""
+    """The functions of `dat_ref.torch.functional` pass."""
     holds(from_torch(function), op, dtype=dtype, besides=besides)
 
 
 def test_reference_grid_in_torch():
-    """It takes no arrays, so that there is no precision to choose and no gradient."""
+    """The reference grid takes no arrays, so it has no dtype option and no gradient."""
     for report in check(from_torch(reference_pixels), ["reference_grid"], max_examples=FEW):
         assert report.passed, format_report(report)
 
@@ -117,7 +117,7 @@ def test_reference_grid_in_torch():
 
 
 def attention_by(backend):
-    """Return the core in one of its backends, as the protocol has it."""
+    """Return the core in one of its backends, adapted to the protocol."""
 
     def attention(q, k, v, points, bias_table, query_size, convention):
         return functional.deformable_attention(
@@ -127,7 +127,7 @@ def attention_by(backend):
     return from_torch(attention)
 
 
-# The releases' grids of queries have another pitch than pixels, which is where kernels differ.
+# The query grids of the releases have a spacing different from one pixel, which kernels treat separately.
 BACKENDS = [
     (backend, convention)
     for backend in ("eager", "matmul", "blockwise", "cpu")
@@ -138,7 +138,7 @@ BACKENDS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "convention"), BACKENDS)
 def test_backends(backend, convention, dtype):
-    """Each way to compute the core."""
+    """Every backend of the core passes."""
     if backend not in backends():
         pytest.skip(backends(missing=True)[backend])
     besides = NOT_PROMISED if backend == "eager" else ""
@@ -157,7 +157,7 @@ print("passed")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("convention", ["CELL_CENTER", pytest.param("CVPR2022", marks=pytest.mark.slow)])
 def test_triton_in_its_interpreter(convention):
-    """The kernels for CUDA, run in Python on tiny settings; triton must know before it is imported."""
+    """The CUDA kernels pass in the interpreter on tiny cases; it must be selected before Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", INTERPRETED.format(convention)],
@@ -173,7 +173,7 @@ def test_triton_in_its_interpreter(convention):
 
 
 def deformable_attention_layer(x, weights, options, convention):
-    """The module, fed with the protocol's weights."""
+    """Run the module with the weights of the protocol."""
     config = config_of(x, weights, options, convention)
     with torch.device("meta"):
         module = DeformableAttention(config)
@@ -184,7 +184,7 @@ def deformable_attention_layer(x, weights, options, convention):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("convention", [Convention.CELL_CENTER, Convention.DATPP2023])
 def test_the_layer_in_torch(convention, dtype):
-    """`dat_ref.torch.DeformableAttention`, its gradients through autograd."""
+    """`dat_ref.torch.DeformableAttention` passes, with gradients by autograd."""
     holds(from_torch(deformable_attention_layer), "layer", convention=convention, dtype=dtype)
 
 
@@ -192,7 +192,7 @@ def test_the_layer_in_torch(convention, dtype):
 
 
 def neighborhood_by(backend):
-    """Return neighborhood attention in one of its backends, as the protocol has it."""
+    """Return neighborhood attention in one of its backends, adapted to the protocol."""
 
     def attend_neighborhood(q, k, v, bias_table, query_size, kernel_size, dilation):
         rows = [each.transpose(1, 2).flatten(2).unflatten(1, query_size) for each in (q, k, v)]  # (N, H, W, C)
@@ -214,7 +214,7 @@ PEERS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PEERS)
 def test_the_peers_in_torch(name, dtype):
-    """The functions that the peers' modules call."""
+    """The functions of the peers' modules pass."""
     op, _, backend = name.partition(", ")
     if backend and backend not in backends():
         pytest.skip(backends(missing=True)[backend])

@@ -1,4 +1,4 @@
-"""The kit in another project's suite, as a plugin and as tests in a file."""
+"""Kit in the test suite of another project, as a plugin and as tests in a file."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def project(tmp_path):
 
 
 def outcomes(printed):
-    """Return how many tests had which outcome, from pytest's last line."""
+    """Return the number of tests by outcome, from pytest's last line."""
     counts = re.findall(r"(\d+) (failed|passed|skipped|xfailed)", printed.splitlines()[-1])
     return {word: int(count) for count, word in counts}
 
@@ -50,14 +50,14 @@ PLUGIN = ("-p", "dat_ref.testing.pytest", "--conformance", "port", "--conformanc
 
 
 def test_as_a_plugin(project):
-    """A test for each check, chosen by -k as others are; a failure is told as the command tells it."""
+    """The plugin makes one test per check, selectable by -k; failures are reported as by the command."""
     code, printed = project(*PLUGIN, "-rA", "-k", "own or first_pixel or rows_before or gradient_adds_up")
     assert code == 1
     assert "PASSED test_own.py::test_own" in printed
     assert "PASSED ::port[sampler-first_pixel]" in printed
     assert "FAILED ::port[sampler-rows_before_columns]" in printed
-    assert "failing means: x and y are swapped" in printed
-    assert "no gradient was given" in printed
+    assert "likely cause: x and y are swapped" in printed
+    assert "the implementation has no gradient" in printed
     assert outcomes(printed) == {"failed": 1, "passed": 2, "skipped": 1}
 
 
@@ -70,7 +70,7 @@ def test_expected_failures_of_the_plugin_are_strict(project):
     (project.folder / "known.txt").write_text("rows_before  # no such check\n")
     code, printed = project(*PLUGIN, "--conformance-xfails", "known.txt")
     assert code == 4
-    assert "'rows_before' is no check" in printed
+    assert "'rows_before' is not a check" in printed
 
 
 def test_targets_that_the_plugin_cannot_check(project):
@@ -82,11 +82,11 @@ def test_targets_that_the_plugin_cannot_check(project):
 def test_in_a_test_file(project):
     (project.folder / "test_port.py").write_text(IN_A_FILE, encoding="utf-8")
     code, printed = project("test_port.py", "-rA", "-k", "pixel or rows_before or not_square")
-    assert code == 1  # between pixels it is wrong, too, and that was not expected
+    assert code == 1  # it is also wrong between pixels, an unexpected failure
     assert "FAILED test_port.py::test_port[sampler-between_pixels]" in printed
     assert outcomes(printed) == {"failed": 1, "passed": 2, "xfailed": 2}
 
 
 def test_an_expected_failure_must_be_a_check():
-    with pytest.raises(ValueError, match="'first_pixels' is no check; 'first_pixel' is one"):
+    with pytest.raises(ValueError, match="'first_pixels' is not a check; did you mean 'first_pixel'"):
         conformance_tests("dat_ref.ops.sampling", ["sampler"], expected_failures={"first_pixels": "why"})

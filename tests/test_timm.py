@@ -1,4 +1,4 @@
-"""The models in timm's registry, against a stand-in for it: timm itself needs torchvision, which may be absent."""
+"""Models in timm's registry, tested with a stand-in, because timm needs torchvision, which may be absent."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ MODULE = "dat_ref.torch.timm"
 
 @dataclass
 class PretrainedCfg:
-    """timm's settings of a model, as far as the models use them; other fields are refused, as by timm."""
+    """Stand-in for timm's model settings, with the fields that are used; others raise an error, as in timm."""
 
     url: str | None = None
     file: str | None = None
@@ -50,7 +50,7 @@ class PretrainedCfg:
 
 
 def stand_in():
-    """Return modules that keep a registry as timm does: entry points by name, settings taken from their module."""
+    """Return modules with a registry as in timm: entry points by name, settings from their module."""
     models = types.ModuleType("timm.models")
     entrypoints, settings = {}, {}
 
@@ -118,7 +118,7 @@ def timm(monkeypatch):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Return a dat_tiny and two files of it: with released names and with ours."""
+    """Return a dat_tiny and two files of its weights: with released names and with ours."""
     folder = tmp_path_factory.mktemp("weights")
     model = create_model("dat_tiny")
     save_checkpoint(model, folder / "released.pth", official=True)
@@ -168,7 +168,7 @@ def test_unknown_options_are_refused(timm):
         timm.create_model("dat_tiny", window=7)
 
 
-def test_settings_are_timms(timm):
+def test_settings_have_the_form_of_timm(timm):
     model = timm.create_model("dat_tiny")
     assert model.pretrained_cfg is model.default_cfg
     cfg = model.default_cfg
@@ -205,7 +205,7 @@ def test_pretrained_from_a_file(timm, weights, which):
 
 
 def test_pretrained_of_another_model_is_refused(timm, weights, tmp_path):
-    with pytest.raises(CheckpointError, match="the file holds dat_tiny"):
+    with pytest.raises(CheckpointError, match="the file contains dat_tiny"):
         timm.create_model("dat_small", pretrained=True, pretrained_cfg_overlay={"file": str(weights[1])})
     longer = tmp_path / "longer.npz"
     extra = {"stages.3.blocks.2.norm1.bias": np.zeros(768, np.float32)}
@@ -228,7 +228,7 @@ def test_released_names_load_through_timms_own_loader(timm, weights):
     assert torch.equal(model.eval()(x), weights[0].eval()(x))
 
 
-def test_tables_of_another_size_are_resized_on_the_way(timm, weights):
+def test_tables_of_another_size_are_resized_while_loading(timm, weights):
     model = timm.create_model("dat_tiny", checkpoint_path=weights[1], img_size=(160, 256))
     assert model.stages[2].blocks[1].attention.position_bias.table.shape == (12, 19, 31)
     assert_same_weights(model.patch_embedding, weights[0].patch_embedding)

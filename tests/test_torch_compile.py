@@ -1,6 +1,7 @@
-"""`torch.compile` takes every model whole, and with symbolic sizes one graph serves many of them."""
+"""`torch.compile` captures every model as one graph, and with symbolic sizes one graph serves many sizes."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ torch = pytest.importorskip("torch")
 from helpers.backbones import RELEASES, tiny  # noqa: E402
 from torch import nn  # noqa: E402
 
+import dat_ref  # noqa: E402
 import dat_ref.torch as dt  # noqa: E402
 from dat_ref import (  # noqa: E402
     Convention,
@@ -16,16 +18,16 @@ from dat_ref import (  # noqa: E402
     WindowAttentionConfig,
 )
 
-# Compiling is other people's code, and some of it warns.
-pytestmark = pytest.mark.filterwarnings("default")
-ROUNDING = 1e-5  # of the largest output
+# Compilation runs third-party code that may warn.
+pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
+ROUNDING = 1e-5  # relative to the largest output
 TINY = ("dat_tiny", "dat_pp_tiny")
 
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
-    """Start without compiled graphs, and leave none behind."""
-    # Else pytest keeps what the compiler notes down at every step, which takes longer than compiling.
+    """Clear the compiled graphs before and after each test."""
+    # Otherwise pytest records the compiler's log of every step, which takes longer than compilation.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -34,7 +36,7 @@ def compiler(monkeypatch):
 
 
 class Counter:
-    """A backend that runs the captured graph as it is, and counts how many it was given."""
+    """Compiler backend that runs captured graphs unchanged and counts them."""
 
     def __init__(self):
         self.graphs = 0
@@ -70,10 +72,14 @@ def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
 # ------------------------------------------------------------------------------------------------ one size
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", dt.list_models())
-def test_preset_is_one_graph(name):
-    """``fullgraph=True`` raises at a graph break."""
-    model = dt.create_model(name, num_classes=5).eval()
+def test_preset_is_one_graph(name, whole):
+    """``fullgraph=True`` raises at a graph break. Equal blocks of a stage have one graph: the short test keeps one."""
+    config = dat_ref.config(name, num_classes=5)
+    if not whole:
+        config = replace(config, stages=tuple(tuple(dict.fromkeys(blocks)) for blocks in config.stages))
+    model = dt.DAT(config).eval()
     x = torch.randn(1, 3, 64, 96)
     counter = Counter()
     with torch.no_grad():
@@ -91,7 +97,7 @@ def test_every_backend_is_one_graph(backend, sampler):
     assert_same(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
-def test_a_graph_break_is_noticed():
+def test_a_graph_break_is_detected():
     class Broken(nn.Module):
         def forward(self, x):
             torch._dynamo.graph_break()
@@ -109,7 +115,7 @@ def test_compiled_gradients_are_the_eager_ones(name):
     inputs = [x, *layer.parameters()]
     expected = torch.autograd.grad(layer(x).square().sum(), inputs)
     actual = torch.autograd.grad(compiled(x).square().sum(), inputs)
-    # A scale for all of them: some, as that of the keys' bias, are zero but for rounding.
+    # One scale for all gradients, because some, such as that of the keys' bias, are zero up to rounding.
     scale = max(each.abs().max() for each in expected)
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours - theirs).abs().max() <= ROUNDING * scale
@@ -118,7 +124,7 @@ def test_compiled_gradients_are_the_eager_ones(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_inductor_agrees(release):
-    """The default backend, with code of its own for every operation."""
+    """The default backend, which generates code for every operation, agrees with eager execution."""
     model = dt.DAT(tiny(release)).eval()
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -132,7 +138,7 @@ SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20), (5, 12, 21)]
 
 @pytest.mark.parametrize("name", list(layers()))
 def test_one_graph_serves_every_size(name):
-    """Sizes that fill windows, tiles and key cells, and sizes that do not."""
+    """One graph serves sizes that are multiples of windows, tiles and key cells, and sizes that are not."""
     layer, counter = layers()[name].eval(), Counter()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -144,7 +150,7 @@ def test_one_graph_serves_every_size(name):
 
 @pytest.mark.parametrize("name", ["window", "CVPR2022"])
 def test_one_traced_graph_serves_every_size(name):
-    """The same behind AOTAutograd, which adds conditions of its own."""
+    """The same with AOTAutograd, which adds its own guards."""
     layer = layers()[name].eval()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -167,7 +173,7 @@ def test_one_graph_of_a_backbone_serves_every_size(release):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_one_graph_of_a_preset_serves_every_size(name):
-    """Every map larger than a window: a single window, or a single pixel, is a graph of its own."""
+    """One graph serves all maps larger than a window; a single window or pixel needs a separate graph."""
     model, counter = dt.create_model(name, num_classes=5).eval(), Counter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two processes that share a batch take the step that one process takes with all of it."""
+"""Two processes that share a batch take the same step as one process with the whole batch."""
 
 import pytest
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
 
-# What `torchrun` runs. It reads a job {config, state, images, labels} and writes what rank 0 ends with.
+# Script for `torchrun`. It reads a job {config, state, images, labels} and writes the final state of rank 0.
 TRAIN = """
 import sys
 
@@ -53,7 +53,7 @@ if __name__ == "__main__":
 
 
 def job(release, seed):
-    """Return a small backbone of a release, without stochastic depth, and a batch for it."""
+    """Return a job: a small backbone of a release, without stochastic depth, and a batch."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     config = tiny(release, drop_path_rate=0.0)
@@ -84,4 +84,4 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         for name, alone in model.state_dict().items():
             assert (shared[name] - alone).abs().max() <= 1e-11, name
             moved = max(moved, float((alone - each["state"][name]).abs().max()))
-        assert moved > 1e-3  # the steps were real ones
+        assert moved > 1e-3  # the weights have changed

@@ -37,7 +37,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 @given(sizes, conventions)
-def test_grids_are_the_spec_s(size, convention):
+def test_grids_equal_the_spec(size, convention):
     for ours, theirs in (
         (functional.reference_points, np_grid.reference_points),
         (functional.query_points, np_grid.query_points),
@@ -46,7 +46,7 @@ def test_grids_are_the_spec_s(size, convention):
 
 
 @given(sizes, conventions, seeds)
-def test_pixels_are_the_spec_s_and_come_back(size, convention, seed):
+def test_pixel_conversion_equals_the_spec_and_inverts(size, convention, seed):
     points = np.random.default_rng(seed).uniform(-1.5, 1.5, (3, 5, 2))
     actual = functional.to_pixels(torch.from_numpy(points), size, convention)
     np.testing.assert_array_equal(actual.numpy(), np_grid.to_pixels(points, size, convention))
@@ -56,7 +56,7 @@ def test_pixels_are_the_spec_s_and_come_back(size, convention, seed):
 
 
 @given(st.tuples(st.integers(4, 20), st.integers(4, 20)), st.integers(1, 9), st.integers(1, 4), conventions)
-def test_padding_and_key_grid_are_the_spec_s(size, kernel, stride, convention):
+def test_padding_and_key_grid_equal_the_spec(size, kernel, stride, convention):
     arguments = (size, kernel, stride, convention)
     assert functional.offset_padding(*arguments) == np_grid.offset_padding(*arguments)
     assert functional.key_grid_size(*arguments) == np_grid.key_grid_size(*arguments)
@@ -222,7 +222,7 @@ def test_table_bias(core, seed):
         np_bias.table_bias_vjp(cotangent, table, points, **geometry),
     )
     assert_close(ours[0], theirs[0])
-    if lattice_distance(inputs, geometry) > 1e-6:  # there, rounding decides which slope the points get
+    if lattice_distance(inputs, geometry) > 1e-6:  # there rounding selects the side of the slope
         assert_close(ours[1], theirs[1])
     positions = functional.table_positions(p, table.shape[1:], *geometry.values())
     assert_close(positions, np_bias.table_positions(points, table.shape[1:], *geometry.values()), 1e-14)
@@ -230,7 +230,7 @@ def test_table_bias(core, seed):
 
 @given(cores())
 def test_table_index_is_where_the_spec_reads_the_table(core):
-    """The canonical form, origin + (i·step_y, j·step_x), against the grid of all displacements."""
+    """The canonical form, origin + (i·step_y, j·step_x), equals the grid of all displacements."""
     inputs, (size, convention, resolution) = core[0], core[1].values()
     points, built = torch.from_numpy(inputs["points"]), inputs["bias_table"].shape[1:]
     origin, step = functional.table_index(points, built, size, convention, resolution)
@@ -247,14 +247,14 @@ def test_table_index_is_where_the_spec_reads_the_table(core):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_slope_is_the_one_from_the_right_on_the_lattice(dtype):
-    """A table of every odd size, read exactly on its cells: the slope is that towards the next cell."""
+    """Tables of every odd size, read exactly at their entries, have the slope towards the next entry."""
     size = (1, 33)  # a map whose normalised coordinates are exact
     for built in range(1, 30):
         cells = 2 * built - 1
         values = torch.zeros(200, dtype=dtype)
         values[80 : 80 + cells] = torch.arange(1, cells + 1, dtype=dtype).square()  # zeros around the table
         table = values[80 : 80 + cells].reshape(1, 1, -1)
-        points = torch.zeros(1, 1, 1, 2, dtype=dtype, requires_grad=True)  # the center: displacements are whole
+        points = torch.zeros(1, 1, 1, 2, dtype=dtype, requires_grad=True)  # the center: displacements are integers
         lookup = functional.table_index(points, (1, cells), size, Convention.PAPER, "pixels")
         read = functional.SeparableInterp(table, lookup, size).read(0, 1)[0, 0, :, 0]
         places = 80 + torch.arange(33) - 16 + built - 1
@@ -300,7 +300,7 @@ def test_fixed_bias_takes_its_own_map_only():
 # ------------------------------------------------------------------------------------------------ heads and windows
 
 
-def test_heads_are_cut_and_merged_as_in_the_spec():
+def test_heads_are_split_and_merged_as_in_the_spec():
     x = np.random.default_rng(0).standard_normal((2, 12, 3, 5))
     cut = functional.split_heads(torch.from_numpy(x), 4)
     np.testing.assert_array_equal(cut.numpy(), np_attention.split_heads(x, 4))

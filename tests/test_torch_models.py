@@ -1,4 +1,4 @@
-"""Whole backbones in torch: against the NumPy ones and the released ones, and what users of timm expect of them."""
+"""Backbones in torch: against the NumPy and released ones, and features that users of timm expect."""
 
 import re
 from dataclasses import replace
@@ -76,9 +76,10 @@ def test_the_fixtures_reject_a_wrong_backbone(name):
     st.integers(33, 75),
     seeds,
     st.sampled_from(["blockwise", "matmul"]),
+    st.sampled_from(["avg", ""]),
 )
-def test_backbone_is_the_spec_s_at_any_size(name, height, width, seed, backend):
-    config = mini(name)
+def test_backbone_equals_the_spec_at_any_size(name, height, width, seed, backend, global_pool):
+    config = mini(name, global_pool=global_pool)
     rng = np.random.default_rng(seed)
     params = map_tree(
         lambda shape: rng.standard_normal(shape) / np.sqrt(max(np.prod(shape[1:]), 4)), dat_shapes(config)
@@ -99,7 +100,7 @@ def test_backbone_is_the_spec_s_at_any_size(name, height, width, seed, backend):
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_walk_and_trace_are_the_spec_s(name):
+def test_walk_and_trace_equal_the_spec(name):
     config = mini(name)
     params = dat_ref.init_params(config, 0, dtype=np.float64)
     x = np.random.default_rng(0).standard_normal((2, 3, 48, 72))
@@ -128,12 +129,12 @@ def test_walk_and_trace_are_the_spec_s(name):
 
 
 @pytest.mark.parametrize("name", dt.list_models())
-def test_presets_have_the_spec_s_names_and_the_released_ones(name):
+def test_presets_have_the_names_of_the_spec_and_of_the_releases(name):
     with torch.device("meta"):
         model = dt.create_model(name)
     shapes = {key: tuple(leaf.shape) for key, leaf in model.state_dict().items()}
     assert shapes == flatten(dat_shapes(dat_ref.config(name)))
-    if name != "dat_nano":  # which is ours
+    if name not in ("dat_nano", "dat_spot"):  # new in this project
         key = f"datpp2023/{name.replace('dat_pp', 'dat')}" if "pp" in name else f"cvpr2022/{name}"
         released = official_state_dicts()[key]["state"]
         theirs = {each for each in released if not each.endswith(("relative_position_index", "attn_mask"))}
@@ -147,7 +148,7 @@ def test_presets_have_the_spec_s_names_and_the_released_ones(name):
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 @pytest.mark.parametrize(
     "size",
-    [(32, 32), (97, 130), (224, 224), (200, 333), (800, 1333)],
+    [(32, 32), (97, 130), (224, 224), (200, 333), (400, 667), pytest.param((800, 1333), marks=pytest.mark.slow)],
 )
 def test_four_finite_maps_at_any_size(name, size):
     model = dt.create_model(name, features_only=True).eval()
@@ -268,7 +269,7 @@ def test_features_only_and_pruning():
     assert full.forward_features(x).shape == (1, 192, 8, 12)
 
 
-def test_no_weight_decay_is_the_tables():
+def test_no_weight_decay_lists_the_tables():
     with torch.device("meta"):
         model = dt.create_model("dat_pp_tiny")
     names = model.no_weight_decay()
@@ -279,7 +280,7 @@ def test_no_weight_decay_is_the_tables():
 
 @pytest.mark.parametrize("coarse", [False, True])
 def test_group_matcher_orders_by_depth(coarse):
-    """The rule by which timm sorts: the numbers that the pattern catches, then the suffix."""
+    """Groups sort as in timm: by the numbers in the match, then by the suffix."""
     with torch.device("meta"):
         model = dt.create_model("dat_tiny")
     matcher = model.group_matcher(coarse)
@@ -420,7 +421,7 @@ def test_layouts_and_empty_batches(name):
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RELEASES)
 def test_one_graph_captures_the_whole_backbone(name, dynamic):
-    """Tracing alone, without generating code: a graph break would raise."""
+    """Tracing without code generation raises an error on a graph break."""
     torch._dynamo.reset()
     model = mini_model(name)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")

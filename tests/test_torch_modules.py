@@ -1,4 +1,4 @@
-"""The torch layers and blocks against the NumPy ones and the released ones: outputs, traces and gradients."""
+"""Layers and blocks in torch against the NumPy and released ones: outputs, traces and gradients."""
 
 import re
 from dataclasses import fields, replace
@@ -42,7 +42,7 @@ from dat_ref.torch.block import DropPath, attention_module  # noqa: E402
 
 
 def random_params(shapes, seed):
-    """Return parameters that make every path matter: tables and offsets of order one."""
+    """Return random parameters with tables and offsets of order one, so that every path affects the output."""
     rng = np.random.default_rng(seed)
     return map_tree(lambda shape: rng.standard_normal(shape) / np.sqrt(max(np.prod(shape[1:3]), 1)), shapes)
 
@@ -74,7 +74,7 @@ def assert_layer(module, x, cotangent, spec, return_trace=False):
 
 
 def assert_trace(ours, theirs):
-    """Check every array of a trace against the spec's of the same name."""
+    """Check every array of a trace against the spec's array of the same name."""
     assert type(ours) is type(theirs)
     for field in fields(theirs):
         actual, expected = getattr(ours, field.name), getattr(theirs, field.name)
@@ -203,7 +203,7 @@ def deformable_configs(draw):
 
 @settings(max_examples=60)
 @given(deformable_configs(), st.integers(0, 2), seeds, st.sampled_from(["matmul", "blockwise", "eager"]))
-def test_deformable_attention_is_the_spec_s(drawn, batch, seed, backend):
+def test_deformable_attention_equals_the_spec(drawn, batch, seed, backend):
     config, size = drawn
     x = np.random.default_rng(seed).standard_normal((batch, config.dim, *size))
     try:
@@ -213,7 +213,7 @@ def test_deformable_attention_is_the_spec_s(drawn, batch, seed, backend):
         with pytest.raises(type(error), match=re.escape(str(error))):
             attention_module(config).double()(torch.from_numpy(x))
         return
-    on_lattice = config.offset_bound is OffsetBound.NONE  # slopes there are compared with "matmul", which is exact
+    on_lattice = config.offset_bound is OffsetBound.NONE  # slopes there are compared in "matmul", which is exact
     if on_lattice and backend != "matmul":
         assert_close(module(torch.from_numpy(x)), spec[0])
     else:
@@ -222,8 +222,8 @@ def test_deformable_attention_is_the_spec_s(drawn, batch, seed, backend):
 
 
 @pytest.mark.parametrize("kind", BiasKind)
-def test_traces_have_the_spec_s_fields_for_every_bias(kind):
-    """The same intermediates are there, and the same are None."""
+def test_traces_have_the_fields_of_the_spec_for_every_bias(kind):
+    """The traces have the same fields, and the same ones are None."""
     config = DeformableAttentionConfig(dim=8, heads=4, groups=2, size=(5, 4), bias=kind)
     x = np.random.default_rng(2).standard_normal((2, 8, 5, 4))
     (_, expected, _, _), module, _ = run_both(config, random_params(shapes_of(config), 2), x)
@@ -237,7 +237,7 @@ def test_traces_have_the_spec_s_fields_for_every_bias(kind):
 
 
 @given(st.sampled_from([(1, 0), (3, 0), (4, 2), (5, 3)]), st.integers(1, 11), st.integers(1, 11), seeds)
-def test_window_attention_is_the_spec_s(window, height, width, seed):
+def test_window_attention_equals_the_spec(window, height, width, seed):
     config = WindowAttentionConfig(dim=6, heads=3, window_size=window[0], shift=window[1])
     x = np.random.default_rng(seed).standard_normal((seed % 3, 6, height, width))
     spec, module, cotangent = run_both(config, random_params(shapes_of(config), seed), x)
@@ -246,7 +246,7 @@ def test_window_attention_is_the_spec_s(window, height, width, seed):
 
 
 @given(st.sampled_from([1, 3, 5, 7]), st.sampled_from(["shrink", "pad"]), st.integers(1, 16), st.integers(1, 9), seeds)
-def test_neighborhood_attention_is_the_spec_s(kernel, small_map, height, width, seed):
+def test_neighborhood_attention_equals_the_spec(kernel, small_map, height, width, seed):
     config = NeighborhoodAttentionConfig(dim=6, heads=3, kernel_size=kernel, small_map=small_map)
     x = np.random.default_rng(seed).standard_normal((seed % 3, 6, height, width))
     spec, module, cotangent = run_both(config, random_params(shapes_of(config), seed), x)
@@ -295,7 +295,7 @@ def test_a_wrong_layer_is_rejected(name):
         NeighborhoodAttentionConfig(dim=6, heads=3, kernel_size=3),
     ],
 )
-def test_block_is_the_spec_s(attention, mlp, perception, scale):
+def test_block_equals_the_spec(attention, mlp, perception, scale):
     config = BlockConfig(attention, mlp=mlp, mlp_ratio=2, local_perception=perception, layer_scale=scale)
     params = random_params(block_shapes(config), 3)
     x = np.random.default_rng(3).standard_normal((2, 6, 5, 7))
@@ -354,7 +354,7 @@ def test_float32_is_within_the_budget(drawn, seed, backend):
 
 @pytest.mark.parametrize("how", ["autocast bf16", "autocast fp16", "bf16", "fp16"])
 @pytest.mark.parametrize("convention", list(Convention))
-def test_half_precision_keeps_its_geometry_wide(how, convention):
+def test_half_precision_computes_geometry_in_float32(how, convention):
     layer = small_layer(convention)
     x = torch.randn(2, 24, 14, 20)
     exact, truth = layer.double()(x.double(), return_trace=True)
@@ -373,7 +373,7 @@ def test_half_precision_keeps_its_geometry_wide(how, convention):
     assert y.dtype is fused.dtype is dtype
     assert y.isfinite().all()
     assert fused.isfinite().all()
-    # The queries are half-precision, so the offsets that follow from them are; measured: 0.06 px and 0.008 px.
+    # Queries in half precision give offsets of half precision; measured errors: 0.06 px and 0.008 px.
     error_px = (trace.points_px.double() - truth.points_px).abs().max().item()
     assert error_px < (0.1 if dtype is torch.bfloat16 else 0.0125)
     rounding = torch.finfo(dtype).eps
@@ -441,8 +441,8 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 
 def test_initialization():
     config = DeformableAttentionConfig(dim=64, heads=8, groups=2, size=(20, 20))
-    still = dt.DeformableAttention(config, init="zero_offset")
-    _, trace = still(torch.randn(2, 64, 20, 20), return_trace=True)
+    layer = dt.DeformableAttention(config, init="zero_offset")
+    _, trace = layer(torch.randn(2, 64, 20, 20), return_trace=True)
     assert torch.equal(trace.points, trace.reference)
     released = dt.DeformableAttention(config)
     assert released.offset_network.pointwise.weight.any()
@@ -451,7 +451,7 @@ def test_initialization():
     local = attention_module(NeighborhoodAttentionConfig(dim=64, heads=8, kernel_size=7))
     assert 0.017 < local.neighborhood_bias.table.std() < 0.023
     spec = flatten(init_params(config, 0))
-    for name, leaf in released.named_parameters():  # the same distribution as the spec's first values
+    for name, leaf in released.named_parameters():  # the same distribution as the spec's initialization
         if leaf.numel() > 500:
             assert 0.9 < leaf.std().item() / spec[name].std() < 1.1, name
     torch.manual_seed(7)
@@ -466,7 +466,7 @@ def test_initialization():
 
 
 @pytest.mark.parametrize("config", ALL_ATTENTIONS)
-def test_parameters_cross_over_and_back(config, tmp_path):
+def test_parameters_convert_to_numpy_and_back(config, tmp_path):
     params = init_params(config, 3)
     layer = attention_module(config)
     layer.load_numpy(params)
@@ -498,7 +498,7 @@ def test_a_wrong_tree_changes_nothing():
 
 @pytest.mark.parametrize("config", ALL_ATTENTIONS)
 @pytest.mark.parametrize("shape", [(2, 11, 7, 10), (2, 12, 7), (2, 12, 0, 10)])
-def test_errors_say_what_the_spec_s_say(config, shape):
+def test_errors_equal_those_of_the_spec(config, shape):
     params = init_params(config, 0)
     with pytest.raises(ValueError, match="x: expected") as expected:
         ATTENTIONS[type(config)].forward(np.zeros(shape, np.float32), params, config)

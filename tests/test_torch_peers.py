@@ -1,4 +1,4 @@
-"""The peers as torch modules: against NumPy, the released modules and other packages; in a backbone; wrong ones."""
+"""Peers as torch modules: against NumPy, the released modules and other packages; in a backbone; mutants."""
 
 from dataclasses import replace
 
@@ -54,8 +54,8 @@ each_peer = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @each_peer
 @settings(max_examples=8)
 @given(size=map_sizes(smallest=2), batch=st.sampled_from([1, 2]), seed=seeds)
-def test_module_is_the_spec(config, size, batch, seed):
-    """Outputs, every intermediate and all gradients, on odd maps of unequal sides."""
+def test_module_equals_the_spec(config, size, batch, seed):
+    """Outputs, intermediates and gradients equal the spec on odd maps of unequal sides."""
     assert_peer(config, size, batch, seed)
 
 
@@ -89,7 +89,7 @@ def test_every_peer_that_samples_has_a_choice_of_samplers():
 @pytest.mark.parametrize("config", SAMPLING.values(), ids=SAMPLING)
 @settings(max_examples=5)
 @given(size=map_sizes(smallest=2), batch=st.sampled_from([0, 2]), seed=seeds)
-def test_the_other_sampler_is_the_spec_too(config, size, batch, seed):
+def test_the_other_sampler_equals_the_spec_too(config, size, batch, seed):
     assert_peer(config, size, batch, seed, sampler="grid_sample")
 
 
@@ -99,7 +99,7 @@ def assert_module_shape(config, size):
 
 @each_peer
 def test_names_and_initialization_are_those_of_the_spec(config):
-    """The same names, shapes and order of magnitude; the same numbers where a rule fixes them."""
+    """Names, shapes and magnitudes equal the spec; so do the values where a rule determines them."""
     wide = replace(config, dim=48)
     module = attention_module(wide)
     shapes = flatten(ATTENTIONS[type(wide)].shapes(wide))
@@ -115,7 +115,7 @@ def test_names_and_initialization_are_those_of_the_spec(config):
 
 @each_peer
 def test_receptive_field_of_a_torch_trace(config):
-    """What a query sees follows from a torch pass as from NumPy's."""
+    """The receptive field from a torch trace equals the one from a NumPy trace."""
     module, params = build_peer(config)
     x = numbers(1, 2, config.dim, 5, 7)
     _, trace = ATTENTIONS[type(config)].forward(x, params, config)
@@ -126,7 +126,7 @@ def test_receptive_field_of_a_torch_trace(config):
 
 @each_peer
 def test_no_tensor_is_made_on_another_device(config):
-    """On the meta device an operation with a tensor of the CPU raises."""
+    """On the meta device an operation with a CPU tensor would raise an error."""
     module = attention_module(config).to("meta")
     x = torch.zeros(2, config.dim, 5, 7, device="meta")
     assert module(x).shape == module(x, return_trace=True)[0].shape == x.shape
@@ -134,9 +134,9 @@ def test_no_tensor_is_made_on_another_device(config):
 
 @each_peer
 def test_matrix_products_are_those_of_the_formula(config):
-    """What torch counts on the written-out form equals the closed form, as integers."""
+    """The count of torch on the written-out form equals the closed form as integers."""
     if isinstance(config, NeighborhoodAttentionConfig):
-        config = replace(config, small_map="shrink")  # the module does not project what padding attended to
+        config = replace(config, small_map="shrink")  # the module does not project the outputs of padding
     module = attention_module(config)
     for batch, size in [(1, (6, 9)), (2, (5, 7))]:
         x = torch.zeros(batch, config.dim, *size)
@@ -158,7 +158,7 @@ def test_one_graph_without_breaks(config):
 
 @each_peer
 def test_layouts_and_low_precision(config):
-    """channels_last and strided maps give the same numbers; geometry is float32 under autocast and in bfloat16."""
+    """channels_last and strided maps give the same results; geometry is float32 under autocast and in bfloat16."""
     module, _ = build_peer(config, dtype=torch.float32)
     x = torch.randn(2, config.dim, 5, 7)
     y, expected = module(x), None
@@ -183,8 +183,8 @@ def rms(x):
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
 def test_create_model_with_every_kind(kind):
-    """Forward, backward, features of another size than the built one, names of the spec."""
-    match = "macs" if kind == "deform_conv" else "keys"  # as many taps as DAT has keys would be 13 × 13 of them
+    """Every kind runs forward and backward, gives features at another image size, and has the names of the spec."""
+    match = "macs" if kind == "deform_conv" else "keys"  # as many taps as DAT has keys would need a 13 × 13 kernel
     model = dt.create_model("dat_tiny", attention=kind, match=match, features_only=True)
     maps = model(torch.randn(1, 3, 64, 96))
     assert [tuple(each.shape) for each in maps] == [
@@ -203,8 +203,8 @@ def test_create_model_with_every_kind(kind):
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
 @pytest.mark.parametrize("release", ["cvpr2022", "datpp2023"])
-def test_swapped_backbone_is_the_spec(kind, release):
-    """Logits and all gradients in float64."""
+def test_swapped_backbone_equals_the_spec(kind, release):
+    """Logits and all gradients equal the spec in float64."""
     config = replace_attention(tiny(release), kind, "macs" if kind == "deform_conv" else "keys")
     params = tiny_params(config, 0)
     x, cotangent = numbers(1, 2, 3, 64, 96), numbers(2, 2, 5)
@@ -233,7 +233,7 @@ def test_create_model_names_near_kinds_and_takes_other_options():
 
 
 def test_checkpoint_of_a_swapped_backbone(tmp_path):
-    """Our own names go through a file; a released file does not fit."""
+    """A checkpoint with our names loads again; a released file is rejected."""
     config = replace_attention(tiny("cvpr2022"), "dat_dcn")
     models = [dt.DAT(config) for _ in range(2)]
     save_checkpoint(models[0], tmp_path / "weights.npz")
@@ -250,7 +250,7 @@ def test_zero_offset_start_reaches_the_offset_network():
     assert attention_module(config).offset_network.pointwise.weight.any()
 
 
-# ------------------------------------------------------------------------------------------------ wrong ones
+# ------------------------------------------------------------------------------------------------ mutants
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""The peers' torch functions against the spec, the released modules and other packages; identities; wrong ones."""
+"""Torch functions of the peers against the spec, the released modules and other packages; identities; mutants."""
 
 import numpy as np
 import pytest
@@ -106,8 +106,8 @@ def test_multi_scale_function(seed, shapes):
 
 
 @pytest.mark.parametrize("family", ["mask2former", "deformable_detr"])
-def test_multi_scale_function_is_that_of_transformers(family):
-    """Their pure-PyTorch function, its output and gradients, against ours."""
+def test_multi_scale_function_equals_transformers(family):
+    """The pure-PyTorch function of transformers has the same output and gradients."""
     pytest.importorskip("transformers")
     shapes = [(3, 5), (4, 2), (1, 1)]
     if family == "mask2former":
@@ -203,8 +203,8 @@ def multi_head(dim=6, heads=3, seed=0):
 
 
 @given(size=map_sizes(), seed=seeds)
-def test_plain_attention_in_disguise(size, seed):
-    """One window or neighborhood over the map, reduction 1, and a deformable layer without offsets and bias."""
+def test_special_cases_equal_plain_attention(size, seed):
+    """Equal to plain attention: one window or neighborhood over the map, reduction 1, no offsets and bias."""
     module, params = multi_head(seed=seed)
     x = torch.from_numpy(numbers(seed, 2, 6, *size))
     expected = module(x).detach().numpy()
@@ -234,7 +234,7 @@ def test_plain_attention_in_disguise(size, seed):
 
 
 def test_deformable_convolution_without_offsets_is_a_convolution():
-    """And version 1 is version 2 with a unit mask; every offset by one pixel is a convolution of the shifted map."""
+    """With a unit mask version 2 equals version 1; with offsets of one pixel it is a convolution of the shifted map."""
     x, weight = torch.from_numpy(numbers(0, 2, 4, 7, 9)), torch.from_numpy(numbers(1, 6, 2, 3, 2))
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (2, 1)}
     expected = torch.nn.functional.conv2d(x, weight, groups=2, **geometry)
@@ -251,8 +251,8 @@ def test_deformable_convolution_without_offsets_is_a_convolution():
 
 
 @given(size=map_sizes(smallest=2), seed=seeds)
-def test_per_query_keys_that_all_queries_share_are_dats(size, seed):
-    """Attention at points of every query's own, the same for all, is attention to shared keys."""
+def test_per_query_attention_at_shared_points_equals_dat(size, seed):
+    """Per-query attention with equal points for all queries equals attention to shared keys."""
     config = DeformableAttentionConfig(12, 4, 2, offset_bound=OffsetBound.RAW, bias=BiasKind.NONE, kernel_size=3)
     layer, params = build_peer(config, seed)
     x = torch.from_numpy(numbers(seed, 2, 12, *size))

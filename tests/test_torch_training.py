@@ -1,4 +1,4 @@
-"""Training: the loss falls, states survive a file, recomputing changes nothing, half precision leaves points alone."""
+"""Training: the loss decreases, states can be saved, activation checkpointing is exact, points stay in float32."""
 
 import io
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ def seed():
 
 
 def losses_of(model, images, labels, steps):
-    """Train on one batch; return the loss before each step and after the last."""
+    """Train on one batch; return the loss before each step and after the last one."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(steps):
@@ -53,13 +53,13 @@ def test_every_parameter_gets_a_gradient(release):
     for name, leaf in model.named_parameters():
         assert leaf.grad is not None, name
         assert leaf.grad.isfinite().all(), name
-        # That of the keys' bias is zero: it moves all logits of a query alike.
+        # The gradient of the keys' bias is zero: it shifts all logits of a query equally.
         assert name.endswith("key.bias") or leaf.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_recomputing_gives_the_same_gradients(release):
-    """Also with stochastic depth and dropout: the random numbers are drawn again."""
+    """Recomputed activations give the same gradients, also with stochastic depth and dropout."""
     config = replace(tiny(release, drop_path_rate=0.5), dropout=0.1)
     model, x = dt.DAT(config).train(), torch.randn(2, 3, 64, 96)
     found = []
@@ -92,7 +92,7 @@ def test_a_saved_state_gives_bit_equal_outputs(name):
 
 # ------------------------------------------------------------------------------------------------ half precision
 
-# Largest error of a point, in pixels of its stage's map, that docs/torch.md states for an image of 224².
+# Largest error of a point, in pixels of its stage's map, as stated in docs/torch.md for an image of 224².
 POINT_ERROR = {
     ("dat_tiny", torch.bfloat16): 0.02,
     ("dat_tiny", torch.float16): 0.002,
@@ -102,7 +102,7 @@ POINT_ERROR = {
 
 
 def points_of(model, x):
-    """Return logits, the points of every deformable block in pixels, and the narrowest geometry on the way there."""
+    """Return logits, the points of every deformable block in pixels, and the narrowest dtype of their geometry."""
     with torch.no_grad():
         logits, trace = model(x, return_trace=True)
     traces = [block.attention for stage in trace.stages for block in stage.blocks]
@@ -114,7 +114,7 @@ def points_of(model, x):
 
 @pytest.mark.parametrize("name", ["dat_tiny", "dat_pp_tiny"])
 def test_points_under_autocast(name):
-    """Geometry is computed in float32; what error is left comes from the queries that the offsets follow."""
+    """Geometry is computed in float32; the remaining error comes from the queries, which determine the offsets."""
     model = dt.create_model(name, num_classes=10).eval()
     x = torch.randn(1, 3, 224, 224)
     exact, truth, _ = points_of(model, x)
@@ -128,7 +128,7 @@ def test_points_under_autocast(name):
         assert (logits - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
-def test_narrow_geometry_is_noticed(monkeypatch):
+def test_narrow_geometry_is_detected(monkeypatch):
     monkeypatch.setattr(offsets, "autocast_disabled", lambda tensor: nullcontext())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, _, narrowest = points_of(dt.DAT(tiny("cvpr2022")).eval(), torch.randn(1, 3, 67, 98))

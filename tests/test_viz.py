@@ -1,4 +1,4 @@
-"""The figures: marks are where the numbers say, nothing is clipped in silence, every odd shape can be drawn."""
+"""Figures: positions of marks, no silent clipping, all shapes can be drawn."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from dat_ref.viz import artists, figures, geometry, style  # noqa: E402
 
 
 def make_trace(batch=1, heads=6, groups=3, size=(5, 7), keys=(3, 4), spread=0.5, seed=0):
-    """A trace with the attributes that figures read, the sizes all different."""
+    """Return a trace with the attributes that figures read, all sizes different."""
     rng = np.random.default_rng(seed)
     (height, width), (rows, columns) = size, keys
     y = (np.arange(rows) + 0.5) * height / rows - 0.5
@@ -36,7 +36,7 @@ def make_photo(height, width, seed=0):
 
 
 def drawn(figure, gid):
-    """Offsets of all scatters with this gid, as (y, x) in pixels of the photograph."""
+    """Return the offsets of all scatters with this gid, as (y, x) in pixels of the photograph."""
     found = [c.get_offsets() for axes in figure.axes for c in axes.collections if c.get_gid() == gid]
     return np.concatenate([np.asarray(offsets, float).reshape(-1, 2) for offsets in found])[:, ::-1]
 
@@ -83,7 +83,7 @@ def test_key_importance_rejects_groups_that_do_not_divide_the_heads():
         viz.key_importance(np.ones((1, 6, 2, 3)), 4)
 
 
-def test_attention_map_puts_whole_cells_whole_and_shares_the_rest():
+def test_attention_map_splits_weights_between_cells():
     heat = viz.attention_map([0.5, 0.25, 0.25], [(0, 3), (1.5, 2.25), (-0.5, 0)], (3, 4))
     expected = np.zeros((3, 4))
     expected[0, 3] = 0.5
@@ -162,7 +162,7 @@ def test_neighborhood_query_attention_is_around_the_query(size, expected):
 
 
 def test_a_point_is_drawn_on_the_bright_patch_that_it_samples():
-    """A photograph black but for one patch, a point on the map's cell there: the mark is on the patch."""
+    """On a black photograph with one bright patch, the mark of a point on that cell is on the patch."""
     map_size, scale = (4, 6), (10, 7)
     photo = np.zeros((40, 42, 3))
     photo[30:40, 7:14] = 1  # cell (3, 1)
@@ -178,7 +178,7 @@ def test_a_point_is_drawn_on_the_bright_patch_that_it_samples():
 
 
 def test_the_patch_is_bright_under_the_mark_in_the_written_picture(tmp_path):
-    """The same, end to end: in the pixels of the file, the star of a query covers the patch and nothing else."""
+    """End to end: in the written file, the star of a query covers the patch and nothing else."""
     from matplotlib.image import imread
 
     photo = np.zeros((30, 50, 3))
@@ -305,6 +305,28 @@ SHAPES = {
 }
 
 
+def test_scene_panels_show_points_of_each_trace():
+    """Each panel has the points of its own trace, with the largest circle where attention is largest."""
+    traces = [make_trace(seed=seed) for seed in range(4)]
+    photo = make_photo(50, 70)
+    panels = [viz.ScenePanel(photo, trace, f"panel {number}") for number, trace in enumerate(traces)]
+    figure = viz.draw_scenes(panels, title="title", caption="caption", columns=2)
+    shown = [axes for axes in figure.axes if axes.get_title("left")]
+    assert [axes.get_title("left") for axes in shown] == [f"panel {number}" for number in range(4)]
+    for axes, trace in zip(shown, traces, strict=True):
+        circles = [each for each in axes.collections if each.get_gid() == "points"]
+        expected = viz.to_image_px(trace.points_px[0], (5, 7), (50, 70)).reshape(3, -1, 2)
+        received = viz.key_importance(trace.attention, 3)[0]
+        assert len(circles) == 3
+        for group, marks in enumerate(circles):
+            offsets = np.asarray(marks.get_offsets())[:, ::-1]
+            assert {tuple(np.round(each, 9)) for each in offsets} == {
+                tuple(np.round(each, 9)) for each in expected[group]
+            }
+            largest = offsets[np.argmax(marks.get_sizes())]
+            np.testing.assert_allclose(largest, expected[group][received[group].argmax()])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_figure_is_written_for_odd_shapes(shape, tmp_path):
     trace = make_trace(batch=2, **SHAPES[shape])
@@ -317,6 +339,7 @@ def test_every_figure_is_written_for_odd_shapes(shape, tmp_path):
             "importance": viz.draw_key_importance(photo, trace, batch=1, per_group=True),
             "field": viz.draw_offset_field(photo, trace, batch=1, bound_px=1.0),
             "attention": viz.draw_attention(photo, [(0, 0)], attended, attended, map_size=SHAPES[shape]["size"]),
+            "scenes": viz.draw_scenes([viz.ScenePanel(photo, trace, "one")] * 4, title="four", caption="panels"),
         }
         for name, figure in made.items():
             path = viz.save(figure, tmp_path / f"{name}.png")
@@ -337,7 +360,7 @@ def test_not_a_photograph(shape):
 
 
 def test_an_infinite_reference_is_drawn_at_its_point():
-    """The 2023 release has no reference for a single key: nothing to warn about, no arrow, offset zero."""
+    """For a single key the 2023 release has no finite reference: no warning, no arrow, zero offset."""
     trace = make_trace(groups=2, keys=(1, 1), spread=0.3)
     trace.reference_px = np.full_like(trace.points_px, np.inf)
     photo = make_photo(50, 63)
@@ -369,7 +392,7 @@ def test_the_same_figure_is_the_same_file(suffix, tmp_path):
     assert b"matplotlib" not in paths[0].read_bytes()[:400].lower() or suffix == "svg"
 
 
-def test_the_readers_settings_are_left_alone_and_do_not_matter(tmp_path):
+def test_user_settings_of_matplotlib_are_ignored_and_unchanged(tmp_path):
     plain = viz.save(viz.draw_points(make_photo(20, 30), make_trace()), tmp_path / "a.png")
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 40, "savefig.bbox": "tight"}):
         before = dict(matplotlib.rcParams)

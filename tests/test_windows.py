@@ -1,4 +1,4 @@
-"""Window, shifted-window and neighborhood attention: against scalar loops, and who must not hear of whom."""
+"""Window, shifted-window and neighborhood attention: against scalar loops, and independence of hidden pixels."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def run(case, x=None, params=None):
 
 @given(window_cases(batches=(1,), largest=5))
 def test_windows_equal_scalar_loops(case):
-    """Windows and shifted windows equal the rule of who sees whom, on maps larger and smaller than a window."""
+    """Windows and shifted windows equal the scalar rule for visible keys, on maps larger and smaller than a window."""
     params = case.params()
     table = params["window_bias"]["table"]
     theirs = {**params, "table": table.reshape(len(table), -1).T}
@@ -57,7 +57,7 @@ def plain_attention(x, params, config):
     "config", [WindowAttentionConfig(4, 2, 5), NeighborhoodAttentionConfig(4, 2, 11)], ids=lambda config: config.kind
 )
 def test_a_window_over_the_whole_map_is_plain_attention(config, size):
-    """Where every query sees every key and the table is zero, both are multi-head attention: filling takes no part."""
+    """With all keys visible and a zero table, both equal multi-head attention; padding has no effect."""
     params = random_params(ATTENTIONS[type(config)].shapes(config), np.random.default_rng(0))
     for name in ("window_bias", "neighborhood_bias"):
         if name in params:
@@ -68,7 +68,7 @@ def test_a_window_over_the_whole_map_is_plain_attention(config, size):
 
 @given(window_cases(batches=(1,)), st.data())
 def test_windows_do_not_leak(case, data):
-    """Changing one pixel, however much, changes outputs only where the rule says that it is seen, not by one bit."""
+    """Changing a pixel by any amount does not change a bit of outputs of queries that do not see it."""
     height, width = case.size
     place = data.draw(st.tuples(st.integers(0, height - 1), st.integers(0, width - 1)))
     x = case.x()
@@ -90,7 +90,7 @@ def test_windows_do_not_leak(case, data):
 
 @given(window_cases(batches=(1,)), st.integers(1, 3), st.sampled_from([0, 1]))
 def test_padding_keys_are_invisible(case, more, axis):
-    """Outputs of the windows that stay the same do not hear of rows or columns added beyond them."""
+    """Adding rows or columns outside a window does not change its outputs."""
     config, size = case.config, case.size
     if config.shift:
         return  # the seam moves with the size of the map
@@ -105,7 +105,7 @@ def test_padding_keys_are_invisible(case, more, axis):
 
 @given(window_cases())
 def test_every_pixel_sees_itself_and_every_weight_is_finite(case):
-    """No query is left without a key, in the filling neither, so that no row of the softmax is 0/0."""
+    """Every query has a key, also in the padding, so that no row of the softmax is 0/0."""
     y, trace = run(case)
     assert np.isfinite(y).all()
     assert_agree(trace.attention.sum(axis=-1), np.ones(trace.attention.shape[:3]), 1e-13)
@@ -118,7 +118,7 @@ def test_every_pixel_sees_itself_and_every_weight_is_finite(case):
 
 @given(window_cases())
 def test_windows_hold_every_pixel_once(case):
-    """Every pixel of the map has one place in one window."""
+    """Every pixel of the map is at one position of one window."""
     _, cells = window_cells(case.size, case.config.window_size, case.config.shift)
     inside = cells[(cells < np.asarray(case.size)).all(axis=-1)]
     assert sorted(map(tuple, inside.tolist())) == sorted(np.ndindex(*case.size))
@@ -126,7 +126,7 @@ def test_windows_hold_every_pixel_once(case):
 
 @given(neighborhood_cases(batches=(1,)), st.data())
 def test_neighborhoods_do_not_leak(case, data):
-    """Changing one pixel changes outputs only of queries that have it among their K² neighbors."""
+    """Changing a pixel changes only outputs of queries that have it among their K² neighbors."""
     height, width = case.size
     place = data.draw(st.tuples(st.integers(0, height - 1), st.integers(0, width - 1)))
     x, kernel = case.x(), case.config.kernel_size
@@ -154,7 +154,7 @@ def test_neighbors_are_k_in_a_row_around_each_query(length, kernel):
 
 @given(neighborhood_cases())
 def test_small_map_rules_agree_on_maps_that_are_not_small(case):
-    """With K no larger than the map, padding and shrinking are the same."""
+    """If K is at most the map's length, padding and shrinking give the same result."""
     if min(case.size) < case.config.kernel_size:
         return
     shapes = {"dim": case.config.dim, "heads": case.config.heads, "kernel_size": case.config.kernel_size}
@@ -166,7 +166,7 @@ def test_small_map_rules_agree_on_maps_that_are_not_small(case):
 
 
 def test_padding_of_a_small_map_takes_part_as_released():
-    """Under "pad" the zeros around a small map are keys: the projection's bias reaches the output through them."""
+    """Under "pad" the zeros around a small map are keys, so the projection's bias affects the output through them."""
     config = NeighborhoodAttentionConfig(4, 2, 5, small_map="pad")
     params = random_params(ATTENTIONS[NeighborhoodAttentionConfig].shapes(config), np.random.default_rng(0))
     x = numbers(1, 1, 4, 3, 7)
@@ -176,7 +176,7 @@ def test_padding_of_a_small_map_takes_part_as_released():
 
 @given(EITHER, st.sampled_from([np.float32, np.float64]))
 def test_precision_and_non_contiguous_inputs(case, dtype):
-    """Read-only and strided inputs are accepted and left alone; the precision is kept, in the gradients too."""
+    """Read-only and strided inputs are accepted and not modified; outputs and gradients have the input's precision."""
     x, params = case.x(dtype), case.params(dtype)
     odd = map_tree(non_contiguous, params)
     y, trace = run(case, non_contiguous(x), odd)
@@ -191,7 +191,7 @@ def test_precision_and_non_contiguous_inputs(case, dtype):
 
 @given(st.one_of(window_cases(batches=(0,)), neighborhood_cases(batches=(0,))))
 def test_empty_batch(case):
-    """No images: an empty output, and gradients that are zero."""
+    """An empty batch gives an empty output and zero gradients."""
     y, trace = run(case)
     assert y.shape == (0, case.config.dim, *case.size)
     grad_x, grads = ATTENTIONS[type(case.config)].vjp(y, trace, case.params(), case.config)
@@ -201,7 +201,7 @@ def test_empty_batch(case):
 
 @given(EITHER)
 def test_nan_is_never_dropped(case):
-    """A NaN pixel makes its own output NaN."""
+    """A NaN pixel makes its own output NaN, and no output that does not depend on it."""
     x = case.x()
     x[0, 0, -1, 0] = np.nan
     y, _ = run(case, x)
@@ -210,7 +210,7 @@ def test_nan_is_never_dropped(case):
 
 
 def test_shift_zero_is_the_plain_window():
-    """The kinds are named by the shift."""
+    """The shift determines the kind: zero is plain window attention."""
     assert WindowAttentionConfig(4, 2, 3).kind == "window"
     assert WindowAttentionConfig(4, 2, 3, shift=2).kind == "shifted_window"
     assert NeighborhoodAttentionConfig(4, 2).kind == "neighborhood"

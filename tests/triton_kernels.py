@@ -1,7 +1,7 @@
 """The Triton kernels against the NumPy spec, in Triton's interpreter or on a CUDA device.
 
-Triton decides when it is imported which of the two it will be, so `test_kernels_triton` runs this file in a process of
-its own; the name keeps pytest from collecting it as well. By hand:
+Importing Triton fixes the choice, so `test_kernels_triton` runs this file in a separate process; because of its name
+pytest does not collect it. To run it by hand:
 
     TRITON_INTERPRET=1 pytest tests/triton_kernels.py
 """
@@ -29,7 +29,7 @@ from dat_ref.torch.kernels import gpu  # noqa: E402
 from dat_ref.torch.kernels.gpu import deformable, neighborhood, table_gradient, tile_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-FEW = settings(max_examples=max(settings().max_examples // 3, 1))  # the interpreter takes half a second for one
+FEW = settings(max_examples=max(settings().max_examples // 3, 1))  # the interpreter needs half a second per case
 NAMES = ("out", "q", "k", "v", "origin", "table")
 
 # ------------------------------------------------------------------------------------------------ cases and truth
@@ -37,7 +37,7 @@ NAMES = ("out", "q", "k", "v", "origin", "table")
 
 @dataclass
 class Case:
-    """Arguments of the kernels, in canonical form, and a cotangent."""
+    """Arguments of the kernels in canonical form, and a cotangent."""
 
     q: np.ndarray  # (B, heads, H·W, d)
     k: np.ndarray  # (B, heads, Ns, d)
@@ -58,7 +58,7 @@ class Case:
 
 
 def draw_case(seed, size, samples, *, batch=1, heads=(1, 2), depth=5, table=None, step=(1.0, 1.0), origin=None):
-    """Draw numbers; `heads` is (groups, heads of a group). Keys read on, near and off the lattice, and outside."""
+    """Draw arguments; `heads` is (groups, heads per group). Keys read on, near and off the lattice, and outside."""
     rng = np.random.default_rng(seed)
     groups, each = heads
     table = table or (2 * size[0] - 1, 2 * size[1] - 1)
@@ -75,7 +75,7 @@ def draw_case(seed, size, samples, *, batch=1, heads=(1, 2), depth=5, table=None
 
 
 def truth(case, dtype=np.float64):
-    """Return the output and the five gradients, by the pieces of the spec."""
+    """Return the output and the five gradients, computed with functions of the spec."""
     q, k, v, origin, table, cotangent = (
         part.astype(dtype) for part in (case.q, case.k, case.v, case.origin, case.table, case.cotangent)
     )
@@ -94,13 +94,13 @@ def truth(case, dtype=np.float64):
 
 
 def tensors(case, dtype=torch.float32):
-    """Return q, k, v, origin and table on the device; origin is float32 in any case."""
+    """Return q, k, v, origin and table on the device; origin is always float32."""
     q, k, v, table = (torch.from_numpy(part).to(DEVICE, dtype) for part in (case.q, case.k, case.v, case.table))
     return [q, k, v, torch.from_numpy(case.origin).to(DEVICE, torch.float32), table]
 
 
 def run(case, *, deterministic, dtype=torch.float32):
-    """Return the output and the five gradients, by the kernels."""
+    """Return the output and the five gradients of the kernels."""
     inputs = tensors(case, dtype)
     out, lse = gpu.deformable_forward(*inputs, **case.geometry)
     cotangent = torch.from_numpy(case.cotangent).to(DEVICE, dtype)
@@ -116,7 +116,7 @@ def assert_agrees(case, **options):
 def assert_all_within_budget(actual, yardsticks, truths, factor=8.0):
     """Raise unless each error is within a factor of the yardstick's.
 
-    Where a query sees one key only, all gradients but that of v cancel: sums of some fifty numbers of order one.
+    For a query with a single key all gradients except that of v cancel: sums of about fifty elements of order one.
     """
     for number, (ours, yardstick, theirs) in enumerate(zip(actual, yardsticks, truths, strict=True)):
         assert ours.shape == theirs.shape, number
@@ -128,7 +128,7 @@ def assert_all_within_budget(actual, yardsticks, truths, factor=8.0):
 
 
 def assert_agrees_narrowly(case, dtype, tolerance, **options):
-    """Compare with the spec on the rounded numbers: errors relative to the largest element."""
+    """Compare with the spec on the rounded inputs; errors are relative to the largest element."""
     for name in ("q", "k", "v", "table", "cotangent"):
         setattr(case, name, torch.from_numpy(getattr(case, name)).to(dtype).double().numpy())
     actual = run(case, dtype=dtype, **options)
@@ -138,14 +138,14 @@ def assert_agrees_narrowly(case, dtype, tolerance, **options):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Cut the work into tiles of 16 × 16, so that tiny cases have several, whole and not."""
+    """Use tiles of 16 × 16, so that tiny cases have several tiles, full and partial ones."""
     for module in (tile_config, deformable, neighborhood):
         monkeypatch.setattr(module, "default_config", lambda *arguments: tile_config.TileConfig(16, 16))
 
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Fill what `torch.empty` gives with NaN, or with an absurd integer."""
+    """Fill results of `torch.empty` with NaN, or with an invalid integer."""
 
     def poisoned(function):
         def empty(*arguments, **options):
@@ -177,7 +177,7 @@ def poisoned_memory():
 @example(0, (3, 5), 19, (1, 2), 3, "released", True)
 @example(0, (3, 5), 19, (1, 2), 3, (0.45, 1.7), False)
 def test_agrees_with_the_spec(seed, size, samples, heads, depth, step, deterministic):
-    """Output and gradients, at steps of 1, of the 2022 release and others, with memory that begins as NaN."""
+    """Output and gradients agree for several query spacings, with memory that initially contains NaN."""
     if step == "unit":
         step = (1.0, 1.0)
     elif step == "released":
@@ -190,7 +190,7 @@ def test_agrees_with_the_spec(seed, size, samples, heads, depth, step, determini
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("convention", list(Convention))
 def test_agrees_in_every_convention(convention, deterministic):
-    """From points, through `table_index`, also for a table that was built for another map."""
+    """Results from points through `table_index` agree, also for a table that was built for another map."""
     rng = np.random.default_rng(7)
     size, samples, groups, heads, depth = (4, 5), 6, 2, 4, 3
     for table_size in [(7, 9), (3, 13)][: 1 + deterministic]:
@@ -213,14 +213,14 @@ def test_agrees_in_every_convention(convention, deterministic):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("step", [(1.0, 1.0), (0.8, 6 / 7)])
 def test_many_tiles(step, deterministic):
-    """35 queries and 37 keys in tiles of 16: whole ones and the rest."""
+    """35 queries and 37 keys in tiles of 16 have full and partial tiles."""
     assert_agrees(draw_case(3, (5, 7), 37, step=step), deterministic=deterministic)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("step", [(1.0, 1.0), (0.8, 6 / 7)])
 def test_runs_of_keys(step, monkeypatch):
-    """A workspace for one tile of keys at a time, and a table of several tiles whose sum is made in parts."""
+    """The workspace fits one tile of keys, and the gradient of a table of several tiles is summed in parts."""
     monkeypatch.setattr(table_gradient, "_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(table_gradient, "_ROWS", 4)
     monkeypatch.setattr(table_gradient, "_COLUMNS", 8)
@@ -230,15 +230,15 @@ def test_runs_of_keys(step, monkeypatch):
 
 
 def test_half_precision_keeps_what_the_points_need():
-    """float16 values: coefficients in half precision, geometry, softmax and sums in single."""
+    """For float16 values, coefficients are in half precision; geometry, softmax and sums are in float32."""
     case = draw_case(5, (4, 7), 21, heads=(1, 2))
-    case.table += 20  # differences of neighbours are small beside the entries, and must not lose their digits
+    case.table += 20  # differences of neighbors are small compared with the entries, and must stay accurate
     assert_agrees_narrowly(case, torch.float16, 4e-3, deterministic=True)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_far_keys_read_nothing(deterministic):
-    """A key from which no query reads the table: bias 0, gradient 0, whether it is near, far or at infinity."""
+    """A key outside the table for all queries has zero bias and gradient, near, far or at infinity."""
     size = (3, 4)
     far = np.array([[-5.0, 1], [0.5, 9], [1e9, 2], [1, -1e9], [np.inf, 0.5], [-np.inf, 1], [2, np.inf], [1.5, 2]])
     case = draw_case(6, size, len(far), origin=far)
@@ -249,7 +249,7 @@ def test_far_keys_read_nothing(deterministic):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("where", [(np.nan, 1.0), (1.0, np.nan), (np.nan, 1e9), (np.nan, np.inf)])
 def test_nan_comes_out_as_nan(where, deterministic):
-    """A key that reads the table at NaN spoils its map, and no other."""
+    """A key that reads the table at NaN makes the output of its map NaN, and no other."""
     case = draw_case(9, (3, 4), 5, batch=2)
     case.origin[1, 0, 3] = where
     with np.errstate(invalid="ignore"):
@@ -261,7 +261,7 @@ def test_nan_comes_out_as_nan(where, deterministic):
 
 
 def test_no_maps():
-    """Batch 0: nothing is launched, and the gradients have their shapes."""
+    """For batch 0 nothing is launched, and the gradients have the right shapes."""
     case = draw_case(1, (3, 4), 5, batch=0)
     out, *grads = run(case, deterministic=True)
     assert out.shape == (0, 2, 12, 5)
@@ -270,15 +270,15 @@ def test_no_maps():
 
 
 def test_any_strides():
-    """Values as linear layers give them, cotangents expanded; outputs and gradients lie as what they belong to."""
+    """Strides of linear layers and expanded cotangents are accepted; results have the strides of the inputs."""
     case = draw_case(2, (3, 4), 5, batch=2)
     inputs = tensors(case)
     plain, lse = gpu.deformable_forward(*inputs, **case.geometry)
     cotangent = torch.full((), 0.5, device=DEVICE).expand(plain.shape)
     expected = gpu.deformable_backward(cotangent, *inputs, plain, lse, **case.geometry, deterministic=True)
     strided = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in inputs[:3]]
-    strided[1] = torch.cat((strided[1], strided[1]), -1)[..., : strided[1].shape[-1]]  # rows further apart
-    strided[2] = strided[2].mT.contiguous().mT  # channels not side by side
+    strided[1] = torch.cat((strided[1], strided[1]), -1)[..., : strided[1].shape[-1]]  # larger row stride
+    strided[2] = strided[2].mT.contiguous().mT  # channel stride not 1
     out, lse = gpu.deformable_forward(*strided, *inputs[3:], **case.geometry)
     assert out.stride() == strided[0].stride()
     assert torch.equal(out, plain)
@@ -293,8 +293,8 @@ def test_any_strides():
     assert grads[0].stride() == strided[0].stride()
 
 
-def test_what_is_refused():
-    """Dtypes that the kernels do not have, mixed ones, and heads too deep for a tile."""
+def test_invalid_arguments_are_rejected():
+    """Rejected: unsupported dtypes, mixed dtypes, and heads too deep for a tile."""
     case = draw_case(1, (2, 3), 4)
     with pytest.raises(TypeError, match="float64"):
         run(case, deterministic=True, dtype=torch.float64)
@@ -307,7 +307,7 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("name", ["step", "size", "table", "origin", "scale"])
 def test_the_check_rejects_a_wrong_kernel(name, monkeypatch):
-    """The comparison is shown a step, a map, a table, positions and a scale that are off."""
+    """The comparison rejects a wrong step, map, table, position and scale."""
     case = draw_case(2, (3, 5), 7)
     right = gpu.deformable_forward
 
@@ -332,15 +332,15 @@ def test_the_check_rejects_a_wrong_kernel(name, monkeypatch):
 
 
 def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
-    """With cudnn.benchmark, on a CUDA device, without deterministic algorithms: and only then."""
+    """Autotuning runs only with cudnn.benchmark, on a CUDA device, without deterministic algorithms."""
 
     class Elsewhere:
         device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (2, 3, 196, 32)
 
-    asked = []
+    measured = []
 
     def milliseconds(launch, tried):
-        asked.append(tried)
+        measured.append(tried)
         return -tried.block_m * tried.num_warps
 
     monkeypatch.setattr(tile_config, "_AUTOTUNED", {})
@@ -352,7 +352,7 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
-    assert asked == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
+    assert measured == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert tile_config.autotune(*search) == usual
 
@@ -368,7 +368,7 @@ def draw_neighborhood(seed, size, kernel, batch=1, heads=1, depth=5):
 
 
 def neighborhood_truth(q, k, v, table, cotangent, size, kernel, dilation):
-    """Return the output and the four gradients, by gathering every query's keys."""
+    """Return the output and the four gradients, computed by gathering the keys of every query."""
     heads, scale = len(table), q.shape[-1] ** -0.5
     neighbors, places = neighbor_index(size, kernel, dilation)
     gathered = q[:, :, :, None], k[:, :, neighbors], v[:, :, neighbors]
@@ -403,19 +403,19 @@ def assert_neighborhood_agrees(seed, size, kernel, dilation, dtype=torch.float32
 @example(0, (9, 5), 3, 1, 5)
 @example(0, (7, 12), 5, 2, 5)
 def test_neighborhood_agrees_with_the_spec(seed, size, kernel, dilation, depth):
-    """Maps larger and smaller than the neighborhood, with dilation, with memory that begins as NaN."""
+    """Results agree for maps larger and smaller than the neighborhood, dilation, and memory that contains NaN."""
     with poisoned_memory():
         assert_neighborhood_agrees(seed, size, kernel, dilation, depth=depth)
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_neighborhood_in_small_tiles():
-    """Rectangles of 4 × 4, over two maps."""
+    """Results agree for tiles of 4 × 4 over two maps."""
     assert_neighborhood_agrees(1, (5, 7), 3, 1, batch=2, heads=2)
 
 
 def test_no_neighborhood():
-    """Batch 0."""
+    """Batch 0 gives empty results."""
     *inputs, cotangent = (torch.from_numpy(part).float() for part in draw_neighborhood(0, (3, 4), 3, batch=0))
     geometry = {"size": (3, 4), "kernel": 3, "dilation": 1, "scale": 1.0}
     out, lse = gpu.neighborhood_forward(*inputs, **geometry)
@@ -424,15 +424,15 @@ def test_no_neighborhood():
     assert torch.equal(grads[3], torch.zeros(1, 5, 5))
 
 
-def test_neighborhood_refuses():
-    """A neighborhood whose table no tile holds."""
+def test_neighborhood_rejects_large_windows():
+    """A neighborhood whose table is larger than a tile is rejected."""
     *inputs, _ = (torch.from_numpy(part).float() for part in draw_neighborhood(0, (3, 4), 33))
     with pytest.raises(ValueError, match="at most 32, got 33"):
         gpu.neighborhood_forward(*inputs, size=(3, 4), kernel=33, dilation=1, scale=1.0)
 
 
 def test_the_check_rejects_a_wrong_neighborhood(monkeypatch):
-    """The comparison is shown a table that is read back to front."""
+    """The comparison rejects a table that is read in reverse."""
     right = gpu.neighborhood_forward
 
     def wrong(q, k, v, table, **geometry):
@@ -450,7 +450,7 @@ def test_the_check_rejects_a_wrong_neighborhood(monkeypatch):
 @pytest.mark.parametrize("step", [(1.0, 1.0), (0.95, 0.96)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 4e-3), ("float32", 2e-5)])
 def test_tensor_cores_are_within_the_budget(dtype, tolerance, step, deterministic):
-    """Many tiles, heads of 32 and of 64: errors relative to the largest element, those of the precision."""
+    """For many tiles and heads of 32 and 64, errors relative to the largest element are within the dtype's rounding."""
     for depth in (32, 64):
         case = draw_case(11, (20, 25), 333, batch=2, heads=(2, 2), depth=depth, step=step)
         assert_agrees_narrowly(case, getattr(torch, dtype), tolerance, deterministic=deterministic)
@@ -458,7 +458,7 @@ def test_tensor_cores_are_within_the_budget(dtype, tolerance, step, deterministi
 
 @pytest.mark.gpu
 def test_deterministic_gradients_repeat():
-    """The same bits twice."""
+    """Deterministic gradients are equal bit for bit in two runs."""
     case = draw_case(12, (20, 25), 333, batch=2, heads=(2, 2), depth=32)
     first, second = (run(case, deterministic=True, dtype=torch.bfloat16) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -468,6 +468,6 @@ def test_deterministic_gradients_repeat():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "factor"), [("bfloat16", 2.0**18), ("float16", 2.0**15), ("float32", 32.0)])
 def test_neighborhood_on_tensor_cores(dtype, factor):
-    """The budget is that of float32 times how much coarser the dtype is."""
+    """The budget is the float32 budget times the ratio of the machine epsilons."""
     assert_neighborhood_agrees(13, (30, 41), 7, 1, dtype=getattr(torch, dtype), factor=factor, batch=2, depth=32)
     assert_neighborhood_agrees(14, (30, 41), 5, 3, dtype=getattr(torch, dtype), factor=factor, batch=2, depth=32)

@@ -1,16 +1,16 @@
-"""How long attention and backbones take, and how much memory, as ratios measured side by side in one run.
+"""Benchmark: time and memory of attention and backbones, compared in one run on one machine.
 
 =================  =================================================================================================
-`cases`            the shapes
-`implementations`  attention by each backend, torch's own without bias beside them
-`released`         a backbone that computes as the released code does
-`models`           backbones as released, as here, rewritten for inference, compiled
-`agreement`        whether two implementations compute the same: no speed is told before they do
-`timing`           seconds, by turns
-`memory`           peak memory, of a fresh process or of the GPU's allocator
-`profile`          where the time of a model goes
-`measure`          one comparison: check, time, weigh
-`run`              all of them, and where they ran
+`cases`            shapes
+`implementations`  attention by each backend, and torch's attention without bias
+`released`         backbone in the formulation of the released code
+`models`           backbones: released formulation, this package, rewritten for inference, compiled
+`agreement`        check that two implementations give equal results; no time is reported before it passes
+`timing`           median times, measured in alternating order
+`memory`           peak memory of a new process or of the GPU's allocator
+`profile`          share of each kind of operation in a model's time
+`measure`          one comparison: check, time, memory
+`run`              all comparisons, and a description of the machine
 `report`           tables
 =================  =================================================================================================
 

@@ -1,4 +1,4 @@
-"""What is timed: shapes of the core, of neighborhood attention, and whole models."""
+"""Benchmark cases: shapes of the core and of neighborhood attention, and whole models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class CoreCase:
-    """The core at one shape: queries on a map, keys sampled around a coarser or equal grid."""
+    """Shape for the core: queries on a map, and keys sampled around a coarser or equal grid."""
 
     name: str
     batch: int
-    size: Size  # of the map: H·W queries
-    keys: Size  # of the key grid: Ns points
+    size: Size  # map size, H·W queries
+    keys: Size  # size of the key grid, Ns points
     heads: int
     groups: int
     convention: Convention = Convention.DATPP2023
@@ -24,7 +24,7 @@ class CoreCase:
 
     @property
     def description(self) -> str:
-        """Return the case in words."""
+        """Description of the case for a table."""
         height, width = self.size
         year = ", step of 2022" if self.convention is Convention.CVPR2022 else ""
         return f"batch {self.batch}, {height}×{width}, {self.heads} heads, {self.keys[0] * self.keys[1]} keys{year}"
@@ -32,7 +32,7 @@ class CoreCase:
 
 @dataclass(frozen=True)
 class NeighborhoodCase:
-    """Neighborhood attention with relative bias at one shape."""
+    """Shape for neighborhood attention with relative bias."""
 
     name: str
     batch: int
@@ -43,14 +43,14 @@ class NeighborhoodCase:
 
     @property
     def description(self) -> str:
-        """Return the case in words."""
+        """Description of the case for a table."""
         height, width = self.size
         return f"batch {self.batch}, {height}×{width}, {self.heads} heads, {self.kernel}×{self.kernel} neighbors"
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A whole backbone."""
+    """Whole backbone."""
 
     name: str
     batch: int
@@ -58,13 +58,13 @@ class ModelCase:
 
     @property
     def description(self) -> str:
-        """Return the case in words."""
+        """Description of the case for a table."""
         return f"batch {self.batch}, {self.image}×{self.image}"
 
 
 Case = CoreCase | NeighborhoodCase | ModelCase
 
-# A is stage 3 of DAT at 224², C stage 1 of DAT++ there, B stage 3 at 800 × 1333, L stage 2 there.
+# A: stage 3 of DAT at 224². C: stage 1 of DAT++ at 224². B and L: stages 3 and 2 of DAT at 800 × 1333.
 _CORE = (
     CoreCase("A", 8, (14, 14), (14, 14), 12, 3),
     CoreCase("A22", 8, (14, 14), (14, 14), 12, 3, Convention.CVPR2022),
@@ -72,20 +72,20 @@ _CORE = (
     CoreCase("C", 1, (56, 56), (7, 7), 2, 1),
     CoreCase("L", 1, (100, 168), (100, 168), 12, 3),
 )
-# The three stages of dat_pp_tiny at 224² that have it.
+# The three stages of dat_pp_tiny that have neighborhood attention, at 224².
 _NEIGHBORHOOD = (
     NeighborhoodCase("N1", 8, (56, 56), 2),
     NeighborhoodCase("N2", 8, (28, 28), 4),
     NeighborhoodCase("N3", 8, (14, 14), 8),
 )
-_MODELS = {"cpu": 8, "cuda": 64}  # batch
+_MODELS = {"cpu": 8, "cuda": 64}  # batch size
 SHAPES = (*(case.name for case in (*_CORE, *_NEIGHBORHOOD)), "dat_tiny", "dat_pp_tiny")
 DEFAULT_SHAPES = {"cpu": tuple(name for name in SHAPES if name != "L"), "cuda": SHAPES}
-DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}  # of attention alone
+DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}  # for single attentions
 
 
 def cases(names: tuple[str, ...], device: str) -> list[Case]:
-    """Return the cases of these names, in the order of `SHAPES`.
+    """Return the cases with these names, in the order of `SHAPES`.
 
     >>> [case.description for case in cases(("C",), "cpu")]
     ['batch 1, 56×56, 2 heads, 49 keys']
@@ -96,5 +96,5 @@ def cases(names: tuple[str, ...], device: str) -> list[Case]:
 
 
 def resolutions(sides: tuple[int, ...]) -> list[CoreCase]:
-    """Return the core on square maps with a key for every pixel, as in stage 3 of DAT."""
+    """Return cases of the core on square maps with one key per pixel, as in stage 3 of DAT."""
     return [CoreCase(f"{side}²", 1, (side, side), (side, side), 12, 3) for side in sides]

@@ -1,4 +1,4 @@
-"""Who takes part: an attention by each backend, and torch's attention without bias beside them."""
+"""Implementations of a case: attention by each backend, and torch's attention without bias for comparison."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from ..torch.functional.registry import Backend, Call, choose_backend
 from .agreement import Results
 from .cases import CoreCase, NeighborhoodCase
 
-EAGER = "eager"  # what the others are compared with
-SDPA = "sdpa"  # torch's attention with no bias: another function, so its results are not compared
+EAGER = "eager"  # the reference
+SDPA = "sdpa"  # torch's attention without bias: a different function, so its results are not compared
 FORWARD, BACKWARD = "forward", "forward+backward"
 
-OFF_LATTICE = 1e-4  # cells of the table: far more than what float32 makes of a position
+OFF_LATTICE = 1e-4  # minimum distance from the lattice in table cells, much larger than float32 rounding
 
 AttentionCase = CoreCase | NeighborhoodCase
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute a case."""
+    """Implementation of a case."""
 
     name: str
     dtype: torch.dtype
     forward: Callable[[], Tensor]
-    backward: Callable[[], Results] | None  # forward and backward: the output and all gradients by name
+    backward: Callable[[], Results] | None  # forward and backward pass: output and gradients, by name
     comparable: bool = True
 
     def run(self, kind: str) -> Callable[[], object]:
-        """Return what to time."""
+        """Return the function to time."""
         if kind == FORWARD:
             return self.forward
         assert self.backward is not None
         return self.backward
 
     def results(self, kinds: tuple[str, ...] = (FORWARD, BACKWARD)) -> Results:
-        """Return all that it computes, to be compared."""
+        """Return all outputs and gradients, for the comparison with the reference."""
         results = {"forward": self.forward()}
         return {**results, **self.backward()} if BACKWARD in kinds and self.backward is not None else results
 
@@ -55,24 +55,24 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random inputs, laid out as a layer has them: heads beside each other in the memory of a token."""
+    """Random inputs in the memory layout of a layer: the heads of a token are contiguous."""
 
-    values: dict[str, Tensor]  # in the dtype under test
-    geometry: dict[str, Tensor]  # float32 whatever that is
+    values: dict[str, Tensor]  # dtype under test
+    geometry: dict[str, Tensor]  # always float32
     cotangent: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the values are in."""
+        """Dtype of the values."""
         return self.cotangent.dtype
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """All that gradients are for."""
+        """All tensors that get a gradient."""
         return {**self.values, **self.geometry}
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """Return the same numbers in another dtype."""
+        """Return the same values in another dtype."""
         values = {name: value.to(dtype) for name, value in self.values.items()}
         return Inputs(values, self.geometry, self.cotangent.to(dtype))
 
@@ -102,7 +102,7 @@ def draw_inputs(case: AttentionCase, dtype: torch.dtype, device: str, seed: int)
 
 
 def _points(case: CoreCase, generator: torch.Generator) -> Tensor:
-    """Draw points around a key grid, (B, G, Ns, 2); some leave the map, none is read on the lattice by any query."""
+    """Draw points (B, G, Ns, 2) around a key grid. Some are outside the map; none is on the lattice for any query."""
     shape = (case.batch, case.groups, case.keys[0] * case.keys[1], 2)
     reference = functional.reference_points(case.keys, case.convention, dtype=torch.float32).view(1, 1, -1, 2)
     points = torch.full(shape, float("nan"))
@@ -112,7 +112,7 @@ def _points(case: CoreCase, generator: torch.Generator) -> Tensor:
 
 
 def _on_lattice(points: Tensor, case: CoreCase) -> Tensor:
-    """Return for each coordinate whether some query reads it too near to the lattice; yes for NaN."""
+    """Return a mask of the coordinates that are too close to the lattice for some query. NaN counts as too close."""
     table_size = (2 * case.size[0] - 1, 2 * case.size[1] - 1)
     origin, step = functional.table_index(points, table_size, case.size, case.convention)
     off_lattice = []
@@ -126,7 +126,7 @@ def _on_lattice(points: Tensor, case: CoreCase) -> Tensor:
 
 
 def make_implementation(name: str, case: AttentionCase, data: Inputs) -> Implementation:
-    """Return a backend, or the reference line, at work on a case."""
+    """Return the implementation of a case by a backend, or by torch's attention without bias."""
     attend = _neighborhood(name, case) if isinstance(case, NeighborhoodCase) else _core(name, case)
     inputs = data.values if name == SDPA else data.inputs
 
@@ -163,7 +163,7 @@ def _neighborhood(name: str, case: NeighborhoodCase) -> Callable[..., Tensor]:
 
 
 def unsupported_reason(name: str, case: AttentionCase, data: Inputs) -> str:
-    """Return why an implementation cannot take part, or nothing. Another backend in its place does not count."""
+    """Return the reason why an implementation cannot run a case, or ``""``. A fallback to another backend counts."""
     if name == SDPA:
         return ""
     with warnings.catch_warnings(record=True) as caught:
@@ -171,7 +171,7 @@ def unsupported_reason(name: str, case: AttentionCase, data: Inputs) -> str:
         backend = _chosen_backend(name, case, data)
     if backend.name == name:
         return ""
-    return str(caught[0].message) if caught else f"{backend.name} does instead"
+    return str(caught[0].message) if caught else f"falls back to {backend.name}"
 
 
 def _chosen_backend(name: str, case: AttentionCase, data: Inputs) -> Backend:
@@ -182,11 +182,11 @@ def _chosen_backend(name: str, case: AttentionCase, data: Inputs) -> Backend:
     return choose_backend(name, Call(q, k, v, points, table, 0.0))
 
 
-# ------------------------------------------------------------------------------------------------ what fits
+# ------------------------------------------------------------------------------------------------ memory limits
 
 
 def eager_bytes(case: AttentionCase, backward: bool) -> int:
-    """Return about how much memory the eager formulation takes at its peak: several matrices of float32 logits."""
+    """Estimate the peak memory of the eager formulation, in bytes: several matrices of float32 logits."""
     height, width = case.size
     pairs = case.batch * case.heads * height * width
     if isinstance(case, NeighborhoodCase):
@@ -196,7 +196,7 @@ def eager_bytes(case: AttentionCase, backward: bool) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Return how much memory there is to take."""
+    """Return the free memory in bytes."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
@@ -208,7 +208,7 @@ def free_bytes(device: str) -> int:
 
 
 def warmup_case(case: AttentionCase) -> Any:
-    """Return a case of the same kind in which everything that happens once happens."""
+    """Return a small case of the same kind that triggers all one-time work, such as compilation."""
     if isinstance(case, NeighborhoodCase):
         return replace(case, batch=1, size=(case.kernel + 2, case.kernel + 1))
     return replace(case, batch=1, size=(6, 7), keys=(2, 3))

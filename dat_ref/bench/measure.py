@@ -1,4 +1,4 @@
-"""One comparison after the other: check, then time, then memory."""
+"""Comparisons: for each case check the results, then measure time, then memory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .implementations import (
     warmup_case,
 )
 from .memory import extra_bytes
-from .models import COMPILED, OPTIMIZED, RELEASED, model_implementations
+from .models import COMPILED, OPTIMIZED, RELEASED, model_implementations, unavailable
 from .profile import time_shares
 from .timing import median_seconds
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure."""
+    """Options of the measurements."""
 
     device: str
     threads: int
@@ -45,17 +45,17 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     model_backends: tuple[str, ...] = ("auto",)
     model_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-    compiled: tuple[str, ...] = ()  # models to run under torch.compile as well
+    compiled: tuple[str, ...] = ()  # models that also run under torch.compile
 
 
 Comparison = dict[str, Any]
 
 
 def compare_cases(cases: list[Case], options: Options, log: Callable[[str], None]) -> Iterator[Comparison]:
-    """Yield what is to be said about each case and dtype, as JSON can say it.
+    """Yield the measurements of each case and dtype, in a form that JSON can store.
 
     Raises:
-        Disagreement: if an implementation does not compute what it should; nothing is said of that case then.
+        Disagreement: if an implementation does not agree with the reference. Nothing is yielded for its case.
     """
     for case in cases:
         if isinstance(case, ModelCase):
@@ -68,7 +68,7 @@ def compare_cases(cases: list[Case], options: Options, log: Callable[[str], None
 
 
 def resolution_sweep(sides: tuple[int, ...], options: Options, log: Callable[[str], None]) -> Iterator[Comparison]:
-    """Yield the forward pass of the core on maps of growing size, in the first of the dtypes."""
+    """Yield measurements of the core's forward pass on maps of increasing size, in the first dtype."""
     for case in resolutions(sides):
         log(f"resolution {case.description}")
         yield {"side": case.size[0], **_attention(case, options.dtypes[0], options, (FORWARD,))}
@@ -79,7 +79,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# ------------------------------------------------------------------------------------------------ one attention
+# ------------------------------------------------------------------------------------------------ single attention
 
 
 def _attention(case: AttentionCase, dtype: torch.dtype, options: Options, kinds: tuple[str, ...]) -> Comparison:
@@ -89,7 +89,7 @@ def _attention(case: AttentionCase, dtype: torch.dtype, options: Options, kinds:
     skipped = {name: reason for name in names if (reason := unsupported_reason(name, case, data))}
     needed, free = eager_bytes(case, BACKWARD in kinds), free_bytes(options.device)
     if needed > free:
-        skipped[EAGER] = f"would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        skipped[EAGER] = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     reference_results = None if EAGER in skipped else _reference_results(EAGER, case, data, kinds)
     reference = EAGER
     if reference_results is None:
@@ -116,7 +116,7 @@ def _attention(case: AttentionCase, dtype: torch.dtype, options: Options, kinds:
 def _reference_results(
     reference: str, case: AttentionCase, data: Inputs, kinds: tuple[str, ...]
 ) -> dict[torch.dtype, Results] | None:
-    """Return what a formulation gives in float32 and in the dtype of the data; None if that takes too much memory."""
+    """Return a formulation's results in float32 and in the dtype of the data, or None if memory does not suffice."""
     dtypes = dict.fromkeys((torch.float32, data.dtype))
     try:
         return {dtype: make_implementation(reference, case, data.to(dtype)).results(kinds) for dtype in dtypes}
@@ -127,7 +127,7 @@ def _reference_results(
 def attention_runs(
     case: AttentionCase, name: str, dtype: torch.dtype, device: str, kind: str
 ) -> list[Callable[[], object]]:
-    """Return a small run and the run itself, for `extra_bytes`."""
+    """Return a warm-up run and the run to measure, for `extra_bytes`."""
     return [
         make_implementation(name, candidate, draw_inputs(candidate, dtype, device, 0)).run(kind)
         for candidate in (warmup_case(case), case)
@@ -144,9 +144,12 @@ def _models(case: ModelCase, options: Options) -> Comparison:
     candidates = model_implementations(case, names, list(dtypes), options.device, secrets.randbits(32), compiled)
     reference_results = {candidate.dtype: candidate.results() for candidate in candidates if candidate.name == RELEASED}
     rows = _rows(candidates, RELEASED, reference_results, options, (FORWARD, BACKWARD))
+    missing = unavailable(case, list(dtypes), options.device) if OPTIMIZED in names else {}
+    rows += [{**_row(OPTIMIZED, dtype, None), "unavailable": reason} for dtype, reason in missing.items()]
+    rows.sort(key=lambda row: list(map(dtype_name, dtypes)).index(row["dtype"]))
     for row in rows:
         if COMPILED in row["name"] or (options.device == "cpu" and row["dtype"] != "float32"):
-            continue  # a process for each would take longer than all the rest
+            continue  # a new process for each would take longer than all other measurements
         for kind in row["seconds"]:
             factory = (model_runs, case, row["name"], getattr(torch, row["dtype"]), options.device, kind)
             row["bytes"][kind] = _extra_bytes(options, *factory)
@@ -164,14 +167,14 @@ def _models(case: ModelCase, options: Options) -> Comparison:
 
 
 def model_runs(case: ModelCase, name: str, dtype: torch.dtype, device: str, kind: str) -> list[Callable[[], object]]:
-    """Return a small run and the run itself, for `extra_bytes`."""
+    """Return a warm-up run and the run to measure, for `extra_bytes`."""
     sizes = (replace(case, batch=1, image=64), case)
     return [
         model_implementations(candidate, [name], [dtype], device, 0, compiled=False)[0].run(kind) for candidate in sizes
     ]
 
 
-# ------------------------------------------------------------------------------------------------ both
+# ------------------------------------------------------------------------------------------------ common parts
 
 
 def _rows(
@@ -181,11 +184,11 @@ def _rows(
     options: Options,
     kinds: tuple[str, ...],
 ) -> list[dict[str, Any]]:
-    """Check all, then time all.
+    """Check all implementations, then time them; return one row for each.
 
     Args:
-        reference: the implementation whose results in float32 are the reference.
-        reference_results: its results, in every dtype that takes part.
+        reference: name of the implementation whose float32 results are the reference.
+        reference_results: its results in every dtype of the comparison.
     """
     rows: list[dict[str, Any]] = []
     for implementation in implementations:
@@ -198,16 +201,7 @@ def _rows(
             error = check(
                 f"{implementation.name} in {dtype_name(dtype)}", results, expected, reference_results[dtype], dtype
             )
-        rows.append(
-            {
-                "name": implementation.name,
-                "dtype": dtype_name(dtype),
-                "error": error,
-                "seconds": {},
-                "rounds": {},
-                "bytes": {},
-            }
-        )
+        rows.append(_row(implementation.name, dtype, error))
     for kind in kinds:
         runs = {
             index: implementation.run(kind)
@@ -218,6 +212,10 @@ def _rows(
         for index, median in seconds.items():
             rows[index]["seconds"][kind], rows[index]["rounds"][kind] = median, rounds
     return rows
+
+
+def _row(name: str, dtype: torch.dtype, error: float | None) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype_name(dtype), "error": error, "seconds": {}, "rounds": {}, "bytes": {}}
 
 
 def _extra_bytes(options: Options, factory: Callable[..., Any], *arguments: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Peak memory beside what was there before: of a fresh process on a CPU, of torch's allocator on a GPU."""
+"""Peak additional memory of a call: of a new process on a CPU, of torch's allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RunFactory = Callable[..., list[Run]]
 
 
 def extra_bytes(device: str, threads: int, factory: RunFactory, *arguments: Any) -> int | None:
-    """Return the most memory a call takes at once beyond what is there before it.
+    """Return the peak memory of a call, minus the memory in use before it.
 
     Args:
-        device: on ``"cpu"`` a process is started for it, whose high-water mark is read.
-        threads: of that process.
-        factory: ``factory(*arguments)`` returns a small run, for what only a first call needs, and the run to measure.
-            Both it and the arguments must be picklable.
+        device: ``"cpu"`` or ``"cuda"``. On a CPU, the peak resident memory of a new process is measured.
+        threads: number of CPU threads of that process.
+        factory: ``factory(*arguments)`` returns a warm-up run, for the memory that only a first call needs, and the run
+            to measure. It and its arguments must be picklable.
 
     Returns:
-        bytes, or None where the system does not tell.
+        bytes, or None if the system does not report them.
     """
     if device == "cuda":
         return _on_cuda(*factory(*arguments))
@@ -51,8 +51,8 @@ def _on_cuda(warmup: Run, run: Run) -> int:
 
 
 def fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a process of its own, in which everything is imported and nothing has run."""
-    # A server that has imported everything forks a process for each call.
+    """Call a function in a new process, in which the package is imported and nothing has run."""
+    # The fork server imports the package once and forks a process for each call.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dat_ref.bench.run"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -72,8 +72,8 @@ def _measure(threads: int, factory: RunFactory, *arguments: Any) -> int:
 
 
 def _trim_heap() -> None:
-    """Return freed memory to the system: the run would take it again unseen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    """Return freed memory to the system. Otherwise the run could reuse it, and it would not be measured."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # exists only in glibc
     if trim is not None:
         trim(0)
 

@@ -1,4 +1,4 @@
-"""Whole backbones: as released, as here, rewritten for inference, compiled."""
+"""Whole backbones: in the released formulation, as in this package, rewritten for inference, compiled."""
 
 from __future__ import annotations
 
@@ -11,37 +11,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..torch import DAT, create_model, optimize_for_inference
+from ..torch.inference import unsupported_reason
 from .agreement import WHOLE_GRADIENT, Results
 from .cases import ModelCase
 from .implementations import Implementation
 from .released import released_formulation
 
-RELEASED = "released"  # what the others are compared with, in float32
-OPTIMIZED = "optimized"  # `optimize_for_inference`, which has no training step
+RELEASED = "released"  # the reference, in float32
+OPTIMIZED = "optimized"  # `optimize_for_inference`, forward pass only
 COMPILED = ", compiled"
 
 
 def model_implementations(
     case: ModelCase, names: list[str], dtypes: list[torch.dtype], device: str, seed: int, compiled: bool
 ) -> list[Implementation]:
-    """Return the backbone with the same random weights and images in every way asked for.
+    """Return the requested implementations of a backbone, all with the same random weights and images.
 
     Args:
-        names: ``"released"``, ``"optimized"``, or backends.
-        dtypes: float32 as it is, others under autocast (``"optimized"``: cast).
-        compiled: whether to add each under `torch.compile`, in the last of the dtypes.
+        names: ``"released"``, ``"optimized"``, or names of backends.
+        dtypes: dtypes. Those other than float32 run under autocast (``"optimized"``: the model is cast; omitted where
+            it is `unavailable`).
+        compiled: add each implementation under `torch.compile`, in the last dtype.
     """
-    torch.manual_seed(seed)
-    original = create_model(case.name, drop_path_rate=0.0).eval().to(device)
+    missing = unavailable(case, dtypes, device)
+    original = _original(case, device, seed)
     images = torch.randn(case.batch, 3, case.image, case.image, device=device)
     labels = torch.randint(original.num_classes, (case.batch,), device=device)
     implementations = []
     for dtype in dtypes:
         for name in names:
+            if name == OPTIMIZED and dtype in missing:
+                continue
             implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=False))
             if compiled and name != OPTIMIZED and dtype == dtypes[-1]:
                 implementations.append(_model_implementation(name, original, images, labels, dtype, compiled=True))
     return implementations
+
+
+def unavailable(case: ModelCase, dtypes: list[torch.dtype], device: str) -> dict[torch.dtype, str]:
+    """Return the dtypes in which this machine cannot run the optimized backbone, each with the reason."""
+    reasons = {dtype: unsupported_reason(_original(case, device, seed=0).to(dtype)) for dtype in dtypes}
+    return {dtype: reason for dtype, reason in reasons.items() if reason}
+
+
+def _original(case: ModelCase, device: str, seed: int) -> DAT:
+    torch.manual_seed(seed)
+    return create_model(case.name, drop_path_rate=0.0).eval().to(device)
 
 
 def _model_implementation(

@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes, by kind of operation."""
+"""Time of a forward pass by kind of operation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ KINDS = (*_KINDS, OTHER)
 
 
 def time_shares(forward: Callable[[], object]) -> dict[str, float]:
-    """Return the share of each kind in the time of all operations on a CPU, with what they call counted as theirs.
+    """Return the share of each kind of operation in the CPU time of a call.
 
-    The call has run before.
+    The time of an operation includes the operations that it calls. The call must have run before.
     """
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         forward()
@@ -36,7 +36,7 @@ def time_shares(forward: Callable[[], object]) -> dict[str, float]:
 
 
 def _add(event: torch.autograd.profiler_util.FunctionEvent, times: Counter[str]) -> None:
-    """Count an operation of a known kind whole; of any other what it does itself, and look at what it calls."""
+    """Add the total time of an operation of a known kind; else its own time, then recurse into its children."""
     kind = next((kind for kind, names in _KINDS.items() if any(name in event.name for name in names)), None)
     if kind is not None:
         times[kind] += event.cpu_time_total

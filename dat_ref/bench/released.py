@@ -1,8 +1,9 @@
-"""A backbone that computes as the released code does: what whole models are compared with.
+"""Backbone in the formulation of the released code, the reference for whole models.
 
-Measured behaviour, written anew: 1 × 1 convolutions for projections, the bias of every pair of query and key sampled,
-attention in windows written out. For neighborhood attention the 2023 release calls a compiled package; here dense
-tiles in plain operations stand for it, several times as fast as gathering each query's keys.
+It is written from the measured behavior: projections are 1 × 1 convolutions, the bias is sampled for every pair of
+query and key, and window attention forms its weights explicitly. For neighborhood attention the 2023 release calls a
+compiled package. Dense tiles in plain operations replace it here; they are several times as fast as gathering each
+query's keys.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from ..torch import DAT, DeformableAttention, NeighborhoodAttention, WindowAtten
 
 
 class PointwiseConvolution(nn.Linear):
-    """A linear layer carried out as a convolution of maps (B, C, H, W)."""
+    """Linear layer, computed as a convolution of maps (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, …, C) → (B, …, C')."""
+        """Apply the layer: (B, …, C) → (B, …, C')."""
         maps = x.movedim(-1, 1)
         kernel = self.weight[:, :, None, None]
         convolved = F.conv2d(maps if x.ndim == 4 else maps[:, :, None], kernel, self.bias)
@@ -27,7 +28,7 @@ class PointwiseConvolution(nn.Linear):
 
 
 class ExplicitWindowAttention(WindowAttention):
-    """Window attention whose weights are written out."""
+    """Window attention with explicit attention weights."""
 
     def _attend(self, x: Tensor) -> Tensor:
         config, size = self.config, (x.shape[2], x.shape[3])
@@ -40,7 +41,7 @@ class ExplicitWindowAttention(WindowAttention):
 
 
 def released_formulation(model: DAT) -> DAT:
-    """Return a copy of a backbone, with the same parameters by the same names, that computes as released."""
+    """Return a copy of a backbone in the released formulation, with the same parameters under the same names."""
     model = copy.deepcopy(model)
     model.set_backend("eager", "grid_sample")
     for module in list(model.modules()):

@@ -1,4 +1,4 @@
-"""What was measured, as tables: for people, and for the pages of the site."""
+"""Tables of the results, for the terminal and for the pages of the site."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any, NamedTuple
 from .implementations import BACKWARD, EAGER, FORWARD
 from .models import RELEASED
 
-Results = Mapping[str, Any]  # what `run` gathers and JSON holds
+Results = Mapping[str, Any]  # result of `run`, as stored in JSON
 
 HEADINGS = {
     "core": "The core: deformable attention with its bias",
     "neighborhood": "Neighborhood attention with relative bias",
     "model": "Whole models",
-    "resolution": "The core's forward pass on larger maps, a key for every pixel",
-    "profile": "Where the time of an optimized model goes",
-    "first_use": "The first call of a process, seconds",
+    "resolution": "Forward pass of the core on larger maps, one key per pixel",
+    "profile": "Time of an optimized model by kind of operation",
+    "first_use": "First call of a process, seconds",
 }
 
 
 class Table(NamedTuple):
-    """One table: columns of text left, of numbers right."""
+    """Table with text columns on the left and number columns on the right."""
 
-    key: str  # of HEADINGS
+    key: str  # key of HEADINGS
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    text_columns: int  # how many columns are text
+    text_columns: int  # number of text columns
     notes: list[str]
 
 
 def build_tables(results: Results) -> list[Table]:
-    """Return a table for each kind of thing that was measured."""
+    """Return one table for each kind of measurement."""
     tables = []
     for kind in ("core", "neighborhood"):
         comparisons = [comparison for comparison in results["comparisons"] if comparison["kind"] == kind]
@@ -50,10 +50,10 @@ def build_tables(results: Results) -> list[Table]:
 
 
 def format_text(results: Results) -> str:
-    """Return everything for a terminal."""
+    """Return all tables for a terminal."""
     parts = [_environment(results["machine"])]
     if results["machine"]["missing"]:
-        parts[0] += "".join(f"\nnot here: {name} ({why})" for name, why in results["machine"]["missing"].items())
+        parts[0] += "".join(f"\nunavailable: {name} ({why})" for name, why in results["machine"]["missing"].items())
     for table in build_tables(results):
         widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
         lines = [HEADINGS[table.key], ""]
@@ -68,7 +68,7 @@ def format_text(results: Results) -> str:
 
 
 def format_markdown(results: Results) -> str:
-    """Return the tables as named sections of a file that a page includes by section."""
+    """Return the tables as named sections of a Markdown file. A page of the site includes the sections."""
     parts = [
         _section("machine", [_environment(results["machine"]), "", f"```bash\n{results['machine']['command']}\n```"])
     ]
@@ -93,7 +93,7 @@ def _environment(machine: Mapping[str, Any]) -> str:
 
 
 def _attention(kind: str, comparisons: list[Results]) -> Table:
-    header = ("shape", "dtype", "by", "forward", "×", "forward + backward", "×", "memory", "with backward")
+    header = ("shape", "dtype", "backend", "forward", "×", "forward + backward", "×", "memory", "with backward")
     rows, notes = [], []
     for comparison in comparisons:
         baseline = _baseline_row(comparison["rows"], EAGER)
@@ -114,8 +114,8 @@ def _attention(kind: str, comparisons: list[Results]) -> Table:
 
 def _models(comparisons: list[Results]) -> Table:
     rates = ("images/s", "×", "× in its dtype", "training images/s", "×", "× in its dtype")
-    header = ("model", "dtype", "how", *rates, "memory", "training")
-    rows = []
+    header = ("model", "dtype", "variant", *rates, "memory", "training")
+    rows, notes = [], []
     for comparison in comparisons:
         baseline = _baseline_row(comparison["rows"], RELEASED, "float32")
         for index, row in enumerate(comparison["rows"]):
@@ -123,13 +123,15 @@ def _models(comparisons: list[Results]) -> Table:
             cells = [
                 f"{comparison['case']}, {comparison['description']}" if index == 0 else "",
                 row["dtype"],
-                row["name"],
+                row["name"] + (": not available on this processor" if "unavailable" in row else ""),
             ]
+            if "unavailable" in row:
+                notes.append(f"{comparison['case']}, {row['dtype']}: {row['name']}: {row['unavailable']}.")
             for mode in (FORWARD, BACKWARD):
                 rate = f"{comparison['batch'] / row['seconds'][mode]:.1f}" if mode in row["seconds"] else "–"
                 cells += [rate, _speedup(baseline, row, mode), _speedup(same_dtype, row, mode)]
             rows.append((*cells, *(_megabytes(row["bytes"].get(mode)) for mode in (FORWARD, BACKWARD))))
-    return Table("model", header, rows, 3, [])
+    return Table("model", header, rows, 3, notes)
 
 
 def _profile(comparisons: list[Results]) -> Table:
@@ -159,7 +161,7 @@ def _resolutions(comparisons: list[Results]) -> Table:
 def _first_use(entries: list[Results]) -> Table:
     rows: list[tuple[str, ...]] = []
     rows += [(entry["backend"], entry["dtype"], f"{entry['first']:.1f}", f"{entry['again']:.1f}") for entry in entries]
-    return Table("first_use", ("backend", "dtype", "compiled", "kept from then on"), rows, 2, [])
+    return Table("first_use", ("backend", "dtype", "compiles", "from the cache"), rows, 2, [])
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -170,7 +172,7 @@ def _baseline_row(rows: list[Results], name: str, dtype: str = "") -> Results | 
 
 
 def _speedup(baseline: Results | None, row: Results, mode: str) -> str:
-    """Return how many times as fast as the base."""
+    """Format the speedup over the baseline."""
     if baseline is None or mode not in row["seconds"] or mode not in baseline["seconds"]:
         return "–"
     return f"{_significant(baseline['seconds'][mode] / row['seconds'][mode])}×"
@@ -185,7 +187,7 @@ def _megabytes(size: int | None, unit: str = " MB") -> str:
 
 
 def _significant(number: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits, and no exponent.
+    """Format a number with `digits` significant digits, without exponent.
 
     >>> _significant(0.18342), _significant(2614.3), _significant(11.92, 2)
     ('0.183', '2 614', '12')

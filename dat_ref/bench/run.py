@@ -1,4 +1,4 @@
-"""The whole benchmark, gathered as JSON can hold it."""
+"""The whole benchmark, with results that JSON can store."""
 
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ from .memory import fresh_process
 Results = dict[str, Any]
 Log = Callable[[str], None]
 
-KERNELS = ("cpu", "triton")  # backends that are compiled at first use
-_EXTRA_PACKAGES = ("numba", "triton")  # whose versions matter beside torch's
+KERNELS = ("cpu", "triton")  # backends that compile at first use
+_EXTRA_PACKAGES = ("numba", "triton")  # packages with a relevant version, in addition to torch
 
 
 def benchmark(
     cases: list[Case], sides: tuple[int, ...], options: Options, *, command: str, save: Path | None, log: Log
 ) -> Results:
-    """Measure everything.
+    """Run all measurements.
 
     Args:
-        cases: one comparison each, or one for each dtype.
-        sides: of the maps on which the forward pass is timed; none if empty.
-        command: that was typed, for the record.
-        save: a JSON file, written anew after every comparison.
-        log: is told what comes next.
+        cases: cases, one comparison each, or one for each dtype.
+        sides: sides of the maps of the resolution sweep; empty for no sweep.
+        options: options of the measurements.
+        command: command line, stored with the results.
+        save: path of a JSON file, rewritten after every comparison, or None.
+        log: function that is called with a description of each next step.
 
     Raises:
-        Disagreement: if an implementation computes something else; the file is then removed.
+        Disagreement: if an implementation does not agree with the reference; the file is then removed.
     """
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
     results = empty_results(options, command)
@@ -70,21 +71,21 @@ def benchmark(
 
 
 def empty_results(options: Options, command: str) -> Results:
-    """Return results with nothing in them yet."""
+    """Return results without measurements."""
     return {"machine": machine(options, command), "comparisons": [], "resolutions": [], "first_use": []}
 
 
 def save_results(results: Results, path: Path | None) -> None:
-    """Write JSON, if there is somewhere to."""
+    """Write the results to a JSON file, if a path is given."""
     if path is not None:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ where it ran
+# ------------------------------------------------------------------------------------------------ machine
 
 
 def machine(options: Options, command: str) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return a description of the machine: hardware, threads, versions, date, command."""
     versions = {"dat_ref": __version__, "torch": torch.__version__, "Python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _EXTRA_PACKAGES if importlib.util.find_spec(name)}
     if options.device == "cuda":
@@ -101,7 +102,7 @@ def machine(options: Options, command: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name, family and widest vectors."""
+    """Return the processor's name, its family and its vector instructions."""
     fields: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -116,9 +117,9 @@ def _processor() -> str:
 
 
 def first_use(cases: list[Case], options: Options, log: Log) -> Iterator[Results]:
-    """Yield how long the first calls of a process take: once, and again when what was compiled is on disk.
+    """Yield the time of the first calls of a process: with compilation, and then with compiled kernels from disk.
 
-    All cases are run, so that every kernel they need is compiled and kept. On a CPU small ones do.
+    All cases are run, so that all their kernels are compiled and stored. On a CPU, small cases suffice.
     """
     attention_cases = [case for case in cases if not isinstance(case, ModelCase)]
     for backend in KERNELS:

@@ -1,4 +1,4 @@
-"""Seconds, side by side: implementations take turns, so that other load on the machine falls on all of them alike."""
+"""Timing: implementations take turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import TypeVar
 import torch
 
 K = TypeVar("K")
-MIN_SAMPLE_SECONDS = 0.005  # seconds; shorter calls are repeated within a sample
+MIN_SAMPLE_SECONDS = 0.005  # shorter calls are repeated within a sample
 MIN_ROUNDS = 3
-MAX_ROUNDS_SECONDS = 20.0  # seconds that the rounds of one comparison may take, if that leaves LEAST_ROUNDS of them
+MAX_ROUNDS_SECONDS = 20.0  # limit for the rounds of one comparison, but at least MIN_ROUNDS are run
 
 
 def median_seconds(runs: Mapping[K, Callable[[], object]], rounds: int, device: str) -> tuple[dict[K, float], int]:
-    """Return the median seconds a call of each, and how many rounds there were.
+    """Return the median time of each call in seconds, and the number of rounds.
 
-    A round times every implementation once, in an order that turns by one each round. All have run before.
+    A round times every implementation once. Each round starts with the next implementation. All must have run before.
 
     Args:
-        runs: what to call, by name.
-        rounds: at most; fewer, but 3, where they would take long.
-        device: ``"cpu"`` or ``"cuda"``, which is waited for.
+        runs: functions to time, by name.
+        rounds: maximum number of rounds. Slow calls get fewer, but at least `MIN_ROUNDS`.
+        device: ``"cpu"`` or ``"cuda"``; CUDA is synchronized before and after each sample.
     """
-    first = {name: _seconds(run, 1, device) for name, run in runs.items()}  # the first round only measures how many
+    first = {name: _seconds(run, 1, device) for name, run in runs.items()}  # only to choose the repetitions
     repeats = {name: max(1, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-6))) for name, seconds in first.items()}
     round_seconds = sum(seconds * repeats[name] for name, seconds in first.items())
     rounds = max(min(rounds, int(MAX_ROUNDS_SECONDS / max(round_seconds, 1e-6))), min(MIN_ROUNDS, rounds))

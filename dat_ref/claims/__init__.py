@@ -1,4 +1,4 @@
-"""The claims ledger: what the articles say of deformable attention, each with a check that runs and a verdict.
+"""Claims ledger: statements of the articles about deformable attention, each with a runnable check and a verdict.
 
     >>> from dat_ref.claims import LEDGER, run
     >>> finding = run(LEDGER[5])
@@ -7,8 +7,8 @@
     >>> str(finding.figures["offset"]), finding.matches
     ('508,032 multiply-adds', True)
 
-Checks count and compute; none takes the time. ``dat-ref claims`` runs them all, and fails when a verdict on record
-is no longer the one that follows from the figures.
+The checks count and compute; none measures time. ``dat-ref claims`` runs them all. It fails if a recorded verdict
+differs from the verdict that follows from the figures.
 """
 
 from .._deprecation import deprecated_names

@@ -1,8 +1,7 @@
-"""What a claim is: a source's words, a check that counts or computes, and a verdict that follows from the figures.
+"""Claim: a statement of a source, a check that counts or computes, and a verdict that follows from the figures.
 
-A claim has two functions. `measure` runs the spec and returns figures; `judge` turns figures into a verdict and
-does nothing else. The ledger also records a verdict: `run` finds one anew, and whoever reads the ledger can see
-whether the two are still the same.
+A claim has two functions. `measure` runs the spec and returns figures. `judge` derives a verdict from the figures
+alone. The ledger also records a verdict; `run` derives it again, so that a difference is found.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Value = int | float | str | bool
 
 
 class Outcome(Enum):
-    """The four things that can be said of a claim."""
+    """Kind of verdict."""
 
     HOLDS = "holds"
     CONDITIONAL = "holds if"
@@ -25,7 +24,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome, with the condition under which a claim holds or the reason why it cannot be tested."""
+    """Outcome, with the condition under which the claim holds or the reason why it cannot be tested."""
 
     outcome: Outcome
     condition: str = ""
@@ -42,18 +41,18 @@ REFUTED = Verdict(Outcome.REFUTED)
 
 
 def holds_if(condition: str) -> Verdict:
-    """Return the verdict that a claim holds under a condition."""
+    """Return the verdict for a claim that holds under a condition."""
     return Verdict(Outcome.CONDITIONAL, condition)
 
 
 def not_testable(reason: str) -> Verdict:
-    """Return the verdict that a claim cannot be tested here."""
+    """Return the verdict for a claim that cannot be tested here."""
     return Verdict(Outcome.UNTESTABLE, reason)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number (or name, or yes or no) that a check found.
+    """Result of a check: a number, a name, or yes or no.
 
     >>> f"{Figure(508032, 'offset network', 'multiply-adds')}", f"{Figure(0.0064, 'its share')}"
     ('508,032', '0.0064')
@@ -62,7 +61,7 @@ class Figure:
     value: Value
     label: str
     unit: str = ""
-    digits: int = 3  # significant ones, where the value is not whole
+    digits: int = 3  # significant digits of a value that is not an integer
 
     def __format__(self, spec: str) -> str:
         if spec:
@@ -83,7 +82,7 @@ Figures = Mapping[str, Figure]
 
 
 class SourceAccess(Enum):
-    """How well a source is known to us."""
+    """Way in which the statement of a source is known to this project."""
 
     READ = "read there"
     COPIED = "read in a facsimile"
@@ -93,7 +92,7 @@ class SourceAccess(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a claim stands, and how sure we are that it stands there."""
+    """Place of a claim in the literature, and how it is known."""
 
     location: str
     access: SourceAccess
@@ -104,17 +103,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the ledger.
+    """Row of the ledger.
 
     Args:
-        number: its place in the ledger.
-        title: a few words.
-        statement: what the source says, in our words.
-        sources: where it says so.
-        measure: runs the spec and returns figures by key.
-        judge: the verdict that follows from the figures.
-        verdict: the verdict on record.
-        reason: why, with ``{key}`` where a figure belongs.
+        number: number in the ledger.
+        title: short title.
+        statement: statement of the source, in our words.
+        sources: sources of the statement.
+        measure: function that runs the spec and returns figures by key.
+        judge: function that derives the verdict from the figures.
+        verdict: recorded verdict.
+        reason: explanation of the verdict, with ``{key}`` as a placeholder for a figure.
     """
 
     number: int
@@ -129,7 +128,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found."""
+    """Result of running a claim's check."""
 
     claim: Claim
     verdict: Verdict
@@ -137,16 +136,16 @@ class Finding:
 
     @property
     def matches(self) -> bool:
-        """Whether the verdict on record is still the one that follows from the figures."""
+        """True if the recorded verdict equals the verdict that follows from the figures."""
         return self.verdict == self.claim.verdict
 
     @property
     def explanation(self) -> str:
-        """Why, with the figures found."""
+        """Explanation of the verdict, with the measured figures."""
         return self.claim.reason.format(**self.figures)
 
 
 def run(claim: Claim) -> Finding:
-    """Measure a claim's figures and judge them."""
+    """Measure the figures of a claim and derive the verdict."""
     figures = claim.measure()
     return Finding(claim, claim.judge(figures), figures)

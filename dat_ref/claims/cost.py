@@ -1,4 +1,4 @@
-"""Claims about cost: the formula, its worked example, the offset network, and the eight models' totals."""
+"""Claims about cost: the formula, its worked example, the offset network, and the totals of the eight models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPLEXITY = "DAT article, the paragraph on computational complexity"
 
 
 def omega(size: Size, samples: int, channels: int, kernel: int) -> dict[str, int]:
-    """Return the article's formula by term: attention, dense projections, projections of keys, offset network."""
+    """Return the terms of the article's formula: attention, dense projections, key projections, offset network."""
     pixels = size[0] * size[1]
     return {
         "2 HW Ns C": 2 * pixels * samples * channels,
@@ -40,12 +40,12 @@ def omega(size: Size, samples: int, channels: int, kernel: int) -> dict[str, int
 
 
 def _count_layer(config: DeformableAttentionConfig, size: Size) -> Counts:
-    """Run one layer and count what it does."""
+    """Run one layer and count its operations."""
     x = np.random.default_rng(0).standard_normal((1, config.dim, *size))
     return count_run(deformable_layer, x, init_params(config, 0, dtype=np.float64), config)
 
 
-# Sides and strides with nothing in common: (H, W), C, heads, groups, r, k.
+# Sides and strides without common divisors: (H, W), C, heads, groups, r, k.
 ODD_LAYERS = (
     ((7, 12), 24, 4, 2, 1, 5),
     ((9, 5), 12, 6, 3, 2, 3),
@@ -55,7 +55,7 @@ ODD_LAYERS = (
 
 
 def measure_formula() -> Figures:
-    """Count the layer's four terms as they run, on maps of odd sizes, and compare them with the formula."""
+    """Count the operations of the layer on maps of odd sizes, and compare them with the formula's four terms."""
     equal, uncounted = 0, 0
     for size, dim, heads, groups, stride, kernel in ODD_LAYERS:
         config = DeformableAttentionConfig(dim, heads, groups, stride, kernel, size=size)
@@ -67,17 +67,17 @@ def measure_formula() -> Figures:
     return {
         "layers": Figure(len(ODD_LAYERS), "layers run and counted"),
         "equal": Figure(equal, "layers whose count equals the formula"),
-        "left_out": Figure(uncounted, "bilinear reads in the same passes", MACS),
+        "left_out": Figure(uncounted, "bilinear sampling in the same passes", MACS),
     }
 
 
 def judge_formula(figures: Figures) -> Verdict:
-    """Equal everywhere, but for the reads that the formula leaves out."""
+    """Verdict: holds if the counts are equal, except for the bilinear sampling that the formula omits."""
     if figures["equal"].value != figures["layers"].value:
         return REFUTED
     if not figures["left_out"].value:
         return HOLDS
-    return holds_if("matrix products and convolutions are what is counted, without the bilinear reads")
+    return holds_if("only matrix products and convolutions are counted, without bilinear sampling")
 
 
 # ------------------------------------------------------------------------------------------------ the worked example
@@ -88,7 +88,10 @@ EXAMPLE = DeformableAttentionConfig(
 
 
 def measure_example() -> Figures:
-    """Count the article's example, H = W = 14, Ns = 49, C = 384, k = 5, by formula and as it runs."""
+    """Compute the cost of the article's example by the formula and by counting.
+
+    The example has H = W = 14, Ns = 49, C = 384 and k = 5.
+    """
     size = (14, 14)
     terms = omega(size, 49, EXAMPLE.dim, EXAMPLE.kernel_size)
     total = sum(terms.values()) - terms["(k² + 2) Ns C"]
@@ -98,19 +101,19 @@ def measure_example() -> Figures:
         "total": Figure(total, "the first three terms", MACS),
         "offset": Figure(offset, "the offset network, as it ran", MACS),
         "formula": Figure(terms["(k² + 2) Ns C"], "the offset network, by the formula's last term", MACS),
-        "percent": Figure(100 * offset / total, "its share of the first three terms", "%", digits=2),
-        "quoted": Figure(5_080_000, "the offset network, as the article quotes it", MACS),
-        "slip": Figure(5_080_000 / offset, "the quoted number over the counted one"),
-        "sampling": Figure(counts.within("_sample_groups").macs, "left out: sampling the features", MACS),
-        "bias": Figure(counts.within("table_bias").macs, "left out: reading the bias table", MACS),
+        "percent": Figure(100 * offset / total, "offset network, relative to the first three terms", "%", digits=2),
+        "quoted": Figure(5_080_000, "the offset network, number in the article", MACS),
+        "slip": Figure(5_080_000 / offset, "article's number divided by the counted one"),
+        "sampling": Figure(counts.within("_sample_groups").macs, "omitted: sampling of the features", MACS),
+        "bias": Figure(counts.within("table_bias").macs, "omitted: sampling of the bias table", MACS),
         "window": Figure(
-            window_attention_macs(1, size, WindowAttentionConfig(384, 12, 7)), "a 7×7 window attention there", MACS
+            window_attention_macs(1, size, WindowAttentionConfig(384, 12, 7)), "a 7×7 window attention on the map", MACS
         ),
     }
 
 
 def judge_example(figures: Figures) -> Verdict:
-    """Both quoted numbers must be the counted ones, to the digits that are quoted."""
+    """Verdict: holds if both numbers in the article equal the counted ones, in the digits given there."""
     total, offset = float(figures["total"].value) / 1e6, float(figures["offset"].value) / 1e6
     quoted = (round(total, 2) == 79.63, round(offset, 2) == 5.08, round(100 * offset / total) == 6)
     return HOLDS if all(quoted) else REFUTED
@@ -120,7 +123,7 @@ def judge_example(figures: Figures) -> Verdict:
 
 
 def measure_growth_in_channels() -> Figures:
-    """Multiply-adds and parameters of the offset network at four widths, and its share of a layer."""
+    """Compute multiply-adds and parameters of the offset network at four widths, and its share of a layer."""
     figures: dict[str, Figure] = {}
     for dim in (96, 192, 384, 768):
         config = replace(EXAMPLE, dim=dim, heads=dim // 32)
@@ -128,13 +131,13 @@ def measure_growth_in_channels() -> Figures:
         omega_macs = sum(macs.values()) - macs["sampling"] - macs["bias"]
         weights = count(deformable_shapes(config)["offset_network"])
         figures[f"macs_{dim}"] = Figure(macs["offset network"], f"offset network at C = {dim}", MACS)
-        figures[f"weights_{dim}"] = Figure(weights, f"its parameters at C = {dim}, three groups")
-        figures[f"share_{dim}"] = Figure(100 * macs["offset network"] / omega_macs, f"its share of Ω at C = {dim}", "%")
+        figures[f"weights_{dim}"] = Figure(weights, f"parameters at C = {dim}, three groups")
+        figures[f"share_{dim}"] = Figure(100 * macs["offset network"] / omega_macs, f"share of Ω at C = {dim}", "%")
     return figures
 
 
 def judge_growth_in_channels(figures: Figures) -> Verdict:
-    """Twice the channels, twice the cost, exactly."""
+    """Verdict: holds if twice the channels need exactly twice the cost."""
     doubled = [
         int(figures[f"{kind}_{2 * dim}"].value) == 2 * int(figures[f"{kind}_{dim}"].value)
         for kind in ("macs", "weights")
@@ -150,7 +153,7 @@ TOLERANCE = 3.0  # percent
 
 
 def measure_models() -> Figures:
-    """Parameters and multiply-adds of the eight released models, and how far they are from what is printed."""
+    """Compute parameters and multiply-adds of the eight released models and compare them with the printed ones."""
     figures: dict[str, Figure] = {}
     errors: dict[str, list[float]] = {"params": [], "macs": []}
     exact = 0
@@ -166,19 +169,19 @@ def measure_models() -> Figures:
         exact += (round(params) == printed.parameters) + (round(macs, 1) == printed.macs)
     figures["apart_params"] = Figure(max(errors["params"]), "largest difference, parameters", "%", digits=2)
     figures["apart_macs"] = Figure(max(errors["macs"]), f"largest difference, {MACS}", "%", digits=2)
-    figures["to_the_digit"] = Figure(exact, "of the 16 numbers, those that round to the printed digit")
+    figures["to_the_digit"] = Figure(exact, "numbers of the 16 that round to the printed digit")
     return figures
 
 
 def judge_models(figures: Figures) -> Verdict:
-    """Sixteen numbers to the digit hold; close ones hold if close is enough."""
+    """Verdict: holds if all sixteen numbers round to the printed digit; conditional if all are close."""
     if figures["to_the_digit"].value == 2 * len(PUBLISHED):
         return HOLDS
     largest = max(float(figures["apart_params"].value), float(figures["apart_macs"].value))
-    return holds_if(f"{TOLERANCE:g} % is close enough") if largest <= TOLERANCE else REFUTED
+    return holds_if(f"an error of {TOLERANCE:g} % is accepted") if largest <= TOLERANCE else REFUTED
 
 
-# ------------------------------------------------------------------------------------------------ how many samples
+# ------------------------------------------------------------------------------------------------ number of samples
 
 
 def _samples(config: DATConfig) -> str:
@@ -208,7 +211,7 @@ def _macs_with_stage3_stride(stride: int) -> float:
 
 
 def measure_samples() -> Figures:
-    """Compare Ns with HW/r² where r divides the sides and where it does not, and look the releases' r up."""
+    """Compare Ns with HW/r² for strides r that divide the sides and for others, and list r of the releases."""
     cases = [
         ((height, width), stride, kernel, convention)
         for height in range(8, 25)
@@ -227,7 +230,7 @@ def measure_samples() -> Figures:
     return {
         "cases": Figure(total[True], "layers whose stride divides both sides"),
         "equal": Figure(equal[True], "of these, with Ns = HW/r²"),
-        "others": Figure(total[False], "layers whose stride does not"),
+        "others": Figure(total[False], "layers whose stride does not divide both sides"),
         "others_equal": Figure(equal[False], "of these, with Ns = HW/r²"),
         "rounded_up": Figure(rounded_up[False], "of these, with ⌈H/r⌉·⌈W/r⌉"),
         "stride_1": Figure(
@@ -243,7 +246,7 @@ def measure_samples() -> Figures:
 
 
 def judge_samples(figures: Figures) -> Verdict:
-    """Equal where r divides; elsewhere a count of points cannot be a fraction."""
+    """Verdict: holds if r divides the sides; elsewhere HW/r² is not always an integer."""
     if figures["equal"].value != figures["cases"].value:
         return REFUTED
     return HOLDS if figures["others_equal"].value == figures["others"].value else holds_if("r divides H and W")
@@ -259,45 +262,44 @@ CLAIMS = (
         sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_formula,
         judge=judge_formula,
-        verdict=holds_if("matrix products and convolutions are what is counted, without the bilinear reads"),
+        verdict=holds_if("only matrix products and convolutions are counted, without bilinear sampling"),
         reason=(
-            "Counted while {layers} layers of odd sizes ran, the four terms come out to the unit in {equal}. What "
-            "is counted are multiply-adds, although they are called FLOPs. The same passes spend {left_out} more on "
-            "bilinear reads of features and bias table, which the formula leaves out, as it does norm, GELU and "
-            "softmax."
+            "Of {layers} layers of odd sizes, {equal} have exactly the four terms when their operations are counted. "
+            "The formula counts multiply-adds, although it calls them FLOPs. The same passes need {left_out} more for "
+            "bilinear sampling of features and bias table. The formula omits these, and also norm, GELU and softmax."
         ),
     ),
     Claim(
         number=6,
         title="The worked example: 79.63 M, and 5.08 M for the offsets",
         statement=(
-            "With H = W = 14, Ns = 49, C = 384 and k = 5 a block costs 79.63 M, of which the offset network is 5.08 "
-            "M, about 6 %."
+            "With H = W = 14, Ns = 49, C = 384 and k = 5 a block costs 79.63 M. The offset network's part is 5.08 M, "
+            "about 6 %."
         ),
         sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_example,
         judge=judge_example,
         verdict=REFUTED,
         reason=(
-            "The first number is right: {total}. The second is ten times too large, a slipped decimal point: the "
-            "offset network costs {offset}, or {percent} %, so the article undersells itself. The example also "
-            "leaves out the reading of the bias table, {bias}, about as much as the offset network, and of the "
-            "features, {sampling}. The notes we know the sentence from tie 79.63 M to a Swin block; a 7×7 window "
-            "attention of that size costs {window}."
+            "The first number is correct: {total}. The second is ten times too large, with a misplaced decimal point: "
+            "the offset network costs {offset}, or {percent} %, so the method is cheaper than the article states. The "
+            "example also omits the sampling of the bias table, {bias}, about as much as the offset network, and of "
+            "the features, {sampling}. In the notes that quote this sentence, 79.63 M is the cost of a Swin block; a "
+            "7×7 window attention of that size costs {window}."
         ),
     ),
     Claim(
         number=7,
         title="The offset network grows linearly with C",
-        statement="The offset network's cost is linear in the channels, so it matters little beside the attention.",
+        statement="The offset network's cost is linear in the channels, so it is small compared with the attention.",
         sources=(Source(COMPLEXITY, SourceAccess.QUOTED),),
         measure=measure_growth_in_channels,
         judge=judge_growth_in_channels,
         verdict=HOLDS,
         reason=(
-            "Twice the channels cost twice the multiply-adds ({macs_384} at C = 384, {macs_768} at 768) and take "
-            "twice the parameters, exactly, while the projections grow with C²: its share falls from {share_96} % "
-            "at C = 96 to {share_768} % at 768."
+            "Twice the channels need exactly twice the multiply-adds ({macs_384} at C = 384, {macs_768} at 768) and "
+            "twice the parameters. The projections grow with C², so the offset network's share falls from {share_96} "
+            "% at C = 96 to {share_768} % at 768."
         ),
     ),
     Claim(
@@ -309,16 +311,16 @@ CLAIMS = (
         ),
         sources=(
             Source("DAT article, table of ImageNet-1K results", SourceAccess.COPIED),
-            Source("DAT++ article, the same table, by way of benchmark listings", SourceAccess.QUOTED),
+            Source("DAT++ article, the same table, through benchmark listings", SourceAccess.QUOTED),
         ),
         measure=measure_models,
         judge=judge_models,
-        verdict=holds_if("3 % is close enough"),
+        verdict=holds_if("an error of 3 % is accepted"),
         reason=(
             "{to_the_digit} of the 16 numbers round to the printed digit. Parameters differ by at most "
-            "{apart_params} % (DAT-T has {dat_tiny_params} M, as the article's own ablation table says; 29 is not "
-            "its rounding), multiply-adds of products and convolutions by at most {apart_macs} %. The parameters "
-            "are those of the released state dicts to the unit."
+            "{apart_params} % (DAT-T has {dat_tiny_params} M, as in the article's ablation table, which does not "
+            "round to 29). Multiply-adds of products and convolutions differ by at most {apart_macs} %. The numbers "
+            "of parameters equal exactly those of the released state dicts."
         ),
     ),
     Claim(
@@ -335,11 +337,11 @@ CLAIMS = (
         judge=judge_samples,
         verdict=holds_if("r divides H and W"),
         reason=(
-            "Where r divides both sides, {equal} of {cases} layers have exactly HW/r² points; elsewhere "
-            "{others_equal} of {others} do, and {rounded_up} have ⌈H/r⌉·⌈W/r⌉. In the 2022 release r is 1, so "
-            "nothing is thinned out ({dat_2022}), and the printed 4.59 G agree with that: {stride_1} G, against "
-            "{stride_2} G with r = 2 in stage 3. The worked example's Ns = 49 is not what stage 3 runs. DAT++ does "
-            "thin out ({dat_2023})."
+            "If r divides both sides, {equal} of {cases} layers have exactly HW/r² points. Of the others, "
+            "{others_equal} of {others} have HW/r² points, and {rounded_up} have ⌈H/r⌉·⌈W/r⌉. The 2022 release has r = "
+            "1 and no coarser grid ({dat_2022}). The printed 4.59 G agree: r = 1 gives {stride_1} G, r = 2 in stage 3 "
+            "gives {stride_2} G. Stage 3 therefore does not have the worked example's Ns = 49. DAT++ has coarser "
+            "grids ({dat_2023})."
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Claims about coverage: what the reference points read, and what follows for offsets (see `dat_ref.ops.coverage`)."""
+"""Claims about coverage: the share of a map that the reference points read, and its consequences for offsets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def measure_coverage() -> Figures:
 
 
 def judge_coverage(figures: Figures) -> Verdict:
-    """Return for which conventions every pixel is read at strides 1 and 2."""
+    """Verdict: holds for the conventions in which every pixel is read at strides 1 and 2."""
     complete = str(figures["complete"].value)
     if complete == _names(list(Convention)):
         return HOLDS
@@ -67,7 +67,7 @@ def _difference_from_pooling(stride: int, convention: Convention) -> float:
 
 
 def measure_pooling() -> Figures:
-    """Compare the layer without offsets with the layer with average-pooled keys, same weights, float64."""
+    """Compare the layer without offsets with the layer with average-pooled keys: same weights, float64."""
     figures = {
         f"stride{stride}": Figure(
             _difference_from_pooling(stride, Convention.CELL_CENTER), f"CELL_CENTER, stride {stride}: difference"
@@ -84,7 +84,7 @@ def measure_pooling() -> Figures:
 
 
 def judge_pooling(figures: Figures) -> Verdict:
-    """Return for which conventions the two layers are equal at strides 1 and 2, and different at stride 3."""
+    """Verdict: holds for the conventions in which the layers are equal at strides 1 and 2 but not at stride 3."""
     equal = str(figures["equal"].value)
     if equal == "none" or float(figures["stride3"].value) < EXACT:
         return REFUTED
@@ -97,7 +97,7 @@ STRIDE, TARGET, KINDS = 6, 3, 4
 
 
 def measure_bound() -> Figures:
-    """Find the best possible accuracy from the keys of a fixed grid, by enumeration of all scenes, and the bound."""
+    """Compute the best possible accuracy from the keys of a fixed grid, by enumerating all scenes, and the bound."""
     config = _fixed(STRIDE, Convention.CELL_CENTER)
     layer = DeformableAttention(config, init_params(config, seed=0, dtype=np.float64))
     kinds = np.random.default_rng(1).standard_normal((KINDS, 6, TARGET, TARGET))
@@ -113,14 +113,14 @@ def measure_bound() -> Figures:
     correct = sum(max(Counter(each).values()) for each in keys.values())
     h = hit_rate((2 * STRIDE, 2 * STRIDE), STRIDE, (TARGET, TARGET))
     return {
-        "hit_rate": Figure(h, "h: positions at which a reference point reads the target"),
+        "hit_rate": Figure(h, "h: share of positions at which a reference point reads the target"),
         "bound": Figure(fixed_grid_bound(h, KINDS), "h + (1 - h)/K"),
         "best": Figure(correct / (positions**2 * KINDS), "accuracy of the best classifier of the keys"),
     }
 
 
 def judge_bound(figures: Figures) -> Verdict:
-    """Hold if the best classifier reaches the bound exactly."""
+    """Verdict: holds if the best classifier reaches the bound exactly."""
     best, bound = (float(figures[key].value) for key in ("best", "bound"))
     return HOLDS if abs(best - bound) < EXACT else REFUTED
 
@@ -129,7 +129,7 @@ def judge_bound(figures: Figures) -> Verdict:
 
 
 def measure_capture() -> Figures:
-    """Find the largest distance at which a target of 3 pixels gives a point a gradient, at all positions of both."""
+    """Find the largest distance at which a target of 3 pixels gives a point a gradient, over all positions of both."""
     side, length = 3.0, 25
     pixels, farthest = np.arange(length), 0.0
     for center in 12 + np.linspace(-0.5, 0.5, 41):
@@ -146,7 +146,7 @@ def measure_capture() -> Figures:
 
 
 def judge_capture(figures: Figures) -> Verdict:
-    """Hold if no gradient comes from beyond the radius, and some from just within it."""
+    """Verdict: holds if there is no gradient outside the radius, and a gradient just inside it."""
     radius, farthest = (float(figures[key].value) for key in ("radius", "farthest"))
     return HOLDS if radius - 0.02 < farthest <= radius else REFUTED
 
@@ -155,32 +155,36 @@ CLAIMS = (
     Claim(
         number=22,
         title="Coverage: the undeformed grid reads every pixel at strides 1 and 2",
-        statement="Without offsets the keys read every pixel of the map at strides 1 and 2, and a small share beyond.",
+        statement=(
+            "Without offsets the keys read every pixel of the map at strides 1 and 2, and a small share of the pixels "
+            "at larger strides."
+        ),
         sources=LAW,
         measure=measure_coverage,
         judge=judge_coverage,
         verdict=holds_if("the convention is one of CELL_CENTER, CVPR2022"),
         reason=(
-            "Strides 1, 2, 3, 4, 8 read {CELL_CENTER} of a 24 × 24 map with cell centers, {CVPR2022} as DAT is released, "
-            "and {DATPP2023} as DAT++ is. DAT's deformable layers have stride 1; DAT++'s have 8, 4, 2 and 1."
+            "At strides 1, 2, 3, 4, 8 the grid reads {CELL_CENTER} of a 24 × 24 map with cell centers, {CVPR2022} in "
+            "released DAT, and {DATPP2023} in released DAT++. DAT's deformable layers have stride 1; DAT++'s have 8, "
+            "4, 2 and 1."
         ),
     ),
     Claim(
         number=23,
-        title="At strides 1 and 2, no offsets equal average pooling",
-        statement="At strides 1 and 2 the layer without offsets is the layer with average pooling of its key cells.",
+        title="At strides 1 and 2, a layer without offsets equals average pooling",
+        statement="At strides 1 and 2 a layer without offsets equals the layer with average pooling of its key cells.",
         sources=LAW,
         measure=measure_pooling,
         judge=judge_pooling,
         verdict=holds_if("the convention is CELL_CENTER"),
         reason=(
             "The largest difference of the outputs is {stride1} at stride 1, {stride2} at stride 2 and {stride3} at "
-            "stride 3. Nothing is missed at strides 1 and 2, so offsets have nothing to recover there."
+            "stride 3. At strides 1 and 2 the grid misses no pixel, so offsets cannot recover anything."
         ),
     ),
     Claim(
         number=24,
-        title="What a fixed grid can know of a small target",
+        title="Accuracy bound of a fixed grid on small targets",
         statement="Of K kinds of target, keys at the reference points allow an accuracy of h + (1 - h)/K at most.",
         sources=LAW,
         measure=measure_bound,
@@ -200,8 +204,8 @@ CLAIMS = (
         judge=judge_capture,
         verdict=HOLDS,
         reason=(
-            "The radius is {radius}; the farthest point with a gradient lies at {farthest}. An initialization that "
-            "scatters the points by more than that gives them no direction."
+            "The radius is {radius} pixels; the farthest point with a gradient is at {farthest} pixels. If the "
+            "initialization scatters the points by more than that, the target gives them no gradient."
         ),
     ),
 )

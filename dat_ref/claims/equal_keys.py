@@ -1,9 +1,9 @@
-"""One claim in search of its setting: at equal keys, 2.6 times the memory and 1.3 times the multiply-adds of DAT.
+"""Claim about equal keys: 2.6 times the memory and 1.3 times the multiply-adds of DAT.
 
-The source does not say what was compared. So the search runs through what can be meant: attention weights predicted
-from the query (Deformable DETR's, or the form in which DAT's authors swapped them in) or dot products; as many keys a
-query as DAT has in all, at three choices of DAT's strides; one layer or the whole of dat_tiny; with bilinear reads
-counted or not. Memory is what one pass keeps for its backward, counted on arrays that were there.
+The source does not state the setting of the comparison. The check therefore tries all plausible settings: attention
+weights predicted from the query (as in Deformable DETR, or as in the variant of DAT's authors) or dot products; as many
+keys per query as DAT has in total, at three choices of DAT's strides; one layer or the whole of dat_tiny; bilinear
+sampling counted or not. Memory means the arrays that one forward pass stores for the backward pass, measured.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from .space import SUMMARY, noise, random_params
 
 MEMORY, MACS = 2.6, 1.3  # as claimed
 TOLERANCE = 1.05
-SIDES = {2: 14, 3: 7}  # of the maps of stages 3 and 4, by index
-STRIDES = ((1, 1), (2, 1), (2, 2))  # of stages 3 and 4; the first is the release's
+SIDES = {2: 14, 3: 7}  # sides of the maps of stages 3 and 4, by stage index
+STRIDES = ((1, 1), (2, 1), (2, 2))  # strides of stages 3 and 4; the first are the released ones
 
 
 class Ratio(NamedTuple):
-    """What a per-query attention takes, over what DAT takes, under a setting."""
+    """Cost of a per-query attention relative to DAT, in one setting."""
 
     design: str
-    setting: str  # how much of the model, with how many keys
+    setting: str  # compared part of the model, and number of keys
     sampling_macs: str
     memory: float
     macs: float
 
     @property
     def distance(self) -> float:
-        """How far from what is claimed: the larger of the two factors."""
+        """Deviation from the claimed numbers: the larger of the two factors."""
         return float(np.exp(np.abs(np.log([self.memory / MEMORY, self.macs / MACS])).max()))
 
     def __str__(self) -> str:
@@ -55,29 +55,29 @@ PerQuery = DATDCNAttentionConfig | MultiScaleDeformableConfig
 
 
 def _attentions_by_design(dim: int, heads: int, keys: int) -> dict[str, PerQuery]:
-    """Return attentions in which each query has `keys` keys of its own."""
+    """Return attention configurations with `keys` separate keys per query."""
     return {
         "weights from the query": MultiScaleDeformableConfig(dim, heads, points=keys),
-        "weights from the query (as swapped in)": DATDCNAttentionConfig(dim, heads, points=keys),
+        "weights from the query (DAT's variant)": DATDCNAttentionConfig(dim, heads, points=keys),
         "dot products": MultiScaleDeformableConfig(dim, heads, points=keys, scoring="dot_product"),
     }
 
 
 def _measured_cost(config: PerQuery, size: Size) -> Term:
-    """Run one layer on a map of `size` and return what it takes."""
+    """Run one layer on a map of `size` and return its cost."""
     attention = ATTENTIONS[type(config)]
     shapes = attention.shapes(config)
     params = map_tree(lambda leaf: leaf.astype(np.float32), random_params(shapes))
     x = noise(config.dim, size).astype(np.float32)
     saved_bytes = retained_bytes(list(attention.forward(x, params, config)), exclude=[x, params])
     by_dot_product = isinstance(config, MultiScaleDeformableConfig) and config.scoring == "dot_product"
-    sampled = 2 if by_dot_product else 1  # values, and keys where they are compared
+    sampled = 2 if by_dot_product else 1  # values, and for dot products also keys
     sampling_macs = sampled * bilinear_sample_macs(size[0] * size[1] * config.points, config.dim)
     return Term(count(shapes), attention.macs(1, size, config), interpolated=sampling_macs, saved_bytes=saved_bytes)
 
 
 def _with_strides(strides: tuple[int, int]) -> DATConfig:
-    """Return dat_tiny with other strides in stages 3 and 4, and so with other numbers of keys."""
+    """Return dat_tiny with other strides in stages 3 and 4, and therefore other numbers of keys."""
     config = PRESETS["dat_tiny"]
     stages = list(config.stages)
     for index, stride in zip((2, 3), strides, strict=True):
@@ -96,7 +96,7 @@ def _deformable(config: DATConfig, stage: int) -> list[DeformableAttentionConfig
 
 
 def _ratios() -> Iterator[Ratio]:
-    """Yield every setting and what it gives."""
+    """Yield the ratios of every setting."""
     for strides in STRIDES:
         config = _with_strides(strides)
         whole = backbone_cost(1, (224, 224), config).total
@@ -127,40 +127,40 @@ def _subtract(left: Term, right: Term) -> Term:
 
 def _ratios_of(design: str, setting: str, original: Term, replacement: Term) -> Iterator[Ratio]:
     memory = replacement.saved_bytes / original.saved_bytes
-    yield Ratio(design, setting, "without bilinear reads", memory, replacement.products / original.products)
-    yield Ratio(design, setting, "with bilinear reads", memory, replacement.macs / original.macs)
+    yield Ratio(design, setting, "without bilinear sampling", memory, replacement.products / original.products)
+    yield Ratio(design, setting, "with bilinear sampling", memory, replacement.macs / original.macs)
 
 
 def measure_equal_keys() -> Figures:
-    """Search the settings under which a per-query attention takes 2.6× the memory and 1.3× the multiply-adds."""
+    """Search for settings in which a per-query attention needs 2.6× the memory and 1.3× the multiply-adds."""
     ratios = sorted(_ratios(), key=lambda ratio: ratio.distance)
     fitting = [ratio for ratio in ratios if ratio.distance <= TOLERANCE]
     layer = next(ratio for ratio in ratios if ratio.setting.startswith("one layer of stage 3"))
     return {
         "settings": Figure(len(ratios), "settings tried"),
         "fit": Figure(len(fitting), "of these, with both factors within 5 % of 2.6 and 1.3"),
-        "common": Figure("; ".join(sorted({ratio.setting for ratio in fitting})), "what these compare"),
-        "scoring": Figure("; ".join(sorted({ratio.design.split(" (")[0] for ratio in fitting})), "and how they weigh"),
-        "nearest": Figure(str(ratios[0]), "the nearest"),
-        "memory": Figure(ratios[0].memory, "its memory: what a pass keeps for its backward, over DAT's", "times"),
-        "macs": Figure(ratios[0].macs, "its multiply-adds over DAT's", "times"),
+        "common": Figure("; ".join(sorted({ratio.setting for ratio in fitting})), "their setting"),
+        "scoring": Figure("; ".join(sorted({ratio.design.split(" (")[0] for ratio in fitting})), "their weights"),
+        "nearest": Figure(str(ratios[0]), "the closest setting"),
+        "memory": Figure(ratios[0].memory, "its memory stored for the backward pass, relative to DAT", "times"),
+        "macs": Figure(ratios[0].macs, "its multiply-adds relative to DAT", "times"),
         "least": Figure(
-            min((ratio.memory for ratio in fitting), default=0.0), "least memory of those that fit", "times"
+            min((ratio.memory for ratio in fitting), default=0.0), "least memory of the settings that fit", "times"
         ),
-        "next": Figure(str(next(r for r in ratios if r not in fitting)), "the nearest that does not fit"),
-        "next_factor": Figure(next(r for r in ratios if r not in fitting).distance, "how far off it is", "times", 2),
-        "layer": Figure(str(layer), "the nearest of one layer in stage 3"),
+        "next": Figure(str(next(r for r in ratios if r not in fitting)), "the closest setting that does not fit"),
+        "next_factor": Figure(next(r for r in ratios if r not in fitting).distance, "its deviation", "times", 2),
+        "layer": Figure(str(layer), "the closest setting with one layer of stage 3"),
         "layer_memory": Figure(layer.memory, "its memory", "times"),
         "layer_macs": Figure(layer.macs, "its multiply-adds", "times"),
     }
 
 
 def judge_equal_keys(figures: Figures) -> Verdict:
-    """Holds under the one setting that gives both numbers; if none does, the source does not say what to test."""
+    """Verdict: holds in the only setting that gives both numbers; without such a setting, it cannot be tested."""
     if not figures["fit"].value or ";" in f"{figures['common']}{figures['scoring']}":
         return not_testable("the settings that were tried do not single out what the source compared")
     return holds_if(
-        f"one compares {figures['common']} a query, {figures['scoring']}, by what a pass keeps for its backward"
+        f"the comparison is {figures['common']} per query, {figures['scoring']}, by memory stored for the backward pass"
     )
 
 
@@ -168,20 +168,20 @@ CLAIMS = (
     Claim(
         number=16,
         title="At equal keys: 2.6 times the memory, 1.3 times the multiply-adds",
-        statement="With as many keys, Deformable DETR's way takes 2.6 times the memory and 1.3 times the FLOPs of DAT.",
+        statement="At equal keys, Deformable DETR's attention has 2.6 times the memory and 1.3 times the FLOPs of DAT.",
         sources=(Source(SUMMARY, SourceAccess.SUMMARY),),
         measure=measure_equal_keys,
         judge=judge_equal_keys,
         verdict=holds_if(
-            "one compares the whole of dat_tiny with 196 and 49 keys a query, weights from the query, by what a "
-            "pass keeps for its backward"
+            "the comparison is the whole of dat_tiny with 196 and 49 keys per query, weights from the query, by memory "
+            "stored for the backward pass"
         ),
         reason=(
-            "Of {settings} settings {fit} come within 5 % of both numbers, and all of them compare the same: "
-            "{common} a query, which is what stages 3 and 4 have in all as released, at 224². There it is {memory} "
-            "times the memory ({least} if fewer coordinates are kept) and {macs} times the multiply-adds. For a "
-            "layer by itself the gap is wider, {layer_memory} and {layer_macs} times at best. That the source "
-            "compared just this is likely, not known."
+            "Of {settings} settings, {fit} are within 5 % of both numbers. All of these compare the same: {common} per "
+            "query, the total number of keys in the released stages 3 and 4 at 224². This setting needs {memory} times "
+            "the memory ({least} if fewer coordinates are stored) and {macs} times the multiply-adds. For a single "
+            "layer the ratios are larger, at best {layer_memory} and {layer_macs}. It is likely, but not known, that "
+            "the source compared this setting."
         ),
     ),
 )

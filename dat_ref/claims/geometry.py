@@ -1,4 +1,4 @@
-"""Claims about geometry: where reference points lie, how far an offset reaches, what the bias table covers."""
+"""Claims about geometry: reference points, range of the offsets, displacements that the bias table covers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..ops.offsets import bound_offsets
 from ..presets import PRESETS
 from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict, holds_if
 
-SIDE = 14  # of the map: stage 3 at 224²
-RANGE = 2.0  # s, in every configuration that has one
+SIDE = 14  # side of the map: stage 3 at 224²
+RANGE = 2.0  # s in every configuration with a tanh bound
 MODULE = "DAT article, the paragraph on the deformable attention module"
 
 
@@ -26,7 +26,7 @@ def _names(conventions: list[Convention]) -> str:
 
 
 def measure_references() -> Figures:
-    """Where the first and the last of 7 × 7 reference points lie, normalised."""
+    """Compute the normalized coordinates of the first and the last of 7 × 7 reference points."""
     figures: dict[str, Figure] = {}
     inside, corners = [], []
     for convention in Convention:
@@ -45,7 +45,7 @@ def measure_references() -> Figures:
 
 
 def judge_references(figures: Figures) -> Verdict:
-    """Holds for the conventions that do both."""
+    """Verdict: holds for the conventions with all points in [-1, 1] and corners at ±1."""
     if figures["both"].value == _names(list(Convention)):
         return HOLDS
     return REFUTED if figures["both"].value == "none" else holds_if(f"the convention is {figures['both']}")
@@ -55,9 +55,9 @@ def judge_references(figures: Figures) -> Verdict:
 
 
 def _bounded_points(convention: Convention, bound: OffsetBound, offset_range: float = RANGE) -> tuple[Array, Array]:
-    """Return the references and the farthest points (low, high) of a 14 × 14 key grid, normalised.
+    """Return the reference points of a 14 × 14 key grid, and the farthest points (2, 14, 14, 2), low and high.
 
-    The points are (2, 14, 14, 2).
+    All coordinates are normalized.
     """
     reference = reference_points((SIDE, SIDE), convention)
     saturated = np.stack([np.full_like(reference, sign * 50.0) for sign in (-1, 1)])
@@ -66,7 +66,7 @@ def _bounded_points(convention: Convention, bound: OffsetBound, offset_range: fl
 
 
 def measure_range() -> Figures:
-    """How wide a region s = 2 leaves to a point on a 14 × 14 map, in pixels and in spacings of the key grid."""
+    """Measure the width of the region that a point can reach with s = 2, in pixels and in spacings of the key grid."""
     figures: dict[str, Figure] = {}
     matching = []
     for convention in Convention:
@@ -85,28 +85,28 @@ def measure_range() -> Figures:
         for block in blocks
         if name.startswith("dat_pp") and isinstance(block.attention, DeformableAttentionConfig)
     }
-    figures["as_wide"] = Figure(_names(matching), "exactly s spacings of the key grid wide")
+    figures["as_wide"] = Figure(_names(matching), "width of exactly s spacings of the key grid")
     figures["literal"] = Figure(
-        literal, "width if s·tanh were normalised coordinates, as the text's formula reads", "pixels"
+        literal, "width if s·tanh were in normalized coordinates, as in the formula of the text", "pixels"
     )
     figures["latest"] = Figure(", ".join(sorted(datpp_bounds)), "bound in the released DAT++ configurations")
     return figures
 
 
 def judge_range(figures: Figures) -> Verdict:
-    """Holds if s counts spacings of the key grid; read as normalised coordinates, the region exceeds the map."""
+    """Verdict: holds if s counts spacings of the key grid; in normalized coordinates the region exceeds the map."""
     if figures["as_wide"].value != _names(list(Convention)):
         return REFUTED
     if float(figures["literal"].value) <= RANGE and OffsetBound.TANH_CELLS.name in str(figures["latest"].value):
         return HOLDS
-    return holds_if("s counts spacings of the key grid, and there is a tanh (DAT++ as released has none)")
+    return holds_if("s counts spacings of the key grid and the bound is a tanh (released DAT++ has no tanh)")
 
 
 # ------------------------------------------------------------------------------------------------ the table
 
 
 def _table_covers(convention: Convention, bound: OffsetBound) -> bool:
-    """Whether every query finds the displacement of every possible point inside a (2H-1) × (2W-1) table."""
+    """Return True if a (2H-1) × (2W-1) table contains the displacement of every query and every possible point."""
     _, points = _bounded_points(convention, bound)
     table = (2 * SIDE - 1, 2 * SIDE - 1)
     positions = table_positions(points.reshape(2, 1, -1, 2), table, (SIDE, SIDE), convention)
@@ -115,7 +115,7 @@ def _table_covers(convention: Convention, bound: OffsetBound) -> bool:
 
 
 def measure_table() -> Figures:
-    """Which conventions and bounds keep all displacements inside the table, on a 14 × 14 map at stride 1."""
+    """Find the conventions and bounds that keep all displacements inside the table: 14 × 14 map, stride 1."""
     figures: dict[str, Figure] = {}
     bounds = {
         "fixed": (OffsetBound.NONE, "no offsets"),
@@ -130,27 +130,27 @@ def measure_table() -> Figures:
         points.reshape(2, 1, -1, 2), (2 * SIDE - 1, 2 * SIDE - 1), (SIDE, SIDE), Convention.PAPER
     )
     overshoot = float(-positions.min())
-    figures["beyond"] = Figure(overshoot, "farthest beyond the table, the article's text with s = 2", "cells")
+    figures["beyond"] = Figure(overshoot, "largest distance outside the table, the article's text with s = 2", "cells")
     return figures
 
 
 def judge_table(figures: Figures) -> Verdict:
-    """Covered everywhere, or for the two releases as they are configured, or not."""
+    """Verdict: holds if all displacements are covered; conditional if they are in both released configurations."""
     everywhere = _names(list(Convention))
     if all(figures[key].value == everywhere for key in ("fixed", "tanh", "clamp")):
         return HOLDS
     released = "CVPR2022" in str(figures["tanh"].value) and "DATPP2023" in str(figures["clamp"].value)
     if figures["fixed"].value == everywhere and released:
-        return holds_if("no point lies more than H - 1 pixels from a query, as in both releases as configured")
+        return holds_if("no point is more than H - 1 pixels from a query, as in both released configurations")
     return REFUTED
 
 
 CLAIMS = (
     Claim(
         number=8,
-        title="Reference points lie in [-1, 1], corners at ±1",
+        title="Reference points are in [-1, 1], corners at ±1",
         statement=(
-            "Reference points are evenly spaced from (0, 0) to (H_G - 1, W_G - 1) and normalised to [-1, 1]: (-1, "
+            "Reference points are evenly spaced from (0, 0) to (H_G - 1, W_G - 1) and normalized to [-1, 1]: (-1, "
             "-1) is the top left corner, (+1, +1) the bottom right one."
         ),
         sources=(
@@ -162,9 +162,10 @@ CLAIMS = (
         judge=judge_references,
         verdict=holds_if("the convention is PAPER"),
         reason=(
-            "It is so for {corners} alone. The 2022 code ({CVPR2022}) and the cell centers of figure 2 stay half a "
-            "cell inside; the 2023 code ({DATPP2023}) goes out of the interval and relies on its clamp. That makes "
-            "three grids: the text's, the figure's and the 2022 code's, and the 2023 code's."
+            "This holds for {corners} only. In the 2022 code ({CVPR2022}), as in figure 2, the outermost points are "
+            "half a cell inside the map. In the 2023 code ({DATPP2023}) points are outside the interval, and its clamp "
+            "moves them back. So there are three grids: in the text, in the figure and the 2022 code, and in the 2023 "
+            "code."
         ),
     ),
     Claim(
@@ -177,30 +178,30 @@ CLAIMS = (
         ),
         measure=measure_range,
         judge=judge_range,
-        verdict=holds_if("s counts spacings of the key grid, and there is a tanh (DAT++ as released has none)"),
+        verdict=holds_if("s counts spacings of the key grid and the bound is a tanh (released DAT++ has no tanh)"),
         reason=(
-            "With s = 2 on a 14 × 14 map a point can move within {CELL_CENTER} pixels (CELL_CENTER), {PAPER} "
-            "(PAPER), {CVPR2022} (CVPR2022, whose spacing is 13/14 pixels) or {DATPP2023} (DATPP2023, where s is "
-            "used): s spacings of the key grid each. Taken to the letter, as normalised coordinates, s·tanh would "
-            "span {literal} pixels, twice the map. The released DAT++ configurations have no s; their bound is "
-            "{latest}."
+            "With s = 2 on a 14 × 14 map a point can move in a region {CELL_CENTER} pixels wide (CELL_CENTER), {PAPER} "
+            "(PAPER), {CVPR2022} (CVPR2022, with a spacing of 13/14 pixels) or {DATPP2023} (DATPP2023, if s is used): "
+            "always s spacings of the key grid. In normalized coordinates, as in the formula, s·tanh would span "
+            "{literal} pixels, twice the map. The released DAT++ configurations have no s; their bound is {latest}."
         ),
     ),
     Claim(
         number=12,
         title="A (2H-1) × (2W-1) table covers all displacements",
         statement=(
-            "Keys lie at continuous positions, and a table of (2H-1) × (2W-1), read bilinearly, covers every "
+            "Keys have continuous positions. A table of (2H-1) × (2W-1) entries, sampled bilinearly, covers every "
             "displacement."
         ),
         sources=(Source("DAT article, the paragraph on the deformable relative position bias", SourceAccess.QUOTED),),
         measure=measure_table,
         judge=judge_table,
-        verdict=holds_if("no point lies more than H - 1 pixels from a query, as in both releases as configured"),
+        verdict=holds_if("no point is more than H - 1 pixels from a query, as in both released configurations"),
         reason=(
-            "Without offsets the table covers {fixed}. With s·tanh and s = 2 it covers {tanh}, where contracted "
-            "queries make up for the offset to the digit; with a clamp {clamp}. The article's own geometry with s = "
-            "2 runs {beyond} cell over each edge, where the bias fades to zero as it does outside a map."
+            "The table covers all displacements for these conventions: without offsets {fixed}; with s·tanh and s = 2 "
+            "{tanh}, whose contracted query grid compensates exactly for the offset; with a clamp {clamp}. In the "
+            "article's geometry with s = 2, displacements exceed the table by {beyond} cell on each side. There the "
+            "bias decreases to zero, as outside a map."
         ),
     ),
 )

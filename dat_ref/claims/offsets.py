@@ -1,4 +1,4 @@
-"""Claims about offsets: the missing bias, the groups, and what the networks start from."""
+"""Claims about offsets: the missing bias of the last layer, the groups, and the initialization."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _stage3() -> DeformableAttentionConfig:
 
 
 def _noise(config: DeformableAttentionConfig, seed: int) -> Array:
-    """Return two normalised maps of noise."""
+    """Return two maps of standard normal noise."""
     return np.random.default_rng(seed).standard_normal((2, config.dim, *MAP))
 
 
@@ -51,7 +51,7 @@ def _rms(vectors: Array) -> float:
 
 
 def measure_compulsory_shift() -> Figures:
-    """Measure the shift that all points share at start, with and without a last bias, and build one without it."""
+    """Measure the mean initial shift of all points with and without a last bias, and construct one without it."""
     config = _stage3()
     limit = offset_limit(config.offset_range, MAP, config.convention) * pixels_per_unit(MAP, config.convention)
     shared_shifts, shared_shifts_with_bias, individual_shifts = [], [], []
@@ -60,40 +60,40 @@ def measure_compulsory_shift() -> Figures:
         offsets_px = limit * np.tanh(raw)
         shared_shifts.append(offsets_px.mean(axis=0))
         individual_shifts.append(offsets_px - shared_shifts[-1])
-        # A bias and its opposite are equally likely; taking both keeps chance out of the comparison.
+        # A bias and its negative are equally likely. Using both reduces the variance of the comparison.
         last_bias = np.random.default_rng(1000 + seed).uniform(-1, 1, 2) / np.sqrt(config.group_dim)
         shared_shifts_with_bias += [(limit * np.tanh(raw + sign * last_bias)).mean(axis=0) for sign in (-1, 1)]
     constructed, spread = _constructed_shift(config, limit)
     return {
         "without": Figure(
-            _rms(np.array(shared_shifts)), f"shift that all points share at start, {SEEDS} seeds, rms", "pixels"
+            _rms(np.array(shared_shifts)), f"mean shift of all points at initialization, {SEEDS} seeds, rms", "pixels"
         ),
         "with_bias": Figure(
             _rms(np.array(shared_shifts_with_bias)), "the same with a bias in the last layer, rms", "pixels"
         ),
-        "own": Figure(_rms(np.array(individual_shifts)), "what each point moves by itself, rms", "pixels"),
-        "built": Figure(constructed, "shift built from the other two biases, smaller component", "pixels"),
-        "built_alike": Figure(spread < 1e-12, "every point of every map has exactly that shift"),
+        "own": Figure(_rms(np.array(individual_shifts)), "deviation of single points from the mean, rms", "pixels"),
+        "built": Figure(constructed, "shift constructed with the other two biases, smaller component", "pixels"),
+        "built_alike": Figure(spread < 1e-12, "every point of every map has exactly this shift"),
         "limit": Figure(float(limit[0]), "largest shift that the bound allows", "pixels"),
     }
 
 
 def _constructed_shift(config: DeformableAttentionConfig, limit: Array) -> tuple[float, float]:
-    """Silence a network's view of the queries and let the biases of its convolution and its norm speak.
+    """Construct parameters for which the offsets depend on the biases of convolution and norm, not on the queries.
 
     Returns:
-        The smaller component of the shift in pixels, and how much points differ from each other.
+        smaller component of the shift in pixels, and largest difference between points.
     """
     params = init_params(config, 0, dtype=np.float64)
     network = params["offset_network"]
-    network["depthwise"]["weight"][:] = 0  # windows of any map are the bias alone
+    network["depthwise"]["weight"][:] = 0  # the convolution returns its bias for any map
     network["norm"]["bias"][:] = 10 * np.sign(network["pointwise"]["weight"].sum(axis=0))
     offsets_px = limit * np.tanh(_raw_offsets(config, params, seed=0))
     return float(np.abs(offsets_px).min()), float(np.ptp(offsets_px, axis=0).max())
 
 
 def judge_compulsory_shift(figures: Figures) -> Verdict:
-    """Holds if nothing is shared at start and nothing can be built; as "lessens" if a last bias would add to it."""
+    """Verdict: holds without a mean shift and without a constructed one; conditional if a last bias increases it."""
     without, with_bias = float(figures["without"].value), float(figures["with_bias"].value)
     can_be_built = bool(figures["built_alike"].value) and float(figures["built"].value) > 0.1
     if without < 1e-3 and not can_be_built:
@@ -105,7 +105,7 @@ def judge_compulsory_shift(figures: Figures) -> Verdict:
 
 
 def measure_groups() -> Figures:
-    """Move the last group's points and see whose features, and whose keys, change."""
+    """Move the points of the last group, and measure the change of each group's features and keys."""
     config = _stage3()
     params = init_params(config, 0, dtype=np.float64)
     trace = deformable_layer(_noise(config, seed=0), params, config)[1]
@@ -116,7 +116,7 @@ def measure_groups() -> Figures:
     maps = trace.x.reshape(2 * config.groups, group, *MAP)
     moved = bilinear_sample(maps, moved_points.reshape(2 * config.groups, -1, 2)).reshape(trace.sampled.shape)
     others = slice(0, config.dim - group)
-    blocks = np.kron(np.eye(config.groups), np.ones((group, group)))  # where a projection in groups has its weights
+    blocks = np.kron(np.eye(config.groups), np.ones((group, group)))  # block mask of a grouped projection
 
     def change(weight: Array, channels: slice) -> float:
         before, after = (linear(features, weight, params["key"]["bias"]) for features in (trace.sampled, moved))
@@ -131,32 +131,32 @@ def measure_groups() -> Figures:
         rejected = True
     features_kept = bool((moved[:, others] == trace.sampled[:, others]).all())
     return {
-        "refused": Figure(rejected, "heads that are no multiple of groups are refused"),
-        "features_kept": Figure(features_kept, "sampled features of the other groups stay as they are"),
+        "refused": Figure(rejected, "a number of heads that is no multiple of groups is refused"),
+        "features_kept": Figure(features_kept, "sampled features of the other groups do not change"),
         "own_keys": Figure(
             100 * change(dense, slice(config.dim - group, None)), "change of the moved group's keys", "%", 2
         ),
         "other_keys": Figure(100 * change(dense, others), "change of the other groups' keys", "%", 2),
-        "split_keys": Figure(100 * change(dense * blocks, others), "the same with W_k in groups", "%", 2),
-        "heads": Figure(heads, "heads of a group, dat_tiny's stage 3"),
+        "split_keys": Figure(100 * change(dense * blocks, others), "the same with a grouped W_k", "%", 2),
+        "heads": Figure(heads, "heads per group, dat_tiny's stage 3"),
     }
 
 
 def judge_groups(figures: Figures) -> Verdict:
-    """The heads' rule and the features must hold; the keys follow only if they stay in their groups."""
+    """Verdict: holds if features and keys of the other groups do not change and a wrong number of heads is refused."""
     if not (figures["refused"].value and figures["features_kept"].value):
         return REFUTED
     if figures["other_keys"].value == 0:
         return HOLDS
     isolated = figures["split_keys"].value == 0
-    return holds_if("W_k and W_v are split into groups, which in both releases they are not") if isolated else REFUTED
+    return holds_if("W_k and W_v are grouped projections; in both releases they are not") if isolated else REFUTED
 
 
-# ------------------------------------------------------------------------------------------------ first values
+# ------------------------------------------------------------------------------------------------ initialization
 
 
 def measure_initialization() -> Figures:
-    """Look what the released loop visits, what the weights start from, and how many offsets the clamp silences."""
+    """Measure the effect of the released reset, the initial weights, and the offsets without gradient."""
     shapes = flatten(dat_shapes(PRESETS["dat_tiny"]))
     visited = sum(isinstance(leaf, Mapping) for leaf in shapes.values())
     initial = flatten(init_params(PRESETS["dat_tiny"], 0, dtype=np.float64))
@@ -169,16 +169,16 @@ def measure_initialization() -> Figures:
             zero_biases += int(layer in initial and not initial[layer].any())
     return {
         "tensors": Figure(len(shapes), "parameters of dat_tiny that the released loop visits"),
-        "visited": Figure(visited, "of these, modules: the only things it would change"),
+        "visited": Figure(visited, "of these, modules (the loop changes only modules)"),
         "smallest": Figure(smallest, "largest |w|·√fan_in of a weight, the smallest of all weights"),
         "largest": Figure(largest, "the same, the largest of all weights (PyTorch's default: at most 1)"),
-        "zero_biases": Figure(zero_biases, "biases of linear layers and convolutions that start at zero"),
+        "zero_biases": Figure(zero_biases, "biases of linear layers and convolutions that are initially zero"),
         **_zero_gradient_offsets(),
     }
 
 
 def _zero_gradient_offsets() -> dict[str, Figure]:
-    """Run dat_pp_tiny on noise and count offset components through whose bound no gradient comes."""
+    """Run dat_pp_tiny on noise and count the offset components whose bound blocks the gradient."""
     config = PRESETS["dat_pp_tiny"]
     model = DAT(config, init_params(config, 0))
     image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
@@ -200,14 +200,14 @@ def _zero_gradient_offsets() -> dict[str, Figure]:
             last_row.append((gradient[..., -1, :, 0] == 0).ravel())
     whole, row = np.concatenate(zero_gradient), np.concatenate(last_row)
     return {
-        "components": Figure(len(whole), "offset components of dat_pp_tiny's 14 deformable blocks, at start"),
+        "components": Figure(len(whole), "offset components of dat_pp_tiny's 14 deformable blocks, at initialization"),
         "silent": Figure(100 * float(whole.mean()), "of these, without gradient", "%", digits=2),
         "silent_row": Figure(100 * float(row.mean()), "without gradient: y of the last key row", "%", digits=2),
     }
 
 
 def judge_initialization(figures: Figures) -> Verdict:
-    """The loop visits no module, the weights fill PyTorch's default bounds, and some offsets are silent."""
+    """Verdict: holds if the loop visits no module, weights have PyTorch's bounds, and some offsets get no gradient."""
     untouched = figures["visited"].value == 0 and figures["zero_biases"].value == 0
     default = float(figures["smallest"].value) > 0.9 and float(figures["largest"].value) <= 1
     return HOLDS if untouched and default and float(figures["silent"].value) > 1 else REFUTED
@@ -228,18 +228,18 @@ CLAIMS = (
         judge=judge_compulsory_shift,
         verdict=holds_if("to alleviate is to lessen, not to prevent"),
         reason=(
-            "At start all points of dat_tiny's stage 3 share a shift of {without} pixels (each moves {own} by "
-            "itself): GELU's output is positive on average, so the last layer has a mean to pass on without any "
-            "bias. With a last bias of PyTorch's size the shift would be {with_bias}: leaving it out changes "
-            "little. And a shift can be built: with the depthwise weights at zero and the norm's bias large, every "
-            "point of every map moves by the same {built} of at most {limit} pixels."
+            "At initialization the points of dat_tiny's stage 3 have a mean shift of {without} pixels, and single "
+            "points deviate from it by {own}. GELU's output is positive on average, so the last layer has a nonzero "
+            "mean output without a bias. With PyTorch's default bias in the last layer the shift would be {with_bias}, "
+            "so omitting the bias changes little. A large common shift is also possible: with zero depthwise weights "
+            "and a large bias of the norm, every point of every map moves by {built} pixels; the bound is {limit}."
         ),
     ),
     Claim(
         number=11,
-        title="A group's heads see its own points",
+        title="The heads of a group use the points of their group",
         statement=(
-            "The channels form G offset groups; the number of heads is a multiple of G, and the heads of a group "
+            "The channels form G offset groups. The number of heads is a multiple of G, and the heads of a group "
             "get their keys and values from that group's points."
         ),
         sources=(
@@ -248,20 +248,20 @@ CLAIMS = (
         ),
         measure=measure_groups,
         judge=judge_groups,
-        verdict=holds_if("W_k and W_v are split into groups, which in both releases they are not"),
+        verdict=holds_if("W_k and W_v are grouped projections; in both releases they are not"),
         reason=(
-            "Moving the points of one of three groups leaves the others' sampled features alone, but their keys "
-            "change by {other_keys} % (the moved group's: {own_keys} %): dense projections mix the groups right "
-            "after sampling. With W_k split into groups the change is {split_keys} %. The position bias of a head "
-            "does follow its own group only."
+            "If the points of one of three groups move, the sampled features of the other groups do not change, but "
+            "their keys change by {other_keys} % (the moved group's keys by {own_keys} %): dense projections mix the "
+            "groups after sampling. With a grouped W_k the change is {split_keys} %. The position bias of a head "
+            "depends only on the points of its own group."
         ),
     ),
     Claim(
         number=21,
-        title="First values: the released reset does nothing, and the clamp silences offsets",
+        title="Initialization: the released reset has no effect, and the clamp blocks gradients of offsets",
         statement=(
-            "The released reset_parameters changes no weight, so models start from PyTorch's defaults; the clamp of "
-            "the 2023 release leaves a share of offsets without gradient at start."
+            "The released reset_parameters changes no weight, so models have PyTorch's default initialization. The "
+            "clamp of the 2023 release leaves a share of the offsets without gradient at initialization."
         ),
         sources=(
             Source("code of both releases, and one run of it: no tensor changed", SourceAccess.READ),
@@ -271,11 +271,11 @@ CLAIMS = (
         judge=judge_initialization,
         verdict=HOLDS,
         reason=(
-            "The reset loops over parameters() and asks each whether it is a linear layer or a convolution; "
-            "parameters are tensors, so of {tensors} it changes {visited}. Our first values are the default's: "
-            "every weight fills ±1/√fan_in ({smallest} to {largest} of it), no bias is zero. Then, of {components} "
-            "offset components in dat_pp_tiny, {silent} % get no gradient through the clamp, and {silent_row} % of "
-            "the y components of the last key row, whose references already lie outside the map."
+            "The reset loops over parameters() and changes those that are linear layers or convolutions. Parameters "
+            "are tensors, so it changes {visited} of {tensors}. The initialization here equals the default: every "
+            "weight fills the range ±1/√fan_in ({smallest} to {largest} of it), and no bias is zero. Of {components} "
+            "offset components in dat_pp_tiny, {silent} % get no gradient through the clamp. Of the y components in "
+            "the last key row, {silent_row} % get none; their reference points are already outside the map."
         ),
     ),
 )

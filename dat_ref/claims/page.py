@@ -1,4 +1,4 @@
-"""The ledger as text: a table for the terminal, and the page of the site."""
+"""Text forms of the ledger: a table for the terminal, and a page of the site."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ WIDTH = 100
 INTRODUCTION = """\
 # Claims, checked
 
-What the two articles say about deformable attention, claim by claim, with a check that anyone can run:
+Statements of the two articles about deformable attention. Each has a check that anyone can run:
 
     dat-ref claims              # all of them
     dat-ref claims --only 6     # one
 
-Checks count and compute on the NumPy spec; none takes the time. The verdict follows from the figures by a rule in the
-code, and the command fails when it is no longer the one on record. There are four:
+The checks count and compute on the NumPy spec; none measures time. A rule in the code derives the verdict from the
+figures. The command fails if the result differs from the recorded verdict. There are four verdicts:
 
-- **holds**: the figures agree.
-- **holds if** a condition is met, which is named.
-- **refuted by arithmetic**: the source's numbers contradict themselves.
+- **holds**: the figures agree with the claim.
+- **holds if** a stated condition is met.
+- **refuted by arithmetic**: the source's numbers contradict each other.
 - **not testable here**, with the reason.
 
-A refuted detail is no judgement of the work it comes from: most of these claims hold, and the one decimal point that
-slipped makes the method look dearer than it is. The articles' sentences are given in our words. Where we could not
-read a sentence in the article itself, the source says how we know it.
+A refuted detail is no judgment of the whole work. Most of these claims hold, and the one wrong decimal point makes the
+method look more expensive than it is. The articles' sentences are paraphrased. If a sentence could not be read in the
+article itself, the source states how it is known.
 """
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Return one line: how many claims have which verdict, and whether all are as recorded."""
+    """Return one line with the number of claims for each verdict, and the claims that differ from the record."""
     counts = [
         f"{sum(finding.verdict.outcome is outcome for finding in findings)} {label}"
         for outcome, label in (
@@ -48,7 +48,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Return the ledger for a terminal: number, title, verdict, and why."""
+    """Return the ledger for a terminal: number, title, verdict and explanation."""
     lines: list[str] = []
     for finding in findings:
         claim = finding.claim
@@ -67,12 +67,12 @@ def _indent(text: str) -> list[str]:
 
 
 def anchor(number: int) -> str:
-    """Return the name by which a claim can be linked to."""
+    """Return the link target of a claim."""
     return f"claim-{number}"
 
 
 def markdown(findings: Sequence[Finding]) -> str:
-    """Return the page: an overview with links, then each claim with its source, its verdict and its figures."""
+    """Return the page: an overview with links, then each claim with its source, verdict and figures."""
     overview = ["| | claim | verdict |", "|--:|---|---|"]
     overview += [
         f"| {finding.claim.number} | [{finding.claim.title}](#{anchor(finding.claim.number)}) | {finding.verdict} |"

@@ -1,13 +1,16 @@
-"""``dat-ref check``: which properties an implementation has, and what is wrong where it does not."""
+"""``dat-ref check``: check the properties of an implementation, and diagnose its mistakes."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import ConfigError
 from ..conventions import Convention
+from .output import HelpFormatter
 
 if TYPE_CHECKING:
     from ..testing import Implementation, OpSpec, Setting
@@ -23,28 +26,47 @@ def add_parser(subparsers: Any) -> None:
         "check",
         help="check any implementation against the reference",
         description="Run the conformance checks on an implementation: a function of NumPy arrays, or a class, an "
-        "instance or a module that has the functions looked for. Exit code 0 if no check fails, 1 if one does, 2 if "
-        "there is nothing to check.",
+        "instance or a module with functions of the protocol's names. Exit code 0 if all checks pass, 1 if one fails, "
+        "2 if there is nothing to check.",
+        epilog="example:\n  dat-ref check my_package.sampling:bilinear_sample --op sampler --dtype float32",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="package.module:object")
-    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="repeatable; see --list")
-    parser.add_argument("--subject", dest="op", action="append", default=[], help=argparse.SUPPRESS)  # its name in 0.1
+    target = parser.add_argument_group("implementation")
+    target.add_argument("target", nargs="?", metavar="TARGET", help="package.module:object; the module is imported")
+    target.add_argument(
+        "--op",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="operation, see --list; repeatable (default: all found)",
+    )
+    target.add_argument("--subject", dest="op", action="append", default=[], help=argparse.SUPPRESS)  # name in 0.1
+    target.add_argument(
+        "--list", action="store_true", help="print the operations, their functions and checks, and exit"
+    )
+    checks = parser.add_argument_group("checks")
     names = [convention.name.lower() for convention in Convention]
-    parser.add_argument(
-        "--convention", choices=[AUTO, *names], default=AUTO, help="whose geometry is right (auto: find)"
+    checks.add_argument(
+        "--convention",
+        choices=[AUTO, *names],
+        default=AUTO,
+        help="convention of the expected values; auto: the one that the implementation follows (default: auto)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the arrays handed over")
-    parser.add_argument("--max-examples", type=int, default=50, metavar="N", help="cases drawn for each check")
-    parser.add_argument("--xfails", type=Path, metavar="FILE", help="checks that are known to fail: `name  # why`")
-    parser.add_argument("--list", action="store_true", help="print the operations, their functions and checks")
+    checks.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the arguments (default: float64)")
+    checks.add_argument(
+        "--max-examples", type=int, default=50, metavar="N", help="random cases for each check (default: 50)"
+    )
+    checks.add_argument(
+        "--xfails", type=Path, metavar="FILE", help="checks that are expected to fail, one `name  # why` per line"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; 1 if a check does not hold, or holds against expectation."""
+    """Run the command; return 1 if a check fails, or passes although it is expected to fail."""
     _require_hypothesis()
-    from ..testing import OPS, Setting, Stage, check_op, find_ops, format_report
-    from ..testing.kit import read_expected_failures, settings_for
+    from ..testing import OPS, Setting, Stage, check_op, format_report
+    from ..testing.kit import settings_for
     from ..testing.target import op_by_name
 
     if options.list:
@@ -55,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("TARGET: expected package.module:object (or --list)")
     if options.max_examples < 1:
         raise ValueError(f"--max-examples: expected at least 1, got {options.max_examples}")
-    expected = read_expected_failures(options.xfails) if options.xfails else {}
+    expected = _read_expected_failures(options.xfails) if options.xfails else {}
     convention = None if options.convention == AUTO else Convention[options.convention.upper()]
     setting = Setting(dtype=options.dtype, max_examples=options.max_examples)
     passed = True
-    for op, implementation in find_ops(options.target, options.op):
+    for op, implementation in find_target(options.target, options.op):
         for each, match in settings_for(implementation, op, convention, setting):
             if match is not None:
                 print(describe_convention(op, match))
@@ -71,6 +93,71 @@ def run(options: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def find_target(target: str, ops: list[str]) -> list[tuple[OpSpec, Implementation]]:
+    """Import the target and return its implementations. Their functions cannot exit the process.
+
+    Raises:
+        ValueError: if the target cannot be used, for example if its import or one of its properties raises an
+            exception or calls ``sys.exit``.
+    """
+    from ..testing import find_ops
+    from ..testing.adapters import MissingPackageError
+
+    try:
+        found = find_ops(target, ops)
+    except (KeyboardInterrupt, MissingPackageError):
+        raise
+    except BaseException as error:
+        if isinstance(error, ValueError) and str(error).startswith(("TARGET:", "--op:")):
+            raise
+        raise ValueError(f"TARGET: finding the functions of {target} raised {_describe_exit(error)}") from error
+    return [(op, _without_exit(implementation)) for op, implementation in found]
+
+
+class _WithoutExit:
+    """Callable that raises `RuntimeError` in place of ``SystemExit`` and the like; otherwise equal to its function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return self._function(*arguments, **keywords)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{_describe_exit(error)}, which would end the process") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._function == (other._function if isinstance(other, _WithoutExit) else other))
+
+    def __hash__(self) -> int:
+        return hash(self._function)
+
+
+def _without_exit(implementation: Implementation) -> Implementation:
+    vjp = implementation.vjp
+    return replace(
+        implementation, forward=_WithoutExit(implementation.forward), vjp=None if vjp is None else _WithoutExit(vjp)
+    )
+
+
+def _describe_exit(error: BaseException) -> str:
+    return f"SystemExit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+
+
+def _read_expected_failures(path: Path) -> dict[str, str]:
+    from ..testing.kit import read_expected_failures
+
+    try:
+        return read_expected_failures(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--xfails: expected a text file in UTF-8, cannot read {path}: {error}") from error
+
+
 def _require_hypothesis() -> None:
     try:
         import hypothesis  # noqa: F401
@@ -79,7 +166,7 @@ def _require_hypothesis() -> None:
 
 
 def format_op(op: OpSpec) -> str:
-    """Return an operation's function and its checks, for people who write one."""
+    """Return the description of an operation's function and its checks, for authors of an implementation."""
     from ..testing.target import format_signatures
 
     longest = max(len(check.name) for check in op.checks)
@@ -89,7 +176,7 @@ def format_op(op: OpSpec) -> str:
 
 
 def other_convention(implementation: Implementation, op: OpSpec, setting: Setting) -> str:
-    """Say that an implementation is right under another convention than the one asked for, if it is."""
+    """Return a hint if an implementation is correct under another convention than the selected one, else ``""``."""
     from ..testing.convention_match import infer_convention
 
     if not op.depends_on_convention or implementation.takes_convention:
@@ -101,7 +188,7 @@ def other_convention(implementation: Implementation, op: OpSpec, setting: Settin
 
 
 def describe_convention(op: OpSpec, match: ConventionMatch) -> str:
-    """Say which convention an implementation follows."""
+    """Return a line that names the convention of an implementation."""
     if match.exact:
         return f"{op.name} follows {match.label}"
-    return f"{op.name} follows none of the conventions; nearest is {match.convention.name}: {match.description}"
+    return f"{op.name}: no convention matches; closest: {match.convention.name} ({match.description})"

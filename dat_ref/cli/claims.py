@@ -1,4 +1,4 @@
-"""``dat-ref claims``: run the ledger's checks and compare what they find with the verdicts on record."""
+"""``dat-ref claims``: check the papers' claims and compare the verdicts with those on record."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from typing import Any
 
 from ..claims import LEDGER, Claim, Finding, markdown, table
 from ..claims import run as run_claim
+from .output import HelpFormatter
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "claims",
-        help="check what the articles say, claim by claim",
-        description="Run the check of every claim in the ledger and print its verdict and why. Exits with 1 when a "
-        "verdict is no longer the one on record.",
+        help="check the papers' claims, one by one",
+        description="Run the check of every claim in the ledger, and print the verdict and its reason. Exit code 1 if "
+        "a verdict differs from the one on record.",
+        epilog="example:\n  dat-ref claims --only 3 --only 7 --json",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument(
-        "--only", type=int, action="append", metavar="N", help="number of a claim to run; repeatable (default: all)"
+    parser.add_argument_group("selection").add_argument(
+        "--only", type=int, action="append", metavar="N", help="number of a claim; repeatable (default: all claims)"
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    form.add_argument("--markdown", action="store_true", help="print the page of the site")
+    form = parser.add_argument_group("output (default: a table)").add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the Markdown page of the documentation")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; 1 if a verdict is no longer the one on record."""
+    """Run the command; return 1 if a verdict differs from the one on record."""
     findings = [run_claim(claim) for claim in select_claims(LEDGER, options.only)]
     if options.json:
-        print(json.dumps([to_json(finding) for finding in findings], indent=2, ensure_ascii=False))
+        print(json.dumps([to_json(finding) for finding in findings], indent=2))
     elif options.markdown:
         print(markdown(findings), end="")
     else:
@@ -41,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def select_claims(ledger: Sequence[Claim], numbers: Sequence[int] | None) -> list[Claim]:
-    """Return the claims with these numbers, in the ledger's order; all of them for None.
+    """Return the claims with these numbers, in the ledger's order; all claims if None.
 
     Raises:
-        ValueError: for a number that no claim has.
+        ValueError: if no claim has one of the numbers.
     """
     if numbers is None:
         return list(ledger)
@@ -56,7 +59,7 @@ def select_claims(ledger: Sequence[Claim], numbers: Sequence[int] | None) -> lis
 
 
 def to_json(finding: Finding) -> dict[str, Any]:
-    """Return a finding as JSON can say it."""
+    """Return a finding in types that JSON supports."""
     claim = finding.claim
     return {
         "number": claim.number,

@@ -1,9 +1,10 @@
-"""``dat-ref complexity``: what a backbone costs, term by term, and how each attention's cost grows with the image."""
+"""``dat-ref complexity``: cost of a backbone, term by term, and growth of each attention's cost with the image."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,10 +28,13 @@ from ..complexity.curves import keys_at
 from ..config import DeformableAttentionConfig
 from ..peers.matching import REPLACEMENTS, replace_attention, resolve_kind
 from ..presets import PRESETS
-from .explain import make_folder
+from ..state_files import atomic_write
+from .output import HelpFormatter, make_folder
 from .photo import parse_size
 
-LARGEST_SIDE = 4096  # pixels of an image in the curves
+LARGEST_SIDE = 4096  # of an image in the curves, in pixels
+MIN_SIDE, MAX_SIDE = 32, 65536  # of an image on the command line, in pixels
+DEFAULT_FOLDER = Path("complexity")
 
 Size = tuple[int, int]
 
@@ -40,57 +44,85 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "complexity",
         help="count parameters, multiply-adds, gathers and memory",
-        description="What a backbone costs, term by term, beside what the articles print; "
-        "and, as a figure, how the cost of each attention grows with the image.",
+        description="Print the cost of a backbone, term by term, next to the numbers of the papers, and plot the "
+        "growth of each attention's cost with the image.",
+        epilog="example:\n  dat-ref complexity --model dat_small --size 512x768 --json",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--model", default="dat_tiny", choices=PRESETS, metavar="NAME", help="preset (dat_tiny)")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="S", help="side of the image, or HxW (what the article's figure is for)"
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="dat_tiny",
+        choices=PRESETS,
+        metavar="NAME",
+        help="preset, such as dat_small (default: dat_tiny)",
     )
-    parser.add_argument(
+    model.add_argument(
+        "--size", type=parse_size, metavar="S", help="image size in pixels, S or HxW (default: the size of the preset)"
+    )
+    model.add_argument(
         "--attention",
         type=resolve_kind,
         choices=REPLACEMENTS,
         metavar="NAME",
-        help=f"in the place of the deformable layers, matched in keys: {', '.join(REPLACEMENTS)}",
+        help=f"attention that replaces deformable attention, with as many keys: {', '.join(REPLACEMENTS)}",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("complexity"), metavar="DIR", help="folder for the figure (complexity)"
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for the figure, which needs matplotlib (default: {DEFAULT_FOLDER})",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with exact integers, instead of tables")
+    output.add_argument("--json", action="store_true", help="print JSON with exact integers (default: tables)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    reference = PUBLISHED[options.model]
-    size = _image_size(options.size or reference.side)
+    can_draw = _matplotlib_is_installed()
+    if options.out is not None and not can_draw:
+        raise ConfigError("--out: matplotlib is needed to draw the figure: pip install 'dat-ref[viz]'")
+    reference = PUBLISHED.get(options.model)
     original = preset(options.model)
+    size = _image_size(options.size or (original.image_size if reference is None else reference.side))
     config = original if options.attention is None else replace_attention(original, options.attention)
     cost = backbone_cost(1, size, config)
-    comparable = options.attention is None and size == (reference.side, reference.side)
+    comparable = options.attention is None and reference is not None and size == (reference.side, reference.side)
     published = reference if comparable else None
-    make_folder(options.out)
     growth_curves = _curves(original)
-    figure = _draw(growth_curves, options)
+    figure = _draw(growth_curves, options) if can_draw else None
 
     if options.json:
         print(json.dumps(_report(cost, options, published, growth_curves, figure), indent=2))
-        return 0
-    print(f"{_title(options)} on one image of {size[0]}×{size[1]}, float32\n")
-    print(table(cost))
-    print("\nM: 10⁶ numbers or multiply-adds; MB: 10⁶ bytes. multiply-adds: of matrix products and convolutions;")
-    print("interpolating: of bilinear sampling, which the articles leave out; gathers: values read where the data say;")
-    print("kept: what the backward needs; peak: the most that is held at once, one block after the other\n")
-    print(verdict(cost, published))
-    print(f"\n{figure}")
+    else:
+        print(f"{_title(options)} on one image of {size[0]}×{size[1]}, float32\n")
+        print(table(cost))
+        print("\nM: 10⁶ elements or multiply-adds; MB: 10⁶ bytes. multiply-adds: matrix products and convolutions;")
+        print("interpolating: bilinear sampling, which the papers do not count; gathers: data-dependent reads;")
+        print("saved: for the backward pass; peak: most memory in use at once, one block after the other\n")
+        print(verdict(cost, published))
+        if figure is not None:
+            print(f"\n{figure}")
+    if figure is None:
+        print("no figure: matplotlib is needed to draw it: pip install 'dat-ref[viz]'", file=sys.stderr)
     return 0
+
+
+def _matplotlib_is_installed() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _image_size(size: Size | int) -> Size:
     height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 32:
-        raise ConfigError(f"--size: expected at least 32 pixels on each side, got {height}×{width}")
+    if min(height, width) < MIN_SIDE:
+        raise ConfigError(f"--size: expected at least {MIN_SIDE} pixels on each side, got {height}×{width}")
+    if max(height, width) > MAX_SIDE:
+        raise ConfigError(f"--size: expected at most {MAX_SIDE} pixels on each side")
     return height, width
 
 
@@ -102,11 +134,11 @@ def _title(options: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------------ the table
 
 Row = tuple[str, ...]
-HEADER: Row = ("", "map", "parameters", "multiply-adds", "interpolating", "gathers", "kept", "peak")
+HEADER: Row = ("", "map", "parameters", "multiply-adds", "interpolating", "gathers", "saved", "peak")
 
 
 def table(cost: BackboneCost) -> str:
-    """Return the cost as text: parts in the order in which they run, equal blocks of a stage as one, and sums."""
+    """Return the cost as text: parts in execution order, equal blocks of a stage in one row, and sums."""
     rows: list[Row] = [HEADER]
     stage = 0
     for part, times in _merge_repeats(cost.parts):
@@ -130,7 +162,7 @@ def table(cost: BackboneCost) -> str:
 
 
 def _merge_repeats(parts: Iterable[BlockCost]) -> list[tuple[BlockCost, int]]:
-    """Return the parts without repetitions, and how often each occurs in its stage."""
+    """Return the parts without repetitions, each with its number of occurrences in its stage."""
     times: dict[str, tuple[BlockCost, int]] = {}
     for part in parts:
         key = repr(replace(part, block=0))
@@ -167,41 +199,58 @@ def _align_columns(rows: list[Row]) -> str:
 
 
 def verdict(cost: BackboneCost, published: Published | None) -> str:
-    """Return one line with the totals, beside the article's where it has any."""
+    """Return one line with the totals, and with the paper's numbers if it has them."""
     summary = f"{cost.total.parameters / 1e6:.2f} M parameters, {cost.total.products / 1e9:.3f} G multiply-adds"
     if published is None:
         return summary
-    return f"{summary} (the article: {published.parameters} M, {published.macs} G)"
+    return f"{summary} (published: {published.parameters} M, {published.macs} G)"
 
 
 # ------------------------------------------------------------------------------------------------ the figure
 
 
 def _layer(config: DATConfig) -> tuple[DeformableAttentionConfig, int]:
-    """Return the deformable layer whose cost is drawn, the last of the third stage, with the stride of its map.
+    """Return the deformable layer for the curves, and the index of its stage.
 
-    It gets stride 2, the article's own setting: released with stride 1, it has a key for every pixel.
+    It is the last deformable layer of the third stage, or of the last stage with one. It gets stride 2, the setting of
+    the paper. With the released stride 1, it has a key for every pixel.
     """
-    layers = [block.attention for block in config.stages[2] if isinstance(block.attention, DeformableAttentionConfig)]
-    return replace(layers[-1], stride=2), config.reductions[2]
+    layers = {
+        stage: block.attention
+        for stage, blocks in enumerate(config.stages)
+        for block in blocks
+        if isinstance(block.attention, DeformableAttentionConfig)
+    }
+    stage = 2 if 2 in layers else max(layers)
+    return replace(layers[stage], stride=2), stage
 
 
 def _curves(config: DATConfig) -> list[Curve]:
-    layer, reduction = _layer(config)
+    layer, stage = _layer(config)
     first = 14
-    times = (LARGEST_SIDE // (first * reduction)).bit_length() - 1
+    times = (LARGEST_SIDE // (first * config.reductions[stage])).bit_length() - 1
     return curves(layer, doubling(first, times))
 
 
 def _draw(growth_curves: list[Curve], options: argparse.Namespace) -> Path:
-    try:
-        from ..viz.cost import draw_cost, save
-    except ImportError as error:
-        raise ConfigError("matplotlib is needed to draw the curves: pip install 'dat-ref[viz]'") from error
-    layer, reduction = _layer(preset(options.model))
-    label = f"One layer of {options.model}, stage 3 (C = {layer.dim}, {layer.heads} heads)"
-    figure = draw_cost(growth_curves, reduction=reduction, label=label, keys=keys_at(layer, growth_curves[0].sides[0]))
-    return save(figure, options.out / f"{options.model}_growth.png")
+    """Draw the figure and return its path. A failed write leaves no partial file and no new folder."""
+    from ..viz.cost import draw_cost, save
+
+    config = preset(options.model)
+    layer, stage = _layer(config)
+    label = f"One layer of {options.model}, stage {stage + 1} (C = {layer.dim}, {layer.heads} heads)"
+    figure = draw_cost(
+        growth_curves,
+        reduction=config.reductions[stage],
+        label=label,
+        keys=keys_at(layer, growth_curves[0].sides[0]),
+    )
+    folder: Path = DEFAULT_FOLDER if options.out is None else options.out
+    make_folder(folder)
+    path = folder / f"{options.model}_growth.png"
+    with atomic_write(path, suffix=".png") as partial:
+        save(figure, partial)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ JSON
@@ -212,7 +261,7 @@ def _report(
     options: argparse.Namespace,
     published: Published | None,
     growth_curves: list[Curve],
-    figure: Path,
+    figure: Path | None,
 ) -> dict[str, Any]:
     return {
         "model": options.model,
@@ -235,7 +284,7 @@ def _report(
             for part in cost.parts
         ],
         "curves": [asdict(curve) for curve in growth_curves],
-        "figures": [str(figure)],
+        "figures": [] if figure is None else [str(figure)],
     }
 
 

@@ -1,41 +1,60 @@
-"""``dat-ref convert IN OUT``: a checkpoint from one format and naming to another, every bit of it kept."""
+"""``dat-ref convert IN OUT``: lossless conversion of a checkpoint between formats and naming schemes."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .._checks import CheckpointError
+from .._checks import Array, CheckpointError
 from ..checkpoints import LoadReport, detect_preset, fit_state, official_state, with_channels_and_classes
+from ..config import DATConfig
 from ..params import unflatten
 from ..presets import PRESETS
 from ..presets import config as preset
-from ..state_files import read_arrays, save_state, select_backbone
+from ..state_files import check_writable_suffix, read_arrays, save_state, select_backbone
+from .output import HelpFormatter
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "convert",
-        help="a checkpoint to another format and naming",
-        description="Read a checkpoint of either release, or of ours, and write it under our names or the released "
-        "ones. The suffix of OUT says the format. Nothing in the file is executed.",
+        help="convert a checkpoint to another format and naming scheme",
+        description="Read a checkpoint of either release, or of dat_ref, and write it under the names of dat_ref or of "
+        "the releases. Every value is kept bit by bit. Code in the file is never executed.",
+        epilog="example:\n  dat-ref convert dat_tiny_in1k_224.pth dat_tiny.safetensors",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="IN", help=".pth, .safetensors or .npz")
-    parser.add_argument("target", type=Path, metavar="OUT", help=".safetensors, .npz or .pth")
-    parser.add_argument("--model", choices=tuple(PRESETS), metavar="NAME", help="preset (default: told by the shapes)")
-    parser.add_argument("--to", choices=("dat_ref", "official"), default="dat_ref", help="names to write (dat_ref)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    files = parser.add_argument_group("files")
+    files.add_argument("source", type=Path, metavar="IN", help="checkpoint to read: .pth, .safetensors or .npz")
+    files.add_argument(
+        "target",
+        type=Path,
+        metavar="OUT",
+        help="checkpoint to write; the suffix (.safetensors, .npz or .pth) selects the format",
+    )
+    files.add_argument("--force", action="store_true", help="overwrite OUT (default: refuse)")
+    naming = parser.add_argument_group("model and names")
+    naming.add_argument(
+        "--model",
+        choices=tuple(PRESETS),
+        metavar="NAME",
+        help="preset, such as dat_tiny (default: detected from shapes)",
+    )
+    naming.add_argument(
+        "--to", choices=("dat_ref", "official"), default="dat_ref", help="naming scheme of OUT (default: dat_ref)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, and print what became of every array."""
+    """Convert the file and print the report."""
     source, target = options.source, options.target
     if target.exists() and (not options.force or target.samefile(source)):
-        advice = "choose another name" if target.samefile(source) else "choose another name, or --force to replace it"
-        raise CheckpointError(f"{target}: is there already; {advice}")
+        remedy = "choose another name" if target.samefile(source) else "choose another name, or --force to replace it"
+        raise CheckpointError(f"{target}: exists already; {remedy}")
     name, report = convert(source, target, options.model, options.to)
     print(f"{source}: {name}, {report}")
     print(f"{target}: written with {'the released' if options.to == 'official' else 'our'} names")
@@ -43,17 +62,30 @@ def run(options: argparse.Namespace) -> int:
 
 
 def convert(source: Path, target: Path, model: str | None, naming: str) -> tuple[str, LoadReport]:
-    """Convert a file; return the model's name and the report.
+    """Convert a file. Return the model's name and the report.
 
     Raises:
-        CheckpointError: if a file cannot be read or written, or is not of the model; nothing is written then.
+        CheckpointError: if the source cannot be read or belongs to another model, or the target has another suffix.
+            Nothing is written.
+        OSError: if the target cannot be written. An existing target is unchanged.
     """
+    check_writable_suffix(target)
     state, ignored = select_backbone(read_arrays(source), str(source))
-    detected = detect_preset(state) if model is None else (model, with_channels_and_classes(preset(model), state))
-    if detected is None:
-        raise CheckpointError(f"{source}: its shapes are of none of {', '.join(PRESETS)}; name one with --model")
-    name, config = detected
+    if model is not None:
+        config = with_channels_and_classes(preset(model), state)
+    else:
+        model, config = _detect_model(state, source)
     fit = fit_state(state, config, source=str(source))
     params = unflatten(fit.arrays)
     save_state(target, official_state(params, config) if naming == "official" else fit.arrays)
-    return name, replace(fit.report, ignored=fit.report.ignored + ignored)
+    return model, replace(fit.report, ignored=fit.report.ignored + ignored)
+
+
+def _detect_model(state: Mapping[str, Array], source: Path) -> tuple[str, DATConfig]:
+    try:
+        detected = detect_preset(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {str(error).removeprefix('state: ')}") from error
+    if detected is None:
+        raise CheckpointError(f"{source}: its shapes fit none of {', '.join(PRESETS)}; name the preset with --model")
+    return detected

@@ -1,4 +1,4 @@
-"""``dat-ref evaluate``: how good trained weights are, on held-out scenes or on a folder of images."""
+"""``dat-ref evaluate``: evaluate a trained checkpoint on held-out scenes or on a folder of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import ConfigError
+from ..state_files import read_metadata
 from ..train_config import TrainConfig, config_path
+from .output import HelpFormatter, read_text
 from .train import format_scores, import_torch
 
 
@@ -16,26 +18,37 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="how good trained weights are",
-        description="Evaluate weights on what their run held out, or on another folder with val/CLASS/*.",
+        help="evaluate a trained checkpoint",
+        description="Evaluate a trained checkpoint on the validation set of its run, or on another folder with "
+        "val/CLASS/*.",
+        epilog="example:\n  dat-ref evaluate runs/first/best.safetensors --data imagenette",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="best.safetensors of a run")
-    parser.add_argument(
-        "--config", "--recipe", type=Path, metavar="FILE", help="of the run (train_config.json beside the weights)"
+    model = parser.add_argument_group("model")
+    model.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint of a run: best.safetensors")
+    model.add_argument(
+        "--config",
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="training config of the run (default: train_config.json in the folder of WEIGHTS)",
     )
-    parser.add_argument("--data", metavar="DIR", help="another folder of images")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="folder with val/CLASS/* (default: validation set of the run)")
+    data.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per batch (default: 128)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    if not options.weights.is_file():
+        raise ConfigError(f"WEIGHTS: expected the checkpoint of a run, found no file {options.weights}")
     path = options.config or config_path(options.weights.parent)
     if not path.is_file():
-        raise ConfigError(f"--config: expected the config of the run, and there is none at {path}")
-    config = TrainConfig.from_json(path.read_text(encoding="utf-8"))
+        raise ConfigError(f"--config: expected the training config of the run, found no file {path}")
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected 1 or more, got {options.batch_size}")
+    config = read_config(path)
     import_torch()
     from ..torch.checkpoints import load_checkpoint
     from ..torch.train import ImageFolder, build_datasets, build_model, evaluate
@@ -50,19 +63,34 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def classes_of(weights: Path) -> list[str]:
-    """Return the names of the classes that weights were trained on, which their run wrote beside them.
+def read_config(path: Path) -> TrainConfig:
+    """Read a training config.
 
     Raises:
-        ConfigError: if the file does not tell.
+        ConfigError: if the file is not a training config.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(weights, "np") as file:
-            classes = (file.metadata() or {}).get("classes")
-    except SafetensorError as error:
-        raise ConfigError(f"{weights}: cannot be read: {error}") from error
+        return TrainConfig.from_json(read_text(path, "--config"))
+    except RecursionError as error:
+        raise ConfigError(f"--config: expected JSON, {path} is nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(f"--config: cannot use {path}: {error}") from error
+
+
+def classes_of(weights: Path) -> list[str]:
+    """Return the class names in the metadata of a trained checkpoint.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+        ConfigError: if it has no class names.
+    """
+    classes = read_metadata(weights).get("classes")
     if classes is None:
-        raise ConfigError(f"{weights}: does not name its classes, so they cannot be compared with those of --data")
-    return list(json.loads(classes))
+        raise ConfigError(f"{weights}: does not name its classes, so they cannot be compared with those in --data")
+    try:
+        names = json.loads(classes)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{weights}: its list of classes is not JSON") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{weights}: expected a list of class names, got {classes[:80]}")
+    return names

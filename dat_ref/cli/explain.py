@@ -1,4 +1,4 @@
-"""``dat-ref explain``: run a backbone on a photograph and show where it looks."""
+"""``dat-ref explain``: draw where a backbone looks, on scenes and on a photograph."""
 
 from __future__ import annotations
 
@@ -30,50 +30,70 @@ from .weights import select_weights
 PICTURE_SIDE = 896  # short side at which figures show the photograph
 
 
+DESCRIPTION = f"""\
+Show where a backbone looks. Without options: first {NETWORK}, the trained network that ships, on
+held-out scenes, with and without its offsets; then an untrained backbone on a photograph: a table of
+its deformable blocks, and four figures of one of them."""
+EXAMPLE = f"""example:
+  dat-ref explain --out figures                                  scenes, then the photograph that ships
+  dat-ref explain --scene 12 --scene 40                          {NETWORK} on scenes of your choice
+  dat-ref explain photo.jpg --place giraffe@120,200              {NETWORK} on your photograph
+  dat-ref explain photo.jpg --model dat_pp_tiny --stage 2        where an untrained DAT++ looks
+"""
+
+
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "explain",
-        help="run a DAT on a photograph and draw where it looks",
-        description="Show the trained network on scenes that it has not seen, then run a backbone on a photograph: "
-        "a line for every deformable block, four figures of one. The photograph's backbone has random weights "
-        "unless --checkpoint is given.",
+        help="draw where a backbone looks, trained on scenes or untrained on a photograph",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_photo_arguments(parser)
-    parser.add_argument(
-        "--query",
-        type=parse_query,
-        action="append",
-        metavar="Y,X",
-        help="pixel of the photograph whose attention is drawn; repeatable (default: three along its middle)",
-    )
-    parser.add_argument("--stage", type=int, default=3, help="stage whose last deformable block is drawn (3)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder for the figures (explained)"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("auto", "numpy", "torch"),
-        default="auto",
-        help="what computes; auto: torch where it is installed, the figures are the same (auto)",
-    )
-    trained = parser.add_argument_group("trained network", f"{NETWORK}, the trained network that ships")
+    trained = parser.add_argument_group("Trained network", f"{NETWORK} names small objects on photographs")
     trained.add_argument(
         "--scene",
         type=parse_seed,
         action="append",
         metavar="N",
-        help="held-out scene to run it on; repeatable (default: six scenes, and then the photograph)",
+        help="number of a held-out scene; repeatable (default: six scenes, and then the photograph)",
     )
     trained.add_argument(
         "--place",
         type=spot.parse_place,
         action="append",
         metavar="NAME@Y,X[,R]",
-        help="object to place on PHOTO at pixel y,x with radius R, to run it on; repeatable. "
-        f"NAME: {', '.join(OBJECTS['pictures'].kinds)} (default R: 6 %% of the short side)",
+        help="object to place on PHOTO, its center at pixel y,x and its radius R in pixels; repeatable. NAME: "
+        f"{', '.join(OBJECTS['pictures'].kinds)} (default R: 6%% of the short side)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    photograph = parser.add_argument_group("Backbone on a photograph")
+    add_photo_arguments(photograph)
+    photograph.add_argument(
+        "--query",
+        type=parse_query,
+        action="append",
+        metavar="Y,X",
+        help="pixel of PHOTO whose attention is drawn; repeatable (default: three on the center line)",
+    )
+    photograph.add_argument(
+        "--stage", type=int, default=3, metavar="N", help="stage whose last deformable block is drawn (default: 3)"
+    )
+    photograph.add_argument(
+        "--backend",
+        choices=("auto", "numpy", "torch"),
+        default="auto",
+        help="implementation; auto: torch if it is installed. The figures are the same (default: auto)",
+    )
+    output = parser.add_argument_group("Output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("explained"),
+        metavar="DIR",
+        help="output folder of the figures (default: explained)",
+    )
+    output.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 
 
@@ -92,10 +112,10 @@ def parse_query(text: str) -> tuple[float, float]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for the figures, if it is not there.
+    """Create the output folder if it does not exist.
 
     Raises:
-        ConfigError: if a file stands in its place.
+        ConfigError: if the path is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +127,7 @@ def make_folder(folder: Path) -> None:
 
 
 def default_queries(photo: Cell) -> list[tuple[float, float]]:
-    """Return three pixels along the middle of the longer side."""
+    """Return three pixels on the center line of the longer side."""
     height, width = photo
     fractions = (0.25, 0.5, 0.75)
     return [

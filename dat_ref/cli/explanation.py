@@ -1,4 +1,4 @@
-"""What `dat-ref explain` finds: a report of every deformable block of a run, and the traces that are drawn."""
+"""Results of `dat-ref explain` on a photograph: a report of each deformable block, and the traces to draw."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Cell = tuple[int, int]
 
 
 def check_request(config: DATConfig, stage: int, image: Cell, photo: Cell, queries: list[tuple[float, float]]) -> None:
-    """Raise before any work if the stage cannot be drawn, a query lies off the photograph, or the run would not fit.
+    """Raise before any work for a stage without deformable blocks, a query outside the photograph, too large a run.
 
     Raises:
-        ConfigError: saying what to change.
+        ConfigError: with the option to change.
     """
     deformable = [
         number
@@ -47,7 +47,7 @@ def check_request(config: DATConfig, stage: int, image: Cell, photo: Cell, queri
     if required_bytes > MEMORY_LIMIT:
         raise ConfigError(
             f"--size: {image[0]}×{image[1]} would need {required_bytes / 2**30:.0f} GiB for the attention of one "
-            "block, which the reference materialises; choose a smaller size"
+            "block, whose matrix the spec stores; choose a smaller size"
         )
 
 
@@ -71,7 +71,7 @@ def choose_backend(requested: str) -> str:
     """Return ``"numpy"`` or ``"torch"``.
 
     Raises:
-        ConfigError: if torch is asked for and not installed.
+        ConfigError: if torch is requested and not installed.
     """
     installed = find_spec("torch") is not None
     if requested == "torch" and not installed:
@@ -80,7 +80,7 @@ def choose_backend(requested: str) -> str:
 
 
 def walk(model: DAT, image: Array, backend: str) -> Iterator[Step]:
-    """Run a backbone block by block, in NumPy or in torch; the steps hold NumPy arrays either way."""
+    """Run a backbone block by block, in NumPy or in torch. The steps contain NumPy arrays in both cases."""
     if backend == "numpy":
         yield from model.walk(image)
         return
@@ -95,12 +95,12 @@ def walk(model: DAT, image: Array, backend: str) -> Iterator[Step]:
             yield step._replace(trace=dat_torch.as_numpy(step.trace), output=dat_torch.as_numpy(step.output))
 
 
-# ------------------------------------------------------------------------------------------------ what is found
+# ------------------------------------------------------------------------------------------------ results
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What the table says of one deformable block; stages and blocks count from one, as people do."""
+    """Row of the table: one deformable block. Stages and blocks are numbered from 1."""
 
     stage: int
     block: int
@@ -118,13 +118,13 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The reports of all deformable blocks, and the traces that are drawn."""
+    """Reports of all deformable blocks, and the traces to draw."""
 
     reports: list[BlockReport]
-    block: int  # the drawn one, counted from one
+    block: int  # number of the drawn block, from 1
     config: DeformableAttentionConfig
     trace: LayerTrace
-    local_kind: str | None  # "window", "shifted_window" or "neighborhood": what the deformable block is compared with
+    local_kind: str | None  # "window", "shifted_window" or "neighborhood": the block it is compared with
     local_trace: Any
 
 

@@ -9,45 +9,38 @@ import numpy as np
 
 from .._checks import Array, ConfigError
 from ..data import PIXEL_DEVIATION, PIXEL_MEAN, photograph_path
+from ..pictures import read_picture
 from ..presets import PRESETS
 
 DEFAULT_MODEL = "dat_tiny"
 MULTIPLE = 32  # the last stage has one pixel for 32 × 32 of the image
+SCALED_ABOVE = 16_000_000  # pixels of a photograph
 
 
 def load_photo(path: Path | None) -> Array:
-    """Read a photograph as a person sees it: upright (EXIF), opaque (on white), in colour.
+    """Read a photograph by the rules of `dat_ref.pictures`: upright, on white, in color.
+
+    A photograph of more than `SCALED_ABOVE` pixels is scaled down, with a warning.
 
     Args:
-        path: of any image file that Pillow reads; None for the one that ships.
+        path: image file in any format that Pillow reads; None: the default photograph of the package.
 
     Returns:
         (H, W, 3) in [0, 1].
 
     Raises:
-        ConfigError: if the file is absent, not a picture, or too large to be one.
+        ConfigError: if the file does not exist, is not a picture, or is too large.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ConfigError("pillow is needed to read photographs: pip install 'dat-ref[viz]'") from error
     file = photograph_path() if path is None else path
     if not file.is_file():
         raise ConfigError(f"PHOTO: expected an image file, and there is none at {file}")
     try:
-        with Image.open(file) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I") or upright.mode == "F":  # 16 bits and more: Pillow would clip, not scale
-                values = np.asarray(upright, dtype=np.float64)
-                white = 65535 if upright.mode.startswith("I;16") else max(values.max(), 1.0)
-                return np.repeat(np.clip(values / white, 0, 1)[..., None], 3, axis=2)
-            rgba = upright.convert("RGBA")
-            background = Image.new("RGBA", rgba.size, "white")
-            return np.asarray(Image.alpha_composite(background, rgba).convert("RGB"), dtype=np.float64) / 255
-    except Image.DecompressionBombError as error:
-        raise ConfigError(f"PHOTO: {file} is too large to open; make a smaller copy") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"PHOTO: expected a picture (JPEG, PNG, …), cannot read {file}: {error}") from error
+        picture = read_picture(file, scaled_above=SCALED_ABOVE)
+    except ConfigError as error:
+        raise ConfigError(f"PHOTO: {error}") from error
+    values = np.array(picture, dtype=np.float64)
+    values /= 255
+    return values
 
 
 def input_size(photo_size: tuple[int, int], target: tuple[int, int] | int) -> tuple[int, int]:

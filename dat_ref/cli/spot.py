@@ -1,4 +1,4 @@
-"""The network that ships, on scenes or on a photograph with objects placed on it: its answers and its points."""
+"""Answers and points of the network that ships, on scenes or on a photograph with objects placed on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .photo import input_size, normalise, resize
 
 SIDE = 160  # pixels of the images that the network was trained on
 SHOWN = 480  # pixels of a picture in a figure
-SCENES = (33, 6, 21, 35, 4, 18)  # one object, two, several, none
+SCENES = (58, 54, 47, 8, 33, 12)  # one object, two, six, none
 NAMED = 0.15  # smallest probability of an answer that is printed
 RADIUS = 0.06  # of a placed object, in short sides of the photograph
 _PLACE = re.compile(r"(?P<kind>[a-z]+)@(?P<y>[0-9.]+),(?P<x>[0-9.]+)(,(?P<radius>[0-9.]+))?")
@@ -66,8 +66,8 @@ def load_network(zero_offsets: bool = False) -> DAT:
 def _without_offsets(config: DATConfig) -> DATConfig:
     local, block = config.stages[0]
     attention: Any = block.attention
-    still = replace(block, attention=replace(attention, offset_bound=OffsetBound.NONE))
-    return replace(config, stages=((local, still),))
+    fixed = replace(block, attention=replace(attention, offset_bound=OffsetBound.NONE))
+    return replace(config, stages=((local, fixed),))
 
 
 def _run(model: DAT, image: Array) -> tuple[Array, LayerTrace]:
@@ -85,7 +85,7 @@ def look(name: str, image: Array, masks: Array, objects: Sequence[str], picture:
 
     Args:
         name: of the picture.
-        image: (H, W, 3) in [0, 1], as large as the network takes it.
+        image: (H, W, 3) in [0, 1], at the size of the network's input.
         masks: bool (objects, H, W).
         objects: kinds.
         picture: the same picture at any size, for figures.
@@ -97,7 +97,7 @@ def look(name: str, image: Array, masks: Array, objects: Sequence[str], picture:
     reduction = load_network().config.reductions[-1]
     off_objects = position_targets(0, 1, masks, reduction, on_objects=0.0)[0]  # weights with sum 1
     any_object = np.asarray(masks.any(0))
-    on, at_rest = (
+    on, reference_on = (
         points_on_mask(each[0], any_object, reduction) for each in (trace.points_px, trace.reference_px)
     )  # (G, Hk, Wk)
     return Sighting(
@@ -108,7 +108,7 @@ def look(name: str, image: Array, masks: Array, objects: Sequence[str], picture:
         answers_zero_offsets=_mean_answers(classes, probabilities_zero, off_objects),
         points=on.size,
         points_on_objects=int(on.sum()),
-        reference_points_on_objects=int(at_rest.sum()),
+        reference_points_on_objects=int(reference_on.sum()),
         attention_on_objects=float(np.average(on, weights=received(trace))),
         trace=trace,
         trace_zero_offsets=trace_zero,
@@ -165,7 +165,7 @@ def look_at_photo(name: str, photo: Array, placements: Sequence[Placement], seed
     Args:
         name: of the photograph.
         photo: (H, W, 3) in [0, 1].
-        placements: where the objects go.
+        placements: kinds and positions of the objects.
         seed: of their hue, brightness and mirroring.
 
     Raises:
@@ -207,26 +207,31 @@ def draw(sightings: Sequence[Sighting], folder: Path) -> list[Path]:
 
     trained = "Trained, on pictures it has not seen. " if sightings[0].name.startswith("scene") else "Trained. "
     with_offsets = draw_scenes(
-        [ScenePanel(each.picture, each.trace, f"{_there(each)} → says {_best(each.answers)}") for each in sightings],
+        [ScenePanel(each.picture, each.trace, _title(each, each.answers)) for each in sightings],
         title=f"{NETWORK}: the offsets move points onto the objects",
-        caption=f"{trained}Every position off the object has to name it. A key reads 15 × 15 pixels of the 160 × 160 "
-        "image around its point and nothing else, so a point must be on the object.",
+        caption=f"{trained}Every position off the object has to name it. A key sees at most 19 × 19 of the 160 × 160 "
+        "pixels, around its point: to see an object, a point has to be on it.",
     )
     zero = draw_scenes(
         [
-            ScenePanel(
-                each.picture, each.trace_zero_offsets, f"{_there(each)} → says {_best(each.answers_zero_offsets)}"
-            )
+            ScenePanel(each.picture, each.trace_zero_offsets, _title(each, each.answers_zero_offsets))
             for each in sightings
         ],
         title=f"{NETWORK} with zero offsets: the control",
-        caption="The same weights and pictures; every point stays on its reference point.",
+        caption="The same weights and pictures. Every point stays on its reference point.",
     )
     return [save(with_offsets, folder / "objects.png"), save(zero, folder / "objects_zero_offsets.png")]
 
 
 def _there(sighting: Sighting) -> str:
     return ", ".join(sighting.objects) or "empty"
+
+
+def _title(sighting: Sighting, answers: dict[str, float]) -> str:
+    """Return the title of a panel, short enough for its width."""
+    count = len(sighting.objects)
+    kind, probability = max(answers.items(), key=lambda answer: answer[1])
+    return f"{_there(sighting) if count <= 2 else f'{count} objects'} → {kind} {probability:.0%}"
 
 
 def _best(answers: dict[str, float]) -> str:
@@ -237,7 +242,7 @@ def _best(answers: dict[str, float]) -> str:
 
 
 def facts(sighting: Sighting) -> dict[str, Any]:
-    """Return the result as JSON can hold it."""
+    """Return the result as a JSON object."""
     return {
         "picture": sighting.name,
         "objects": list(sighting.objects),
@@ -267,7 +272,7 @@ def text(sightings: Sequence[Sighting]) -> str:
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-    measured = f"right at {card['accuracy']:.1%} of the positions off the object"
+    measured = f"correct at {card['accuracy']:.1%} of the positions off the object"
     return (
         f"{NETWORK}: trained weights. Names what is on a scene: one of {len(card['classes']) - 1} objects, or nothing\n"
         f"{card['held_out_scenes']} held-out scenes: {measured}\n\n"

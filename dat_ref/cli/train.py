@@ -11,41 +11,63 @@ from typing import Any
 from .._checks import ConfigError
 from ..train_config import PRESETS, TrainConfig, preset
 
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+DESCRIPTION = """\
+Train a model on scenes or on a folder of images. The same command resumes an interrupted run
+from its last checkpoint, with identical steps. On several GPUs or machines:
+torchrun --nproc_per_node=N -m dat_ref.torch.train with the same options.
+
+The defaults below are those of the laptop preset; another --preset or --config replaces them."""
+EXAMPLE = """example:
+  dat-ref train --out run --preset dat_spot              the network that ships, from nothing
+  dat-ref train --out run --data pictures --model dat_tiny --image-size 224 --epochs 100 --workers 4
+"""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "train",
-        help="train a model, or go on with a run that was stopped",
-        description="Train a model. A run that was stopped goes on from its last checkpoint when the same command is "
-        "given again, with the very steps that it would have taken. On several GPUs or machines: "
-        "torchrun --nproc_per_node=N -m dat_ref.torch.train with the same options.",
+        help="train a model, or resume a run",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", choices=PRESETS, default="laptop", help="config to start from (laptop)")
-    start.add_argument("--config", "--recipe", type=Path, metavar="FILE", help="train_config.json to start from")
+    run_group = parser.add_argument_group("Run")
+    run_group.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder of the run")
+    start = run_group.add_mutually_exclusive_group()
+    start.add_argument(
+        "--preset", choices=PRESETS, default="laptop", help="training config to start from (default: laptop)"
+    )
+    start.add_argument(
+        "--config", "--recipe", type=Path, metavar="FILE", help="train_config.json to start from (default: the preset)"
+    )
+    run_group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    run_group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
+    run_group.add_argument("--quiet", action="store_true", help="disable the progress bar")
     add_config_options(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU (torch's own choice)")
-    parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard as well")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each field of a config; without it the field keeps its value."""
-    group = parser.add_argument_group("config", "what to change of it")
+    """Add an option for each field of a training config. An omitted option keeps the value of the preset."""
+    group: Any = parser
     for field in fields(TrainConfig):
-        name = "--" + field.name.replace("_", "-")
-        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"], "dest": field.name}
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        name, default = "--" + field.name.replace("_", "-"), getattr(PRESETS["laptop"], field.name)
+        text = field.metadata["help"].replace("%", "%%") + (f" (default: {default})" if default != "" else "")
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": field.name}
         if isinstance(field.default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, **how)
         else:
-            group.add_argument(name, type=type(field.default), metavar=type(field.default).__name__.upper(), **how)
+            group.add_argument(name, type=type(field.default), metavar=METAVARS[type(field.default)], **how)
 
 
 def selected_config(options: argparse.Namespace) -> TrainConfig:
-    """Return the config that the options ask for."""
+    """Return the training config of the options."""
     start = (
         TrainConfig.from_json(options.config.read_text(encoding="utf-8")) if options.config else preset(options.preset)
     )
@@ -54,7 +76,7 @@ def selected_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; 1 if the loss is no number any more."""
+    """Run the command. The exit code is 1 if the loss becomes NaN."""
     config = selected_config(options)
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected 1 or more, got {options.threads}")
@@ -85,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def import_torch() -> Any:
-    """Return torch, or say how to get it."""
+    """Return torch, or raise an error that names the extra to install."""
     try:
         import torch
     except ImportError as error:
@@ -94,5 +116,5 @@ def import_torch() -> Any:
 
 
 def format_scores(scores: Any) -> str:
-    """Return scores for people."""
+    """Return scores as a line of text."""
     return f"held out, {scores.images} images: {100 * scores.accuracy:.1f} % right, loss {scores.loss:.4f}"

@@ -1,4 +1,4 @@
-"""Which backbone a command line asks for, and with which weights."""
+"""Select the backbone and the weights that a command line names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..checkpoints import load_params, read_state, with_channels_and_classes
 
 
 def select_weights(options: argparse.Namespace) -> tuple[DATConfig, Tree, str]:
-    """Return configuration, parameters, and a line that says where they come from.
+    """Return configuration, parameters, and a line that states the origin of the parameters.
 
-    A checkpoint brings its own number of classes and of image channels.
+    With a checkpoint, the configuration has the checkpoint's number of classes and of image channels.
     """
     config = preset(options.model)
     if options.checkpoint is None:
-        return config, init_params(config, options.seed), f"seeded weights (seed {options.seed}), untrained"
+        return config, init_params(config, options.seed), f"random weights (seed {options.seed}), untrained"
     config = with_channels_and_classes(config, read_state(options.checkpoint))
     params, report = load_params(options.checkpoint, config)
     return config, params, f"weights from {options.checkpoint} ({report.release})"

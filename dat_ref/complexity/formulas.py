@@ -309,10 +309,12 @@ def _head_cost(batch: int, size: Size, config: DATConfig, shapes: Tree, itemsize
     elements = batch * dim * math.prod(size)
     tape = Tape(itemsize)
     tape.step("head", elements, elements)  # norm
-    tape.step("head", batch * dim)  # mean
-    tape.step("head", batch * config.num_classes)
+    positions = math.prod(size) if config.global_pool == "" else 1
+    if config.global_pool == "avg":
+        tape.step("head", batch * dim)
+    tape.step("head", batch * config.num_classes * positions)
     parameters = count(shapes["norm"]) + count(shapes.get("head", {}))
-    macs = linear_macs(batch, dim, config.num_classes)
+    macs = linear_macs(batch * positions, dim, config.num_classes)
     return BlockCost(
         0, 0, "head", size, {"head": Term(parameters, macs, saved_bytes=tape.saved_bytes["head"])}, tape.peak
     )

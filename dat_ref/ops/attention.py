@@ -15,21 +15,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._checks import Array, ConfigError, ShapeError, check_array
-from ..config import BiasResolution
+from .._checks import (
+    Array,
+    ConfigError,
+    ShapeError,
+    check_array,
+    check_divides,
+    check_dtype,
+    check_same_shape,
+    integer,
+    size_pair,
+)
+from ..config import CHECK_RESOLUTION, BiasResolution
 from ..conventions import Convention
 from .basic import softmax, softmax_vjp
 from .bias import table_bias, table_bias_vjp
-from .grid import Size
+from .grid import Size, check_convention
 
 
 def split_heads(x: Array, heads: int) -> Array:
     """Split channels into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
+    check_dtype("x", x)
+    if x.ndim not in (3, 4):
+        raise ShapeError(f"x: expected (B, C, H, W) or (B, C, N), got {x.shape}")
+    check_divides("heads", integer()("heads", heads), "C", x.shape[1])
     return x.reshape(x.shape[0], heads, x.shape[1] // heads, math.prod(x.shape[2:])).swapaxes(2, 3)
 
 
 def merge_heads(x: Array, size: Size) -> Array:
     """Merge heads into a feature map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
+    check_array("x", x, {"B": None, "heads": None, "H·W": math.prod(size), "d": None})
     return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1] * x.shape[3], *size)
 
 
@@ -44,12 +59,42 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tu
 
     Returns:
         output (..., M, d) and attention weights (..., M, N). Each row of weights sums to one.
+
+    Raises:
+        ShapeError: if a shape or a dtype is wrong.
     """
+    _check_attend(q, k, v)
+    if bias is not None:
+        check_dtype("bias", bias)
+        logits_shape = (*q.shape[:-1], k.shape[-2])
+        if not _broadcasts(bias.shape, logits_shape):
+            raise ShapeError(
+                f"bias: expected a shape that broadcasts to (..., M, N) = {logits_shape}, got {bias.shape}"
+            )
     logits = (q * q.dtype.type(scale)) @ k.swapaxes(-1, -2)
     if bias is not None:
         logits = logits + bias
     weights = softmax(logits)
     return weights @ v, weights
+
+
+def _check_attend(q: Array, k: Array, v: Array) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_dtype(name, value)
+        if value.ndim < 2 or value.shape[:-2] != q.shape[:-2]:
+            raise ShapeError(
+                f"{name}: expected at least two axes and the leading axes of q, {q.shape}, got {value.shape}"
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ShapeError(f"k: expected (..., N, d={q.shape[-1]}), got {k.shape}")
+    if v.shape[-2] != k.shape[-2]:
+        raise ShapeError(f"v: expected (..., N={k.shape[-2]}, d), got {v.shape}")
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    if len(shape) > len(target):
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
 class AttendGradients(NamedTuple):
@@ -69,6 +114,9 @@ def attend_vjp(cotangent: Array, q: Array, k: Array, v: Array, weights: Array, s
         ∂L/∂V = Aᵀ ∂L/∂Z,      ∂L/∂A = ∂L/∂Z Vᵀ,         ∂L/∂S = softmax_vjp(∂L/∂A, A),
         ∂L/∂Q = ∂L/∂S K/√d,    ∂L/∂K = (∂L/∂S)ᵀ Q/√d,    ∂L/∂B = ∂L/∂S.
     """
+    _check_attend(q, k, v)
+    check_same_shape("weights", weights, (*q.shape[:-1], k.shape[-2]), "the logits")
+    check_same_shape("cotangent", cotangent, (*q.shape[:-1], v.shape[-1]), "the output")
     grad_logits = softmax_vjp(cotangent @ v.swapaxes(-1, -2), weights)
     return AttendGradients(
         q=(grad_logits @ k) * q.dtype.type(scale),
@@ -112,9 +160,11 @@ def deformable_attention(
         output (B, heads, H·W, d).
 
     Raises:
-        ShapeError, ConfigError: if the shapes do not match.
+        ShapeError, ConfigError: if the shapes do not match, or an option is wrong.
     """
+    query_size = size_pair("query_size", query_size)
     check_core(check_array, q, k, v, points, bias_table, query_size)
+    check_options(convention, resolution)
     bias = None
     if bias_table is not None:
         bias = table_bias(bias_table, points, query_size=query_size, convention=convention, resolution=resolution)
@@ -145,7 +195,10 @@ def deformable_attention_vjp(
     resolution: BiasResolution = "fractions",
 ) -> CoreGradients:
     """Return the five gradients of `deformable_attention`."""
+    query_size = size_pair("query_size", query_size)
     check_core(check_array, q, k, v, points, bias_table, query_size)
+    check_options(convention, resolution)
+    check_same_shape("cotangent", cotangent, (*q.shape[:-1], v.shape[-1]), "the output")
     geometry: dict[str, Any] = {"query_size": query_size, "convention": convention, "resolution": resolution}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = None if bias_table is None else table_bias(bias_table, points, **geometry)
@@ -155,6 +208,12 @@ def deformable_attention_vjp(
         return CoreGradients(grads.q, grads.k, grads.v, np.zeros_like(points), None)
     through_bias = table_bias_vjp(grads.bias, bias_table, points, **geometry)
     return CoreGradients(grads.q, grads.k, grads.v, through_bias.points, through_bias.table)
+
+
+def check_options(convention: Convention, resolution: BiasResolution) -> None:
+    """Raise `ConfigError` if an option of `deformable_attention` is wrong."""
+    check_convention(convention)
+    CHECK_RESOLUTION("resolution", resolution)
 
 
 def check_core(

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._checks import Array, ShapeError, Tree
-from ..config import BiasResolution
+from .._checks import Array, ConfigError, ShapeError, Tree, check_array, size_pair
+from ..config import CHECK_RESOLUTION, BiasResolution
 from ..conventions import Convention
 from .basic import linear, linear_macs, linear_vjp
-from .grid import Size, query_points, to_pixels, to_pixels_vjp
+from .grid import Size, check_convention, query_points, to_pixels, to_pixels_vjp
 from .sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 
 # ------------------------------------------------------------------------------------------------ table
@@ -34,11 +34,25 @@ from .sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
 
 def table_scale(table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution) -> Array:
     """Return the number of table cells per pixel of displacement, (2,). It is 1 for a table built for this map size."""
+    CHECK_RESOLUTION("resolution", resolution)
+    check_convention(convention)
+    table_size, query_size = size_pair("table_size", table_size), size_pair("query_size", query_size)
     if resolution == "pixels":
         return np.ones(2)
     table_span = (np.asarray(table_size, dtype=np.float64) + 1) / 2 - convention.align_corners  # H₀ - a
     map_span = np.asarray(query_size, dtype=np.float64) - convention.align_corners  # H - a
     return table_span / np.maximum(map_span, 1)
+
+
+def _check_points(points: Array) -> None:
+    check_array("points", points, {"B": None, "G": None, "Ns": None, "(y, x)": 2})
+
+
+def _check_table(table: Array, points: Array) -> None:
+    check_array("table", table, {"heads": None, "2H-1": None, "2W-1": None})
+    _check_points(points)
+    if points.shape[1] == 0 or len(table) % points.shape[1]:
+        raise ConfigError(f"points: expected groups that divide heads={len(table)}, got {points.shape}")
 
 
 def table_positions(
@@ -53,7 +67,13 @@ def table_positions(
 
     Returns:
         continuous indices (B, G, H·W, Ns, 2), order (y, x), in table cells.
+
+    Raises:
+        ShapeError, ConfigError: if a shape, a dtype or an option is wrong.
     """
+    _check_points(points)
+    if any(length % 2 == 0 for length in size_pair("table_size", table_size)):
+        raise ShapeError(f"table_size: expected (2H-1, 2W-1), odd on both axes, got {table_size}")
     points_px = to_pixels(points, query_size, convention)
     queries = query_points(query_size, convention).reshape(-1, 2)
     queries_px = to_pixels(queries.astype(points_px.dtype), query_size, convention)
@@ -81,7 +101,11 @@ def table_bias(
     Returns:
         bias (B, heads, H·W, Ns). With points on the pixel grid (``CELL_CENTER`` and ``PAPER``, stride 1, zero
         offset) it equals Swin's lookup with integer indices.
+
+    Raises:
+        ShapeError, ConfigError: if a shape, a dtype or an option is wrong.
     """
+    _check_table(table, points)
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
     bias = bilinear_sample(_grouped_table(table, points.shape[1]), _by_group(positions))  # (G, heads/G, B·H·W·Ns)
     batch, groups, queries, samples, _ = positions.shape
@@ -111,8 +135,10 @@ def table_bias_vjp(
     ∂L/∂p̃_px[n] = -scale · Σ_m Σ_heads ∂φ(B̂; i)/∂i · ∂L/∂B[m, n]. `to_pixels_vjp` converts it to normalized
     coordinates.
     """
+    _check_table(table, points)
     positions = table_positions(points, table.shape[1:], query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
+    check_array("cotangent", cotangent, {"B": batch, "heads": len(table), "H·W": queries, "Ns": samples})
     grad_bias = cotangent.reshape(batch, groups, len(table) // groups, queries, samples).transpose(1, 2, 0, 3, 4)
     grad_bias = grad_bias.reshape(groups, len(table) // groups, batch * queries * samples)
     grads = bilinear_sample_vjp(grad_bias, _grouped_table(table, groups), _by_group(positions))
@@ -160,7 +186,11 @@ def log_bias(points: Array, params: Tree, *, query_size: Size, convention: Conve
 
     Returns:
         bias (B, heads, H·W, Ns) and the trace.
+
+    Raises:
+        ShapeError, ConfigError: if a shape, a dtype or an option is wrong.
     """
+    _check_points(points)
     batch, groups, samples, _ = points.shape
     queries = query_points(query_size, convention).reshape(-1, 2).astype(points.dtype)
     displacement = 4 * (queries[:, None] - points[:, :, None])  # (B, G, H·W, Ns, 2)
@@ -174,6 +204,9 @@ def log_bias(points: Array, params: Tree, *, query_size: Size, convention: Conve
 
 def log_bias_vjp(cotangent: Array, trace: LogBiasTrace, params: Tree, *, groups: int) -> tuple[Array, Tree]:
     """Return (∂L/∂points, ∂L/∂params). They use ds/dd = 1 / (3 ln 2 (1 + |d|)) and ∂d/∂p̃ = -4."""
+    check_array("cotangent", cotangent, {"B": None, "heads": None, "H·W": None, "Ns": None})
+    if groups < 1 or cotangent.shape[1] % groups or cotangent.shape[0] * groups != len(trace.hidden):
+        raise ConfigError(f"groups: expected B·groups = {len(trace.hidden)}, got groups={groups}, {cotangent.shape}")
     batch, heads, queries, samples = cotangent.shape
     grad_bias = cotangent.reshape(batch * groups, heads // groups, queries * samples)
     out = linear_vjp(grad_bias, np.maximum(trace.hidden, 0), **params["out"])
@@ -198,7 +231,8 @@ def fixed_bias(table: Array, *, query_size: Size, samples: int) -> Array:
     Raises:
         ShapeError: if the table was built for another map size.
     """
-    height, width = query_size
+    check_array("table", table, {"heads": None, "H·W": None, "Ns": None})
+    height, width = size_pair("query_size", query_size)
     if table.shape[1:] != (height * width, samples):
         raise ShapeError(
             f"x: expected the map that the fixed bias table was built for, {table.shape[1]} queries × "

@@ -1,43 +1,43 @@
-"""Coverage: the share of a map that the reference points read. It decides whether offsets can matter.
+"""Coverage: the share of a map that the reference points read. Offsets can matter only where coverage is incomplete.
 
 A point p reads pixel i with the bilinear weight (see `sampling`)
 
     w(i) = max(0, 1 - |p_y - i_y|) · max(0, 1 - |p_x - i_x|),
 
 so its footprint, the pixels of positive weight, is at most 2 × 2 pixels. A key grid of stride r has one point for r × r
-pixels. Four consequences:
+pixels. This has four consequences:
 
-1. **Coverage.** With cell centers the grid reads every pixel at strides 1 and 2. Beyond, a point on a pixel reads one
-   pixel of its cell (odd r, coverage 1/r²), a point between pixels reads four (even r, coverage 4/r²).
-2. **Average pooling.** At strides 1 and 2 the cell is the footprint, with equal weights: the layer without offsets
-   equals the layer with average pooling of its cells. It misses nothing, so offsets cannot recover anything.
-3. **Bound.** What no point reads changes no key. If the grid reads some pixel of the target with probability h over the
-   target's positions, then no classifier of K equally frequent kinds that sees the map through the keys alone is right
-   more often than h + (1 - h)/K.
-4. **Capture radius.** A point gets a gradient from a target only while its footprint touches it: from within half the
-   target's side plus one pixel, along each axis.
+1. **Coverage.** With cell centers the grid reads every pixel at strides 1 and 2. At larger strides, a point on a pixel
+   reads one pixel of its cell (odd r, coverage 1/r²); a point between pixels reads four (even r, coverage 4/r²).
+2. **Average pooling.** At strides 1 and 2 the footprint is the cell, with equal weights. The layer without offsets then
+   equals the layer with average pooling of its cells. It misses no pixel, so offsets cannot recover anything.
+3. **Bound.** Pixels that no point reads do not change the keys. If the grid reads some pixel of the target with
+   probability h over the target's positions, and a classifier of K equally frequent classes uses only the keys, then
+   its accuracy is at most h + (1 - h)/K.
+4. **Capture radius.** A point gets a gradient from a target only while its footprint touches the target: within half
+   the target's side plus one pixel on each axis.
 
-They hold for the map that the layer samples. A convolution, a window or a local perception unit before it carries what
-lies between the points to them, and so raises h.
+These statements hold for the map that the layer samples. Convolutions, windows or local perception units before the
+layer move information from the pixels between the points to the points. They increase h.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .._checks import Array, ConfigError
+from .._checks import Array, ConfigError, integer, real, size_pair
 from ..conventions import Convention
 from .grid import Size, key_grid_size, reference_points, to_pixels
 
-_ROUNDING = 1e-9  # pixels: a point this close to a pixel's center is on it
+_ROUNDING = 1e-9  # tolerance in pixels: a point this close to a pixel's center reads no other pixel
 
 
 def read_pixels(size: Size, stride: int, convention: Convention = Convention.CELL_CENTER) -> Array:
-    """Return which pixels of a map some reference point reads.
+    """Return a mask of the pixels that the reference points read.
 
     Args:
         size: (H, W) of the map, each at least `stride`.
-        stride: r, map pixels a key cell.
+        stride: r, map pixels per key cell.
         convention: coordinate convention. Points outside the map are clamped to it, as in DAT++.
 
     Returns:
@@ -49,7 +49,8 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     >>> read_pixels((3, 9), stride=3).astype(int).tolist()
     [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
     """
-    kernel = stride // 2 * 2 + 3  # every odd kernel above the stride gives the same grid
+    size, stride = size_pair("size", size), integer(1)("stride", stride)
+    kernel = stride // 2 * 2 + 3  # every odd kernel larger than the stride gives the same grid
     points = reference_points(key_grid_size(size, kernel, stride, convention), convention)
     points_px = to_pixels(np.clip(points, -1, 1), size, convention)
     rows, columns = (_read_on_axis(points_px[..., axis].ravel(), length) for axis, length in enumerate(size))
@@ -57,7 +58,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
 
 
 def _read_on_axis(points_px: Array, length: int) -> Array:
-    """Return which pixels of one axis have a positive weight for some point."""
+    """Return a mask of the pixels of one axis with a positive weight for some point."""
     points_px = np.clip(points_px, 0, length - 1)
     distance = np.abs(np.arange(length)[:, None] - points_px)
     return np.asarray((distance < 1 - _ROUNDING).any(1))
@@ -79,8 +80,8 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
 
     Args:
         size: (H, W) of the map.
-        stride: r, map pixels a key cell.
-        target: (h, w) of the target, pixels of the map; every position wholly on the map counts once.
+        stride: r, map pixels per key cell.
+        target: (h, w) of the target in map pixels. Every position entirely on the map counts once.
         convention: coordinate convention.
 
     Raises:
@@ -89,7 +90,9 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
     >>> hit_rate((16, 16), 8, (1, 1)), hit_rate((16, 16), 8, (7, 7)), hit_rate((16, 16), 2, (1, 1))
     (0.0625, 1.0, 1.0)
     """
-    if min(target) < 1 or target[0] > size[0] or target[1] > size[1]:
+    size = size_pair("size", size)
+    sides: tuple[int, ...] = tuple(integer()("target", side) for side in target)
+    if len(sides) != 2 or min(sides) < 1 or sides[0] > size[0] or sides[1] > size[1]:
         raise ConfigError(f"target: expected 1 ≤ h ≤ {size[0]} and 1 ≤ w ≤ {size[1]}, got {target}")
     read = read_pixels(size, stride, convention)
     windows = np.lib.stride_tricks.sliding_window_view(read, target)
@@ -97,11 +100,11 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
 
 
 def fixed_grid_bound(hit_rate: float, classes: int) -> float:
-    """Return the highest accuracy that keys at the reference points allow, h + (1 - h)/K.
+    """Return the maximum accuracy with keys at the reference points, h + (1 - h)/K.
 
     Args:
         hit_rate: h, in [0, 1], see `hit_rate`.
-        classes: K, equally frequent and independent of the target's position.
+        classes: number K of classes, equally frequent and independent of the target's position.
 
     Raises:
         ConfigError: if h is not in [0, 1] or K is below 1.
@@ -109,23 +112,28 @@ def fixed_grid_bound(hit_rate: float, classes: int) -> float:
     >>> fixed_grid_bound(0.0, 8), fixed_grid_bound(1.0, 8)
     (0.125, 1.0)
     """
+    hit_rate, classes = real()("hit_rate", hit_rate), integer()("classes", classes)
     if not 0 <= hit_rate <= 1 or classes < 1:
         raise ConfigError(f"hit_rate, classes: expected 0 ≤ h ≤ 1 and K ≥ 1, got {hit_rate} and {classes}")
     return hit_rate + (1 - hit_rate) / classes
 
 
 def capture_radius(target: float) -> float:
-    """Return the distance along an axis, in map pixels, from which a target can pull a point towards itself.
+    """Return the largest distance on an axis, in map pixels, at which a target gives a point a gradient.
 
-    Half the target's side plus one pixel. The target's pixels are those that it covers at least half; for a target of
-    whole pixels on the lattice the radius is half a pixel less.
+    This is half the target's side plus one pixel. A pixel belongs to the target if the target covers at least half of
+    it. For a target of whole pixels on the lattice the radius is half a pixel less.
 
     Args:
-        target: side of the target, map pixels, above 0.
+        target: side of the target in map pixels, greater than 0.
+
+    Raises:
+        ConfigError: if the side is not greater than 0.
 
     >>> capture_radius(3.0)
     2.5
     """
+    target = real()("target", target)
     if not target > 0:
         raise ConfigError(f"target: expected a side above 0, got {target}")
     return target / 2 + 1

@@ -12,11 +12,24 @@ import math
 
 import numpy as np
 
-from .._checks import Array, ConfigError
+from .._checks import Array, ConfigError, ShapeError, check_dtype, integer, size_pair
 from ..conventions import Convention, Spacing
 from .basic import Padding, conv_size
 
 Size = tuple[int, int]
+
+
+def check_convention(convention: object) -> None:
+    """Raise `ConfigError` unless `convention` is a `Convention`."""
+    if not isinstance(convention, Convention):
+        known = ", ".join(each.name for each in Convention)
+        raise ConfigError(f"convention: expected a Convention ({known}), got {convention!r}")
+
+
+def _check_points(name: str, points: Array) -> None:
+    check_dtype(name, points, integers=True)
+    if points.ndim == 0 or points.shape[-1] != 2:
+        raise ShapeError(f"{name}: expected (..., 2), order (y, x), got {points.shape}")
 
 
 def _grid(size: Size, spacing: Spacing) -> Array:
@@ -38,17 +51,20 @@ def reference_points(key_size: Size, convention: Convention) -> Array:
     >>> reference_points((1, 2), Convention.CELL_CENTER).tolist()
     [[[0.0, -0.5], [0.0, 0.5]]]
     """
-    return _grid(key_size, convention.reference)
+    check_convention(convention)
+    return _grid(size_pair("key_size", key_size), convention.reference)
 
 
 def query_points(query_size: Size, convention: Convention) -> Array:
     """Return the normalized coordinates of the queries, one per pixel: (H, W, 2), order (y, x), float64."""
-    return _grid(query_size, convention.query)
+    check_convention(convention)
+    return _grid(size_pair("query_size", query_size), convention.query)
 
 
 def pixels_per_unit(size: Size, convention: Convention) -> Array:
     """Return the derivative d pixel/dn = (H - a)/2 for both axes, (2,)."""
-    return (np.asarray(size, dtype=np.float64) - convention.align_corners) / 2
+    check_convention(convention)
+    return (np.asarray(size_pair("size", size), dtype=np.float64) - convention.align_corners) / 2
 
 
 def to_pixels(points: Array, size: Size, convention: Convention) -> Array:
@@ -66,6 +82,7 @@ def to_pixels(points: Array, size: Size, convention: Convention) -> Array:
     >>> to_pixels(np.array([-1.0, 1.0]), (4, 4), Convention.CELL_CENTER).tolist()
     [-0.5, 3.5]
     """
+    _check_points("points", points)
     wide = _at_least_float32(points)
     scale = pixels_per_unit(size, convention).astype(wide.dtype)
     edge = wide.dtype.type((not convention.align_corners) / 2)
@@ -75,6 +92,7 @@ def to_pixels(points: Array, size: Size, convention: Convention) -> Array:
 
 def to_pixels_vjp(cotangent: Array, size: Size, convention: Convention) -> Array:
     """Gradient of `to_pixels`: ∂L/∂n = ∂L/∂pixel · (H - a)/2."""
+    _check_points("cotangent", cotangent)
     return cotangent * pixels_per_unit(size, convention).astype(cotangent.dtype)
 
 
@@ -83,6 +101,7 @@ def from_pixels(points_px: Array, size: Size, convention: Convention) -> Array:
 
     The result is 0 on an axis where `to_pixels` maps every coordinate to pixel 0.
     """
+    _check_points("points_px", points_px)
     wide = _at_least_float32(points_px)
     scale = pixels_per_unit(size, convention).astype(wide.dtype)
     edge = wide.dtype.type((not convention.align_corners) / 2)
@@ -100,6 +119,8 @@ def offset_padding(size: Size, kernel: int, stride: int, convention: Convention)
       on the key cells for even k - r, and half a pixel off center for odd k - r.
     - ``"half"``: ⌊k/2⌋ on each side. The windows are centered on pixel i·r. The 2023 code has no padding if k = r.
     """
+    check_convention(convention)
+    size, kernel, stride = size_pair("size", size), integer(1)("kernel", kernel), integer(1)("stride", stride)
     if convention.offset_padding == "half":
         half = 0 if kernel == stride and convention is Convention.DATPP2023 else kernel // 2
         return (half, half), (half, half)
@@ -116,11 +137,13 @@ def key_grid_size(size: Size, kernel: int, stride: int, convention: Convention) 
     """Return the size (Hk, Wk) of the key grid over a map of (H, W).
 
     Raises:
-        ConfigError: if the stride is larger than the map.
+        ConfigError: if the stride or the kernel is larger than the map.
 
     >>> key_grid_size((7, 12), 5, 2, Convention.CELL_CENTER)
     (4, 6)
     """
+    check_convention(convention)
+    size, kernel, stride = size_pair("size", size), integer(1)("kernel", kernel), integer(1)("stride", stride)
     if stride > min(size):
         raise ConfigError(
             f"stride: expected at most the map's height and width, got stride={stride} on a map of {size[0]}×{size[1]} "

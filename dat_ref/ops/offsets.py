@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._checks import Array, ConfigError, Tree
+from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_dtype, check_same_shape, member, real
 from ..config import OffsetBound
 from ..conventions import Convention
 from .basic import (
@@ -30,7 +30,7 @@ from .basic import (
     linear_macs,
     linear_vjp,
 )
-from .grid import Size
+from .grid import Size, check_convention
 
 # ------------------------------------------------------------------------------------------------ network
 
@@ -54,7 +54,11 @@ def offset_network(queries: Array, params: Tree, *, stride: int, padding: Paddin
 
     Returns:
         raw offsets Δ (B·G, 2, Hk, Wk), channel order (y, x), and the trace.
+
+    Raises:
+        ShapeError, ConfigError: if a shape, a dtype or an option is wrong.
     """
+    check_array("queries", queries, {"B·G": None, "C/G": len(params["depthwise"]["weight"]), "H": None, "W": None})
     windows = depthwise_conv2d(queries, **params["depthwise"], stride=stride, padding=padding)
     normed = layer_norm(windows, **params["norm"])
     activated = gelu(normed)
@@ -85,11 +89,25 @@ def offset_network_macs(
 # ------------------------------------------------------------------------------------------------ bound
 
 
+_BOUND, _RANGE = member(OffsetBound), real(0, rule="a width in key cells")
+
+
+def _check_offsets(name: str, offsets: Array, reference: Array, convention: Convention) -> None:
+    check_array("reference", reference, {"Hk": None, "Wk": None, "(y, x)": 2})
+    check_dtype(name, offsets)
+    if offsets.shape[-3:] != reference.shape:
+        rows, columns, _ = reference.shape
+        raise ShapeError(f"{name}: expected (B, G, Hk={rows}, Wk={columns}, (y, x)=2), got {offsets.shape}")
+    check_convention(convention)
+
+
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> Array:
     """Return the maximum offset of ``TANH_CELLS`` on each axis, normalized: (s/2) · pitch of the key grid, (2,).
 
     In pixels this is s/2 key cells. Each point stays in a region of s × s key cells around its reference point.
     """
+    _RANGE("offset_range", offset_range)
+    check_convention(convention)
     return np.array([offset_range / 2 * convention.reference.pitch(count) for count in key_size])
 
 
@@ -110,8 +128,12 @@ def bound_offsets(
         bounded for ``TANH_CELLS``, raw where the bound acts on the sum.
 
     Raises:
-        ConfigError: if a point would be infinite (a single key under ``DATPP2023`` without a bound on coordinates).
+        ShapeError: if a shape or a dtype is wrong.
+        ConfigError: if an option is wrong, or a point would be infinite (a single key under ``DATPP2023`` without a
+            bound on coordinates).
     """
+    _check_offsets("raw", raw, reference, convention)
+    bound, offset_range = _BOUND("bound", bound), _RANGE("offset_range", offset_range)
     reference = reference.astype(raw.dtype)
     if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW) and not np.isfinite(reference).all():
         raise ConfigError(
@@ -145,6 +167,9 @@ def bound_offsets_vjp(
     The derivative of tanh is 1 - tanh². The clamp passes the gradient where -1 ≤ p + Δ ≤ 1 and blocks it elsewhere:
     a clamped point cannot learn to leave the border.
     """
+    _check_offsets("raw", raw, reference, convention)
+    check_same_shape("cotangent", cotangent, raw.shape, "raw")
+    bound, offset_range = _BOUND("bound", bound), _RANGE("offset_range", offset_range)
     reference = reference.astype(raw.dtype)
     if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention).astype(raw.dtype)
@@ -162,6 +187,8 @@ def share_at_bound(
     offsets: Array, reference: Array, bound: OffsetBound, *, offset_range: float, convention: Convention
 ) -> float:
     """Return the fraction of offset components at their bound: at least 99 % of a tanh's limit, or clamped."""
+    _check_offsets("offsets", offsets, reference, convention)
+    bound, offset_range = _BOUND("bound", bound), _RANGE("offset_range", offset_range)
     reference = reference.astype(offsets.dtype)
     if bound is OffsetBound.TANH_CELLS:
         limit = offset_limit(offset_range, reference.shape[:2], convention)

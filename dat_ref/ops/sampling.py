@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._checks import Array
+from .._checks import Array, ShapeError, check_array
 from .basic import pixel_columns, scatter_add
 
 
@@ -67,17 +67,29 @@ def bilinear_sample(x: Array, points_px: Array) -> Array:
         points_px: (N, P, 2), order (y, x), in pixels; 0 is the center of the first pixel.
 
     Returns:
-        (N, C, P). The pixel's value at a pixel center; 0 at least one pixel outside the map; NaN at a NaN point.
+        (N, C, P), at least float32. The pixel's value at a pixel center; 0 at least one pixel outside the map; NaN at a
+        NaN point.
+
+    Raises:
+        ShapeError: if a shape or a dtype is wrong.
 
     >>> ramp = np.arange(6.0).reshape(1, 1, 2, 3)
     >>> bilinear_sample(ramp, np.array([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
     [[[2.5, 2.5, 0.0]]]
     """
+    _check_sampling(x, points_px)
     rows = np.ascontiguousarray(_pixel_rows(x))  # (N, H·W, C)
     sampled = np.zeros((*points_px.shape[:2], x.shape[1]), dtype=np.result_type(x, points_px, np.float32))
     for corner in _corners(points_px, *x.shape[2:]):
         sampled += corner.weight[..., None] * _read(rows, corner)  # (N, P, C)
     return sampled.transpose(0, 2, 1)
+
+
+def _check_sampling(x: Array, points_px: Array) -> None:
+    check_array("x", x, {"N": None, "C": None, "H": None, "W": None}, integers=True)
+    if 0 in x.shape[2:]:
+        raise ShapeError(f"x: expected (N, C, H, W) with H >= 1 and W >= 1, got {x.shape}")
+    check_array("points_px", points_px, {"N": len(x), "P": None, "(y, x)": 2}, integers=True)
 
 
 class SampleGradients(NamedTuple):
@@ -99,7 +111,12 @@ def bilinear_sample_vjp(cotangent: Array, x: Array, points_px: Array) -> SampleG
 
     Returns:
         ``x`` (N, C, H, W) and ``points_px`` (N, P, 2).
+
+    Raises:
+        ShapeError: if a shape or a dtype is wrong.
     """
+    _check_sampling(x, points_px)
+    check_array("cotangent", cotangent, {"N": len(x), "C": x.shape[1], "P": points_px.shape[1]})
     maps, channels, height, width = x.shape
     rows = np.ascontiguousarray(_pixel_rows(x))
     grad_samples = np.ascontiguousarray(cotangent.transpose(0, 2, 1))  # (N, P, C)

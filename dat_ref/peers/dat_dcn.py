@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._checks import Array, ConfigError, Tree, check_divides, check_map
-from ..config import PeerConfig
+from .._checks import Array, ConfigError, Tree, check_divides, check_fields, check_map, integer
+from ..config import CHECK_CONVENTION, PeerConfig
 from ..conventions import Convention
 from ..official import NameMapping, ReleasedName
 from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
@@ -48,9 +48,8 @@ class DATDCNAttentionConfig(PeerConfig):
     kind = "dat_dcn"
 
     def __post_init__(self) -> None:
+        check_fields(self, dim=integer(1), heads=integer(), points=integer(1), convention=CHECK_CONVENTION)
         check_divides("heads", self.heads, "dim", self.dim)
-        if self.points < 1:
-            raise ConfigError(f"points: expected >= 1, got {self.points}")
 
 
 def dat_dcn_shapes(config: DATDCNAttentionConfig) -> Tree:

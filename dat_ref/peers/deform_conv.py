@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
-from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_divides, check_map
+from .._checks import Array, ShapeError, Tree, boolean, check_array, check_divides, check_fields, check_map, integer
 from ..config import PeerConfig
 from ..ops.basic import Padding, conv2d, conv2d_macs, conv2d_vjp
 from ..ops.grid import Size
@@ -259,10 +259,16 @@ class DeformableConvConfig(PeerConfig):
     kind = "deformable_convolution"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            kernel_size=integer(1, "the map keeps its size", odd=True),
+            groups=integer(),
+            offset_groups=integer(),
+            modulated=boolean,
+        )
         check_divides("groups", self.groups, "dim", self.dim)
         check_divides("offset_groups", self.offset_groups, "dim", self.dim)
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConfigError(f"kernel_size: expected an odd number (the map keeps its size), got {self.kernel_size}")
 
     @property
     def taps(self) -> int:

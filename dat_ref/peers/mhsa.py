@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .._checks import Array, Tree, check_divides, check_map
+from .._checks import RATE, Array, Tree, check_divides, check_fields, check_map, integer, optional, size_pair
 from ..config import PeerConfig
 from ..conventions import Convention
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
@@ -40,6 +40,14 @@ class MultiHeadAttentionConfig(PeerConfig):
     kind = "multi_head"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            size=optional(size_pair),
+            attention_dropout=RATE,
+            projection_dropout=RATE,
+        )
         check_divides("heads", self.heads, "dim", self.dim)
 
     @property

@@ -16,11 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from .._checks import Array, ConfigError, ShapeError, Tree, check_array, check_divides, check_map
+from .._checks import (
+    Array,
+    ConfigError,
+    ShapeError,
+    Tree,
+    check_array,
+    check_divides,
+    check_fields,
+    check_map,
+    choice,
+    integer,
+)
 from ..config import PeerConfig
 from ..official import NameMapping, ReleasedName
 from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
@@ -61,11 +72,15 @@ class MultiScaleDeformableConfig(PeerConfig):
     kind = "multi_scale_deformable"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            points=integer(1),
+            levels=integer(1),
+            scoring=choice(get_args(Scoring)),
+        )
         check_divides("heads", self.heads, "dim", self.dim)
-        if self.points < 1 or self.levels < 1:
-            raise ConfigError(f"points, levels: expected >= 1, got {self.points}, {self.levels}")
-        if self.scoring not in ("query", "dot_product"):
-            raise ConfigError(f"scoring: expected 'query' or 'dot_product', got {self.scoring!r}")
 
     @property
     def scale(self) -> float:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._checks import Array, ConfigError, Tree, check_divides, check_map
+from .._checks import Array, Tree, check_divides, check_fields, check_map, integer
 from ..config import PeerConfig
 from ..ops.attention import attend, attend_macs, attend_vjp, split_heads
 from ..ops.basic import Padding, depthwise_conv2d_macs, linear, linear_macs, linear_vjp
@@ -150,11 +150,10 @@ class PerQueryAttentionConfig(PeerConfig):
     kind = "per_query"
 
     def __post_init__(self) -> None:
+        odd = integer(1, "it has a center", odd=True)
+        check_fields(self, dim=integer(1), heads=integer(), groups=integer(), kernel_size=odd, offset_kernel_size=odd)
         check_divides("heads", self.heads, "dim", self.dim)
         check_divides("groups", self.groups, "heads", self.heads)
-        for name in ("kernel_size", "offset_kernel_size"):
-            if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
-                raise ConfigError(f"{name}: expected an odd number (it has a center), got {getattr(self, name)}")
 
     @property
     def keys(self) -> int:

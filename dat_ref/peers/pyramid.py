@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._checks import Array, ConfigError, Tree, check_divides, check_map
+from .._checks import RATE, Array, Tree, check_divides, check_fields, check_map, integer
 from ..config import PeerConfig
 from ..official import NameMapping, ReleasedName
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
@@ -49,9 +49,15 @@ class PyramidAttentionConfig(PeerConfig):
     kind = "pyramid"
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            dim=integer(1),
+            heads=integer(),
+            reduction=integer(1),
+            attention_dropout=RATE,
+            projection_dropout=RATE,
+        )
         check_divides("heads", self.heads, "dim", self.dim)
-        if self.reduction < 1:
-            raise ConfigError(f"reduction: expected >= 1, got {self.reduction}")
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,6 @@
-"""What objects are placed on: the photographs that ship, each cut into a part to train on and a part held out.
+"""Backgrounds of scenes: the photographs that ship, each cut into a training part and a held-out part.
 
-The right third of every photograph is held out: both parts show like things, and no pixel is in both.
+The right third of every photograph is held out. Both parts show similar things and share no pixel.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def background(generator: np.random.Generator, split: str, size: int) -> Array:
     """Draw a background: a square cut from a photograph, mirrored half of the time, lighter or darker.
 
     Args:
-        generator: whose next numbers decide.
+        generator: source of the random numbers.
         split: ``"train"`` or ``"held_out"``.
-        size: side of what is returned, pixels.
+        size: side of the background, pixels.
 
     Returns:
         (size, size, 3) float32 in [0, 1].
@@ -52,7 +52,7 @@ def background(generator: np.random.Generator, split: str, size: int) -> Array:
 
 
 def _resized(pixels: Array, size: int) -> Array:
-    """Return a square of another size, in [0, 1], smoothed as far as it is made smaller."""
+    """Return a square of another size, in [0, 1], with antialiasing where it is reduced."""
     from PIL import Image
 
     resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)

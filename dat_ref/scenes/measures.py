@@ -9,7 +9,7 @@ from ..layer import LayerTrace
 
 
 def on_image(points_px: Array, reduction: float) -> Array:
-    """Return where points of a map are on the image, both in pixels, and the middle of pixel i is at i.
+    """Return where points of a map are on the image, both in pixels, the center of pixel i at i.
 
         place = (p + ½) · reduction - ½
 
@@ -23,13 +23,13 @@ def on_image(points_px: Array, reduction: float) -> Array:
 def share_on_mask(points_px: Array, mask: Array, reduction: float, weights: Array | None = None) -> float:
     """Return the share of points whose nearest pixel of the image lies on a mask.
 
-    A point outside the image lies on nothing, and counts.
+    A point outside the image is on no object, and counts.
 
     Args:
-        points_px: (..., 2), (y, x), in pixels of a map; the middle of its pixel i is at i.
-        mask: (H, W), of the image: bool, or how much of each pixel counts as on it, in [0, 1].
-        reduction: image pixels for one of the map's.
-        weights: (...), 0 or more: how much each point counts, such as the attention that it gets; alike if None.
+        points_px: (..., 2), (y, x), in pixels of a map, the center of its pixel i at i.
+        mask: (H, W), of the image: bool, or the share of each pixel on the object, in [0, 1].
+        reduction: image pixels per pixel of the map.
+        weights: (...), 0 or more, weight of each point, for example the attention it receives; equal weights if None.
 
     >>> mask = np.zeros((8, 8), bool)
     >>> mask[4:, :4] = True
@@ -53,15 +53,15 @@ def points_on_mask(points_px: Array, mask: Array, reduction: float) -> Array:
 
 
 def received(trace: LayerTrace) -> Array:
-    """Return how much attention each point of an image gets, the mean over queries and a group's heads: (G, Hk, Wk)."""
-    of_heads = trace.attention[0].mean(1)  # (heads, Ns)
+    """Return the attention that each point receives, the mean over queries and a group's heads: (G, Hk, Wk)."""
+    per_head = trace.attention[0].mean(1)  # (heads, Ns)
     groups, rows, columns = trace.points_px.shape[1:4]
-    mean: Array = of_heads.reshape(groups, -1, rows, columns).mean(1)
+    mean: Array = per_head.reshape(groups, -1, rows, columns).mean(1)
     return mean
 
 
 def shares_of_layer(trace: LayerTrace, mask: Array, reduction: float) -> tuple[float, float, float]:
-    """Return shares on a mask: of a layer's points, of the same points without offsets, of the attention they get.
+    """Return shares on a mask: of a layer's points, of the same points without offsets, of the attention they receive.
 
     Args:
         trace: of one image.
@@ -88,8 +88,8 @@ def position_targets(label: int | Array, classes: int, masks: Array, reduction: 
         label: class index, or (classes,) of zeros and ones.
         classes: number of classes.
         masks: bool (objects, H, W) of the image.
-        reduction: image pixels for one of the map's, along each axis.
-        on_objects: in [0, 1]; without effect where all positions are alike.
+        reduction: image pixels per pixel of the map, along each axis.
+        on_objects: in [0, 1]; without effect where every position is on an object, or none is.
 
     Returns:
         (classes, ⌈H/reduction⌉, ⌈W/reduction⌉) float32.

@@ -127,5 +127,5 @@ def _draw_picture(placed: Placed, around: Surroundings, generator: np.random.Gen
 OBJECTS = {
     "shapes": ObjectSet(KINDS, (0.09, 0.17), _draw_shape),
     "discs": ObjectSet(tuple(COLOURS), (0.03, 0.125), _draw_disc),
-    "pictures": ObjectSet(pictures.PICTURES, (0.035, 0.09), _draw_picture),
+    "pictures": ObjectSet(pictures.PICTURES, (0.05, 0.09), _draw_picture),
 }

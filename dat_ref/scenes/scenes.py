@@ -23,7 +23,7 @@ TASKS = {
     "which_all": "the kinds of one to four objects, no two alike",
     "where": "the cell of a 4 × 4 grid that contains the center of the one object",
     "count": "the number of objects, none to four",
-    "find": "the kind of the objects, which are alike, or nothing",
+    "find": "the kind of the objects, all of one kind, or nothing",
     "find_all": "the kinds of none to six objects, no two alike; nothing is a class of its own",
 }
 LENGTHS = {"train": 16384, "held_out": 2048}
@@ -108,7 +108,7 @@ class Scenes:
 
     @property
     def multi(self) -> bool:
-        """Whether several classes can be right at once."""
+        """True if several classes can be correct at once."""
         return self.task.endswith("_all")
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The conformance kit: point it at any implementation, and it says which properties hold and what is wrong.
+"""Conformance kit: checks any implementation of an operation, reports which properties hold, and diagnoses mistakes.
 
     >>> from dat_ref.testing import check
     >>> (report,) = check("dat_ref.ops.sampling:bilinear_sample", max_examples=5)
@@ -6,18 +6,19 @@
     (True, 'Position (0, 0) is the center of the first pixel.')
 
 ==========================  ====================================================================================
-`dat_ref.testing.ops`       what can be judged: one file for each operation
-`dat_ref.testing.op_spec`   what the kit is made of: case, check, mutant, operation, implementation
-`dat_ref.testing.context`   one implementation under one setting, compared with the spec
-`dat_ref.testing.run`       the checks, in order, with the smallest counter-example
-`dat_ref.testing.diagnosis` the mistake by name: the mutant that behaves the same
-`dat_ref.testing.layout`    other layouts, single images: wrappers for what does not fit the protocol as it is
-`dat_ref.testing.report`    the report for people
-`dat_ref.testing.pytest`    the same in other people's suites: one test for each check
+`dat_ref.testing.ops`       operations that the kit can check, one file each
+`dat_ref.testing.op_spec`   data types of the kit: case, check, mutant, operation, implementation
+`dat_ref.testing.context`   one implementation under one setting, compared with the reference
+`dat_ref.testing.run`       test runner; finds the smallest counter-example of each check
+`dat_ref.testing.diagnosis` diagnosis: mutants that give the same results as the implementation
+`dat_ref.testing.layout`    wrappers for implementations with other layouts, or for single images
+`dat_ref.testing.report`    text report
+`dat_ref.testing.pytest`    pytest integration: one test for each check
 ==========================  ====================================================================================
 
-An implementation is a function of NumPy arrays under the protocol's name, or an object with several of them;
-``<name>_vjp(cotangent, *arguments)`` beside it is its gradient. ``dat-ref check --list`` prints the names.
+An implementation is a function of NumPy arrays with the protocol's name, or an object with several such functions.
+Its gradient is ``<name>_vjp(cotangent, *arguments)`` in the same module or object. ``dat-ref check --list`` prints
+the names.
 """
 
 from .._deprecation import deprecated_names

@@ -1,4 +1,4 @@
-"""When two arrays agree: to a tolerance in float64, or within an error budget in a lower precision."""
+"""Comparison of arrays: with a tolerance in float64, or with an error budget in a lower precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BUDGET_FACTOR = 8.0
 
 
 def disagreement(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> str:
-    """Return what is wrong in words, "" where |actual - expected| <= tolerance (1 + |expected|) everywhere.
+    """Describe where |actual - expected| <= tolerance (1 + |expected|) is false; return "" if it holds everywhere.
 
     >>> disagreement([1.0, 2.5], [1.0, 2.0], 1e-9)
     '1 of 2 differ, by up to 0.5'
@@ -25,22 +25,24 @@ def disagreement(actual: ArrayLike, expected: ArrayLike, tolerance: float) -> st
 
 
 def over_budget(result: Array, truth: Array, yardstick: Array, factor: float = BUDGET_FACTOR) -> str:
-    """Return what is wrong with a low-precision result in words, "" where it is about as good as a plain one.
+    """Describe where a low-precision result exceeds its error budget; return "" if it does not.
 
-    An element may be off by `factor` times (the yardstick's own error there + the root mean square of the yardstick's
-    errors + one rounding of the true value). A yardstick that happens to be right in one place is no reason to fail.
+    The budget of an element is `factor` times the sum of the yardstick's error in this element, the root mean square of
+    the yardstick's errors, and one rounding of the true value. The root mean square matters where the yardstick happens
+    to be exact.
 
     Args:
-        result: what is judged, in the low precision.
-        truth: the same, computed in float64.
-        yardstick: the same mathematics, carried out plainly in the low precision.
+        result: result under test, in the low precision.
+        truth: true result, computed in float64.
+        yardstick: result of a plain computation in the low precision.
+        factor: see above.
     """
     if not result.shape == truth.shape == yardstick.shape:
         return f"{result.shape}, {truth.shape}, {yardstick.shape}"
     if result.dtype != yardstick.dtype:
-        return f"{result.dtype} is judged by {yardstick.dtype}"
+        return f"result has {result.dtype}, yardstick has {yardstick.dtype}"
     if truth.dtype != np.float64:
-        return f"truth in {truth.dtype}"
+        return f"truth has {truth.dtype}, expected float64"
     for name, array in (("truth", truth), ("yardstick", yardstick)):
         if not np.isfinite(array).all():
             return f"the {name} is not finite"
@@ -57,7 +59,7 @@ def over_budget(result: Array, truth: Array, yardstick: Array, factor: float = B
 
 
 def assert_agree(actual: ArrayLike, expected: ArrayLike, tolerance: float = 1e-12, what: str = "") -> None:
-    """Require equal shapes and |actual - expected| <= tolerance (1 + |expected|) everywhere; NaN never passes."""
+    """Require equal shapes and |actual - expected| <= tolerance (1 + |expected|) everywhere. NaN never passes."""
     message = disagreement(actual, expected, tolerance)
     assert not message, f"{what}: {message}"
 
@@ -65,6 +67,6 @@ def assert_agree(actual: ArrayLike, expected: ArrayLike, tolerance: float = 1e-1
 def assert_within_budget(
     result: Array, truth: Array, yardstick: Array, factor: float = BUDGET_FACTOR, what: str = ""
 ) -> None:
-    """Require that a low-precision result is about as good as a plain computation in it; see `over_budget`."""
+    """Require that a low-precision result is about as accurate as a plain computation, see `over_budget`."""
     message = over_budget(result, truth, yardstick, factor)
     assert not message, f"{what}: {message}"

@@ -1,4 +1,4 @@
-"""Tests that every operation shares: does it run, leave its inputs alone, keep shape and precision."""
+"""Tests shared by all operations: smoke test, unmodified inputs, shape."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .strategies import non_contiguous
 
 
 def runs(ctx: CheckContext, case: Case) -> None:
-    """It returns finite numbers of the right precision."""
+    """Require a finite result with the dtype of the inputs."""
     try:
         got = ctx.got(case)
-    except Skip as skip:  # an option may be missing, but not everything
+    except Skip as skip:  # single options may be missing, but not the whole function
         raise Mismatch(f"it raised NotImplementedError: {skip}") from skip
     if case.arrays() and got.dtype != ctx.setting.dtype:
-        raise Mismatch(f"it returns {got.dtype} for {ctx.setting.dtype} (check it with --dtype {got.dtype})")
+        raise Mismatch(f"it returned {got.dtype} for {ctx.setting.dtype} inputs (check it with --dtype {got.dtype})")
     if not np.isfinite(got).all():
-        raise Mismatch("it returns NaN or infinity", None, got)
+        raise Mismatch("it returned NaN or infinity", None, got)
 
 
 def leaves_inputs_alone(ctx: CheckContext, case: Case) -> None:
-    """Read-only, strided arrays, stored back to front, give the same and are not written to."""
+    """Require the same result for read-only arrays with negative strides, and unmodified inputs."""
     expected = ctx.got(case)
     try:
         ctx.require_close(ctx.got(case), expected)
     except Mismatch as mismatch:
-        raise Mismatch(f"asked again, it answers differently: {mismatch.message}") from None
+        raise Mismatch(f"a second call with the same inputs gave another result: {mismatch.message}") from None
     plain = ctx.cast(case)
     given = plain.with_arrays({name: non_contiguous(array) for name, array in plain.arrays().items()})
     try:
@@ -40,18 +40,18 @@ def leaves_inputs_alone(ctx: CheckContext, case: Case) -> None:
     ctx.require_close(got, expected)
     for name, array in given.arrays().items():
         if not np.array_equal(array, plain.arrays()[name]):
-            raise Mismatch(f"it changed {name}")
+            raise Mismatch(f"it modified {name}")
 
 
 def shape(ctx: CheckContext, case: Case) -> None:
-    """The result has the reference's shape."""
+    """Require the reference's shape."""
     got, expected = ctx.got(case), ctx.expected(case)
     if got.shape != expected.shape:
         raise Mismatch(f"expected shape {expected.shape}, got {got.shape}")
 
 
 def slopes(*names: str, step: float = STEP) -> Callable[[CheckContext, Case], None]:
-    """Return the test of some gradients, or of all: along random directions each is the slope."""
+    """Return the test of some gradients, or of all: compare them with slopes along random directions."""
 
     def test(ctx: CheckContext, case: Case) -> None:
         chosen = [name for name in ctx.differentiable_arrays(case) if name.partition(".")[0] in names or not names]

@@ -1,4 +1,4 @@
-"""One implementation of one operation under one setting: what it gives, what it should give, and whether they agree."""
+"""Check context: one implementation of one operation under one setting, compared with the reference."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from .gradients import STEP, WrongGradient, check_vjp, numerical_gradient
 from .op_spec import Case, Implementation, Mismatch, OpSpec, Setting, Skip, named_arrays
 
 FLOAT64_TOLERANCE = 1e-9
-SLOPE_TOLERANCE = 1e-6  # of a gradient against differences; a factor of 1.001 is a thousand times more
+SLOPE_TOLERANCE = 1e-6  # for gradients against finite differences; a factor of 1.001 exceeds it a thousand times
 
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What a check's test is handed."""
+    """Context that a check's test receives."""
 
     implementation: Implementation
     op: OpSpec
     setting: Setting
 
     def cast(self, case: Case, dtype: Any = None) -> Case:
-        """Return the case with its arrays in the setting's precision (or, after that, in another)."""
+        """Return the case with its arrays rounded to the setting's dtype, and then converted to `dtype` if given."""
         rounded = {name: array.astype(self.setting.dtype) for name, array in case.arrays().items()}
         return case.with_arrays({name: array.astype(dtype or array.dtype) for name, array in rounded.items()})
 
     def call(self, implementation: Implementation, case: Case) -> Array:
-        """Call an implementation with the case as it stands, and return the part of its result that is compared."""
+        """Call an implementation without casting the case, and return the part of the result that is compared."""
         return np.asarray(self.op.select_output(self.raw_output(implementation, case)))
 
     def raw_output(self, implementation: Implementation, case: Case) -> Any:
-        """Call an implementation with the case as it stands, and return all that it returns."""
+        """Call an implementation without casting the case, and return its full result."""
         positional, keywords = self._arguments(implementation, case)
         return implementation.forward(*positional, **keywords)
 
@@ -45,10 +45,11 @@ class CheckContext:
         return [value for name, value in case.arguments.items() if name not in keywords], {**keywords, **options}
 
     def got(self, case: Case) -> Array:
-        """Return the implementation's result; whatever it raises becomes a mismatch.
+        """Return the implementation's result.
 
         Raises:
-            Skip: if it raises NotImplementedError: it says itself that it does not have an option.
+            Skip: if the implementation raises NotImplementedError, because it lacks an option.
+            Mismatch: if it raises any other exception.
         """
         try:
             got = self.call(self.implementation, self.cast(case))
@@ -57,15 +58,15 @@ class CheckContext:
         except Exception as error:
             raise Mismatch(f"it raised {type(error).__name__}: {error}", case=case) from error
         if not np.issubdtype(got.dtype, np.number):
-            raise Mismatch(f"it returns {got.dtype}, not numbers", case=case)
+            raise Mismatch(f"it returned {got.dtype}, expected a numeric dtype", case=case)
         return got
 
     def expected(self, case: Case) -> Array:
-        """Return the reference's result in float64, from the numbers that the implementation is given."""
+        """Return the reference's result in float64, for the same rounded inputs as the implementation's."""
         return self.call(self.op.reference, self.cast(case, np.float64))
 
     def compare(self, case: Case, part: Any = ...) -> None:
-        """Require the reference's result, or only a part of it: an index into the results."""
+        """Require the reference's result, or a part of it, given by an index."""
         got, expected = self.got(case), self.expected(case)
         if got.shape != expected.shape:
             raise Mismatch(f"expected shape {expected.shape}, got {got.shape}", expected, got)
@@ -78,18 +79,23 @@ class CheckContext:
             raise Mismatch(mismatch.message, expected, got) from None
 
     def _yardstick(self, case: Case, expected: Array) -> Array:
-        """Return a result that is as far off as the setting's precision makes one: the reference's own in it, or its
-        result for inputs that are rounded in another way. Small whole numbers are rounded by nobody else's formula."""
+        """Return a result with a typical error of the setting's precision.
+
+        The error is the largest one of the reference in this precision, and of the reference for inputs perturbed by
+        one rounding. The perturbation matters for small integers, which the reference's formula does not round.
+        """
         plain = self.call(self.op.reference, self.cast(case))
         others = [
             self.call(self.op.reference, self._perturbed(case, np.array(signs)))
-            for signs in ((1, 1), (-1, -1), (1, -1), (-1, 1))  # y and x may make up for each other
+            for signs in ((1, 1), (-1, -1), (1, -1), (-1, 1))  # errors in y and x can cancel
         ]
         return np.asarray(expected + np.max([np.abs(other - expected) for other in (plain, *others)], axis=0))
 
     def _perturbed(self, case: Case, signs: Array) -> Case:
-        """Return the case with each number moved by one rounding of the largest that may stand there, up or down; the
-        signs alternate along the last axis."""
+        """Return the case with each element perturbed by one rounding of the largest possible element.
+
+        The signs are random, times `signs`, repeated along the last axis.
+        """
         rng, eps, exact = np.random.default_rng(0), np.finfo(self.setting.dtype).eps, self.cast(case, np.float64)
         extents = {each.name: each.extent(case.arguments) for each in self.op.arguments if each.extent}
         perturbed = {}
@@ -107,14 +113,21 @@ class CheckContext:
         case: Case | None = None,
         what: str = "",
     ) -> None:
-        """Require agreement to a tolerance, as far as the setting's precision allows it; `case` as in `Mismatch`."""
+        """Require agreement within a tolerance, or within the setting's precision if that is lower.
+
+        Args:
+            got, expected: arrays to compare.
+            tolerance: absolute and relative tolerance.
+            case: see `Mismatch`.
+            what: prefix of the message.
+        """
         floor = max(tolerance, 32 * float(np.finfo(self.setting.dtype).eps))
         message = disagreement(got, expected, floor)
         if message:
             raise Mismatch(what + message, expected, got, case)
 
     def require_within_budget(self, got: Array, expected: Array, yardstick: Array, what: str = "") -> None:
-        """Require that a low-precision result is about as good as the reference's own in that precision."""
+        """Require that a low-precision result is about as accurate as the reference in that precision."""
         rounded = yardstick.astype(self.setting.dtype)
         if got.shape != expected.shape:
             raise Mismatch(f"{what}expected shape {expected.shape}, got {got.shape}", expected, got)
@@ -129,7 +142,7 @@ class CheckContext:
         return [name for name in case.arrays() if name.partition(".")[0] in self.op.differentiable_arguments]
 
     def gradients(self, implementation: Implementation, cotangent: Array, case: Case) -> dict[str, Array]:
-        """Return the gradients by name, whatever form the VJP returns them in."""
+        """Return the gradients by name, for any form in which the VJP returns them."""
         assert implementation.vjp is not None
         positional, options = self._arguments(implementation, case)
         returned = implementation.vjp(cotangent, *positional, **options)
@@ -141,12 +154,17 @@ class CheckContext:
     def compare_gradient(
         self, name: str, cotangent: Array, case: Case, *, one_sided: bool = False, step: float = STEP
     ) -> None:
-        """Require that one gradient is the slope of the implementation's own forward, element by element.
+        """Compare one gradient with finite differences of the implementation's own forward, element by element.
 
-        In a lower precision than float64, where slopes cannot be measured, it is compared with the spec's.
+        In a lower precision than float64, finite differences are too inaccurate, and the gradient is compared with the
+        reference's.
 
         Args:
-            one_sided: on a kink: steps go in the direction of `step` only.
+            name: name of the array.
+            cotangent: cotangent of the result.
+            case: the case.
+            one_sided: for a kink: use steps in the direction of `step` only.
+            step: step of the finite differences.
         """
         grads = self._implementation_gradients(cotangent, case, [name])
         if self.setting.dtype != "float64":
@@ -161,7 +179,7 @@ class CheckContext:
         self.require_close(grads[name], measured, SLOPE_TOLERANCE, what=f"gradient of {name}: ")
 
     def compare_slopes(self, names: Iterable[str], case: Case, *, step: float = STEP) -> None:
-        """The same along random directions: for arrays that are too large to be moved element by element."""
+        """Compare gradients with finite differences along random directions, for arrays with many elements."""
         names, rng = list(names), np.random.default_rng(0)
         if self.setting.dtype != "float64":
             cotangent = rng.standard_normal(self.expected(case).shape)
@@ -181,14 +199,14 @@ class CheckContext:
             raise Mismatch(f"gradient of {error}") from None
 
     def _implementation_gradients(self, cotangent: Array, case: Case, names: Iterable[str]) -> dict[str, Array]:
-        """Return the implementation's gradients of these arrays."""
+        """Return the implementation's gradients of the named arrays."""
         try:
             grads = self.gradients(self.implementation, cotangent.astype(self.setting.dtype), self.cast(case))
         except Exception as error:
             raise Mismatch(f"its gradient raised {type(error).__name__}: {error}") from error
         missing = [name for name in names if name not in grads]
         if missing:
-            raise Mismatch(f"it returns no gradient of {', '.join(missing)}")
+            raise Mismatch(f"it returned no gradient of {', '.join(missing)}")
         return {name: grads[name] for name in names}
 
     def _gradients_within_budget(self, grads: Mapping[str, Array], cotangent: Array, case: Case) -> None:
@@ -204,7 +222,7 @@ class CheckContext:
 def gradients_by_name(returned: Any, names: list[str]) -> dict[str, Array]:
     """Return gradients by name: from a mapping, a sequence in the order of the arguments, or a single array.
 
-    The gradient of a dict is a dict; its entries are called ``argument.name``, as in `Case.arrays`.
+    The gradient of a dict is a dict. Its entries are named ``argument.name``, as in `Case.arrays`.
     """
     if not isinstance(returned, Mapping):
         if not isinstance(returned, (tuple, list)):

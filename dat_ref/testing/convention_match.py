@@ -1,4 +1,4 @@
-"""Which convention does an implementation follow? The one whose truth it gives, or none, and then the nearest."""
+"""Inference of the convention that an implementation follows, or of the closest one if it follows none."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ INCOMPARABLE = 1e9
 
 @dataclass(frozen=True)
 class ConventionMatch:
-    """The convention found, or the nearest one with how far it is off, in words.
+    """Convention that matches, or the closest one.
 
     Args:
-        equivalent: other conventions under which its results would be right, too.
+        convention: the convention.
+        exact: whether all results agree.
+        description: the difference in words, if they do not.
+        equivalent: other conventions under which the results are also correct.
     """
 
     convention: Convention
@@ -30,19 +33,19 @@ class ConventionMatch:
 
     @property
     def label(self) -> str:
-        """The convention by name, with those that cannot be told from it."""
+        """Name of the convention, and names of the equivalent ones."""
         return " = ".join(convention.name for convention in (self.convention, *self.equivalent))
 
 
 def infer_convention(implementation: Implementation, op: OpSpec, setting: Setting | None = None) -> ConventionMatch:
-    """Find the convention of an implementation, from the named examples of the values stage."""
+    """Infer the convention of an implementation from the named examples of the values stage."""
     setting = setting or Setting()
     contexts = [CheckContext(implementation, op, replace(setting, convention=convention)) for convention in Convention]
     scored = [_match(ctx) for ctx in contexts]
     exact = [match for _, match in scored if match.exact]
     if exact:
         return replace(exact[0], equivalent=tuple(match.convention for match in exact[1:]))
-    # A convention from which it is one known mistake away is nearer than one that gives similar numbers.
+    # A convention with one known mistake is closer than a convention with similar results.
     mistake_counts = [len(diagnose(ctx, [case for _, case in _examples(ctx)])) or INCOMPARABLE for ctx in contexts]
     nearest = min(range(len(scored)), key=lambda i: (mistake_counts[i], scored[i][0]))
     return scored[nearest][1]
@@ -55,7 +58,7 @@ def _examples(ctx: CheckContext) -> Iterator[tuple[Check, Case]]:
 
 
 def _match(ctx: CheckContext) -> tuple[float, ConventionMatch]:
-    """Return (the mean error over the examples, what is to be said)."""
+    """Return the mean error over the examples, and the match."""
     pairs = [(case, _mismatch(ctx, check, case)) for check, case in _examples(ctx)]
     errors = [0.0 if mismatch is None else _error(mismatch) for _, mismatch in pairs]
     exact = all(mismatch is None for _, mismatch in pairs)
@@ -73,17 +76,17 @@ def _mismatch(ctx: CheckContext, check: Check, case: Case) -> Mismatch | None:
 
 
 def _error(mismatch: Mismatch) -> float:
-    """Return the largest error; a wrong shape, NaN or an exception is further than any number."""
+    """Return the largest error. A wrong shape, NaN or an exception counts as `INCOMPARABLE`."""
     if mismatch.got is None or mismatch.expected is None or mismatch.got.shape != mismatch.expected.shape:
         return INCOMPARABLE
     return float(np.nan_to_num(np.abs(mismatch.got - mismatch.expected), nan=INCOMPARABLE).max())
 
 
 def _describe(op: OpSpec, pairs: Sequence[tuple[Case, Mismatch | None]]) -> str:
-    """Say how far it is off, on the example where that is farthest."""
+    """Describe the largest difference over the examples."""
     comparable = [(case, each) for case, each in pairs if each is not None and _error(each) < INCOMPARABLE]
     if not comparable:
-        return "it gives no numbers to compare"
+        return "it returned no comparable results"
     case, worst = max(comparable, key=lambda pair: _error(pair[1]))
     assert worst.expected is not None
     assert worst.got is not None

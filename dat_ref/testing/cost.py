@@ -1,7 +1,6 @@
-"""What an implementation costs in memory: how much more it takes for a larger case.
+"""Memory cost of an implementation: growth of its peak memory with the size of the case.
 
-Only NumPy's memory can be seen from Python; for what is written in another language, or for another library, the
-property is not put to the test.
+Python can trace NumPy's memory only. For implementations in other languages or libraries the check is skipped.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from .op_spec import Case, Mismatch, Skip
 
 
 def memory_grows_by_at_most(ctx: CheckContext, small: Case, large: Case, elements: int) -> None:
-    """Require that a larger case takes at most so many float64 numbers more at its peak.
+    """Require that a larger case needs at most `elements` more float64 elements of peak memory.
 
     Raises:
-        Mismatch: if it takes more.
-        Skip: if its memory cannot be seen.
+        Mismatch: if it needs more.
+        Skip: if the memory cannot be traced.
     """
     if not getattr(ctx.implementation.forward, "numpy_memory", True):
         raise Skip("its memory is not NumPy's")
@@ -32,11 +31,11 @@ def memory_grows_by_at_most(ctx: CheckContext, small: Case, large: Case, element
         peaks.append(peak)
     growth = peaks[1] - peaks[0]
     if growth > 8 * elements:
-        raise Mismatch(f"it takes {growth:,} bytes more; {8 * elements:,} would be generous", case=large)
+        raise Mismatch(f"peak memory grew by {growth:,} bytes, expected at most {8 * elements:,}", case=large)
 
 
 def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
-    """Return what a call returns, and how much memory it took at its peak."""
+    """Return the result of a call, and its peak memory in bytes."""
     traced = tracemalloc.is_tracing()
     if not traced:
         tracemalloc.start()

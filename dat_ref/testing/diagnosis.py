@@ -1,4 +1,4 @@
-"""Name the mistake: a mutant that gives what the implementation gives, wrong results included, is the diagnosis."""
+"""Diagnosis: the mutants whose results, wrong ones included, equal the results of the implementation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .._checks import Array
 from .context import CheckContext
 from .op_spec import Case, Implementation, Mutant, Stage, apply_mutants
 
-TOLERANCES = {"float64": 1e-7, "float32": 1e-4}  # of the implementation to a mutant: both compute the same wrong thing
-Outputs = Iterable[Array | None]  # None where it raised
+TOLERANCES = {"float64": 1e-7, "float32": 1e-4}  # between an implementation and a mutant with the same mistake
+Outputs = Iterable[Array | None]  # None for a call that raised
 
 
 def diagnose(
     ctx: CheckContext, failing_cases: Sequence[Case], failed_checks: Collection[str] | None = None
 ) -> list[str]:
-    """Return the names of the mistakes that explain the failures: one, or two at once; empty if none known do.
+    """Return the names of the one or two known mistakes that explain the failures, or an empty list.
 
-    The named examples of the values stage are compared, first those that are not degenerate: what a formula that
-    divides by H - 1 gives for a single row is anybody's choice. Only where they see nothing wrong are the failing cases
-    taken.
+    The named examples of the values stage are compared. Degenerate examples come second, because results for a single
+    row are arbitrary if a formula divides by H - 1. If all examples agree, the failing cases are compared.
 
     Args:
-        failing_cases: the cases that failed.
-        failed_checks: names of the checks that failed; a mistake whose own check holds was not made, though two that
-            make up for each other may look alike. None where they are not known.
+        ctx: context with the implementation.
+        failing_cases: cases that failed.
+        failed_checks: names of the checks that failed, or None if not known. A mistake whose own check passed is
+            excluded. Two mistakes that cancel could otherwise match.
     """
     if not failing_cases:
         return []
@@ -37,7 +37,7 @@ def diagnose(
         pairs = zip(forward, _reference_outputs(ctx, [], probes), strict=True)
         agrees = [_close(ctx, ours, expected) for ours, expected in pairs]
         if not all(agrees):
-            # First what is wrong: most mutants are right there.
+            # Wrong results come first: they exclude most mutants immediately.
             wrong_first = sorted(range(len(probes)), key=agrees.__getitem__)
             candidates = _candidates(ctx, failed_checks, "forward")
             return _first_match(ctx, candidates, [forward[i] for i in wrong_first], [probes[i] for i in wrong_first])
@@ -78,7 +78,7 @@ def _outputs(
     run: Callable[[Implementation, Case], Any],
     implementation: Implementation | None = None,
 ) -> Iterator[Any]:
-    """Yield what an implementation gives, one by one: most are told apart by the first few."""
+    """Yield the results of an implementation lazily: a few of them distinguish most mutants."""
     for case in probes:
         try:
             with np.errstate(all="ignore"):
@@ -100,7 +100,7 @@ def _close(ctx: CheckContext, one: Array | None, other: Array | None) -> bool:
 
 
 def _diagnose_gradient(ctx: CheckContext, candidates: Sequence[Mutant]) -> list[str]:
-    """The same for gradients, where the forward is right."""
+    """Diagnose the gradient of an implementation whose forward is correct."""
     if ctx.implementation.vjp is None or not candidates:
         return []
     probes = _examples(ctx, Stage.GRADIENTS)

@@ -1,4 +1,4 @@
-"""Counter-examples as text: a small map with points on it, or positions along an axis."""
+"""Text drawings of counter-examples: a small map with points, or positions along an axis."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from .._checks import Array
 
-MAX_SIDE = 9  # larger maps are told, not drawn
-CELL_WIDTH, ROW_HEIGHT = 6, 2  # characters a pixel, lines a pixel
+MAX_SIDE = 9  # larger maps are not drawn
+CELL_WIDTH, ROW_HEIGHT = 6, 2  # characters per pixel, lines per pixel
 
 
 def draw_map(pixels: Array, points: Array) -> str:
-    """Draw a map (H, W) with its pixel values, and points (P, 2) in pixels as letters; one pixel around the map shows.
+    """Draw a map (H, W) with its pixel values, points (P, 2) in pixels as letters, and one pixel around the map.
 
     >>> print(draw_map(np.array([[1.0, 2.0]]), np.array([[0.0, 1.5]])))
                     x=0   x=1
@@ -26,7 +26,7 @@ def draw_map(pixels: Array, points: Array) -> str:
     lines = [[" "] * (CELL_WIDTH * (width + 4)) for _ in range(ROW_HEIGHT * (height + 1) + 1)]
 
     def write(row: float, column: float, text: str) -> None:
-        """Put a text so that it ends where position (row, column) is drawn."""
+        """Write a text that ends at position (row, column)."""
         line, end = round(ROW_HEIGHT * (row + 1)), round(CELL_WIDTH * (column + 3)) + 1
         if 0 <= line < len(lines) and len(text) <= end <= len(lines[0]):
             lines[line][end - len(text) : end] = text
@@ -37,20 +37,20 @@ def draw_map(pixels: Array, points: Array) -> str:
         write(i, -1.5, f"y={i}")
     for p, (y, x) in enumerate(points.tolist()):
         if np.isfinite([y, x]).all():
-            shift = 1 / CELL_WIDTH if y == round(y) and x == round(x) else 0  # not on top of the pixel's number
+            shift = 1 / CELL_WIDTH if y == round(y) and x == round(x) else 0  # next to the pixel's value
             write(y, x + shift, letter(p))
     header = "".join(f"{f'x={j}':>{CELL_WIDTH}}" for j in range(width))
-    rows = [line for line in ("".join(line).rstrip() for line in lines) if line]  # empty lines tell nothing
+    rows = [line for line in ("".join(line).rstrip() for line in lines) if line]  # without empty lines
     return "\n".join([" " * (2 * CELL_WIDTH + 1) + header, *rows, *legend])
 
 
 def letter(index: int) -> str:
-    """Return a name for a point: a, b, c … z, then the number."""
+    """Return the name of a point: a, b, c … z, then its index."""
     return chr(ord("a") + index) if index < 26 else str(index)
 
 
 def draw_axis(name: str, length: int, expected: Array, got: Array) -> str:
-    """Draw positions along an axis of pixels: a ruler, what was expected (o) and what came (x; * where they meet).
+    """Draw positions along an axis of pixels: a ruler, expected positions (o), actual ones (x), and both (*).
 
     >>> print(draw_axis("rows", 3, np.array([0.0, 2.0]), np.array([0.5, 2.5])))
     rows     0     1     2
@@ -78,7 +78,7 @@ def draw_axis(name: str, length: int, expected: Array, got: Array) -> str:
 
 
 def describe_largest_error(expected: Array, got: Array) -> str:
-    """Say where two arrays of one shape differ most: ``at [0, 0, 2]: expected 1, got 0.25``."""
+    """Describe the largest difference of two arrays: ``at [0, 0, 2]: expected 1, got 0.25``."""
     if expected.shape != got.shape:
         return f"expected shape {expected.shape}, got {got.shape}"
     if not expected.size:
@@ -86,7 +86,7 @@ def describe_largest_error(expected: Array, got: Array) -> str:
     error = np.nan_to_num(np.abs(got - expected), nan=np.inf)
     index = np.unravel_index(int(error.argmax()), error.shape)
     location = ", ".join(str(int(i)) for i in index)
-    for digits in (9, 12, 17):  # as many as tell them apart
+    for digits in (9, 12, 17):  # as many as needed to distinguish them
         texts = f"{expected[index]:.{digits}g}", f"{got[index]:.{digits}g}"
         if texts[0] != texts[1]:
             break

@@ -1,12 +1,12 @@
-"""Slopes by differences, in float64: what a gradient promises, measured.
+"""Gradient checks by finite differences in float64.
 
-For a scalar loss L = <cotangent, f(inputs)> the gradient promises the slope of L in every direction of the inputs. The
-five-point rule measures it with an error of order h⁴; it holds away from kinks only, so whoever calls keeps that far
-from them:
+For a scalar loss L = <cotangent, f(inputs)>, the gradient gives the slope of L in every direction of the inputs. The
+five-point rule measures the slope with an error of order h⁴. It is valid only if there is no kink within 2h, which is
+the caller's responsibility:
 
     dL/dh = (L(-2h) - 8 L(-h) + 8 L(h) - L(2h)) / 12h
 
-On a kink, steps go to one side only: exact for cubics.
+At a kink, a one-sided rule is used. It is exact for cubic polynomials.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 
 from .._checks import Array
 
-STEP = 2.0**-10  # twice that is far less than the quarter pixel that cases keep from the lattice
-FINE_STEP = 2e-6  # where random numbers come nearer to a kink
-FINE_TOLERANCE = 1e-7  # of the size of a typical projection; a factor of 1.001 is ten thousand times more
+STEP = 2.0**-10  # 2h is far less than a quarter pixel, the distance of cases to the lattice
+FINE_STEP = 2e-6  # for random inputs, which can be closer to a kink
+FINE_TOLERANCE = 1e-7  # relative to a typical projection; a factor of 1.001 exceeds it ten thousand times
 
 Inputs = Mapping[str, Array]
 
 
 class WrongGradient(AssertionError):
-    """A gradient that finite differences contradict."""
+    """Gradient that disagrees with finite differences."""
 
 
 def slope(loss: Callable[[float], float], step: float, *, one_sided: bool = False) -> float:
-    """Return dL/dh at 0, measured from both sides or from the side of the step (which may be negative)."""
+    """Return dL/dh at 0 by a central rule, or by a one-sided rule on the side of the step, which may be negative."""
     if one_sided:
         return (-11 * loss(0) + 18 * loss(step) - 9 * loss(2 * step) + 2 * loss(3 * step)) / (6 * step)
     return (loss(-2 * step) - 8 * loss(-step) + 8 * loss(step) - loss(2 * step)) / (12 * step)
@@ -38,7 +38,7 @@ def slope(loss: Callable[[float], float], step: float, *, one_sided: bool = Fals
 def numerical_gradient(
     function: Callable[[Array], Array], array: Array, cotangent: Array, *, one_sided: bool = False, step: float = STEP
 ) -> Array:
-    """Return d<cotangent, function(array)>/d array, element by element: for small arrays."""
+    """Return d<cotangent, function(array)>/d array, computed element by element, for small arrays."""
     gradient = np.empty_like(array)
     for index in np.ndindex(array.shape):
 
@@ -52,7 +52,7 @@ def numerical_gradient(
 
 
 def normalize(direction: Array) -> Array:
-    """Return a direction of length one (an empty one as it is)."""
+    """Return a direction of length one. An empty or zero direction is returned unchanged."""
     length = np.linalg.norm(direction)
     return direction / length if length else direction
 
@@ -74,17 +74,18 @@ def check_vjp(
 
     Args:
         function: ``function(**inputs)`` -> array.
-        vjp: ``vjp(cotangent, **inputs)`` -> a gradient for each name to be checked, none missing.
+        vjp: ``vjp(cotangent, **inputs)`` -> gradients by name, for all inputs.
         inputs: float64 arrays by name.
-        directions: makes a direction from a name and an array; standard normal by default.
-        one_sided: measure from the right: along +direction only.
-        jointly: move all inputs at once, instead of one after the other. Faster where there are many.
+        rng: generator for cotangents and directions.
+        directions: returns a direction for a name and an array; standard normal by default.
+        one_sided: use steps along +direction only.
+        jointly: perturb all inputs at once instead of one after the other. Faster with many inputs.
         projections: number of cotangents and of directions.
         step: h.
-        tolerance: of the size of a typical projection.
+        tolerance: relative to a typical projection.
 
     Raises:
-        WrongGradient: naming the input.
+        WrongGradient: if a gradient disagrees; the message names the input.
     """
     draw = directions or (lambda name, array: rng.standard_normal(array.shape))
     output = function(**inputs)
@@ -97,7 +98,7 @@ def check_vjp(
             if grads[name].shape != array.shape:
                 raise WrongGradient(f"{name}: expected shape {array.shape}, got {grads[name].shape}")
         for names in [list(inputs)] if jointly else [[name] for name in inputs]:
-            # The whole move has length one, so that many inputs together stay as clear of kinks as one does.
+            # The joint direction has length one, so that many inputs are not closer to kinks than a single one.
             deltas = {name: normalize(draw(name, inputs[name])) / np.sqrt(len(names)) for name in names}
 
             def loss(h: float, deltas: Inputs = deltas, cotangent: Array = cotangent) -> float:
@@ -110,7 +111,8 @@ def check_vjp(
             squares = [np.square(grads[name]).sum() / max(grads[name].size, 1) for name in names]
             gradient_scale = np.sqrt(np.sum(squares) / len(names))
             numerical = slope(loss, step, one_sided=one_sided)
-            # Rounding of the loss itself, divided by the step, is the floor below which nothing can be measured.
+            # The rounding error of the loss, divided by the step, limits the accuracy of the measured slope.
             floor = 1e-15 * (1 + np.abs(cotangent * output).sum()) / step
             if not abs(analytic - numerical) <= tolerance * gradient_scale + floor:
-                raise WrongGradient(f"{', '.join(names)[:200]}: promised {analytic:.12g}, measured {numerical:.12g}")
+                message = f"slope from the gradient is {analytic:.12g}, measured slope is {numerical:.12g}"
+                raise WrongGradient(f"{', '.join(names)[:200]}: {message}")

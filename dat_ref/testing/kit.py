@@ -1,4 +1,4 @@
-"""From a target to its reports: what ``dat-ref check`` and the pytest helper share."""
+"""Checks of a target: code shared by ``dat-ref check`` and the pytest integration."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Pair = tuple[OpSpec, Implementation]
 
 
 def find_ops(target: Any, ops: Sequence[str] = ()) -> list[Pair]:
-    """Return what a target implements; see `dat_ref.testing.target.find_implementations`.
+    """Return the operations that a target implements, see `dat_ref.testing.target.find_implementations`.
 
     Args:
         target: ``"package.module:object"``, or the object itself.
-        ops: names; empty for all that are there.
+        ops: names of operations; empty for all that the target has.
     """
     if isinstance(target, str):
         return find_implementations(load(target), target, ops, owner_of(target))
@@ -36,7 +36,11 @@ def find_ops(target: Any, ops: Sequence[str] = ()) -> list[Pair]:
 def settings_for(
     implementation: Implementation, op: OpSpec, convention: Convention | None, setting: Setting
 ) -> Iterator[tuple[Setting, ConventionMatch | None]]:
-    """Yield under what to check: the convention asked for, or each that it can be told, or the one that it follows."""
+    """Yield the settings to check.
+
+    The convention is the requested one. Without a request it is each convention if the implementation takes a
+    convention, and otherwise the inferred one.
+    """
     if convention is not None or not op.depends_on_convention:
         yield replace(setting, convention=convention or setting.convention), None
     elif implementation.takes_convention:
@@ -56,19 +60,21 @@ def check(
     max_examples: int = 50,
     expected_failures: Mapping[str, str] | None = None,
 ) -> list[Report]:
-    """Check everything that a target implements.
+    """Check all operations that a target implements.
 
     Args:
         target: ``"package.module:object"``, or a function, an instance, a class or a module.
-        ops: names; empty for all that are there.
-        convention: whose geometry is the truth; None to find out.
-        expected_failures: reasons by the name of a check, ``first_pixel`` or ``sampler.first_pixel``.
+        ops: names of operations; empty for all that the target has.
+        convention: convention of the reference; None to infer it.
+        dtype: dtype of the arrays.
+        max_examples: number of random cases per check.
+        expected_failures: reasons by name of the check, ``first_pixel`` or ``sampler.first_pixel``.
 
     Returns:
-        a report for each operation, for each convention where it can be told one.
+        one report per operation; one per convention if the implementation takes a convention.
 
     Raises:
-        ValueError: if there is nothing to check, or an expected failure is no check.
+        ValueError: if there is nothing to check, or an expected failure is not the name of a check.
     """
     setting = Setting(dtype=dtype, max_examples=max_examples)
     require_known_checks(expected_failures or {})
@@ -80,10 +86,10 @@ def check(
 
 
 def read_expected_failures(path: Path) -> dict[str, str]:
-    """Read a list of checks that are known to fail, a line each: its name, then ``# why``; other comments are skipped.
+    """Read a list of expected failures: one line ``name  # reason`` per check. Other comments are ignored.
 
     Raises:
-        ValueError: for a line without a reason, or one that names no check.
+        ValueError: for a line without a reason, or with an unknown name.
     """
     listed: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -91,22 +97,22 @@ def read_expected_failures(path: Path) -> dict[str, str]:
         if not name:
             continue
         if not reason:
-            raise ValueError(f"--xfails: expected `name  # why` in {path}, line {number}, got {line.strip()!r}")
+            raise ValueError(f"--xfails: expected `name  # reason` in {path}, line {number}, got {line.strip()!r}")
         listed[name] = reason
     require_known_checks(listed, f"--xfails: {path}")
     return listed
 
 
 def require_known_checks(names: Iterable[str], where: str = "expected_failures") -> None:
-    """Require that all are names of checks, ``first_pixel`` or ``sampler.first_pixel``.
+    """Require names of checks, ``first_pixel`` or ``sampler.first_pixel``.
 
     Raises:
-        ValueError: for the first that is not.
+        ValueError: for the first unknown name.
     """
     known = {f"{op.name}.{check.name}" for op in OPS for check in op.checks}
     known |= {name.partition(".")[2] for name in known}
     for name in names:
         if name not in known:
             similar = get_close_matches(name, known, n=1)
-            hint = f"; {similar[0]!r} is one" if similar else ""
-            raise ValueError(f"{where}: {name!r} is no check{hint} (dat-ref check --list prints them all)")
+            hint = f"; did you mean {similar[0]!r}?" if similar else ""
+            raise ValueError(f"{where}: {name!r} is not a check{hint} (dat-ref check --list prints all names)")

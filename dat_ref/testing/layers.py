@@ -1,4 +1,4 @@
-"""Whole layers: random parameters, mirrored and transposed layers, the distance of a pass to a kink."""
+"""Tools for checks of layers: random parameters, mirrored and transposed layers, distance to the nearest kink."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..params import flatten, map_tree, unflatten
 
 
 def random_params(shapes: Tree, rng: np.random.Generator, dtype: Any = np.float64) -> Tree:
-    """Return parameters large enough that every one of them matters: tables of order one, offsets across the map."""
+    """Return random parameters, so large that each one affects the result: tables of order 1, offsets of pixels."""
 
     def leaf(name: str, shape: tuple[int, ...]) -> Array:
         values = rng.standard_normal(shape)
         if name.endswith("table"):
             return values
         if len(shape) == 1:
-            is_scale = name.endswith("weight")  # of a norm or of a layer scale
+            is_scale = name.endswith("weight")  # weight of a norm or a layer scale
             return 1.0 + 0.3 * values if is_scale else 0.3 * values
         return values / np.sqrt(np.prod(shape[1:]))
 
@@ -34,10 +34,10 @@ def random_params(shapes: Tree, rng: np.random.Generator, dtype: Any = np.float6
 
 
 def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: Size, key_size: Size) -> Tree:
-    """Return the parameters of the layer that sees the world in a mirror.
+    """Return the parameters of the mirrored layer: it maps a mirrored map to the mirrored result.
 
-    Kernels and tables are flipped along `axis` (0 is y), the offsets along it change sign; a fixed table has its
-    queries and keys renumbered; the log-CPB network sees the displacement along it with the other sign.
+    Kernels and tables are flipped along `axis` (0 is y), and offsets along this axis change sign. The queries and keys
+    of a fixed table are renumbered. The log-CPB network gets the displacement along this axis with opposite sign.
     """
     mirrored = map_tree(np.array, params)
     if config.offset_bound is not OffsetBound.NONE:
@@ -59,7 +59,7 @@ def mirror(params: Tree, axis: int, config: DeformableAttentionConfig, size: Siz
 
 
 def transpose(params: Tree, config: DeformableAttentionConfig, size: Size, key_size: Size) -> Tree:
-    """Return the parameters of the layer that has y and x exchanged."""
+    """Return the parameters of the layer with y and x swapped."""
     transposed = map_tree(np.array, params)
     if config.offset_bound is not OffsetBound.NONE:
         network = transposed["offset_network"]
@@ -80,7 +80,7 @@ def transpose(params: Tree, config: DeformableAttentionConfig, size: Size, key_s
 
 
 def transposed_config(config: DeformableAttentionConfig) -> DeformableAttentionConfig:
-    """Return the configuration whose sized bias is built for the transposed map."""
+    """Return the configuration whose bias has the size of the transposed map."""
     return config if config.size is None else replace(config, size=config.size[::-1])
 
 
@@ -88,16 +88,16 @@ def transposed_config(config: DeformableAttentionConfig) -> DeformableAttentionC
 
 
 def lattice_distance(positions: Array) -> float:
-    """Return how near the nearest coordinate is to a whole number; infinity if there is none."""
+    """Return the smallest distance of a coordinate to an integer; infinity without coordinates."""
     return float(np.abs(positions - np.round(positions)).min(initial=np.inf))
 
 
 def kink_distance(trace: LayerTrace, config: DeformableAttentionConfig, table_size: Any = None) -> float:
-    """Return how near a layer's pass came to a place where it has no derivative.
+    """Return the distance of a forward pass to the nearest kink, where the layer is not differentiable.
 
-    These are the lattices of the map and of the bias table, the edge of the clamp (whatever lies beyond it is held, and
-    does not move), and the zeros of log-CPB's ReLU and of its displacement. The distance is divided by how fast the
-    points move: a layer norm over channels that happen to be nearly equal magnifies every small step.
+    Kinks are the lattices of the map and of the bias table, the edge of the clamp, and the zeros of log-CPB's ReLU and
+    displacement. Clamped coordinates are constant and have no kink at the lattices. The distance is divided by the
+    sensitivity of the points: a layer norm over nearly equal channels amplifies small steps.
     """
     if config.offset_bound is OffsetBound.NONE:
         return _log_bias_distance(trace, points_move=False)
@@ -113,14 +113,14 @@ def kink_distance(trace: LayerTrace, config: DeformableAttentionConfig, table_si
         size = trace.x.shape[2:]
         positions = table_positions(flat, table_size, size, config.convention, config.bias_resolution)
         moving_entries = np.broadcast_to(moving.reshape(flat.shape)[:, :, None], positions.shape)
-        # A table read at a fixed place whatever the points (one entry on an axis) has no kink there.
+        # The table position on an axis with a single entry is constant and has no kink.
         readable = np.array([table_size[axis] > 1 and size[axis] > 1 for axis in range(2)])
         distance = min(distance, lattice_distance(positions[moving_entries & readable]))
     return distance * _norm_deviation(trace)
 
 
 def _norm_deviation(trace: LayerTrace) -> float:
-    """Return the smallest standard deviation that the offset network's norm divides by, at most 1."""
+    """Return the smallest standard deviation in the offset network's norm, at most 1."""
     assert trace.offset_network is not None
     windows = trace.offset_network.windows
     return 1.0 if windows.shape[1] == 1 else float(windows.std(axis=1).min(initial=1.0))

@@ -1,4 +1,4 @@
-"""Wrappers for implementations that keep their axes in another order, or take one image at a time."""
+"""Wrappers for implementations with another order of axes, or without a batch axis."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .target import op_by_name
 
 @deprecated_keywords(subject="op")
 def with_layout(function: Function, op: str, returns: str | None = None, **axes: str) -> Function:
-    """Return a function that takes and returns the protocol's layouts.
+    """Return a function that takes and returns arrays in the protocol's layouts.
 
     Args:
         function: takes its arguments in the protocol's order, in its own layouts.
         op: name of the operation.
-        returns: axes of its result, a string of the protocol's letters; None where they are the protocol's.
-        axes: the same by the protocol's argument names. Where the batch's letter N is missing from all of them, the
-            function is called once for each image.
+        returns: axes of its result as a string of the protocol's letters; None for the protocol's layout.
+        axes: axes of the arguments by the protocol's names. If the batch axis N is missing, the function is called once
+            per image.
 
     Raises:
-        ValueError: for an argument that the operation does not have, or letters that are not its own.
+        ValueError: for an unknown argument or wrong letters.
 
     >>> def one_image_channels_last(image, points):  # (H, W, C), (P, 2) -> (P, C)
     ...     return np.zeros((len(points), image.shape[2]))
@@ -68,9 +68,7 @@ def with_layout(function: Function, op: str, returns: str | None = None, **axes:
 
 def _check_letters(name: str, letters: str, expected: str) -> None:
     if sorted(letters) not in (sorted(expected), sorted(expected.replace("N", ""))):
-        raise ValueError(
-            f"{name}: expected the axes of {expected!r} in some order (N may be left out), got {letters!r}"
-        )
+        raise ValueError(f"{name}: expected the axes of {expected!r} in any order (N may be omitted), got {letters!r}")
 
 
 def _move(value: Any, argument: Argument, axes: Mapping[str, str], drop: str = "") -> Any:
@@ -80,12 +78,12 @@ def _move(value: Any, argument: Argument, axes: Mapping[str, str], drop: str = "
 
 
 def transpose(array: Array, source: str, target: str) -> Array:
-    """Return an array with its axes in another order: ``transpose(x, "NCHW", "NHWC")``."""
+    """Permute the axes of an array: ``transpose(x, "NCHW", "NHWC")``."""
     return array.transpose([source.index(letter) for letter in target])
 
 
 def _empty_result(arguments: Any, argument_specs: Any, returns: str) -> Array:
-    """The result for no images: its other axes are those that the arguments have."""
+    """Return the result for an empty batch, with the other axis lengths from the arguments."""
     sizes = {
         letter: length
         for value, argument in zip(arguments, argument_specs)

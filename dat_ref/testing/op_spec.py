@@ -1,7 +1,7 @@
-"""What the kit is made of: an operation with its truth, the checks that judge it, and known mistakes.
+"""Data types of the kit: operations with a reference, checks, and mutants (known mistakes).
 
-The checks of a stage stand in an order: each draws cases that only its own property and those before it touch. So the
-*first* check that fails names the mistake, and every mutant says which one that is.
+The checks of a stage are ordered. The cases of each check depend only on its own property and on the properties of
+earlier checks. So the *first* check that fails identifies the mistake. Every mutant has the name of this check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Function = Callable[..., Any]
 
 
 class Stage(Enum):
-    """From the plainest question to the subtlest; an operation that fails the first is asked no further."""
+    """Stages of checks, in order. If a smoke check fails, the later stages do not run."""
 
     SMOKE = "smoke"
     SHAPES = "shapes"
@@ -36,12 +36,12 @@ class Stage(Enum):
 
 
 class Mismatch(AssertionError):
-    """What a check found.
+    """Failure of a check.
 
     Args:
-        message: what is wrong, in a line.
-        expected, got: the two arrays, where there are two to compare.
-        case: what the implementation was called with, where a test made that of the case it was handed.
+        message: description in one line.
+        expected, got: the two arrays, if arrays were compared.
+        case: arguments of the failing call, if the test derived them from its case.
     """
 
     def __init__(
@@ -52,22 +52,22 @@ class Mismatch(AssertionError):
 
 
 class Skip(Exception):
-    """What a check raises where its property is not claimed (under this convention, say); the message says why."""
+    """Raised by a check that does not apply, e.g. under this convention. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call, in order: arrays (and dicts of arrays) in float64, sizes and options as they are."""
+    """Arguments of one call, in order: arrays and dicts of arrays in float64, sizes, and options."""
 
     arguments: Mapping[str, Any]
     name: str = ""
 
     def arrays(self) -> dict[str, Array]:
-        """Return the arrays among the arguments; one in a dict is called ``argument.name``."""
+        """Return the arrays among the arguments. The entry of a dict is named ``argument.name``."""
         return named_arrays(self.arguments)
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Case:
-        """Return the case with some arrays exchanged."""
+        """Return the case with some arrays replaced."""
         arguments = dict(self.arguments)
         for name, array in arrays.items():
             argument, _, key = name.partition(".")
@@ -76,7 +76,7 @@ class Case:
 
 
 def named_arrays(values: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the arrays among named values, those in a dict under the names of both."""
+    """Return the arrays among named values. The entry of a dict is named ``name.key``."""
     found = {}
     for name, value in values.items():
         if isinstance(value, np.ndarray):
@@ -88,12 +88,12 @@ def named_arrays(values: Mapping[str, Any]) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the checks are run.
+    """Setting of a run.
 
     Args:
-        convention: whose geometry is the truth, where that matters.
-        dtype: of the arrays that are handed over. Truth is computed in float64 from the same numbers.
-        max_examples: how many cases Hypothesis draws for each check.
+        convention: convention of the reference, if the operation depends on it.
+        dtype: dtype of the arrays. The reference computes in float64 from the same rounded values.
+        max_examples: number of cases that Hypothesis draws for each check.
     """
 
     convention: Convention = Convention.CELL_CENTER
@@ -102,23 +102,24 @@ class Setting:
 
 
 def matches_reference(ctx: CheckContext, case: Case) -> None:
-    """The test of most checks: the same numbers as the reference."""
+    """Require the reference's result: the test of most checks."""
     ctx.compare(case)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A property, and how it is put to the test.
+    """Property of an operation, with a test.
 
     Args:
-        name: in snake case, of the property.
-        property: one sentence, true of a right implementation.
-        explanation: what is wrong when it fails, in plain words.
-        examples: named cases that run first and double as documentation; a function of the setting where positions are
-            handed over in the coordinates of its convention.
-        strategy: what Hypothesis draws from under a setting; None leaves it at the examples.
-        test: raises `Mismatch` (or `Skip`); any other exception counts as one of the implementation.
-        degenerate: whether it is about an axis of one, where a mistake made elsewhere may give anything.
+        name: name of the property in snake case.
+        stage: stage of the check.
+        property: one sentence, true of a correct implementation.
+        explanation: likely causes of a failure.
+        examples: named cases that run first and also serve as documentation; a function of the setting if positions are
+            in the coordinates of its convention.
+        strategy: returns the Hypothesis strategy for a setting; None to run the examples only.
+        test: raises `Mismatch` or `Skip`. Any other exception comes from the implementation.
+        degenerate: whether the cases have an axis of length one, for which other mistakes can give arbitrary results.
     """
 
     name: str
@@ -137,14 +138,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Something to be checked, as functions of the operation's arguments.
+    """Implementation under test, as functions of the operation's arguments.
 
     Args:
-        name: as people may import it, ``package.module:object``; the snippets use it.
+        name: import path ``package.module:object``, used in code snippets.
         forward: ``forward(*arguments)``; with ``convention=`` if it takes one.
-        vjp: ``vjp(cotangent, *arguments)`` -> the gradients of the differentiable arguments, in order or by name.
-        takes_convention: whether both take ``convention=``.
-        keywords: names of the arguments that both take by name, not by position.
+        vjp: ``vjp(cotangent, *arguments)`` -> gradients of the differentiable arguments, in order or by name.
+        takes_convention: whether both functions take ``convention=``.
+        keywords: names of keyword-only arguments of both functions.
     """
 
     name: str
@@ -156,13 +157,13 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A known mistake: it proves that a check can see it, and names it when an implementation behaves the same.
+    """Known mistake. It proves that a check detects it, and is the diagnosis of implementations with equal results.
 
     Args:
-        name: a few words, "x and y swapped"; the report says it to people.
-        check: the first check that rejects it.
-        forward: makes a wrong function of a right one.
-        vjp: makes a wrong gradient of a right one.
+        name: short description for the report, e.g. "x and y swapped".
+        check: name of the first check that rejects it.
+        forward: turns a correct function into a wrong one.
+        vjp: turns a correct gradient into a wrong one.
     """
 
     name: str
@@ -171,7 +172,7 @@ class Mutant:
     vjp: Callable[[Function], Function] | None = None
 
     def apply(self, implementation: Implementation) -> Implementation:
-        """Return the implementation with the mistake. A wrong forward has no gradient of its own."""
+        """Return the implementation with the mistake. With a wrong forward it has no gradient."""
         if self.forward is not None:
             return replace(implementation, name=self.name, forward=self.forward(implementation.forward), vjp=None)
         assert self.vjp is not None
@@ -180,19 +181,21 @@ class Mutant:
 
 
 def apply_mutants(implementation: Implementation, mutants: Sequence[Mutant]) -> Implementation:
-    """Return an implementation with several mistakes, the first innermost."""
+    """Return an implementation with several mistakes, applied in order."""
     return reduce(lambda mutated, mutant: mutant.apply(mutated), mutants, implementation)
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument.
+    """Argument of an operation.
 
     Args:
-        axes: a string of letters ("NCHW"); empty for a size or an option.
-        description: what it is.
-        extent: how large its numbers may be in a case (from its arguments), where that is not seen from themselves: a
-            position at the start of a long map may be kept as a fraction of the map, and is rounded as that is.
+        name: name in the protocol.
+        axes: string of letters, e.g. "NCHW"; empty for a size or an option.
+        description: description for users.
+        differentiable: whether it has a gradient.
+        extent: returns the largest possible element, given the arguments of a case, if the elements of the case do not
+            show it. E.g. a position may be stored as a fraction of a long map, and is rounded accordingly.
     """
 
     name: str
@@ -204,21 +207,22 @@ class Argument:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One operation.
+    """Operation that the kit can check.
 
     Args:
-        name: as in ``--op``.
-        title: what it does, in a line.
-        function: the name under which the kit looks for it; ``<function>_vjp`` for the gradient.
-        arguments: in the order of the call.
+        name: value of ``--op``.
+        title: description in one line.
+        function: name of the function in the protocol; its gradient is ``<function>_vjp``.
+        arguments: arguments in the order of the call.
         returns: axes of the result.
-        reference: the spec; its `forward` takes ``convention=`` if `depends_on_convention`.
-        draw: ``draw(case, mismatch)``, a case as text with what was expected and what came; it is handed the
-            convention too if `depends_on_convention`.
-        select_output: what is compared, of what the function returns.
-        depends_on_convention: whether the truth depends on the convention.
-        describe_difference: the difference of two results in words ("half a key cell down and right"), for a convention
-            not met.
+        reference: reference implementation; its `forward` takes ``convention=`` if `depends_on_convention`.
+        draw: ``draw(case, mismatch)`` returns the case, the expected and the actual result as text. It also takes the
+            convention if `depends_on_convention`.
+        select_output: returns the part of the function's result that is compared.
+        depends_on_convention: whether the result depends on the convention.
+        describe_difference: describes the difference of two results in words, e.g. "half a key cell down and right".
+        checks: checks in order.
+        mutants: known mistakes.
     """
 
     name: str
@@ -236,7 +240,7 @@ class OpSpec:
 
     @property
     def signature(self) -> str:
-        """The call, as one line: ``bilinear_sample(x, points_px)``."""
+        """The call in one line: ``bilinear_sample(x, points_px)``."""
         return f"{self.function}({', '.join(self.argument_names)})"
 
     @property

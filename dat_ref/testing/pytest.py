@@ -1,15 +1,15 @@
-"""The kit in other people's suites: every check of an implementation is a test. In a test file:
+"""Pytest integration: each check of an implementation is a test. In a test file:
 
     from dat_ref.testing.pytest import conformance_tests
 
     test_my_port = conformance_tests("my_port.sampling:sample", ops=["sampler"])
 
-or as a plugin, without a line of code:
+or as a plugin, without code:
 
     pytest -p dat_ref.testing.pytest --conformance my_port.sampling:sample --conformance-op sampler
 
-Options that are always the same go to ``addopts``. There is no entry point: then every run of pytest in the environment
-would import NumPy.
+Permanent options can be put into ``addopts``. The plugin has no entry point, because every run of pytest in the
+environment would then import NumPy.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ def conformance_tests(
     max_examples: int = EXAMPLES,
     expected_failures: Mapping[str, str] | None = None,
 ) -> Callable[[CheckContext, Check], None]:
-    """Return a test function with one parameter a check; bind it to a name that starts with ``test``.
+    """Return a test function with one parameter set per check. Assign it to a name that starts with ``test``.
 
     Args:
         target: ``"package.module:object"``, or a function, an instance, a class or a module.
-        ops: names; empty for all that the target implements.
-        convention: whose geometry is the truth; None to find out.
-        expected_failures: reasons by the name of a check; those tests are marked xfail, strictly.
+        ops: names of operations; empty for all that the target has.
+        convention: convention of the reference; None to infer it.
+        dtype: dtype of the arrays.
+        max_examples: number of random cases per check.
+        expected_failures: reasons by name of the check; these tests are marked as strict xfail.
 
     Raises:
-        ValueError: if there is nothing to check, or an expected failure is no check.
+        ValueError: if there is nothing to check, or an expected failure is not the name of a check.
     """
     expected_failures = expected_failures or {}
     require_known_checks(expected_failures)
@@ -65,7 +67,7 @@ def conformance_tests(
 
     @pytest.mark.parametrize(("ctx", "check"), parameters)
     def test_conformance(ctx: CheckContext, check: Check) -> None:
-        """One property of the protocol."""
+        """Check one property of the protocol."""
         run_as_test(ctx, check)
 
     return test_conformance
@@ -74,7 +76,7 @@ def conformance_tests(
 def iter_checks(
     target: Any, ops: Sequence[str], convention: Convention | None, setting: Setting
 ) -> Iterator[tuple[str, CheckContext, Check]]:
-    """Yield every check of a target, with a name for the test."""
+    """Yield all checks of a target, each with the name of its test."""
     for op, implementation in find_ops(target, ops):
         for each, _ in settings_for(implementation, op, convention, setting):
             prefix = f"{each.convention.name.lower()}-" if op.depends_on_convention else ""
@@ -83,13 +85,13 @@ def iter_checks(
 
 
 def xfail_marks(check: Check, ctx: CheckContext, expected_failures: Mapping[str, str]) -> list[pytest.MarkDecorator]:
-    """Return the mark of a check that is expected to fail."""
+    """Return the xfail mark of a check that is expected to fail."""
     reason = expected_failures.get(f"{ctx.op.name}.{check.name}", expected_failures.get(check.name))
     return [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
 
 
 def run_as_test(ctx: CheckContext, check: Check) -> None:
-    """Run a check as a test: it passes, is skipped, or fails with the counter-example."""
+    """Run a check as a test. A failure prints the counter-example."""
     result = run_check(ctx, check)
     if result.skipped:
         pytest.skip(result.skipped)
@@ -109,21 +111,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption(
         "--conformance-op", action="append", default=[], metavar="NAME",
-        help="check it as this operation only (see dat-ref check --list); repeatable",
+        help="operation to check (see dat-ref check --list), default: all; repeatable",
     )  # fmt: skip
     group.addoption(  # its name in 0.1
         "--conformance-subject", dest="conformance_op", action="append", default=[], help=argparse.SUPPRESS
     )
     names = [convention.name.lower() for convention in Convention]
-    group.addoption("--conformance-convention", choices=names, help="whose geometry is right (otherwise it is found)")
+    group.addoption("--conformance-convention", choices=names, help="convention of the reference, default: inferred")
     group.addoption(
-        "--conformance-xfails", type=Path, metavar="FILE", help="checks that are known to fail: `name  # why`"
+        "--conformance-xfails", type=Path, metavar="FILE", help="expected failures, one line each: `name  # reason`"
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k chooses
+@pytest.hookimpl(tryfirst=True)  # before -k selects
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Add a test for each check."""
+    """Add one test per check."""
     try:
         items.extend(_collected(session, config))
     except (ValueError, OSError) as error:
@@ -144,7 +146,7 @@ def _collected(session: pytest.Session, config: pytest.Config) -> Iterator[pytes
 
 
 class ConformanceItem(pytest.Item):
-    """One property of the protocol."""
+    """Test of one property of the protocol."""
 
     def __init__(self, *, ctx: CheckContext, check: Check, **options: Any) -> None:
         super().__init__(**options)
@@ -155,5 +157,5 @@ class ConformanceItem(pytest.Item):
         run_as_test(self.ctx, self.check)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Return what pytest prints as the test's place and name."""
+        """Return the location and the name of the test."""
         return self.path, None, self.name

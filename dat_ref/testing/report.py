@@ -1,4 +1,4 @@
-"""The report for people: a table of checks, the mistake by name, and each counter-example with what it means."""
+"""Text report: a table of checks, the diagnosis, and the counter-examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def format_report(report: Report) -> str:
         parts.append(format_diagnosis(report))
     if _looks_single_precision(report):
         parts.append(
-            "Where its numbers are wrong they are nearly right, as in single precision: check it with --dtype float32."
+            "All differences are as small as rounding errors of single precision: check it with --dtype float32."
         )
     failed = [result for result in report.results if result.status == "fail"]
     for stage in Stage:
@@ -37,7 +37,7 @@ def format_report(report: Report) -> str:
             ]
             others = [result.check.name for result in stage_failures if result not in report.detailed_failures()]
             if others:
-                parts.append(_wrap(f"Also fails, perhaps for the same reason: {', '.join(others)}."))
+                parts.append(_wrap(f"Also failing, perhaps for the same reason: {', '.join(others)}."))
     parts.append(_summary(report))
     return "\n\n".join(parts)
 
@@ -47,12 +47,12 @@ def _header(report: Report) -> str:
     convention = f", convention {setting.convention.name}" if ctx.op.depends_on_convention else ""
     return (
         f"{ctx.implementation.name} as {ctx.op.name}: {ctx.op.title}\n"
-        f"{ctx.op.signature}, {setting.dtype}{convention}, {setting.max_examples} drawn cases a check"
+        f"{ctx.op.signature}, {setting.dtype}{convention}, {setting.max_examples} random cases per check"
     )
 
 
 def checks_table(report: Report) -> str:
-    """Return one line a check: stage, mark, name and property, or why it did not run."""
+    """Return one line per check: stage, symbol, name, and the property or the reason why it did not run."""
     lines, stage = [], None
     longest = max(len(result.check.name) for result in report.results)
     for result in report.results:
@@ -61,16 +61,16 @@ def checks_table(report: Report) -> str:
         note = {
             "skip": f"not run: {result.skipped}",
             "xfail": f"fails as expected: {result.expected_failure}",
-            "xpass": "holds, but is on the list of expected failures: take it off",
+            "xpass": "holds, but is listed as an expected failure: remove it from the list",
         }.get(result.status, result.check.property)
         if result.skipped_cases:
-            note += f" (on some cases not run: {result.skipped_cases})"
+            note += f" (not run on some cases: {result.skipped_cases})"
         lines.append(f"  {stage_label:<11}{SYMBOLS[result.status]} {result.check.name:<{longest}}  {note}")
     return "\n".join(lines)
 
 
 def format_diagnosis(report: Report) -> str:
-    """Say which known mistake the implementation behaves like."""
+    """Return the known mistakes that explain the results."""
     names = report.diagnosis
     count = "one mistake" if len(names) == 1 else f"{len(names)} mistakes"
     listed = "\n".join(f"    {name}" for name in names)
@@ -78,7 +78,7 @@ def format_diagnosis(report: Report) -> str:
 
 
 def _looks_single_precision(report: Report) -> bool:
-    """Whether float64 was handed over, and every number that differs does so by a few roundings of float32."""
+    """Return whether the setting is float64 and all differences are a few roundings of float32."""
     pairs = [
         (result.failure.mismatch.got, result.failure.mismatch.expected) for result in report.failed() if result.failure
     ]
@@ -91,14 +91,14 @@ def _looks_single_precision(report: Report) -> bool:
 
 
 def format_failure(ctx: CheckContext, result: Result) -> str:
-    """Return what failed: the property, what it means, the counter-example as a drawing and as a program."""
+    """Return the report of a failed check: property, likely cause, and the counter-example as drawing and program."""
     failure, check = result.failure, result.check
     assert failure is not None
     mismatch = failure.mismatch
     lines = [
         f"✗ {check.name}",
-        _wrap(f"promised: {check.property}", "  "),
-        _wrap(f"failing means: {check.explanation}", "  "),
+        _wrap(f"property: {check.property}", "  "),
+        _wrap(f"likely cause: {check.explanation}", "  "),
         "",
     ]
     case_name = f" ({failure.case.name})" if failure.case.name else ""

@@ -1,4 +1,4 @@
-"""Run an operation's checks against an implementation: named examples first, then what Hypothesis draws and shrinks."""
+"""Test runner: runs the named examples of each check, then cases that Hypothesis draws and shrinks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .op_spec import (
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that a check rejects, as small as could be found."""
+    """Counter-example of a check, shrunk if possible."""
 
     case: Case
     mismatch: Mismatch
@@ -35,13 +35,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a check.
+    """Result of a check.
 
     Args:
-        failure: the counter-example, or None.
-        skipped: why it did not run, or "".
-        skipped_cases: why it did not run on some of its cases, or "".
-        expected_failure: the reason on the list of expected failures, or None where it is not on it.
+        check: the check.
+        failure: counter-example, or None.
+        skipped: reason why it did not run, or "".
+        skipped_cases: reason why it did not run on some of its cases, or "".
+        expected_failure: reason in the list of expected failures, or None.
     """
 
     check: Check
@@ -52,7 +53,7 @@ class Result:
 
     @property
     def status(self) -> str:
-        """``pass``, ``fail``, ``skip``, ``xfail`` (fails as expected) or ``xpass`` (passes against expectation)."""
+        """``pass``, ``fail``, ``skip``, ``xfail`` (failed as expected) or ``xpass`` (passed unexpectedly)."""
         if self.skipped:
             return "skip"
         if self.expected_failure is not None:
@@ -62,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one operation; `diagnosis` names the known mistakes that the implementation behaves like."""
+    """Results of all checks of one operation. `diagnosis` names the known mistakes that explain the failures."""
 
     context: CheckContext
     results: list[Result]
@@ -70,20 +71,20 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong: no failure, and none missing that was expected."""
+        """True if there is no unexpected failure and no unexpected pass."""
         return not any(result.status in ("fail", "xpass") for result in self.results)
 
     def failed(self, stage: Stage | None = None) -> list[Result]:
-        """Return the failures, of one stage or of all, in order; expected ones too."""
+        """Return the failures of one stage or of all stages, in order, with the expected ones."""
         return [result for result in self.results if result.failure and stage in (None, result.check.stage)]
 
     def matched_mutants(self) -> list[Mutant]:
-        """Return the mistakes of the diagnosis."""
+        """Return the mutants of the diagnosis."""
         by_name = {mutant.name: mutant for mutant in self.context.op.mutants}
         return [by_name[name] for name in self.diagnosis]
 
     def detailed_failures(self) -> list[Result]:
-        """Return the failures to be told in full: the first unexpected one of each stage, and those of the mistakes."""
+        """Return the failures to report in detail: the first unexpected one per stage, and those of the diagnosis."""
         named = {mutant.check for mutant in self.matched_mutants()}
         unexpected = [result for result in self.results if result.status == "fail"]
         first_of_stage = {result.check.stage: result for result in reversed(unexpected)}.values()
@@ -101,8 +102,11 @@ def check_op(
     """Run every check of an operation, in order.
 
     Args:
-        expected_failures: reasons by the name of a check (``first_pixel`` or ``sampler.first_pixel``).
-        shrink: whether to look for the smallest counter-example of each stage's first failure.
+        implementation: implementation under test.
+        op: the operation.
+        setting: convention, dtype and number of cases.
+        expected_failures: reasons by name of the check, ``first_pixel`` or ``sampler.first_pixel``.
+        shrink: whether to shrink the counter-example of each stage's first failure.
     """
     ctx = CheckContext(implementation, op, setting or Setting())
     expected_failures = expected_failures or {}
@@ -114,7 +118,7 @@ def check_op(
         if Stage.SMOKE in failed_stages and check.stage is not Stage.SMOKE:
             results.append(Result(check, skipped="a smoke check fails"))
         else:
-            # The first unexpected failure of a stage is shown in full, so that one is made small.
+            # Only the first unexpected failure of a stage is shown in detail, so only its counter-example is shrunk.
             shrink_case = shrink and reason is None and check.stage not in stages_shown
             results.append(run_check(ctx, check, reason, shrink=shrink_case))
     report = Report(ctx, results)
@@ -126,7 +130,7 @@ def check_op(
 
 
 def _isolate(ctx: CheckContext, result: Result, mutants: Sequence[Mutant]) -> Result:
-    """Return a result whose counter-example shows its own mistake: where it would be wrong without the others too."""
+    """Return a result with a counter-example for its own mistake, which fails even without the other mistakes."""
     others = [mutant for mutant in mutants if mutant.check != result.check.name]
     if result.failure is None or len(others) == len(mutants):
         return result
@@ -145,11 +149,13 @@ def run_check(ctx: CheckContext, check: Check, reason: str | None = None, *, shr
     """Run one check.
 
     Args:
-        reason: why it is expected to fail, or None.
-        shrink: whether to look for the smallest counter-example.
+        ctx: context with the implementation.
+        check: the check.
+        reason: reason of an expected failure, or None.
+        shrink: whether to shrink the counter-example.
     """
     if check.stage is Stage.GRADIENTS and ctx.implementation.vjp is None:
-        return Result(check, skipped="no gradient was given")
+        return Result(check, skipped="the implementation has no gradient")
     skipped_cases: list[Skip] = []
     try:
         failure = find_failure(ctx, check, skipped_cases, shrink=shrink)
@@ -161,13 +167,16 @@ def run_check(ctx: CheckContext, check: Check, reason: str | None = None, *, shr
 def find_failure(
     ctx: CheckContext, check: Check, skipped_cases: list[Skip] | None = None, *, shrink: bool = True
 ) -> Failure | None:
-    """Return a case that the check rejects, the smallest that Hypothesis finds, or else the first example.
+    """Return a counter-example: the smallest that Hypothesis finds, or else the first failing example.
 
     Args:
-        skipped_cases: gets the cases that were skipped, where others were not.
+        ctx: context with the implementation.
+        check: the check.
+        skipped_cases: list to which skipped cases are appended if other cases ran.
+        shrink: whether to shrink the counter-example.
 
     Raises:
-        Skip: if all cases were.
+        Skip: if all cases were skipped.
     """
     skips: list[Skip] = []
     ran = False
@@ -203,7 +212,7 @@ def find_failure(
 def _search(
     strategy: SearchStrategy[Case], attempt: Callable[[Case], Mismatch | None], max_examples: int, *, shrink: bool
 ) -> Failure | None:
-    """Let Hypothesis look for a failure; it runs the smallest one last."""
+    """Search for a failure with Hypothesis, which runs the smallest one last."""
     last: Failure | None = None
 
     @settings(
@@ -211,7 +220,7 @@ def _search(
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         database=None,
         deadline=None,
-        derandomize=True,  # the same verdict on every run
+        derandomize=True,  # reproducible results
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
@@ -225,6 +234,6 @@ def _search(
 
     try:
         look()
-    except (Mismatch, Flaky):  # flaky: the implementation answers differently when asked again, which is a failure too
+    except (Mismatch, Flaky):  # flaky: a nondeterministic implementation also fails
         return last
     return None

@@ -1,4 +1,4 @@
-"""A few lines that reproduce a counter-example by themselves: NumPy literals, the call, and what was expected."""
+"""Code snippet that reproduces a counter-example: NumPy literals, the call, and the expected result."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .context import CheckContext
 from .op_spec import Case, Mismatch, Stage
 from .strategies import integers
 
-FEW_ELEMENTS, MANY_ELEMENTS = 4, 24  # numbers; a larger array is made by an expression, if there is one
+FEW_ELEMENTS, MANY_ELEMENTS = 4, 24  # larger arrays are written as expressions if possible
 WIDTH = 100
-MAX_EXPECTED_ELEMENTS = 12  # numbers
+MAX_EXPECTED_ELEMENTS = 12
 
 
 def snippet(ctx: CheckContext, case: Case, mismatch: Mismatch, stage: Stage) -> str:
-    """Return a program that calls the implementation with the case, and says what was expected."""
+    """Return a program that calls the implementation with the case, with the expected result as a comment."""
     arguments = ctx.cast(case).arguments
     lines = ["import numpy as np"]
     if ctx.implementation.takes_convention:
@@ -33,14 +33,14 @@ def snippet(ctx: CheckContext, case: Case, mismatch: Mismatch, stage: Stage) -> 
     keywords = ctx.implementation.keywords
     call_arguments = [name for name in arguments if name not in keywords] + [f"{name}={name}" for name in keywords]
     if stage is Stage.GRADIENTS:
-        cotangent = integers(0, *ctx.expected(case).shape)  # that of most checks of gradients
+        cotangent = integers(0, *ctx.expected(case).shape)  # as in most gradient checks
         lines.append(format_assignment("cotangent", cotangent.astype(ctx.setting.dtype)))
         call_arguments.insert(0, "cotangent")
     if ctx.implementation.takes_convention:
         call_arguments.append(f"convention=Convention.{ctx.setting.convention.name}")
     call_text = f"{call}({', '.join(call_arguments)})"
     if stage is Stage.COST:
-        measure = 'print(tracemalloc.get_traced_memory()[1], "bytes at its peak")'
+        measure = 'print(tracemalloc.get_traced_memory()[1], "bytes of peak memory")'
         return "\n".join(["import tracemalloc", *lines, "tracemalloc.start()", call_text, measure])
     lines.append(f"print({call_text})")
     if stage is Stage.GRADIENTS:
@@ -53,7 +53,7 @@ def snippet(ctx: CheckContext, case: Case, mismatch: Mismatch, stage: Stage) -> 
 
 
 def _callable(ctx: CheckContext, stage: Stage) -> tuple[str, list[str]]:
-    """Return how the function is called, and the imports for it."""
+    """Return the expression of the function, and its imports."""
     module, _, path = ctx.implementation.name.partition(":")
     forward, vjp = ctx.implementation.forward, ctx.implementation.vjp
     gradient = ""
@@ -67,7 +67,7 @@ def _callable(ctx: CheckContext, stage: Stage) -> tuple[str, list[str]]:
 
 
 def format_assignment(name: str, value: object, *, values_matter: bool = True) -> str:
-    """Return a line that gives a value to a name; an array's rows stand below each other.
+    """Return an assignment statement. The rows of an array are on separate lines.
 
     >>> print(format_assignment("x", np.array([[1.0, 2.0], [0.25, np.nan]])))
     x = np.array([[1., 2.],
@@ -80,7 +80,7 @@ def format_assignment(name: str, value: object, *, values_matter: bool = True) -
 
 
 def format_literal(value: object, column: int = 0, *, values_matter: bool = True) -> str:
-    """Return an expression for a value, to stand at a column.
+    """Return an expression for a value that starts at a column.
 
     >>> format_literal(np.arange(1.0, 31.0).reshape(5, 6))
     'np.arange(1.0, 31).reshape(5, 6)'
@@ -101,13 +101,13 @@ def format_literal(value: object, column: int = 0, *, values_matter: bool = True
     ):
         return f"np.full({value.shape}, {_qualify_non_finite(str(value.flat[0]))}{dtype_argument})"
     reshaped = ""
-    if value.size > FEW_ELEMENTS and value.shape[-1] == 1:  # a column would be long
+    if value.size > FEW_ELEMENTS and value.shape[-1] == 1:  # avoids one line per element
         value, reshaped = value.ravel(), f".reshape{value.shape}"
     return f"np.array({_format_rows(value, column + len('np.array('))}{dtype_argument}){reshaped}"
 
 
 def _format_rows(array: Array, column: int) -> str:
-    """Return all numbers, row below row, as many digits as tell them apart; the brackets open at a column."""
+    """Return nested lists with one row per line and the shortest exact digits; the brackets open at a column."""
 
     def number(value: Any) -> str:
         return _qualify_non_finite(np.format_float_positional(value, unique=True))
@@ -124,10 +124,10 @@ def _format_rows(array: Array, column: int) -> str:
 
 
 def _format_rounded(array: Array) -> str:
-    """Return nested lists on one line, to nine decimals: the last ones differ from machine to machine."""
+    """Return nested lists on one line, rounded to nine decimals, because further digits depend on the machine."""
     return _qualify_non_finite(repr(np.round(array, 9).tolist()))
 
 
 def _qualify_non_finite(text: str) -> str:
-    """Return NaN and infinity under NumPy's names."""
+    """Replace nan and inf by NumPy's names."""
     return text.replace("nan", "np.nan").replace("inf", "np.inf")

@@ -1,4 +1,4 @@
-"""From what people have to what the kit runs: a function, a class, an instance or a module with known names."""
+"""Implementations from a target: a function, a class, an instance or a module with the protocol's names."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def load(name: str) -> Any:
     """Import ``package.module:object``, ``package.module`` or ``package.module:object.attribute``.
 
     Raises:
-        ValueError: if there is no such object, or its module cannot be imported.
+        ValueError: if the object does not exist or its module cannot be imported.
     """
     module_name, _, path = name.partition(":")
     if not all(module_name.split(".")):
         raise ValueError(f"TARGET: expected package.module:object, got {name!r}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file here can be named
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file in this folder can be imported
     try:
         found: Any = importlib.import_module(module_name)
     except MissingPackageError:
-        raise  # it says what to install
+        raise  # its message names the package to install
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             plain = module_name.removesuffix(".py").replace("/", ".")
-            hint = "" if plain == module_name else f"; a file is named like a module: {plain}"
+            hint = "" if plain == module_name else f"; use the module name of a file: {plain}"
             raise ValueError(f"TARGET: expected package.module:object, found no module {error.name!r}{hint}") from error
         raise ValueError(f"TARGET: importing {module_name} raised {_describe_error(error)}") from error
     for attribute in path.split(".") if path else ():
@@ -45,9 +45,9 @@ def load(name: str) -> Any:
 
 
 def _describe_error(error: Exception) -> str:
-    """Return an exception as a line, with the place that raised it."""
+    """Return an exception in one line, with the file and line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    # A syntax error says so itself; the other two are not where the mistake is.
+    # A syntax error names its file; the importer and this file are not the location of the mistake.
     self_explanatory = (
         isinstance(error, SyntaxError) or frame.filename.startswith("<frozen") or frame.filename == __file__
     )
@@ -57,7 +57,7 @@ def _describe_error(error: Exception) -> str:
 
 
 def owner_of(name: str) -> Any:
-    """Return the module or the object that a name is an attribute of; a module itself."""
+    """Return the module or the object that has the named attribute; for a module the module itself."""
     module_name, _, path = name.partition(":")
     parent = path.rpartition(".")[0]
     return load(f"{module_name}:{parent}" if parent else module_name)
@@ -66,19 +66,20 @@ def owner_of(name: str) -> Any:
 def find_implementations(
     target: Any, name: str, only: Sequence[str] = (), owner: Any = None
 ) -> list[tuple[OpSpec, Implementation]]:
-    """Return what a target implements: each operation with its functions.
+    """Return the operations that a target implements.
 
-    A function serves the operation that its name belongs to, or the one that is asked for. A class is called without
-    arguments. An instance or a module serves every operation whose function it has. Its gradient is
-    ``function.vjp``, or ``<function>_vjp`` beside it.
+    A function implements the operation with its name, or the one in `only`. A class is called without arguments. An
+    instance or a module implements all operations whose functions it has. The gradient is ``function.vjp``, or
+    ``<function>_vjp`` in the same object.
 
     Args:
+        target: the object.
         name: ``package.module:object``, for the report.
-        only: names of operations; empty for all that are there.
-        owner: what a function lies in, with its gradient beside it.
+        only: names of operations; empty for all that the target has.
+        owner: module or object that contains a function and its gradient.
 
     Raises:
-        ValueError: if nothing is found, or what was asked for is missing; it says which names are looked for.
+        ValueError: if no function is found or a requested one is missing; the message lists the expected names.
     """
     candidates = [op_by_name(each) for each in only] or list(OPS)
     if inspect.isclass(target):
@@ -94,7 +95,7 @@ def find_implementations(
     ]
     missing = [op for op in candidates if not hasattr(target, op.function)]
     if not found or (only and missing):
-        raise ValueError(f"TARGET: {name} has none of the functions looked for:\n{_format_candidates(missing)}")
+        raise ValueError(f"TARGET: {name} has none of the expected functions:\n{_format_candidates(missing)}")
     return found
 
 
@@ -103,8 +104,8 @@ def _instantiate(kind: type, name: str) -> Any:
         return kind()
     except Exception as error:
         raise ValueError(
-            f"TARGET: {name} is a class, which is called without arguments; that raised {_describe_error(error)}. "
-            "Name an instance, or a function that has what it needs"
+            f"TARGET: {name} is a class; calling it without arguments raised {_describe_error(error)}. "
+            "Use an instance or a function instead"
         ) from error
 
 
@@ -116,14 +117,14 @@ def _single_function(
     if len(ops) != 1:
         names = ", ".join(op.name for op in OPS)
         raise ValueError(
-            f"TARGET: which operation does the function {function_name!r} implement? Name one with --op "
-            f"({names}), or call the function by one of the protocol's names:\n{_format_candidates(candidates)}"
+            f"TARGET: unknown operation of the function {function_name!r}. Select one with --op "
+            f"({names}), or use one of the protocol's names:\n{_format_candidates(candidates)}"
         )
     return ops[0], implementation_of(ops[0], target, owner, name)
 
 
 def implementation_of(op: OpSpec, forward: Any, owner: Any, name: str) -> Implementation:
-    """Return a function and its gradient as an implementation; what they take by name only, they are given by name."""
+    """Return a function and its gradient as an implementation, with its keyword-only arguments."""
     function_name = name.rpartition(":")[2].rpartition(".")[2]
     vjp = getattr(forward, "vjp", None) or getattr(owner, f"{function_name}_vjp", None)
     try:
@@ -155,7 +156,7 @@ def op_by_name(name: str) -> OpSpec:
 
 
 def format_signatures(ops: Sequence[OpSpec]) -> str:
-    """Return the functions of operations with what they take and return, for people who write one."""
+    """Return the signatures of operations, with descriptions of the arguments, as help for users."""
     lines = []
     for op in ops:
         lines.append(_signature(op))
@@ -171,7 +172,7 @@ def format_signatures(ops: Sequence[OpSpec]) -> str:
             given, returned = (", ".join(names) for names in (op.argument_names, op.differentiable_arguments))
             lines.append(f"      its gradient: {op.function}_vjp(cotangent, {given}) -> ({returned})")
         if op.depends_on_convention:
-            lines.append("      both may take convention=, a dat_ref.Convention; else the one that it follows is found")
+            lines.append("      both may take convention=, a dat_ref.Convention; otherwise the convention is inferred")
     return "\n".join(lines)
 
 
@@ -180,7 +181,7 @@ def _signature(op: OpSpec) -> str:
 
 
 def _format_candidates(ops: Sequence[OpSpec]) -> str:
-    """The listing of one operation; of several only what they are called, and where the rest is told."""
+    """Return the full description of a single operation, or the signatures of several."""
     if len(ops) == 1:
         return format_signatures(ops)
-    return "\n".join([*map(_signature, ops), "`dat-ref check --list` says what each argument is"])
+    return "\n".join([*map(_signature, ops), "`dat-ref check --list` describes the arguments"])

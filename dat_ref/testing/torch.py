@@ -1,4 +1,4 @@
-"""Implementations in torch, as functions of NumPy arrays; autograd gives the gradient."""
+"""Wrapper of torch functions as functions of NumPy arrays, with the gradient from autograd."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .op_spec import Function
 
 
 class from_torch:
-    """A torch function as the kit takes one: ``sample = from_torch(my_sample)``, with its gradient as ``sample.vjp``.
+    """Torch function as a function of arrays: ``sample = from_torch(my_sample)``, with its gradient ``sample.vjp``.
 
     Args:
-        function: takes tensors where the protocol has arrays, and dicts of tensors for dicts of arrays; everything else
-            as it is.
-        device: where the tensors are put.
+        function: takes tensors instead of the protocol's arrays, and dicts of tensors instead of dicts of arrays. Other
+            arguments are not converted.
+        device: device of the tensors.
 
     >>> import torch
     >>> double = from_torch(lambda x: 2 * x)
@@ -27,13 +27,13 @@ class from_torch:
     (array([2., 6.]), array([2., 2.]))
     """
 
-    numpy_memory = False  # what it allocates cannot be seen from here
+    numpy_memory = False  # torch's allocations cannot be traced from Python
 
     def __init__(self, function: Function, device: str = "cpu") -> None:
         self.function, self.device = function, device
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         with suppress(TypeError, ValueError):  # written in another language
-            self.__signature__ = inspect.signature(function)  # whether it takes a convention, and what by name only
+            self.__signature__ = inspect.signature(function)  # shows convention= and keyword-only arguments
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Return the function's result."""
@@ -43,8 +43,11 @@ class from_torch:
             return _map_values(self._arrays, self.function(*self._tensors(arguments), **options))
 
     def vjp(self, cotangent: Array, *arguments: Any, **options: Any) -> list[Any]:
-        """Return the gradient of every array among the arguments, in order, of a dict as a dict; zeros where autograd
-        finds none. Where the function returns several results, the cotangent is of the first."""
+        """Return the gradients of all array arguments, in order. The gradient of a dict is a dict.
+
+        A gradient that autograd does not find is zero. If the function returns several results, the cotangent belongs
+        to the first.
+        """
         import torch
 
         tensors = self._tensors(arguments)
@@ -56,7 +59,7 @@ class from_torch:
         return [_map_values(lambda leaf: self._arrays(next(grads)), value) for value in tensors if _leaves(value)]
 
     def _tensors(self, arguments: Any) -> list[Any]:
-        """Copies: a tensor on a read-only array would be a licence to write."""
+        """Convert arrays to tensors. They are copied, because a tensor that shares a read-only array is writable."""
         import torch
 
         def tensor(value: Any) -> Any:
@@ -70,7 +73,7 @@ class from_torch:
 
 
 def _map_values(function: Callable[[Any], Any], value: Any) -> Any:
-    """Change a value, or each of a dict or of a tuple."""
+    """Apply a function to a value, or to each value of a dict or tuple."""
     if isinstance(value, Mapping):
         return {name: function(entry) for name, entry in value.items()}
     return tuple(function(entry) for entry in value) if type(value) is tuple else function(value)

@@ -21,7 +21,8 @@ from ._checks import check_map
 from .block import Block, ChannelNorm, attentions_with
 from .bridge import SpecModule, state_dtype
 from .functional._symbolic import statically_zero
-from .functional.sampling import Sampler
+from .functional.registry import check_backend
+from .functional.sampling import Sampler, check_sampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -307,7 +308,13 @@ class DAT(SpecModule):
         """Set the backend, and optionally the sampler, of all attention modules that have one.
 
         See `dat_ref.torch.backends()`.
+
+        Raises:
+            ConfigError: for an unknown backend or sampler.
         """
+        check_backend(backend)
+        if sampler is not None:
+            check_sampler(sampler)
         for module in self.modules():
             if isinstance(module, attentions_with("backend")):
                 module.backend = backend

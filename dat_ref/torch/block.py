@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .._checks import ConfigError
 from ..block import BlockTrace, MLPTrace
-from ..config import AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
-from .functional.sampling import Sampler
+from ..config import CHECK_INIT, AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
+from .functional.registry import check_backend
+from .functional.sampling import Sampler, check_sampler
 from .layer import DeformableAttention
 from .peers import (
     PEER_MODULES,
@@ -124,8 +125,11 @@ def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
         options: `backend`, `sampler` and `init`. A module receives only the options that it has.
 
     Raises:
-        ConfigError: if there is no module for this type of configuration.
+        ConfigError: if the value of an option is unknown, or there is no module for this type of configuration.
     """
+    check_backend(options.get("backend", "auto"))
+    check_sampler(options.get("sampler", "gather"))
+    CHECK_INIT("init", options.get("init", "released"))
     if type(config) not in ATTENTION_MODULES:
         known = ", ".join(each.__name__ for each in ATTENTION_MODULES)
         raise ConfigError(f"attention: expected one of {known}, got {type(config).__name__}")

@@ -75,7 +75,7 @@ def optimize_for_inference(model: M) -> M:
     if any(module.training for module in model.modules()):
         raise ValueError("model: expected eval mode, got a model in training mode: call model.eval() first")
     fast = copy.deepcopy(model).requires_grad_(False)
-    reason = _unsupported_reason(model)
+    reason = unsupported_reason(model)
     if reason:
         warnings.warn(f"optimize_for_inference: {reason}; returning an unoptimized copy", stacklevel=2)
         return fast
@@ -87,8 +87,8 @@ def optimize_for_inference(model: M) -> M:
     return _replace(fast, {})
 
 
-def _unsupported_reason(model: nn.Module) -> str:
-    """Return the reason why the weights cannot be packed, or an empty string."""
+def unsupported_reason(model: nn.Module) -> str:
+    """Return the reason why `optimize_for_inference` cannot pack the weights on this machine, or an empty string."""
     weights = list(model.parameters())
     devices = {weight.device.type for weight in weights}
     if devices - {"cpu"}:

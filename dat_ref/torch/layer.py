@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import official
 from .._checks import ShapeError
-from ..config import LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
+from ..config import CHECK_INIT, LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
 from ..layer import BIAS_KERNEL, LayerTrace
 from ..ops.bias import LogBiasTrace
 from ..ops.offsets import OffsetNetworkTrace
@@ -22,9 +22,11 @@ from . import functional
 from ._checks import check_map
 from .bridge import SpecModule, state_dtype
 from .functional._dtypes import wide_dtype
+from .functional._sdpa import masked_attention
 from .functional.bias import log_bias_trace
 from .functional.grid import Padding, Size
-from .functional.sampling import Sampler
+from .functional.registry import check_backend
+from .functional.sampling import Sampler, check_sampler
 from .initialization import init_offsets, init_table
 
 
@@ -127,6 +129,9 @@ class DeformableAttention(SpecModule):
         init: Init = "released",
     ) -> None:
         super().__init__()
+        check_backend(backend)
+        check_sampler(sampler)
+        CHECK_INIT("init", init)
         self.config = config
         self.backend = backend
         self.sampler: Sampler = sampler
@@ -251,9 +256,7 @@ class DeformableAttention(SpecModule):
             bias = self._bias(points, size)
             assert bias is not None
             mask = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
-            return nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=config.scale, dropout_p=dropout
-            )
+            return masked_attention(q, k, v, mask, scale=config.scale, dropout=dropout)
         return functional.deformable_attention(
             q,
             k,

@@ -89,13 +89,12 @@ def create_model(
     >>> model.num_features, model.feature_info[0]["reduction"]
     (768, 4)
     """
-    if name not in PRESETS:
-        raise ConfigError(f"name: unknown model {name!r}; {_suggest(name, list(PRESETS))}")
+    preset = preset_of(name)
     overrides = {key: value for key, value in overrides.items() if value is not None}
     options = {key: overrides.pop(key) for key in _MODULE_OPTIONS if key in overrides}
     options.setdefault("init", OFFSET_INIT.get(name, "released"))
     changes = {"num_classes": num_classes, "in_channels": in_chans, "drop_path_rate": drop_path_rate}
-    config = _override(PRESETS[name], {key: value for key, value in changes.items() if value is not None} | overrides)
+    config = _override(preset, {key: value for key, value in changes.items() if value is not None} | overrides)
     if attention is not None:
         attention = resolve_kind(attention)
         known = [*REPLACEMENTS, *CONTROLS]
@@ -110,6 +109,17 @@ def create_model(
     if isinstance(model, DATFeatures):
         model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
     return model
+
+
+def preset_of(name: str) -> DATConfig:
+    """Return the preset of a model name.
+
+    Raises:
+        ConfigError: for an unknown name, with the most similar ones.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"name: unknown model {name!r}; {_suggest(name, list(PRESETS))}")
+    return PRESETS[name]
 
 
 def _override(config: DATConfig, changes: dict[str, Any]) -> DATConfig:

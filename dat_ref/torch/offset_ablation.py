@@ -21,7 +21,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def deformable_layers(model: nn.Module) -> dict[str, DeformableAttention]:
-    """Return the layers of a model that have an offset network, by their module names."""
+    """Return the layers of a model that have an offset network, by module name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -31,7 +31,13 @@ def deformable_layers(model: nn.Module) -> dict[str, DeformableAttention]:
 
 @contextmanager
 def replaced_offsets(layer: DeformableAttention, ablation: Ablation, mean: Tensor) -> Iterator[None]:
-    """Replace a layer's raw offsets as long as the context lasts."""
+    """Replace a layer's raw offsets inside the context.
+
+    Args:
+        layer: with an offset network.
+        ablation: function that returns the replacement.
+        mean: mean raw offset of each group, (G, 2, 1, 1).
+    """
 
     def hook(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         raw = output[0].view(-1, layer.config.groups, *output[0].shape[1:])
@@ -47,12 +53,15 @@ def replaced_offsets(layer: DeformableAttention, ablation: Ablation, mean: Tenso
 
 @torch.no_grad()
 def mean_offsets(model: nn.Module, images: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
-    """Return the mean raw offset of each group, over images and positions, for every deformable layer: (G, 2, 1, 1).
+    """Return the mean raw offset of each group, over images and positions, by name of the deformable layer.
 
     Args:
-        model: images (B, channels, H, W) → anything.
+        model: takes images (B, channels, H, W).
         images: (N, channels, H, W), N ≥ 1.
-        batch_size: images per pass.
+        batch_size: images per forward pass.
+
+    Returns:
+        module name → (G, 2, 1, 1).
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in deformable_layers(model)}
     with ExitStack() as stack:
@@ -70,12 +79,12 @@ def mean_offsets(model: nn.Module, images: Tensor, batch_size: int = 128) -> dic
 
 @contextmanager
 def ablated_offsets(model: nn.Module, kind: str, means: dict[str, Tensor]) -> Iterator[None]:
-    """Ablate the offsets of all deformable layers of a model as long as the context lasts.
+    """Ablate the offsets of all deformable layers of a model inside the context.
 
     Args:
         model: with at least one deformable layer.
-        kind: ``"zero"`` (points stay on the reference points), ``"shift"`` (one offset for each group, `means`), or
-            ``"other"`` (those of the image before in the batch).
+        kind: ``"zero"`` (points stay at the reference points), ``"shift"`` (one offset for each group, from `means`),
+            or ``"other"`` (offsets of the previous image in the batch).
         means: result of `mean_offsets`.
     """
     with ExitStack() as stack:

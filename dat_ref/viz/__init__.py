@@ -1,4 +1,4 @@
-"""Figures of where attention looks: matplotlib without pyplot, fed with plain arrays or a layer's trace."""
+"""Figures of attention on photographs. They use matplotlib without pyplot; the inputs are arrays or traces."""
 
 from .._deprecation import deprecated_names
 from .figures import draw_attention, draw_key_importance, draw_offset_field, draw_points

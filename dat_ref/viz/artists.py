@@ -1,6 +1,6 @@
-"""What the figures are put together from: the view of a panel, the marks in it, the legends around it.
+"""Parts of the figures: the view of a panel, its marks, and the legends.
 
-Places are in pixels of the photograph, (y, x); sizes of marks in points (1/72 inch).
+Positions are in pixels of the photograph, order (y, x). Sizes of marks are in points (1/72 inch).
 """
 
 from __future__ import annotations
@@ -18,67 +18,75 @@ from matplotlib.ticker import MaxNLocator
 from .geometry import Array, QueryAttention, Size, attention_map, to_image_px
 from .style import DARK, FIELD, GAP, HAIRLINE, HEAT, INK, MARGIN, QUIET, SIDE, FigureLayout, blend_toward, group_color
 
-EDGE = "#FFD9A0A0"  # of a circle
-LARGEST_RADIUS = 24  # of a circle, in points
-WIDEST_MARGIN = 0.2  # of the photograph's longer side; points further out are drawn on the margin's edge
+EDGE = "#FFD9A0A0"  # edge color of a circle
+LARGEST_RADIUS = 24  # maximum radius of a circle, in points
+WIDEST_MARGIN = 0.2  # maximum margin, relative to the photograph's longer side; points outside are drawn on its edge
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of the plane that a panel shows: the photograph, and room where points lie outside it."""
+    """Visible region of a panel: the photograph, with a margin on the sides where points are outside it."""
 
-    size: Size  # of the photograph
+    size: Size  # size of the photograph
     low: Array  # (y, x) of the top left corner
     high: Array  # (y, x) of the bottom right corner
-    inset: float  # distance kept from the margin's edge
+    inset: float  # minimum distance of a point from the margin's edge
 
     @classmethod
     def around(cls, size: Size, points: Array, rim: float = 0.03) -> View:
-        """places: (..., 2). Where they reach a side, room there for those beyond it and a rim (a share of the
-        longer side) around them; WIDEST_MARGIN at most.
+        """Return the view that contains the photograph and the points.
+
+        Args:
+            size: (height, width) of the photograph.
+            points: (..., 2), in pixels of the photograph.
+            rim: space around points at or outside a border, relative to the photograph's longer side. The margin is at
+                most `WIDEST_MARGIN`.
         """
         border_low, border_high = np.full(2, -0.5), np.subtract(size, 0.5)
         points = points[np.isfinite(points).all(axis=-1)]
         lowest = np.min(points, axis=0, initial=np.inf) if len(points) else border_low
         highest = np.max(points, axis=0, initial=-np.inf) if len(points) else border_high
-        rim, max_room = rim * max(size), WIDEST_MARGIN * max(size)
+        rim, max_margin = rim * max(size), WIDEST_MARGIN * max(size)
         overhang = np.stack([border_low - lowest, highest - border_high])
-        margin_before, margin_after = np.where(overhang > -rim / 4, np.clip(overhang + rim, 0, max_room), 0)
+        margin_before, margin_after = np.where(overhang > -rim / 4, np.clip(overhang + rim, 0, max_margin), 0)
         return cls(size, border_low - margin_before, border_high + margin_after, rim / 2)
 
     @property
     def aspect(self) -> float:
+        """Height divided by width."""
         height, width = self.high - self.low
         return float(height / width)
 
     def within(self, points: Array) -> tuple[Array, Array]:
-        """Places brought onto the margin's edge where they lie beyond it, and which those are."""
+        """Clip points to the margin's edge; return them and a mask of the clipped points."""
         low = np.where(self.low < -0.5, self.low + self.inset, self.low)
         high = np.where(self.high > np.subtract(self.size, 0.5), self.high - self.inset, self.high)
         clipped = np.clip(points, low, high)
         return clipped, np.any(clipped != points, axis=-1)
 
     def pitch(self, layout: FigureLayout, keys: Size) -> float:
-        """Distance between neighboring keys on the page, in points, along the axis where they are closest."""
+        """Return the smaller distance between neighboring keys on the page, in points (1/72 inch)."""
         per_pixel = 72 * layout.panel[1] / (self.high[1] - self.low[1])
         return float(per_pixel * np.divide(self.size, keys).min())
 
 
-# Marks
+# ------------------------------------------------------------------------------------------------ marks
 
 
 def dim(picture: Array) -> Array:
+    """Darken a photograph, as a background for bright marks."""
     return blend_toward(picture, 0.0, 0.4, 0.7)
 
 
 def style_frame(axes: Axes) -> None:
+    """Remove the ticks and draw a thin frame."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=HAIRLINE, linewidth=0.6)
 
 
 def show_photo(axes: Axes, picture: Array, view: View, background: str = MARGIN) -> None:
-    """The photograph in its own pixels, with the view's room around it."""
+    """Show the photograph in its own pixels, with the view's margin."""
     style_frame(axes)
     axes.set_facecolor(background)
     axes.imshow(picture, aspect="auto")
@@ -88,7 +96,10 @@ def show_photo(axes: Axes, picture: Array, view: View, background: str = MARGIN)
 
 
 def draw_offsets(axes: Axes, references: Array, points: Array, view: View, pitch: float, color: str) -> None:
-    """Rings at the references, arrows from them, and a dot in each tip: all there is of no offset."""
+    """Draw a ring at each reference point, an arrow to its sampling point, and a dot at the tip.
+
+    The dot also shows points with zero offset, which have no arrow.
+    """
     (tails, _), (heads, clipped) = view.within(references), view.within(points)
     ring_area = float(np.clip(0.17 * pitch, 1.5, 5)) ** 2  # areas in points²
     shaft = float(np.clip(0.055 * pitch, 0.9, 1.5))  # in points
@@ -143,19 +154,19 @@ def draw_offsets(axes: Axes, references: Array, points: Array, view: View, pitch
 
 
 def uniform_share_area(relative_weights: Array, pitch: float) -> float:
-    """Area (points²) of an even share's circle: half a cell wide, less where others would be too large."""
+    """Return the area (points²) of the circle of a uniform share: half a cell wide, or less to limit the largest."""
     radius = min(0.25 * pitch, min(1.1 * pitch, LARGEST_RADIUS) / np.sqrt(max(float(relative_weights.max()), 1.0)))
     return float((2 * max(radius, 0.6)) ** 2)
 
 
 def color_norm(values: Array) -> Normalize:
-    """From least to most; a little wider where all are equal, as an even spread needs some colour too."""
+    """Return the color scale from the smallest to the largest value; wider if all values are equal."""
     low, high = float(values.min()), float(values.max())
     return Normalize(low, high) if high - low > 1e-9 else Normalize(low - 0.5, high + 0.5)
 
 
 def draw_circles(axes: Axes, points: Array, relative_weights: Array, area: float, norm: Normalize, view: View) -> None:
-    """Largest first, so that none hides another."""
+    """Draw circles for the keys, the largest first, so that no circle hides another."""
     clipped, _ = view.within(points)
     order = np.argsort(-relative_weights, kind="stable")
     axes.scatter(
@@ -172,7 +183,7 @@ def draw_circles(axes: Axes, points: Array, relative_weights: Array, area: float
 
 
 def draw_heatmap(axes: Axes, query_attention: QueryAttention, map_size: Size, size: Size, norm: Normalize) -> None:
-    """Cells coloured by attention, and a line around those that are keys of this query."""
+    """Color the cells by attention, with an outline around the keys of the query."""
     heat = attention_map(query_attention.weights, query_attention.keys_px, map_size) * len(query_attention.weights)
     keys = attention_map(np.ones(len(query_attention.weights)), query_attention.keys_px, map_size) > 0
     layer = HEAT(norm(heat)) * keys[..., None]
@@ -183,26 +194,26 @@ def draw_heatmap(axes: Axes, query_attention: QueryAttention, map_size: Size, si
 
 
 def _borders(mask: Array) -> Array:
-    """The unit segments between cells that are set and cells that are not: (n, 2 ends, 2), (y, x)."""
+    """Return the unit segments between set and unset cells, (n, 2 ends, 2), order (y, x)."""
     padded = np.pad(mask, 1)
     segments = []
     for axis in (0, 1):
-        edges = np.argwhere(np.diff(padded, axis=axis)) - 1.0  # the cells before a border, half a cell before
+        edges = np.argwhere(np.diff(padded, axis=axis)) - 1.0  # cell before each border, without the padding
         along, across = np.eye(2)[axis] / 2, np.eye(2)[1 - axis] / 2
         segments.append(np.stack([edges + along - across, edges + along + across], axis=1))
     return np.concatenate(segments)
 
 
-# Legends
+# ------------------------------------------------------------------------------------------------ legends
 
 
 def size_legend(layout: FigureLayout, relative_weights: Array, area: float, norm: Normalize) -> None:
-    """Circles as they are drawn, on a dark strip as wide as the panels: least, even and largest share."""
+    """Draw the legend of circle sizes on a dark strip as wide as the panels: smallest, uniform and largest share."""
     low, high = float(relative_weights.min()), float(relative_weights.max())
     candidates = {round(low, 2), 1.0, round((1 + high) / 2, 2) if high > 3 else 1.0, round(high, 2)}
     values = sorted(candidates - {0.0})
     axes = _dark_strip(layout, 0.18, layout.footer - 0.26)
-    texts = [f"{value:.2f}×" + (" even share" if value == 1 else "") for value in values]
+    texts = [f"{value:.2f}×" + (" uniform share" if value == 1 else "") for value in values]
     diameters = np.sqrt(area * np.array(values)) / 72  # inches
     x = 0.16
     axes.text(x, 0, "attention received", color="white", va="center")
@@ -214,7 +225,7 @@ def size_legend(layout: FigureLayout, relative_weights: Array, area: float, norm
 
 
 def _dark_strip(layout: FigureLayout, bottom: float, height: float) -> Axes:
-    """A strip in inches, as wide as the block of panels, ordinate from -1 to 1."""
+    """Add a dark strip as wide as the block of panels. Abscissa in inches, ordinate from -1 to 1."""
     page_width, _ = layout.figure.get_size_inches()
     left = min(axes.get_position().x0 for axes in layout.axes) * page_width
     width = max(axes.get_position().x1 for axes in layout.axes) * page_width - left
@@ -226,6 +237,7 @@ def _dark_strip(layout: FigureLayout, bottom: float, height: float) -> Axes:
 
 
 def color_bar(layout: FigureLayout, above: Axes, norm: Normalize) -> None:
+    """Add the color bar of the attention below a panel."""
     box = above.get_position()
     page_width, _ = layout.figure.get_size_inches()
     axes = layout.add_axes(box.x0 * page_width, box.width * page_width, 0.42, 0.1)
@@ -239,7 +251,7 @@ def color_bar(layout: FigureLayout, above: Axes, norm: Normalize) -> None:
 def draw_components(
     layout: FigureLayout, offsets: Array, bound_px: float | tuple[float, float] | None, norm: Normalize
 ) -> None:
-    """Histogram of each component, the groups stacked in their colours, and the colour bar of the fields."""
+    """Draw the histogram of each component, stacked by group, and the color bar of the fields."""
     page_width, _ = layout.figure.get_size_inches()
     panel_width = (page_width - 2 * SIDE - 4 * GAP) / 2
     bounds = np.broadcast_to(np.nan if bound_px is None else bound_px, (2,))
@@ -247,7 +259,7 @@ def draw_components(
     groups = len(offsets)
     for axis, component in enumerate(("Vertical", "Horizontal")):
         axes = layout.add_axes(SIDE + GAP + axis * (panel_width + 2 * GAP), panel_width, 0.55, 1.15)
-        bounded = np.abs(offsets[..., axis]).max() <= bounds[axis]  # then the bound is a border of the bins
+        bounded = np.abs(offsets[..., axis]).max() <= bounds[axis]  # then the bound is an edge of a bin
         bins = np.linspace(-1, 1, 40) * (bounds[axis] if bounded else limit)
         axes.hist(
             [offsets[g, ..., axis].reshape(-1) for g in range(groups)],

@@ -1,4 +1,4 @@
-"""How the cost of each attention grows with the image: multiply-adds and memory, log-log, each line with its name."""
+"""Figure of the cost of each attention against the size of the image: multiply-adds and memory, log-log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BROWN, GRAY = GROUP_COLORS
 
 
 class LineStyle(NamedTuple):
-    """How a line is drawn and named."""
+    """Style and name of a line."""
 
     name: str
     color: str
@@ -39,16 +39,16 @@ LINE_STYLES = {
     "deform_conv": LineStyle("deformable conv.", PINK),
 }
 PREFIXES = {0: "", 3: " k", 6: " M", 9: " G", 12: " T", 15: " P", 18: " E"}
-LABEL_WIDTH, TICK_WIDTH = 1.68, 0.42  # inches beside a panel's lines, right and left
-LABEL_PITCH = 0.155  # inches from one name to the next
+LABEL_WIDTH, TICK_WIDTH = 1.68, 0.42  # space for labels on the right and for ticks on the left, inches
+LABEL_PITCH = 0.155  # minimum vertical distance of two labels, inches
 
 
 class CurveLike(Protocol):
-    """What is drawn: `dat_ref.complexity.Curve`, or anything with its attributes."""
+    """Interface of a curve: `dat_ref.complexity.Curve`, or an object with the same attributes."""
 
     @property
     def kind(self) -> str:
-        """Which system it is."""
+        """Name of the attention."""
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class CurveLike(Protocol):
 
     @property
     def saved_bytes(self) -> tuple[int, ...]:
-        """Bytes held for the backward at each side."""
+        """Bytes stored for the backward pass at each side."""
 
 
 @with_style
@@ -68,29 +68,31 @@ def draw_cost(curves: Sequence[CurveLike], *, reduction: int, label: str = "", k
     """Draw multiply-adds and memory against the side of the image.
 
     Args:
-        curves: one for each system, all at the same sides, positive.
+        curves: one curve per attention, all at the same sides, with positive values.
         reduction: image pixels per map pixel.
-        label: what the layer is, for the title.
-        keys: how many keys the systems have at the first side, for the caption.
+        label: name of the layer, for the title.
+        keys: number of keys per query at the first side, for the caption.
     """
     if not curves or any(curve.sides != curves[0].sides or len(curve.sides) < 2 for curve in curves):
         raise ValueError("curves: expected at least one, all at the same two or more sides")
     first = reduction * curves[0].sides[0]
-    unchanged = "windows, kernels and strides stay as they are"
-    matched_caption = f"All have {keys} keys a query at {first} × {first}, or as near as they come; {unchanged}"
+    unchanged = "windows, kernels and strides do not change"
+    matched_caption = (
+        f"All have {keys} keys per query at {first} × {first}, or the closest possible number; {unchanged}"
+    )
     layout = make_layout(
         2,
         1.02,
         columns=2,
         title=f"{label or 'One layer'}: cost against the size of the image",
-        caption=f"One image, float32. {unchanged.capitalize() if keys is None else matched_caption}. Behind each name, "
-        "the exponent of the last doubling of the side: 2 is linear in pixels. Deformable convolution keeps no "
-        "samples: its backward takes them again.",
+        caption=f"One image, float32. {unchanged.capitalize() if keys is None else matched_caption}. Next to each "
+        "name: growth exponent over the last two sides; 2 is linear in the number of pixels. Deformable convolution "
+        "stores no samples: its backward pass samples again.",
         footer=0.42,
     )
     panels = (
         ("Multiply-adds", "", [curve.macs for curve in curves]),
-        ("Memory for the backward", "B", [curve.saved_bytes for curve in curves]),
+        ("Memory for the backward pass", "B", [curve.saved_bytes for curve in curves]),
     )
     for axes, (title, unit, amounts) in zip(layout.axes, panels, strict=True):
         _reserve_margins(axes)
@@ -120,7 +122,7 @@ def _line_style(kind: str) -> LineStyle:
 
 
 def _reserve_margins(axes: Axes) -> None:
-    """Narrow a panel so that numbers fit beside it on the left and names on the right."""
+    """Narrow a panel, to leave space for the ticks on the left and the labels on the right."""
     box, page_width = axes.get_position(), _figure_size(axes)[0]
     axes.set_position(
         (box.x0 + TICK_WIDTH / page_width, box.y0, box.width - (TICK_WIDTH + LABEL_WIDTH) / page_width, box.height)
@@ -152,7 +154,7 @@ def _set_scales(axes: Axes, sides: list[int], amounts: list[tuple[int, ...]], un
 
 
 def _format_amount(amount: float, unit: str) -> str:
-    """Write a number with a prefix: 2 000 000 B as 2 MB."""
+    """Format an amount with a unit prefix: 2 000 000 B as 2 MB."""
     if amount <= 0:
         return "0"
     power = min(max(3 * math.floor(math.log10(amount) / 3 + 1e-9), 0), max(PREFIXES))
@@ -161,7 +163,7 @@ def _format_amount(amount: float, unit: str) -> str:
 
 
 def _label_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[int, ...]]) -> None:
-    """Write each line's name beside its end, moved up or down where names would touch, with a hair to the end."""
+    """Label each line at its right end. Labels that would overlap are moved vertically and connected to their line."""
     height = axes.get_position().height * _figure_size(axes)[1]
     low, high = (math.log10(limit) for limit in axes.get_ylim())
     ends = [(math.log10(values[-1]) - low) / (high - low) * height for values in amounts]
@@ -201,14 +203,14 @@ def _label_lines(axes: Axes, curves: Sequence[CurveLike], amounts: list[tuple[in
 
 
 def _spread_labels(targets: list[float], pitch: float) -> list[float]:
-    """Return places at least `pitch` apart, in order, as near to the wanted ones as that allows.
+    """Return ordered positions at least `pitch` apart, as close as possible to the targets.
 
-    Neighbours that would touch form a group, which is centered on the mean of what its members want.
+    Labels that would overlap form a group, which is centered on the mean of its targets.
 
     >>> _spread_labels([0.0, 0.5, 1.0, 5.0], 1.0)
     [-0.5, 0.5, 1.5, 5.0]
     """
-    groups: list[list[float]] = []  # each the wishes of its members, less their rank in the group
+    groups: list[list[float]] = []  # for each group, the targets of its members minus their offsets in the group
     group_starts: list[float] = []
     for target in targets:
         groups.append([target])

@@ -1,7 +1,7 @@
-"""Four pictures of a deformable-attention layer at work on a photograph.
+"""Four figures of a deformable-attention layer on a photograph.
 
-Each takes the photograph and the layer's trace (anything with its attributes) and returns a matplotlib
-Figure, which `save` writes. The photograph may have any size: it and the map cover the same ground.
+Each function takes a photograph and a layer's trace (or an object with the same attributes). It returns a matplotlib
+`Figure`; `save` writes it to a file. The photograph may have any size: it and the map cover the same region.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ from .artists import (
 from .geometry import QueryAttention, Size, item_points, item_references, key_importance, to_image_px, trace_map_size
 from .style import DARK, FIELD, INK, QUERY, QUIET, as_photo, blend_toward, group_color, make_layout, with_style
 
-MAX_SHARED_PANEL_POINTS = 150  # more points than this are told apart only in a panel for each group
+MAX_SHARED_PANEL_POINTS = 150  # with more points, each group gets its own panel
 
 
 @with_style
 def draw_points(photo: ArrayLike, trace: Any, *, label: str = "", batch: int = 0) -> Figure:
-    """Reference grid and moved points over the photograph, the offsets as arrows, one colour a group.
+    """Draw reference points, sampling points and offsets on the photograph, with one color per group.
 
-    Groups share a panel while that can be read and have one each when it cannot.
+    The groups share a panel if there are few points. Otherwise each group has its own panel.
+
+    Args:
+        photo: (H, W, 3) or (H, W), bytes or values in [0, 1].
+        trace: trace of a deformable layer.
+        label: name of the layer, for the title.
+        batch: index of the image in the batch.
     """
     picture = as_photo(photo)
     size = picture.shape[:2]
@@ -70,14 +76,18 @@ def draw_points(photo: ArrayLike, trace: Any, *, label: str = "", batch: int = 0
             axes.set_title(f"Group {group + 1}", color=group_color(group))
     handles = [
         Line2D([], [], ls="", marker="o", mfc="white", mec=QUIET, mew=0.8, ms=5, label="reference"),
-        Line2D([], [], ls="", marker="$\u2192$", color=QUIET, mew=0.3, ms=13, label="offset, tip at the moved point"),
+        Line2D(
+            [], [], ls="", marker="$\u2192$", color=QUIET, mew=0.3, ms=13, label="offset, tip at the sampling point"
+        ),
     ]
     if groups > 1 and not separate_panels:
         handles += [
             Line2D([], [], ls="", marker="o", color=group_color(g), ms=6, label=f"group {g + 1}") for g in range(groups)
         ]
     if view.within(points)[1].any():
-        handles.append(Line2D([], [], ls="", marker="D", mfc="white", mec=QUIET, mew=0.9, ms=5, label="further out"))
+        handles.append(
+            Line2D([], [], ls="", marker="D", mfc="white", mec=QUIET, mew=0.9, ms=5, label="outside the margin")
+        )
     layout.figure.legend(
         handles=handles, loc="lower center", borderaxespad=0.6, ncols=len(handles), handletextpad=0.5, columnspacing=1.8
     )
@@ -88,7 +98,15 @@ def draw_points(photo: ArrayLike, trace: Any, *, label: str = "", batch: int = 0
 def draw_key_importance(
     photo: ArrayLike, trace: Any, *, per_group: bool = False, label: str = "", batch: int = 0
 ) -> Figure:
-    """A circle at each moved point, its area the attention the key receives, on the dimmed photograph."""
+    """Draw a circle at each sampling point. Its area is the attention that the key receives from all queries.
+
+    Args:
+        photo: (H, W, 3) or (H, W), bytes or values in [0, 1].
+        trace: trace of a deformable layer.
+        per_group: draw one panel per group.
+        label: name of the layer, for the title.
+        batch: index of the image in the batch.
+    """
     picture = as_photo(photo)
     size = picture.shape[:2]
     points = item_points(trace, batch)
@@ -99,7 +117,7 @@ def draw_key_importance(
     view = View.around(size, keys_on_photo, rim=0.04)
 
     caption = (
-        "Circle area: attention the key receives, summed over all queries, in multiples of an even "
+        "Circle area: attention that the key receives, summed over all queries, in multiples of a uniform "
         f"share. Largest {relative_weights.max():.2f}×, smallest {relative_weights.min():.2f}×."
     )
     layout = make_layout(
@@ -134,10 +152,16 @@ def draw_attention(
     label: str = "",
     names: tuple[str, str] = ("Deformable attention", "Window attention"),
 ) -> Figure:
-    """For each query (a star): what it attends to through deformed points, and in a window or neighborhood.
+    """Draw for each query (star) its attention in a deformable layer, and in a window or neighborhood.
 
-    queries: (n, 2), (y, x) in pixels of the map; one `QueryAttention` for each query in both sequences. Without
-    `window_maps` (a stage that has deformable blocks only) the third column is left out.
+    Args:
+        photo: (H, W, 3) or (H, W), bytes or values in [0, 1].
+        queries: (n, 2), order (y, x), in pixels of the map.
+        deformable_maps: one `QueryAttention` per query.
+        window_maps: one `QueryAttention` per query, or empty for no third column.
+        map_size: (H, W) of the map.
+        label: name of the layer, for the title.
+        names: titles of the second and the third column.
     """
     picture = as_photo(photo)
     size = picture.shape[:2]
@@ -148,7 +172,7 @@ def draw_attention(
             f"got {len(stars)}, {len(deformable_maps)} and {len(window_maps)}"
         )
     keys_on_photo = [to_image_px(each.keys_px, map_size, size) for each in deformable_maps]
-    relative_weights = [each.weights * len(each.weights) for each in deformable_maps]  # in multiples of an even share
+    relative_weights = [each.weights * len(each.weights) for each in deformable_maps]  # in multiples of a uniform share
     view = View.around(size, np.concatenate(keys_on_photo), rim=0.04)
 
     columns = 3 if window_maps else 2
@@ -157,11 +181,13 @@ def draw_attention(
         view.aspect,
         columns=columns,
         title=_join_label(label, f"{_size_text(map_size)} map"),
-        caption="Where the query (star) looks. Circle area and colour: attention in multiples of an "
-        "even share among the query's keys.",
+        caption="Attention of the query (star). Circle area and color: attention in multiples of a uniform share "
+        "among the query's keys.",
         footer=0.55,
     )
-    grid_side = int(max(len(each) for each in keys_on_photo) ** 0.5) + 1  # circles, were they on a square grid
+    grid_side = (
+        int(max(len(each) for each in keys_on_photo) ** 0.5) + 1
+    )  # side of a square grid with at least as many points
     area = uniform_share_area(np.concatenate(relative_weights), view.pitch(layout, (grid_side, grid_side)))
     points_norm = color_norm(np.concatenate(relative_weights))
     if window_maps:
@@ -197,25 +223,30 @@ def draw_offset_field(
     label: str = "",
     batch: int = 0,
 ) -> Figure:
-    """Offsets key by key: length as colour, direction as arrows, and how their two components are spread.
+    """Draw the offset of each key (color: length, arrow: direction) and histograms of the two components.
 
-    bound_px: the largest component the layer allows, one number or (y, x), in pixels of the map.
+    Args:
+        photo: (H, W, 3) or (H, W), bytes or values in [0, 1].
+        trace: trace of a deformable layer.
+        bound_px: maximum offset per component, one number or (y, x), in pixels of the map.
+        label: name of the layer, for the title.
+        batch: index of the image in the batch.
     """
     picture = as_photo(photo)
     height, width = trace_map_size(trace)
     offsets = item_points(trace, batch) - item_references(trace, batch)  # (G, Hk, Wk, 2)
     groups, rows, columns, _ = offsets.shape
     length = np.linalg.norm(offsets, axis=-1)
-    step = -(-max(rows, columns) // 24)  # arrows beyond this number run into one another
+    step = -(-max(rows, columns) // 24)  # at most 24 arrows per axis, so that they do not overlap
     arrow_scale = _round_down(step * min(height / rows, width / columns) / max(length.max(), 1e-12))
 
-    shown = f"Arrows: direction, drawn {_scale_text(arrow_scale)}" if length.max() > 0 else "No point is moved"
+    shown = f"Arrows: direction, drawn {_scale_text(arrow_scale)}" if length.max() > 0 else "All offsets are zero"
     layout = make_layout(
         groups + 1,
         height / width,
         title=_title(label, trace),
         footer=2.35,
-        caption=f"Colour: length of the offset in pixels of the {_size_text((height, width))} map. {shown}"
+        caption=f"Color: length of the offset in pixels of the {_size_text((height, width))} map. {shown}"
         + (f"; every {step}th key in each direction." if step > 1 else "."),
     )
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -256,7 +287,7 @@ def draw_offset_field(
     return layout.figure
 
 
-# Words
+# ------------------------------------------------------------------------------------------------ texts
 
 
 def _title(label: str, trace: Any) -> str:
@@ -286,7 +317,7 @@ def _scale_text(factor: float) -> str:
 
 
 def _round_down(factor: float) -> float:
-    """The largest round number (one digit, or 1.5) not above the factor."""
+    """Round down to one significant digit, or to 1.5."""
     power = 10.0 ** np.floor(np.log10(factor))
     digit = max(step for step in (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if step == 1 or step * power <= factor)
     return float(f"{digit * power:.2g}")

@@ -1,7 +1,7 @@
-"""Where a point of the map lies on the photograph, and how much attention lands there: arrays in, arrays out.
+"""Conversion between pixels of the map and of the photograph, and attention maps. Inputs and outputs are arrays.
 
-A pixel coordinate is a real number whose integers are the centers of the pixels: 0 is the center of the
-first, -0.5 the border of the map. Pairs are (y, x), always.
+Integer pixel coordinates are the centers of the pixels: 0 is the center of the first pixel, -0.5 the border of the map.
+The order is always (y, x).
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ Array = NDArray[Any]
 
 
 class QueryAttention(NamedTuple):
-    """What one query attends to: a probability and a place for each of its keys."""
+    """Attention of one query: the weight and the position of each of its keys."""
 
     weights: Array  # (N,)
     keys_px: Array  # (N, 2), (y, x) in pixels of the map
 
 
 def to_image_px(points_px: ArrayLike, map_size: Size, image_size: Size) -> Array:
-    """Pixel of the map to pixel of the photograph: (p + 1/2) · image / map - 1/2, each axis on its own.
+    """Convert pixels of the map to pixels of the photograph: (p + 1/2) · image / map - 1/2 on each axis.
 
-    Both pictures cover the same ground, border to border, so it is distances from the border that scale.
-    points_px: (..., 2), (y, x); sizes: (height, width).
+    The map and the photograph cover the same region, so distances from the border scale.
+
+    Args:
+        points_px: (..., 2), order (y, x), in pixels of the map.
+        map_size, image_size: (height, width).
+
+    Returns:
+        (..., 2), in pixels of the photograph.
     """
     points = np.asarray(points_px, dtype=np.float64)
     if points.ndim == 0 or points.shape[-1] != 2:
@@ -37,10 +43,14 @@ def to_image_px(points_px: ArrayLike, map_size: Size, image_size: Size) -> Array
 
 
 def key_importance(attention: ArrayLike, groups: int = 1) -> Array:
-    """Attention that each key receives: I[b, g, n] = sum_q mean_{m in group g} A[b, m, q, n].
+    """Return the attention that each key receives: I[b, g, n] = sum_q mean_{m in group g} A[b, m, q, n].
 
-    attention: (B, heads, Nq, Ns), rows summing to one; head m is in group m // (heads / groups).
-    Result: (B, groups, Ns). It sums to Nq over the keys, so a key that gets an even share has Nq / Ns.
+    Args:
+        attention: (B, heads, Nq, Ns); each row sums to one. Head m is in group m // (heads / groups).
+        groups: number of offset groups.
+
+    Returns:
+        (B, groups, Ns). The sum over the keys is Nq, so a uniform share is Nq / Ns.
     """
     attention = np.asarray(attention)
     if attention.ndim != 4 or groups < 1 or attention.shape[1] % groups:
@@ -53,19 +63,26 @@ def key_importance(attention: ArrayLike, groups: int = 1) -> Array:
 
 
 def attention_map(weights: ArrayLike, keys_px: ArrayLike, map_size: Size) -> Array:
-    """One query's attention laid out on the map: (H, W), each weight put where its key is.
+    """Distribute the attention of one query over the cells of the map.
 
-    A key on a cell (windows, neighborhoods) puts its whole weight there; a deformed point shares it between
-    the four cells it reads, in proportion to how it reads them. What a point reads from outside the map is
-    lost: the sum of the result is the attention that the map itself receives.
-    weights: (N,); keys_px: (N, 2), (y, x) in pixels of the map.
+    A key on a cell (windows, neighborhoods) adds its whole weight to the cell. A deformed point distributes its weight
+    to four cells, with its bilinear weights. The part outside the map is dropped, so the sum of the result is the
+    attention to the map itself.
+
+    Args:
+        weights: (N,).
+        keys_px: (N, 2), order (y, x), in pixels of the map.
+        map_size: (H, W).
+
+    Returns:
+        (H, W).
     """
     weights, keys = np.asarray(weights, dtype=np.float64), np.asarray(keys_px, dtype=np.float64)
     if weights.ndim != 1 or keys.shape != (len(weights), 2):
         raise ValueError(f"weights, keys_px: expected (N,) and (N, 2), got {weights.shape} and {keys.shape}")
     height, width = map_size
     heat = np.zeros((height, width))
-    keys = np.clip(keys, -2, np.add(map_size, 1))  # as far outside as need be to be read as zero
+    keys = np.clip(keys, -2, np.add(map_size, 1))  # all bilinear weights are zero at these limits
     floor_px = np.floor(keys).astype(int)
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         corner_px = floor_px + (dy, dx)
@@ -76,9 +93,9 @@ def attention_map(weights: ArrayLike, keys_px: ArrayLike, map_size: Size) -> Arr
 
 
 def deformable_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
-    """What the query at cell (y, x) of the map attends to, as one distribution over the points of all groups.
+    """Return the attention of the query at cell (y, x), as one distribution over the points of all groups.
 
-    Weights are the mean over the heads, so each group has the same part in them; together they sum to one.
+    The weights are the mean over the heads. Each group has the same total weight, and all weights sum to one.
     """
     y, x = _check_query(query, trace_map_size(trace))
     points = item_points(trace, batch)
@@ -89,12 +106,12 @@ def deformable_query_attention(trace: Any, query: tuple[int, int], batch: int = 
 
 
 def window_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
-    """What the query at cell (y, x) attends to in its (shifted) window: the mean over the heads.
+    """Return the attention of the query at cell (y, x) in its (shifted) window: the mean over the heads.
 
-    Keys that the query may not see are left out: those beyond the map or beyond a shifted window's seam.
+    Masked keys are omitted: keys outside the map, and keys in another region of a shifted window.
     """
     size = trace_map_size(trace)
-    cells = np.asarray(trace.cells)  # (windows, places, 2)
+    cells = np.asarray(trace.cells)  # (windows, positions, 2)
     window, position = np.argwhere((cells == _check_query(query, size)).all(axis=-1))[0]
     row = np.asarray(trace.attention)[batch * len(cells) + window, :, position].mean(axis=0)
     visible = (row > 0) & (cells[window] < size).all(axis=-1)
@@ -102,9 +119,9 @@ def window_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -
 
 
 def neighborhood_query_attention(trace: Any, query: tuple[int, int], batch: int = 0) -> QueryAttention:
-    """What the query at cell (y, x) attends to in its neighborhood: the mean over the heads.
+    """Return the attention of the query at cell (y, x) in its neighborhood: the mean over the heads.
 
-    On a map that was padded up to the neighborhood, keys of the padding take part and lie outside the map.
+    If the map was padded to the size of the neighborhood, keys of the padding are included, outside the map.
     """
     y, x = _check_query(query, trace.size)
     width = trace.padded.shape[-1]
@@ -120,13 +137,13 @@ def _check_query(query: tuple[int, int], size: Size) -> tuple[int, int]:
 
 
 def trace_map_size(trace: Any) -> Size:
-    """(H, W) of the layer's map, from its input (B, C, H, W)."""
+    """Return (H, W) of the layer's map, from its input (B, C, H, W)."""
     height, width = trace.x.shape[-2:]
     return int(height), int(width)
 
 
 def item_points(trace: Any, batch: int) -> Array:
-    """Moved points of one item, (G, Hk, Wk, 2), in pixels of the map."""
+    """Return the sampling points of one image, (G, Hk, Wk, 2), in pixels of the map."""
     points = np.asarray(trace.points_px, dtype=np.float64)
     if not -len(points) <= batch < len(points):
         raise ValueError(f"batch: expected an item of a batch of {len(points)}, got {batch}")
@@ -134,10 +151,10 @@ def item_points(trace: Any, batch: int) -> Array:
 
 
 def item_references(trace: Any, batch: int) -> Array:
-    """Reference points of one item, (G, Hk, Wk, 2), in pixels of the map.
+    """Return the reference points of one image, (G, Hk, Wk, 2), in pixels of the map.
 
-    A single key on an axis has no reference in the 2023 release (a division by zero): there the point itself
-    takes its place.
+    In the 2023 release a single key on an axis has no finite reference point (a division by zero). The sampling point
+    replaces it.
     """
     points = item_points(trace, batch)
     references = np.broadcast_to(np.asarray(trace.reference_px, dtype=np.float64)[batch], points.shape)

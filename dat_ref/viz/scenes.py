@@ -1,4 +1,4 @@
-"""Figure of several pictures, each with the reference points, the points, and the attention that the points receive."""
+"""Figure of several pictures with reference points, sampling points, and the attention that the points receive."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .geometry import item_points, item_references, key_importance, to_image_px,
 from .style import INK, QUIET, as_photo, group_color, make_layout, with_style
 
 COLUMNS = 3
-SMALLEST, LARGEST = 9.0, 230.0  # area of a point's circle, points²
+SMALLEST, LARGEST = 9.0, 120.0  # area of a point's circle, points²
 
 
 class ScenePanel(NamedTuple):
-    """A picture and a layer's trace on it."""
+    """Picture, and the trace of a layer on it."""
 
     picture: ArrayLike  # (H, W, 3), bytes or in [0, 1]; covers the same region as the trace's map
-    trace: Any  # of one image
+    trace: Any  # trace of one image
     title: str
 
 
 @with_style
 def draw_scenes(panels: Sequence[ScenePanel], *, title: str, caption: str, columns: int = COLUMNS) -> Figure:
-    """Draw for each panel rings at the reference points, and circles where the offsets moved them.
+    """Draw rings at the reference points and circles at the sampling points of each panel.
 
-    The area of a circle is the attention that its key receives; its colour is the offset group.
+    The area of a circle is the attention that its key receives. Its color is the offset group.
 
     Args:
-        panels: at least one; pictures of one aspect ratio.
-        title, caption: above the figure.
-        columns: panels side by side.
+        panels: one panel or more, with pictures of the same aspect ratio.
+        title, caption: texts above the figure.
+        columns: number of columns.
     """
     pictures = [as_photo(panel.picture) for panel in panels]
     size = pictures[0].shape[:2]
@@ -60,10 +60,19 @@ def draw_scenes(panels: Sequence[ScenePanel], *, title: str, caption: str, colum
         handles=[
             Line2D([], [], ls="", marker="o", mfc="none", mec=QUIET, mew=1.0, ms=6, label="reference point"),
             *(
-                Line2D([], [], ls="", marker="o", mfc=group_color(g), mec="white", ms=8, label=f"point, group {g + 1}")
+                Line2D(
+                    [],
+                    [],
+                    ls="",
+                    marker="o",
+                    mfc=group_color(g),
+                    mec="white",
+                    ms=8,
+                    label=f"sampling point, group {g + 1}",
+                )
                 for g in range(groups)
             ),
-            Line2D([], [], ls="", marker="o", mfc=QUIET, mec="white", ms=12, label="receives more attention"),
+            Line2D([], [], ls="", marker="o", mfc=QUIET, mec="white", ms=12, label="larger: receives more attention"),
         ],
         loc="lower center",
         ncols=groups + 2,
@@ -74,7 +83,7 @@ def draw_scenes(panels: Sequence[ScenePanel], *, title: str, caption: str, colum
 
 
 def _draw_points(axes: Any, references: ArrayLike, points: ArrayLike, share: ArrayLike) -> None:
-    """Draw (G, N, 2) points and their offsets; `share` (G, N) of the attention decides the circles' areas."""
+    """Draw points (G, N, 2) and their offsets. The areas of the circles are proportional to `share` (G, N)."""
     references, points, share = np.asarray(references), np.asarray(points), np.asarray(share)
     rings = references[0]  # the same for all groups
     for edge, width in (("white", 2.2), (INK, 0.9)):

@@ -1,4 +1,4 @@
-"""Time and memory of the core against the size of its map, log-log."""
+"""Figure of the time and memory of the core against the size of the map, log-log."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .style import GROUP_COLORS, HAIRLINE, INK, make_layout, save, with_style
 __all__ = ["draw_speed", "save"]
 
 BLUE, VERMILION, GREEN, PINK, _, _, BROWN, GRAY = GROUP_COLORS
-TICKS = 0.5  # inches left of a panel, for its numbers
+TICKS = 0.5  # space for the tick labels on the left of a panel, inches
 
 
 class LineStyle(NamedTuple):
-    """How a line is drawn and named."""
+    """Style and name of a line."""
 
     name: str
     color: str
@@ -38,10 +38,13 @@ LINE_STYLES = {
 
 @with_style
 def draw_speed(results: Mapping[str, Any]) -> Figure:
-    """Draw what `dat-ref bench` measured on maps of growing size.
+    """Draw the measurements of `dat-ref bench` on maps of increasing size.
 
     Args:
-        results: what it writes with ``--json``; ``resolutions`` holds at least two maps.
+        results: results of the benchmark, as written with ``--json``; ``resolutions`` has at least two maps.
+
+    Raises:
+        ValueError: if there are fewer than two maps.
     """
     maps, machine = results["resolutions"], results["machine"]
     if len(maps) < 2:
@@ -52,9 +55,9 @@ def draw_speed(results: Mapping[str, Any]) -> Figure:
         0.8,
         columns=2,
         title="Time and memory of the core against the size of the map",
-        caption=f"Forward pass, one image, 12 heads of 32 channels, a key for every pixel, {maps[0]['dtype']}. "
+        caption=f"Forward pass, one image, 12 heads of 32 channels, one key per pixel, {maps[0]['dtype']}. "
         f"{machine['hardware']}{threads}, torch {machine['versions']['torch']}, {machine['date']}. "
-        "A line ends where its backend would no longer fit into memory.",
+        "A line ends where its backend needs more memory than available.",
         footer=0.68,
     )
     time, memory = layout.axes
@@ -113,7 +116,7 @@ def _reserve_margins(axes: Axes) -> None:
 
 
 def _format_amount(amount: float, unit: str) -> str:
-    """Write a number with a prefix.
+    """Format an amount with a unit prefix.
 
     >>> _format_amount(2e6, "B"), _format_amount(1e-4, "s")
     ('2 MB', '100 µs')

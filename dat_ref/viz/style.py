@@ -1,7 +1,6 @@
-"""How the figures look: one palette, one page, one way to lay panels on it.
+"""Style of the figures: colors, settings, and the layout of panels on a page.
 
-Figures are made with matplotlib's objects alone: nothing here touches pyplot, so drawing one neither needs a
-screen nor changes the reader's own settings.
+The figures use matplotlib's objects without pyplot. Drawing needs no display and does not change the user's settings.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-# Okabe and Ito's palette, told apart with every kind of colour vision; in the order in which groups take them
+# Palette of Okabe and Ito, distinguishable with every kind of color vision; the colors of groups 1, 2, …
 GROUP_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#444444")
 INK, QUIET, HAIRLINE, MARGIN = "#1f1f1f", "#666666", "#c4c4c4", "#f3f3f1"
 QUERY = "#E8262A"
-DARK = "#3f3d3b"  # what lies under HEAT in a legend, as the dimmed photograph does in a panel
-# from a faint stain to a bright light, alpha with it: little attention hides little of the photograph
+DARK = "#3f3d3b"  # background of HEAT in a legend, similar to the darkened photograph in a panel
+# Opacity increases with attention: low attention hides little of the photograph.
 HEAT = LinearSegmentedColormap.from_list("dat_ref.heat", ["#D9771A24", "#E8821C66", "#F79A2BCC", "#FFDE85FA"])
 FIELD = LinearSegmentedColormap.from_list("dat_ref.field", ["#FBFCFD", "#CFE1F0", "#86B6DA", "#3585BE"])
 
@@ -57,7 +56,7 @@ SETTINGS: dict[str, Any] = {
     "savefig.facecolor": "white",
 }
 DPI = 140
-# inches, all of these: width of the page, of the narrowest page, height of a block of panels with its legends
+# In inches: width of the page, minimum width, height of a block of panels with its legends.
 WIDTH, MIN_WIDTH, HEIGHT = 9.8, 7.2, 8.4
 SIDE, GAP, PANEL_TITLE = 0.28, 0.22, 0.27
 TITLE_SIZE, CAPTION_SIZE = 12.5, 9
@@ -67,7 +66,7 @@ T = TypeVar("T")
 
 
 def with_style(function: Callable[P, T]) -> Callable[P, T]:
-    """Run with matplotlib's defaults and our settings, whatever the reader's own are, and put those back."""
+    """Return a function that runs with matplotlib's defaults and `SETTINGS`, then restores the user's settings."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -79,7 +78,7 @@ def with_style(function: Callable[P, T]) -> Callable[P, T]:
 
 @with_style
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the figure, always at one resolution, with no date or program name: same figure, same file."""
+    """Write a figure to a file, reproducibly: fixed resolution, no date and no program name."""
     path = Path(path)
     metadata: dict[str, dict[str, None]] = {
         ".png": {"Software": None},
@@ -93,15 +92,15 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class FigureLayout:
-    """A page: title and caption above, equal panels in rows, `footer` inches left free below them."""
+    """Page with title and caption at the top, panels of equal size in rows, and a free footer."""
 
     figure: Figure
     axes: list[Axes]
     panel: tuple[float, float]  # height, width of one panel in inches
-    footer: float
+    footer: float  # height in inches
 
     def add_axes(self, left: float, width: float, bottom: float, height: float) -> Axes:
-        """Axes placed in inches from the page's left and bottom border."""
+        """Add axes; positions are in inches from the page's left and bottom border."""
         page_width, page_height = self.figure.get_size_inches()
         return self.figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
 
@@ -116,7 +115,16 @@ def make_layout(
     columns: int | None = None,
     titled: bool = True,
 ) -> FigureLayout:
-    """Lay out `count` panels of height / width = `aspect`, as large as the page allows."""
+    """Arrange panels on a page, as large as possible.
+
+    Args:
+        count: number of panels.
+        aspect: height / width of a panel.
+        title, caption: texts above the panels, wrapped to the width of the page.
+        footer: free space below the panels, in inches.
+        columns: number of columns, chosen automatically if None.
+        titled: leave space for a title above each panel.
+    """
     panel_title = PANEL_TITLE if titled else 0.0
     max_height = HEIGHT - footer
     columns = columns or _columns(count, aspect, max_height)
@@ -153,14 +161,14 @@ def make_layout(
 
 
 def _panel(rows: int, columns: int, aspect: float, max_height: float) -> tuple[float, float]:
-    """Height and width of a panel that fills the page's width or its height, whichever is met first."""
+    """Return height and width of the largest panel that fits the page's width and height."""
     width = (WIDTH - 2 * SIDE - (columns - 1) * GAP) / columns
     height = min(max(max_height / rows, 1.9), 6.6)  # many rows make a longer page rather than tiny panels
     return min(height, width * aspect), min(width, height / aspect)
 
 
 def _columns(count: int, aspect: float, max_height: float) -> int:
-    """The number of columns that makes panels large, with a liking for wide pages and few empty places."""
+    """Return the number of columns that gives large panels, with a preference for wide pages and few empty cells."""
     choices = [c for c in (1, 3, 2) if count % c == 0] if count < 4 else [2, 3, 4]
     return max(
         choices,
@@ -169,27 +177,28 @@ def _columns(count: int, aspect: float, max_height: float) -> int:
 
 
 def _wrap(text: str, size: float, width: float) -> list[str]:
-    """Lines no wider than `width` inches, by the typical width of a letter (0.56 of the type size)."""
+    """Wrap a text to `width` inches, with a typical letter width of 0.56 of the type size."""
     return textwrap.wrap(text, max(20, int(width * 72 / (0.56 * size))))
 
 
 def as_photo(photo: ArrayLike) -> NDArray[np.float64]:
-    """(H, W, 3) or (H, W), bytes or numbers in [0, 1] -> (H, W, 3) in [0, 1]."""
+    """Convert a photograph, (H, W, 3) or (H, W), bytes or values in [0, 1], to (H, W, 3) in [0, 1]."""
     picture = np.asarray(photo)
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, axis=-1)
     if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
-        raise ValueError(f"photo: expected (H, W, 3) or (H, W), bytes or numbers in [0, 1], got {picture.shape}")
+        raise ValueError(f"photo: expected (H, W, 3) or (H, W), bytes or values in [0, 1], got {picture.shape}")
     scale = 255.0 if picture.dtype.kind in "iu" else 1.0
     return np.clip(picture.astype(np.float64) / scale, 0, 1)
 
 
 def blend_toward(photo: NDArray[np.float64], level: float, blend: float, gray: float) -> NDArray[np.float64]:
-    """The photograph with part of its colour taken out (`gray`), blended toward white (1) or black (0)."""
+    """Desaturate a photograph by the factor `gray` and blend it toward white (`level` 1) or black (0)."""
     luma = photo @ np.array([0.299, 0.587, 0.114])
     toned = (1 - gray) * photo + gray * luma[..., None]
     return (1 - blend) * toned + blend * level
 
 
 def group_color(group: int) -> str:
+    """Return the color of an offset group."""
     return GROUP_COLORS[group % len(GROUP_COLORS)]

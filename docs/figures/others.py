@@ -113,7 +113,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def describe_points_outside(size: tuple[int, int]) -> str:
-    """Return a sentence about the keys of deformable-attention outside the map: one key per pixel, zero offsets."""
+    """Return a sentence about deformable-attention keys outside the map, at one key per pixel and zero offsets."""
     adapter = importlib.import_module(f"{ADAPTERS}.deformable_attention")
     points = adapter.reference_pixels(size, size)
     outside_map = ((points <= -1) | (points >= np.array(size))).any(axis=-1)  # zeros are read here

@@ -2,8 +2,8 @@
 
     python docs/figures/photographs.py
 
-The figures of the cat use seeded, untrained weights: they show the geometry of points and windows, not the attention of
-a trained model. The figure of the scene uses the small trained network of the package.
+The figures of the cat use random, untrained weights: they show the geometry of points and windows, not the attention of
+a trained model. The figure of the scenes uses the trained network of the package.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from dat_ref import (
     viz,
 )
 from dat_ref.backbone import Step
-from dat_ref.cli import scene
+from dat_ref.cli import spot
 from dat_ref.cli.photo import load_photo, prepare
 
 IMAGES = Path(__file__).parents[1] / "images"
@@ -66,8 +66,12 @@ def save_png(figure: Figure, name: str, width: int) -> None:
 
 
 def main() -> None:
-    """Draw all four photographs."""
-    save_png(scene.figures(scene.explain_scene(5))["attention"], "trained", 1000)
+    """Draw the scenes and the three photographs."""
+    objects = spot.draw([spot.look_at_scene(number) for number in spot.SCENES], IMAGES)
+    with Image.open(objects[0]) as picture:
+        picture.convert("RGB").save(IMAGES / "objects.jpg", quality=90)
+    for path in objects:
+        path.unlink()
     photo = load_photo(None)
     large = np.asarray(Image.fromarray((photo * 255).astype(np.uint8)).resize((1347, 896))) / 255
 

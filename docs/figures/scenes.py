@@ -7,7 +7,7 @@ from PIL import Image
 
 from dat_ref.scenes import SPLITS, Scenes
 
-SIZE, GAP, COLUMNS = 128, 6, 8
+SIZE, GAP, COLUMNS = 160, 6, 7
 
 
 def contact_sheet():
@@ -16,7 +16,7 @@ def contact_sheet():
     grid = np.full((len(SPLITS) * side - GAP, COLUMNS * side - GAP, 3), 255, np.uint8)
     for row, split in enumerate(SPLITS):
         for column in range(COLUMNS):
-            image = Scenes("which_all", split, SIZE)[column].image
+            image = Scenes("find_all", split, SIZE, objects="pictures")[column].image
             grid[row * side :, column * side :][:SIZE, :SIZE] = image
     return grid
 

@@ -21,7 +21,7 @@ from .windows import Position, Result, masked_attention
 
 
 def neighborhood_attention(x: Array, params: Tree, *, heads: int, kernel_size: int, small_map: str = "pad") -> Result:
-    """Apply neighborhood attention to x (B, C, H, W). With "pad" the returned attention is that of the padded map."""
+    """Apply neighborhood attention to x (B, C, H, W). With "pad" the attention covers the padded map."""
     if small_map not in ("pad", "shrink"):
         raise ValueError(f"small_map: expected 'pad' or 'shrink', got {small_map!r}")
     height, width = x.shape[2:]

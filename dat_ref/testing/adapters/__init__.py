@@ -1,15 +1,15 @@
-"""Other people's implementations, as the kit takes them: ``dat-ref check dat_ref.testing.adapters.<name>``.
+"""Adapters of other packages for the kit: ``dat-ref check dat_ref.testing.adapters.<name>``.
 
 =================================================  ==================================================================
 `dat_ref.testing.adapters.torch`                   sampler: ``torch.nn.functional.grid_sample``
 `dat_ref.testing.adapters.torchvision`             deform_conv: ``torchvision.ops.deform_conv2d``
-`dat_ref.testing.adapters.transformers`            multi_scale: the function of Deformable DETR and its relatives
-`dat_ref.testing.adapters.onnx`                    sampler and deform_conv: ONNX's own definition of both operators
+`dat_ref.testing.adapters.transformers`            multi_scale: the function of Deformable DETR and related models
+`dat_ref.testing.adapters.onnx`                    sampler and deform_conv: ONNX's reference implementation
 `dat_ref.testing.adapters.deformable_attention`    sampler and reference_grid: the package of that name on PyPI
 =================================================  ==================================================================
 
-None of these packages comes along with dat_ref. Each adapter is a page: what the package calls things, and what the
-protocol calls them. They are examples for adapters of your own.
+dat_ref does not install these packages. Each adapter is a short file that translates between the names and layouts of
+the package and those of the protocol. You can use it as an example for your own adapter.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..._checks import ConfigError
 
 
 class MissingPackageError(ConfigError, ImportError):
-    """A package that an adapter is for is not installed."""
+    """The package of an adapter is not installed."""
 
 
 def require(module: str, package: str = "") -> Any:
     """Import a module of another package.
 
     Args:
-        module: its full name.
-        package: what to install, if that is called something else.
+        module: full name of the module.
+        package: name of the package on PyPI, if different.
 
     Raises:
-        MissingPackageError: with the command that installs it.
+        MissingPackageError: if it is not installed; the message has the command to install it.
     """
     try:
         return importlib.import_module(module)

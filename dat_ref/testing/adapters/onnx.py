@@ -1,6 +1,6 @@
-"""ONNX's GridSample and DeformConv, run by the evaluator that comes with the standard (``onnx.reference``).
+"""Adapter of ONNX's GridSample and DeformConv, run by the standard's reference evaluator (``onnx.reference``).
 
-Runtimes implement the same operators; to check one, run the same two models with it.
+To check a runtime, run the same two models with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPSET = 22
 
 
 def bilinear_sample(x: Array, points_px: Array) -> Array:
-    """Sample by GridSample: pixels become its coordinates, in which -1 and 1 are the map's edges, (x, y)."""
+    """Sample with GridSample. Its coordinates are (x, y), and -1 and 1 are the edges of the map."""
     size = np.array(x.shape[2:], dtype=points_px.dtype)
     grid = ((2 * points_px + 1) / size - 1)[:, :, None, ::-1]  # (N, P, 1, 2)
     options = {"mode": "linear", "padding_mode": "zeros", "align_corners": 0}
@@ -32,7 +32,7 @@ def deform_conv2d(
     x: Array, offset: Array, weight: Array, bias: Array | None, stride: Size, padding: Size, dilation: Size,
     mask: Array | None,
 ) -> Array:  # fmt: skip
-    """Convolve by DeformConv, whose offsets and masks are laid out as torchvision's are."""
+    """Convolve with DeformConv, whose offsets and masks have torchvision's layout."""
     taps = weight.shape[2] * weight.shape[3]
     options = {
         "strides": list(stride),
@@ -46,7 +46,7 @@ def deform_conv2d(
 
 
 def _run(operator: str, options: dict[str, Any], **inputs: Array | None) -> Array:
-    """Run one operator; an input that is not there has no name."""
+    """Run one operator. A missing input has an empty name."""
     present = {name: np.ascontiguousarray(array) for name, array in inputs.items() if array is not None}
     names = tuple(name if name in present else "" for name in inputs)
     frozen = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in options.items())
@@ -56,7 +56,7 @@ def _run(operator: str, options: dict[str, Any], **inputs: Array | None) -> Arra
 
 @cache
 def _evaluator(operator: str, names: tuple[str, ...], options: tuple[tuple[str, Any], ...], dtype: str) -> Any:
-    """Return what runs a model of one operator."""
+    """Return an evaluator for a model with one operator."""
     helper = onnx.helper
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     node = helper.make_node(operator, list(names), ["Y"], **dict(options))

@@ -1,4 +1,4 @@
-"""``torch.nn.functional.grid_sample``: what most ports of the sampler are made of, called as it should be."""
+"""Adapter of ``torch.nn.functional.grid_sample``, which most ports of the sampler use, with correct coordinates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ torch = require("torch")
 
 
 def _bilinear_sample(x: Any, points_px: Any) -> Any:
-    """Pixels to grid_sample's coordinates: -1 and 1 are the map's edges, (x, y), each by its own length."""
+    """Sample with grid_sample. Its coordinates are (x, y), and -1 and 1 are the edges of the map."""
     size = torch.tensor(x.shape[2:], dtype=points_px.dtype)  # (H, W)
     grid = ((2 * points_px + 1) / size - 1).flip(-1)  # (N, P, 2), (x, y)
     sampled = torch.nn.functional.grid_sample(x, grid[:, :, None], padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""``torchvision.ops.deform_conv2d``, whose arguments and layouts are the protocol's."""
+"""Adapter of ``torchvision.ops.deform_conv2d``, which has the protocol's arguments and layouts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ operators = require("torchvision.ops")
 
 
 def _deform_conv2d(x: Any, offset: Any, *others: Any) -> Any:
-    # Seen with 0.28.0: a NaN becomes an index outside the map's memory, and the process may end there.
+    # In 0.28.0 a NaN becomes an index outside the map's memory, and the process may crash.
     if offset.isnan().any():
-        raise NotImplementedError("torchvision's CPU code reads outside the map where an offset is NaN")
+        raise NotImplementedError("torchvision's CPU code reads outside the map if an offset is NaN")
     return operators.deform_conv2d(x, offset, *others)
 
 

@@ -1,6 +1,6 @@
-"""Multi-scale deformable attention in Hugging Face transformers, in the four forms that its models have.
+"""Adapter of multi-scale deformable attention in Hugging Face transformers, whose models have four variants of it.
 
-``dat-ref check dat_ref.testing.adapters.transformers`` checks Deformable DETR's. The others by name:
+``dat-ref check dat_ref.testing.adapters.transformers`` checks Deformable DETR's. The other variants have names:
 ``dat_ref.testing.adapters.transformers:mask2former``, ``:rt_detr_v2`` and ``:rt_detr_v2_discrete``.
 """
 
@@ -14,7 +14,7 @@ from . import require
 
 
 def _deformable_detr(value: Any, sizes: Any, locations: Any, weights: Any) -> Any:
-    """As in Deformable DETR, Grounding DINO, RT-DETR and others, which have copies of this module."""
+    """Function of Deformable DETR, Grounding DINO, RT-DETR and other models, which have copies of this module."""
     torch = require("torch")
     models = require("transformers.models.deformable_detr.modeling_deformable_detr", "transformers")
     shapes = torch.tensor(sizes)
@@ -24,13 +24,13 @@ def _deformable_detr(value: Any, sizes: Any, locations: Any, weights: Any) -> An
 
 
 def _mask2former(value: Any, sizes: Any, locations: Any, weights: Any) -> Any:
-    """As in Mask2Former and OneFormer."""
+    """Function of Mask2Former and OneFormer."""
     models = require("transformers.models.mask2former.modeling_mask2former", "transformers")
     return models.multi_scale_deformable_attention(value, sizes, locations, weights)
 
 
 def _rt_detr_v2(value: Any, sizes: Any, locations: Any, weights: Any, method: str = "default") -> Any:
-    """As in RT-DETRv2 and D-FINE, where levels and points share an axis."""
+    """Function of RT-DETRv2 and D-FINE, in which levels and points share an axis."""
     models = require("transformers.models.rt_detr_v2.modeling_rt_detr_v2", "transformers")
     points = [locations.shape[4]] * locations.shape[3]
     return models.multi_scale_deformable_attention_v2(
@@ -39,12 +39,12 @@ def _rt_detr_v2(value: Any, sizes: Any, locations: Any, weights: Any, method: st
 
 
 def _rt_detr_v2_discrete(value: Any, sizes: Any, locations: Any, weights: Any) -> Any:
-    """RT-DETRv2's variant without interpolation."""
+    """Function of RT-DETRv2's variant without interpolation."""
     return _rt_detr_v2(value, sizes, locations, weights, "discrete")
 
 
 def _namespace(function: Any) -> SimpleNamespace:
-    """Return an object that has the protocol's function and its gradient."""
+    """Return an object with the protocol's function and its gradient."""
     wrapped = from_torch(function)
     return SimpleNamespace(multi_scale_deformable_attention=wrapped, multi_scale_deformable_attention_vjp=wrapped.vjp)
 

@@ -1,4 +1,4 @@
-"""The operations that the kit can judge, one file each: cases, checks, mutants and how a counter-example is drawn."""
+"""Operations that the kit can check, one file each: cases, checks, mutants and drawings of counter-examples."""
 
 from .attention import ATTENTION
 from .bias import BIAS

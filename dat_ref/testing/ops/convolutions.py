@@ -1,4 +1,4 @@
-"""Deformable convolutions as cases, and the tests of their gradients and identities."""
+"""Cases of deformable convolution, and tests of its gradients and identities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..context import CheckContext
 from ..op_spec import Case, Mismatch, Setting
 from ..strategies import integers, seeds
 
-# What offsets are drawn from, in pixels.
+# Values from which offsets are drawn, in pixels.
 NO_OFFSET, WHOLE_PIXELS, QUARTERS = (0.0,), (0.0, 1.0, -1.0), (0.25, -0.25, 0.5, 0.75, -0.75, 1.25)
 FAR_OUTSIDE = (-9.0, 9.0, 0.0, 1e5)
 ANYWHERE = (0.0, 0.25, -0.5, 1.0, -1.75, 2.0**-30, 3.0, -4.5, 9.0)
@@ -43,10 +43,16 @@ def conv_case(
     """Return a case.
 
     Args:
-        offsets: what the offsets are chosen from.
-        zero_border: whether the outermost pixels are zero, so that it does not matter what lies beyond them.
+        size: (H, W).
+        kernel: (k_y, k_x).
+        images, inputs, outputs, groups, offset_groups: N, C, O, G and G_o.
+        stride, padding, dilation: (y, x).
+        offsets: values from which offsets are drawn, in pixels.
+        with_mask, with_bias: whether there is a mask or a bias.
+        zero_border: whether the outermost pixels are zero, so that values outside the map have no effect.
         diagonal: whether dy = dx.
-        seed: of the numbers; the map's pixels are 1, 2, 3 … for 0.
+        seed: seed of the values; the map's pixels are 1, 2, 3 … for 0.
+        name: name of the case.
     """
     geometry = ConvGeometry(kernel, stride, padding, dilation)
     output_size = geometry.output_size(size)
@@ -68,7 +74,7 @@ def conv_case(
             "stride": stride,
             "padding": padding,
             "dilation": dilation,
-            # Away from zero, so that a mask that is forgotten in a gradient can be divided out.
+            # Away from zero, so that a mutant can divide a gradient by the mask.
             "mask": rng.integers(1, 9, (images, points, *output_size)) / 4 if with_mask else None,
         },
         name,
@@ -76,7 +82,7 @@ def conv_case(
 
 
 def conv_strategy(sizes: st.SearchStrategy[Size], kernels: Sequence[Size], **options: Any) -> Callable[[Setting], Any]:
-    """Return a strategy for a check; an option may be a strategy."""
+    """Return the strategy of a check. An option may be a strategy."""
     option_strategies = {
         name: value if isinstance(value, st.SearchStrategy) else st.just(value) for name, value in options.items()
     }
@@ -88,7 +94,7 @@ def conv_strategy(sizes: st.SearchStrategy[Size], kernels: Sequence[Size], **opt
 
 
 def gradient_of(*names: str, one_sided: bool = False) -> Callable[[CheckContext, Case], None]:
-    """Return the test of some gradients; the cotangent numbers the results."""
+    """Return the test of some gradients; the elements of the cotangent are 1, 2, 3 …."""
 
     def test(ctx: CheckContext, case: Case) -> None:
         cotangent = integers(0, *ctx.expected(case).shape)
@@ -99,7 +105,7 @@ def gradient_of(*names: str, one_sided: bool = False) -> Callable[[CheckContext,
 
 
 def unit_mask(ctx: CheckContext, case: Case) -> None:
-    """A mask of ones changes nothing."""
+    """Require the same result with a mask of ones."""
     offset = case.arguments["offset"]
     ones = np.ones((len(offset), offset.shape[1] // 2, *offset.shape[2:]))
     with_mask = Case({**case.arguments, "mask": ones})
@@ -107,7 +113,7 @@ def unit_mask(ctx: CheckContext, case: Case) -> None:
 
 
 def uniform_offset(ctx: CheckContext, case: Case) -> None:
-    """The same whole offset everywhere is the convolution of the moved map."""
+    """Require the same result for a constant integer offset and for a shifted map."""
     x, offset = case.arguments["x"], case.arguments["offset"]
     shifted = np.zeros_like(x)
     shifted[:, :, :-1, :-2] = x[:, :, 1:, 2:]
@@ -119,7 +125,7 @@ def uniform_offset(ctx: CheckContext, case: Case) -> None:
 
 
 def flips(ctx: CheckContext, case: Case) -> None:
-    """A mirrored map, kernel and offset give a mirrored result."""
+    """Require that a flipped map, kernel, offset and mask give the flipped result."""
     weight, offset, mask = (case.arguments[name] for name in ("weight", "offset", "mask"))
     kernel = weight.shape[2:]
     for axis in range(2):
@@ -147,4 +153,4 @@ def nan_comes_out(ctx: CheckContext, case: Case) -> None:
         expected = np.zeros(got.shape, dtype=bool)
         expected[0, :, 1, 1] = True
         if not (np.isnan(got) == expected).all():
-            raise Mismatch("NaN must come out where an offset is NaN, and nowhere else", None, got, with_nan)
+            raise Mismatch("expected NaN in the results of NaN offsets, and nowhere else", None, got, with_nan)

@@ -1,6 +1,6 @@
-"""Deformable convolutions that are wrong in one way each, and the first check that sees it.
+"""Mutants of ``deform_conv``: each has one mistake and names the first check that fails.
 
-The reference is cut into steps that can be exchanged one by one; with none exchanged its numbers are the reference's.
+They replace single steps of a reference in steps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .steps import group_of_head, replace_steps, sample_at, wrap_around, zero_un
 
 
 def tap_grid(geometry: ConvGeometry, output_size: Size) -> Array:
-    """Return where the taps stand, (K, H', W', 2)."""
+    """Return the positions of the taps without offsets, (K, H', W', 2)."""
     return geometry.lattice(output_size)
 
 
 def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
-    """Return how far each tap is moved, (N, G_o, K, H', W', 2)."""
+    """Return the offset of each tap, (N, G_o, K, H', W', 2)."""
     taps = geometry.kernel[0] * geometry.kernel[1]
     batch, channels, height, width = offset.shape
     return offset.reshape(batch, channels // (2 * taps), taps, 2, height, width).transpose(0, 1, 2, 4, 5, 3)
@@ -46,17 +46,17 @@ def add_bias(y: Array, bias: Array) -> Array:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps, with what they take.
+    """Steps of deformable convolution, as functions.
 
     Args:
-        tap_grid: (sliding, output size) -> where the taps stand.
-        tap_offsets: (offset, sliding, size of the map) -> how far they are moved.
-        positions: points (N, G_o, K, H', W', 2) -> the same.
-        offset_groups: (channels, groups) -> which offset group each channel belongs to.
+        tap_grid: (geometry, output size) -> positions of the taps without offsets.
+        tap_offsets: (offset, geometry, size of the map) -> offsets of the taps.
+        positions: points (N, G_o, K, H', W', 2) -> points.
+        offset_groups: (channels, groups) -> offset group of each channel.
         sample: (maps, points_px) -> samples.
-        mask: mask (N, G_o, K, H', W') -> the same.
-        weights: weight (O, C/G, k_y, k_x) -> the same.
-        weight_groups: (channels, groups) -> which group of the weights each channel belongs to.
+        mask: mask (N, G_o, K, H', W') -> mask.
+        weights: weight (O, C/G, k_y, k_x) -> weight.
+        weight_groups: (channels, groups) -> weight group of each channel.
         add_bias: (y, bias) -> y.
     """
 
@@ -92,7 +92,7 @@ def conv_in_steps(
 
 
 def full_weight(steps: Steps, weight: Array, channels: int) -> Array:
-    """Return the weights (O, C, K), zero where an output does not see a channel."""
+    """Return the weights (O, C, K), zero for channels of other groups."""
     groups = channels // weight.shape[1]
     full = np.zeros((len(weight), channels, weight[0, 0].size), dtype=weight.dtype)
     channel_group = steps.weight_groups(channels, groups)
@@ -105,17 +105,17 @@ def full_weight(steps: Steps, weight: Array, channels: int) -> Array:
 
 
 def change_result(change: Callable[..., Array]) -> Function:
-    """A step's result is changed: ``change(result, *what the step takes)``."""
+    """Return a mutation that replaces the result of a step by ``change(result, *arguments)``."""
     return lambda fn: lambda *arguments: change(fn(*arguments), *arguments)
 
 
 def with_geometry(change: Callable[[ConvGeometry], ConvGeometry]) -> Function:
-    """The taps stand where another sliding puts them."""
+    """Return a mutation that places the taps with another geometry."""
     return lambda fn: lambda geometry, output_size: fn(change(geometry), output_size)
 
 
 def all_y_then_all_x(fn: Function) -> Function:
-    """The offset's channels are taken for dy of all taps, then dx of all taps."""
+    """Read the offset's channels as dy of all taps, then dx of all taps."""
 
     def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
         taps = geometry.kernel[0] * geometry.kernel[1]
@@ -127,7 +127,7 @@ def all_y_then_all_x(fn: Function) -> Function:
 
 
 def taps_before_groups(fn: Function) -> Function:
-    """The offset's channels are taken for tap, group, (dy, dx)."""
+    """Read the offset's channels in the order tap, group, (dy, dx)."""
 
     def tap_offsets(offset: Array, geometry: ConvGeometry, size: Array) -> Array:
         taps = geometry.kernel[0] * geometry.kernel[1]
@@ -139,7 +139,7 @@ def taps_before_groups(fn: Function) -> Function:
 
 
 def taps_column_by_column(offsets: Array, offset: Array, geometry: ConvGeometry, size: Array) -> Array:
-    """The offset's taps are numbered column by column."""
+    """Number the offset's taps column by column."""
     batch, groups, _, *rest = offsets.shape
     return offsets.reshape(batch, groups, *geometry.kernel[::-1], *rest).swapaxes(2, 3).reshape(offsets.shape)
 
@@ -157,7 +157,7 @@ def reversed_groups(groups: Array, *others: int) -> Array:
 
 
 def share_first(axis: int) -> Callable[..., Array]:
-    """Return what repeats the first one along an axis."""
+    """Return a function that repeats the first element along an axis."""
     return lambda array, *others: np.broadcast_to(np.take(array, [0], axis=axis), array.shape) if array.size else array
 
 
@@ -168,13 +168,13 @@ def axes_swapped(geometry: ConvGeometry) -> ConvGeometry:
 
 
 def centered(geometry: ConvGeometry) -> ConvGeometry:
-    """The kernel's middle stands on the pixel, whatever the padding."""
+    """Place the center of the kernel on the pixel for any padding."""
     radius = [dilation * (kernel - 1) // 2 for kernel, dilation in zip(geometry.kernel, geometry.dilation, strict=True)]
     return geometry._replace(padding=(radius[0], radius[1]))
 
 
 def widened_about_the_middle(geometry: ConvGeometry) -> ConvGeometry:
-    """Dilation leaves the kernel's middle where it is."""
+    """Keep the center of the kernel fixed under dilation."""
     (height, width), (down, across), (top, left) = geometry.kernel, geometry.dilation, geometry.padding
     return geometry._replace(padding=(top + (down - 1) * (height - 1) // 2, left + (across - 1) * (width - 1) // 2))
 
@@ -210,7 +210,9 @@ OFFSET_MISTAKES: dict[str, tuple[str, Function]] = {
     "offsets are taken as normalized coordinates: 1 is half the map": (
         "offset_direction", change_result(lambda offsets, offset, geometry, size: offsets * size / 2)
     ),
-    "offsets are taken as (dx, dy) instead of (dy, dx)": ("offset_is_y_x", change_result(lambda offsets, *others: offsets[..., ::-1])),
+    "offsets are taken as (dx, dy) instead of (dy, dx)": (
+        "offset_is_y_x", change_result(lambda offsets, *others: offsets[..., ::-1])
+    ),
     "offset channels are ordered as all dy, then all dx": ("offset_channels", all_y_then_all_x),
     "offset channels number the taps column by column": ("offset_channels", change_result(taps_column_by_column)),
     "all taps use the first tap's offset": ("offset_channels", change_result(share_first(2))),
@@ -257,7 +259,9 @@ OTHER_MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "input and output channels of the weights swapped": (
         "channels", {"weights": change_result(lambda w, _: w.swapaxes(0, 1) if w.shape[0] == w.shape[1] else w)}
     ),
-    "input channels are averaged instead of summed": ("channels", {"weights": change_result(lambda w, _: w / w.shape[1])}),
+    "input channels are averaged instead of summed": (
+        "channels", {"weights": change_result(lambda w, _: w / w.shape[1])}
+    ),
     "weight groups in reverse order": ("weight_groups", {"weight_groups": change_result(reversed_groups)}),
     "channels are interleaved across the weight groups": (
         "weight_groups", {"weight_groups": lambda fn: interleaved}
@@ -274,7 +278,7 @@ OTHER_MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
 
 
 def change_gradient(name: str, change: Callable[..., Array]) -> Callable[[Function], Function]:
-    """Return a VJP of which one gradient is changed: ``change(grad, arguments)``."""
+    """Return a mutation of the VJP that replaces one gradient by ``change(grad, arguments)``."""
 
     def mutate(fn: Function) -> Function:
         def vjp(cotangent: Array, *arguments: Any) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def change_gradient(name: str, change: Callable[..., Array]) -> Callable[[Functi
 
 
 def stopped_at_border(grad: Array, arguments: tuple[Any, ...]) -> Array:
-    """Offsets that lead beyond the outermost pixel centers get no gradient."""
+    """Set the gradient to zero for positions outside the outermost pixel centers."""
     x, offset, weight, _, *rest = arguments
     points = deform_points(offset, ConvGeometry((weight.shape[2], weight.shape[3]), *rest[:3]))
     within = np.asarray(((points >= 0) & (points <= np.asarray(x.shape[2:]) - 1)).all(axis=-1))  # (N, G_o, K, H', W')
@@ -296,13 +300,13 @@ def stopped_at_border(grad: Array, arguments: tuple[Any, ...]) -> Array:
 
 
 def without_mask(grad: Array, arguments: tuple[Any, ...]) -> Array:
-    """The mask is forgotten in the gradient of the offset."""
+    """Omit the mask in the gradient of the offset."""
     mask = arguments[-1]
     return grad if mask is None else grad / np.repeat(mask, 2, axis=1)
 
 
 def slope_from_left(fn: Function) -> Function:
-    """On a pixel, the slope of the offset is the one from the left and from above."""
+    """Return the left-sided derivative at pixel centers."""
 
     def vjp(cotangent: Array, x: Array, offset: Array, *others: Any) -> dict[str, Any]:
         left = fn(cotangent, x, offset - 2.0**-30, *others)

@@ -1,13 +1,13 @@
-"""Cases of operation ``layer``: weights so quiet that only one thing at a time can be seen.
+"""Cases of operation ``layer``. Most weights are zero, so that each case tests one property.
 
-The pieces that most cases are made of:
+Most cases use these constructions:
 
-- Queries are zero, so that every key has the same share and a result is a mean over the keys; or the bias alone
-  decides.
-- The offset network's norm is silenced (weight 0, bias 8, where GELU and ReLU are the identity), so that all keys move
-  by the same offset, which the pointwise weight sets.
-- A stride of three puts keys onto pixels 1, 4, 7 …, so that what is off by half a pixel still reads inside the map; a
-  stride of one puts them on all pixels.
+- Queries are zero. So all keys have equal attention weights, and the result is a mean over the keys; or the bias alone
+  defines the weights.
+- The offset network's norm has weight 0 and bias 8, where GELU and ReLU are the identity. So all keys have the same
+  offset, which is given by the pointwise weight.
+- With a stride of 3 the keys are on pixels 1, 4, 7 …, so that points shifted by half a pixel are still inside the map.
+  With a stride of 1 they are on all pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..strategies import integers, map_sizes, seeds
 CaseFactory = Callable[..., Case]
 Weights = dict[str, Array]
 MIN_KINK_DISTANCE = 5e-3  # pixels between a point and the nearest kink
-IDENTITY_RANGE = 8.0  # beyond which an activation is the identity
+IDENTITY_RANGE = 8.0  # GELU is the identity for larger inputs
 
 DEFAULTS: dict[str, Any] = {
     "heads": 1,
@@ -45,10 +45,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-# What the protocol hands over, for people.
+# Descriptions of the protocol's arguments.
 WEIGHTS = "\n".join(
     [
-        "dict of arrays by name; W is (outputs, inputs), k the kernel:",
+        "dict of arrays by name; matrices are (outputs, inputs), k is the kernel size:",
         "query, key, value, output: each .weight (C, C) and .bias (C)",
         "offset_network.depthwise.weight (C/G, 1, k, k) and .bias (C/G)",
         "offset_network.norm.weight and .bias (C/G)",
@@ -65,7 +65,7 @@ OPTIONS = "\n".join(
 
 
 def config_of(x: Array, weights: Weights, options: dict[str, Any], convention: Convention) -> DeformableAttentionConfig:
-    """Return the configuration of a layer from what the protocol hands over."""
+    """Return the configuration of a layer from the protocol's arguments."""
     rows, columns = weights["position_bias.table"].shape[1:]
     return layer_config(x.shape[1], ((rows + 1) // 2, (columns + 1) // 2), options, convention)
 
@@ -79,7 +79,7 @@ def layer_config(
 
 
 def layer_case(x: Array, change: dict[str, Array], name: str = "", **options: Any) -> Case:
-    """Return a case: silent weights but for those given; value and output projections are the identity."""
+    """Return a case: zero weights except the given ones, and identity value and output projections."""
     options = {**DEFAULTS, **options}
     shapes = flatten(deformable_shapes(layer_config(x.shape[1], x.shape[2:], options)))
     weights = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
@@ -90,7 +90,7 @@ def layer_case(x: Array, change: dict[str, Array], name: str = "", **options: An
 
 
 def constant_offset(group_dim: int, y: float, x: float) -> Weights:
-    """Return the weight that moves every point by these shares of the bound, -1 … 1."""
+    """Return the weight that moves all points by fractions y and x of the bound, in (-1, 1)."""
     raw = np.arctanh([y, x]) / (IDENTITY_RANGE * group_dim)
     return {"offset_network.pointwise.weight": np.repeat(raw[:, None], group_dim, axis=1)}
 
@@ -99,7 +99,7 @@ def constant_offset(group_dim: int, y: float, x: float) -> Weights:
 
 
 def constant_map(side: int, seed: int, channels: int) -> Array:
-    """Return a map of one pixel, repeated."""
+    """Return a map with equal pixels."""
     return np.broadcast_to(integers(seed, 1, channels, 1, 1) / 4, (1, channels, side, side)).copy()
 
 
@@ -108,7 +108,7 @@ def cell_map(seed: int, channels: int) -> Array:
     return np.kron(integers(seed, 1, channels, 2, 2) / 4, np.ones((3, 3)))
 
 
-# Means of positive numbers do not cancel, so that rounding stays small beside them.
+# Means of positive values do not cancel, so relative rounding errors stay small.
 
 
 def ramp(side: int, seed: int) -> Array:
@@ -119,26 +119,26 @@ def ramp(side: int, seed: int) -> Array:
 
 
 def symmetric(side: int, seed: int) -> Array:
-    """Return a square map that is its own transpose."""
-    builds = integers(seed, side, side)
-    return (builds + builds.T + 20)[None, None]
+    """Return a square map that equals its transpose."""
+    half = integers(seed, side, side)
+    return (half + half.T + 20)[None, None]
 
 
 def positive_map(size: Size, seed: int) -> Array:
-    """Return a map of positive numbers."""
+    """Return a map of positive values."""
     return integers(seed, 1, 1, *size) + 10
 
 
 def any_map(size: Size, seed: int, channels: int = 1, images: int = 1) -> Array:
-    """Return a map of small numbers."""
+    """Return a map of small values."""
     return integers(seed, images, channels, *size) / 8
 
 
-# ------------------------------------------------------------------------------------------------ cases, in order
+# ------------------------------------------------------------------------------------------------ cases
 
 
 def projections(side: int, seed: int, name: str = "") -> Case:
-    """The same pixel everywhere: every value is the same, whatever the weights."""
+    """Return a case with equal pixels: all values are equal for any weights."""
     changes = {
         f"{each}.weight": integers(seed + i, 3, 3) / 4 for i, each in enumerate(("query", "key", "value", "output"))
     }
@@ -149,7 +149,7 @@ def projections(side: int, seed: int, name: str = "") -> Case:
 
 
 def content_case(channels: int, heads: int) -> Callable[..., Case]:
-    """Return what makes cases in which features decide, and positions do not: four cells of constant features."""
+    """Return a factory of cases with four cells of constant features: the result depends on features, not positions."""
 
     def case(seed: int, name: str = "") -> Case:
         changes = {
@@ -161,40 +161,40 @@ def content_case(channels: int, heads: int) -> Callable[..., Case]:
 
 
 def mean_case(make_map: Callable[[int, int], Array], stride: int) -> Callable[..., Case]:
-    """Return what makes cases in which the result is the mean over the points, without offsets."""
+    """Return a factory of cases with zero offsets whose result is the mean over the points."""
     return lambda side, seed, name="": layer_case(make_map(side, seed), {}, name, stride=stride)
 
 
 def moved_mean_case(
-    x: Array, y: float, fn: float, name: str = "", *, stride: int = 3, offset_range: float = 1.0
+    x: Array, down: float, right: float, name: str = "", *, stride: int = 3, offset_range: float = 1.0
 ) -> Case:
-    """The mean over points that all move by shares of the bound."""
-    return layer_case(x, constant_offset(1, y, fn), name, stride=stride, offset_range=offset_range)
+    """Return a case whose result is the mean over the points, all moved by fractions of the bound."""
+    return layer_case(x, constant_offset(1, down, right), name, stride=stride, offset_range=offset_range)
 
 
 def bias_only_case(
-    x: Array, table: Array, name: str = "", *, y: float = 0.0, fn: float = 0.0, channels: int = 1, heads: int = 1
+    x: Array, table: Array, name: str = "", *, down: float = 0.0, right: float = 0.0, channels: int = 1, heads: int = 1
 ) -> Case:
-    """The bias alone decides; a key on each pixel, all moved by (y, right) pixels, a quarter at least."""
-    changes = {"position_bias.table": table, **constant_offset(channels, y / 2, fn / 2)}
+    """Return a case whose attention weights depend on the bias only: one key per pixel, moved (down, right) pixels."""
+    changes = {"position_bias.table": table, **constant_offset(channels, down / 2, right / 2)}
     return layer_case(x, changes, name, heads=heads, offset_range=4.0)
 
 
 def table_for(x: Array, seed: int, heads: int = 1) -> Array:
-    """Return a table of order one."""
+    """Return a table with entries of order 1."""
     height, width = x.shape[2:]
     return integers(seed, heads, 2 * height - 1, 2 * width - 1) / 8
 
 
 def middle_entry_table(x: Array) -> Array:
-    """Return a table that is zero but for its middle."""
+    """Return a table that is 1 at its center and 0 elsewhere."""
     table = np.zeros((1, 2 * x.shape[2] - 1, 2 * x.shape[3] - 1))
     table[0, x.shape[2] - 1, x.shape[3] - 1] = 1
     return table
 
 
 def even_table(x: Array, seed: int) -> Array:
-    """Return a square table that has no direction: mirrored and transposed it is the same."""
+    """Return a square table that is invariant to flips and transposition."""
     table = table_for(x, seed)
     table = table + table[:, ::-1]
     table = table + table[:, :, ::-1]
@@ -209,14 +209,14 @@ def zero_border(table: Array) -> Array:
 
 
 def random_layer(size: Size, seed: int, name: str = "", *, channels: int = 4, images: int = 1, **options: Any) -> Case:
-    """Every weight drawn, offsets and tables of order one."""
+    """Return a case with random weights, and with offsets and tables of order 1."""
     x = any_map(size, seed + 1, channels, images)
     shapes = deformable_shapes(layer_config(channels, size, {**DEFAULTS, **options}))
     return layer_case(x, flatten(random_params(shapes, np.random.default_rng(seed))), name, **options)
 
 
 def equal_keys(case: Case, *, table: bool = False) -> Case:
-    """The same case with keys that are all equal, so that every share is the same (or, with the table, its affair)."""
+    """Return a case with equal keys, so that attention weights are equal, or with `table` depend on the bias only."""
     zeroed = ["key.weight", "key.bias", *(() if table else ("position_bias.table",))]
     return case.with_arrays({f"weights.{name}": 0 * case.arguments["weights"][name] for name in zeroed})
 
@@ -231,19 +231,19 @@ strided_sizes = st.sampled_from([(6, 9), (9, 6), (12, 6)])
 
 
 def builds(make: CaseFactory, *strategies: st.SearchStrategy[Any], **options: st.SearchStrategy[Any]) -> Any:
-    """Return the strategy of a check, which the setting does not change."""
+    """Return a strategy that does not depend on the setting."""
     return lambda setting: st.builds(make, *strategies, **options)
 
 
 def with_table(
     make: Callable[[Array, int], Array], *, channels: int = 1, heads: int = 1, y: float = 0, x: float = 0
 ) -> CaseFactory:
-    """Return what makes cases in which the bias alone decides, with a table for the map."""
+    """Return a factory of cases whose attention weights depend on the bias only."""
 
     def case(size: Any, seed: int, name: str = "") -> Case:
         size = size if isinstance(size, tuple) else (size, size)
         x_map = any_map(size, seed + 1, channels)
-        return bias_only_case(x_map, make(x_map, seed), name, y=y, fn=x, channels=channels, heads=heads)
+        return bias_only_case(x_map, make(x_map, seed), name, down=y, right=x, channels=channels, heads=heads)
 
     return case
 
@@ -270,17 +270,17 @@ def bordered_table(x: Array, seed: int) -> Array:
 
 
 def offsets_only(size: Any, seed: int, name: str = "", **options: Any) -> Case:
-    """Equal keys: the result is the mean of what is sampled where the network says."""
+    """Return a case with equal keys: the result is the mean of the sampled features."""
     return equal_keys(random_layer(size, seed, name, **options))
 
 
 def long_map(size: Any, seed: int, name: str = "") -> Case:
-    """Points a quarter of a pixel beside pixels, far along a map."""
+    """Return a case with points a quarter of a pixel off the pixel centers of a long map."""
     return moved_mean_case(positive_map(size, seed), 1 / 6, 1 / 6, name)
 
 
 def moved_mean_cases(stride: int, offset_range: float, make_map: Callable[[Any, int], Array]) -> CaseFactory:
-    """Return what makes means over moved points, the map from a size and a seed."""
+    """Return a factory of `moved_mean_case`, with maps from a size and a seed."""
     return lambda size, seed, y, x, name="": moved_mean_case(
         make_map(size, seed), y, x, name, stride=stride, offset_range=offset_range
     )
@@ -290,7 +290,7 @@ bounded = moved_mean_cases(3, 1.0, ramp)
 
 
 def bounded_equally(side: int, seed: int, fraction: float) -> Case:
-    """The same in y and x: which is which does not show."""
+    """Return a case with equal offsets in y and x, which hides their order."""
     return bounded(side, seed, fraction, fraction)
 
 
@@ -313,14 +313,14 @@ def any_layer(draw: st.DrawFn) -> Case:
 
 
 def any_batch(setting: Setting) -> st.SearchStrategy[Case]:
-    """Draw any number of images, none included."""
+    """Draw any number of images, including zero."""
     return st.builds(
         random_layer, map_sizes(smallest=3), seeds, images=st.integers(0, 3), stride=st.sampled_from([1, 2])
     )
 
 
 def away_from_kinks(make: CaseFactory) -> Callable[[Setting], Sequence[Case]]:
-    """Return the example whose pass, under the setting's convention, comes near no kink."""
+    """Return an example whose forward pass in the setting's convention is not close to a kink."""
     return lambda setting: [_away_from_kinks(make, setting.convention)]
 
 
@@ -330,7 +330,7 @@ def _away_from_kinks(make: CaseFactory, convention: Convention) -> Case:
         case = make((4, 5), seed, "two groups, two images", heads=2, groups=2, stride=2, images=2)
         if _kink_distance(case, convention) > MIN_KINK_DISTANCE:
             return case
-    raise AssertionError  # one in ten is clear
+    raise AssertionError  # unreachable; about one case in ten is far enough from kinks
 
 
 def _kink_distance(case: Case, convention: Convention) -> float:

@@ -1,4 +1,4 @@
-"""Layers that are wrong in one way each, and the first check that sees it."""
+"""Mutants of ``layer``: each has one mistake and names the first check that fails."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ from .steps import BIAS_MISTAKES, replace_steps, sample_at, wrap_around, zero_un
 
 
 def attend_mistake(change: Callable[..., Any]) -> dict[str, Function]:
-    """Return a mistake in the core: ``change(right_attend, q, k, v, bias, scale)``."""
+    """Return a mutation that replaces `attend` by ``change(correct_attend, q, k, v, bias, scale)``."""
     return {"attend": lambda fn: lambda *arguments: change(fn, *arguments)}
 
 
-# Each mistake with the first check that sees it, in the order of the checks.
+# Mistakes by name, in the order of the checks: the first check that fails, and the wrong steps.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "weight matrices are transposed": ("projections", {"linear": weights_transposed}),
     "the biases of the projections are missing": ("projections", {"linear": biases_missing}),
-    "features are sampled from the queries instead of the input map": ("projections", {"sample_input": lambda fn: lambda x, query: query}),
+    "features are sampled from the queries instead of the input map": (
+        "projections", {"sample_input": lambda fn: lambda x, query: query}),
     "keys and values swapped": (
         "projections", attend_mistake(lambda fn, q, k, v, bias, scale: fn(q, v, k, bias, scale))),
     "softmax over the queries instead of the keys": ("projections", attend_mistake(softmax_over_queries)),
@@ -72,7 +73,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
         "offset_bound", {"bound": bounded_by(lambda raw, limit: np.tanh(limit * raw))}),
     "x and y of the offsets swapped": ("rows_before_columns", {"bound": offsets_swapped}),
     "x and y swapped": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped"]),
-    "x and y swapped after conversion to pixels": ("rows_before_columns", GEOMETRY_MISTAKES["x and y swapped after conversion to pixels"]),
+    "x and y swapped after conversion to pixels": (
+        "rows_before_columns", GEOMETRY_MISTAKES["x and y swapped after conversion to pixels"]),
     **{
         name: ("not_square", GEOMETRY_MISTAKES[name])
         for name in ("x is normalized by the height", "y is normalized by the width",
@@ -112,10 +114,13 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
         "offset_network", {"offset_input": lambda fn: lambda x, query: x}),
     "the depthwise kernel is flipped: convolution instead of cross-correlation": (
         "offset_network", {"predict": kernel_flipped}),
-    "tanh approximation instead of exact GELU": ("offset_network", {"predict": custom_network(activation=gelu_by_tanh)}),
+    "tanh approximation instead of exact GELU": (
+        "offset_network", {"predict": custom_network(activation=gelu_by_tanh)}),
     "ReLU instead of GELU": ("offset_network", {"predict": custom_network(activation=lambda x: np.maximum(x, 0))}),
-    "layer norm with epsilon 1e-6 instead of 1e-5": ("offset_network", {"predict": custom_network(norm=smaller_epsilon_norm)}),
-    "layer norm does not normalize: only its weight and bias are applied": ("offset_network", {"predict": custom_network(norm=affine_only)}),
+    "layer norm with epsilon 1e-6 instead of 1e-5": (
+        "offset_network", {"predict": custom_network(norm=smaller_epsilon_norm)}),
+    "layer norm does not normalize: only its weight and bias are applied": (
+        "offset_network", {"predict": custom_network(norm=affine_only)}),
     "the convolution padding of another convention": ("stride", {"padding": other_padding}),
     **{
         name: ("groups", GEOMETRY_MISTAKES[name])
@@ -132,7 +137,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
 
 
 def scaled_gradient(prefix: str, with_scale: float) -> Callable[[Function], Function]:
-    """Return a VJP in which the gradients whose names start so are multiplied."""
+    """Return a mutation of the VJP that multiplies the gradients whose names have one of these prefixes."""
 
     def mutate(fn: Function) -> Function:
         def vjp(*arguments: Any, **options: Any) -> dict[str, Array]:
@@ -145,10 +150,11 @@ def scaled_gradient(prefix: str, with_scale: float) -> Callable[[Function], Func
 
 
 def detached(*zero_weights: str, zero_gradients: tuple[str, ...] = ()) -> Callable[[Function], Function]:
-    """Return a VJP whose backward pass takes some weights for zero, and so cuts what flows back through them.
+    """Return a mutation of the VJP that sets some weights to zero, and so blocks the gradients through them.
 
     Args:
-        zero_gradients: weights whose own gradients are lost as well.
+        zero_weights: names of these weights.
+        zero_gradients: names of weights whose own gradients are set to zero.
     """
 
     def mutate(fn: Function) -> Function:

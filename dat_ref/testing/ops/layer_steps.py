@@ -1,4 +1,4 @@
-"""The layer, cut into steps that can be exchanged one by one, and mistakes in them."""
+"""Layer in replaceable steps, and mistakes in them, for the mutants of ``layer``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .steps import PIXEL_MISTAKES, Steps, bias_in_steps
 
 
 def split_groups(x: Array, groups: int) -> Array:
-    """Cut the channels of a map into groups: (N, C, H, W) → (N·G, C/G, H, W)."""
+    """Split the channels of a map into groups: (N, C, H, W) → (N·G, C/G, H, W)."""
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:])
 
 
@@ -33,19 +33,20 @@ def predict(queries: Array, params: Tree, *, stride: int, padding: Padding) -> A
 
 @dataclass(frozen=True)
 class LayerSteps(Steps):
-    """The steps of the layer, those of the bias and the core among them.
+    """Steps of the layer, including the steps of bias and attention.
 
     Args:
-        linear: (x, weight, bias) -> a projection.
-        offset_input: (x, query) -> the map that offsets are predicted from.
-        sample_input: (x, query) -> the map that features are sampled from.
-        split_groups: (map, groups) -> the same, cut.
+        linear: (x, weight, bias) -> projection.
+        offset_input: (x, query) -> input map of the offset network.
+        sample_input: (x, query) -> map from which features are sampled.
+        split_groups: (map, groups) -> maps of the groups.
         predict: (queries, params, stride=, padding=) -> raw offsets.
-        padding: (size, kernel, stride, convention) -> zeros around the map for it.
-        bound: as `bound_offsets`.
-        sample_pixels: as `pixels`, for the features.
+        padding: (size, kernel, stride, convention) -> zero padding of the offset network.
+        bound: see `bound_offsets`.
+        sample_pixels: see `pixels`, for the sampled features.
         sample: (maps, points_px) -> features.
-        split, merge: channels into heads, and back.
+        split: (x, heads) -> channels split into heads.
+        merge: (x, size) -> heads merged into channels.
     """
 
     linear: Function = linear
@@ -95,7 +96,7 @@ def layer_in_steps(
 
 
 def shared_points_mistake(mistake: Function) -> dict[str, Function]:
-    """Return a mistake in points that features and bias share."""
+    """Return a mistake in the points of both features and bias."""
     return {"pixels": mistake, "sample_pixels": mistake}
 
 
@@ -108,7 +109,7 @@ def biases_missing(fn: Function) -> Function:
 
 
 def interleaved(count: int, channels: int) -> Array:
-    """Return the order of channels that puts every count-th into the same part."""
+    """Return the order of channels that puts channels with equal index modulo `count` into the same part."""
     return np.arange(channels).reshape(-1, count).T.ravel()
 
 
@@ -131,7 +132,7 @@ def groups_interleaved(fn: Function) -> Function:
 
 
 def bounded_by(change: Any) -> Function:
-    """Another bound: ``change(raw, limit)`` is added to the reference."""
+    """Return a mutation that replaces the offsets by ``change(raw, limit)``."""
 
     def mistake(fn: Function) -> Function:
         def bound(
@@ -161,7 +162,7 @@ def clamp_missing(fn: Function) -> Function:
 
 
 def custom_network(norm: Function = layer_norm, activation: Function = gelu) -> Function:
-    """Another offset network."""
+    """Return a mutation that replaces the norm and the activation of the offset network."""
 
     def mistake(fn: Function) -> Function:
         def predicted(queries: Array, params: Tree, *, stride: int, padding: Padding) -> Array:
@@ -174,7 +175,7 @@ def custom_network(norm: Function = layer_norm, activation: Function = gelu) -> 
 
 
 def smaller_epsilon_norm(x: Array, weight: Array, bias: Array) -> Array:
-    """A layer norm with an epsilon of 1e-6, as other frameworks have it."""
+    """Layer norm with epsilon 1e-6, the default of other frameworks."""
     deviation = np.sqrt(x.var(axis=1, keepdims=True) + x.dtype.type(1e-6))
     return np.asarray(weight[:, None, None] * (x - x.mean(axis=1, keepdims=True)) / deviation + bias[:, None, None])
 
@@ -184,12 +185,12 @@ def affine_only(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def gelu_by_tanh(x: Array) -> Array:
-    """The approximation 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
+    """Tanh approximation of GELU, 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
     return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), dtype=x.dtype)
 
 
 def kernel_flipped(fn: Function) -> Function:
-    """A convolution as mathematics has it, where a correlation is meant."""
+    """Use a mathematical convolution instead of a cross-correlation."""
 
     def predicted(queries: Array, params: Tree, **options: Any) -> Array:
         depthwise = {**params["depthwise"], "weight": params["depthwise"]["weight"][:, :, ::-1, ::-1]}
@@ -199,7 +200,7 @@ def kernel_flipped(fn: Function) -> Function:
 
 
 def other_padding(fn: Function) -> Function:
-    """The padding of another convention: k // 2 on every side, or as much as the key grid needs."""
+    """Use the padding of another convention: k // 2 on every side, or the padding for the key grid."""
 
     def padding(size: Size, kernel: int, stride: int, convention: Convention) -> Padding:
         other = Convention.CELL_CENTER if convention.offset_padding == "half" else Convention.CVPR2022

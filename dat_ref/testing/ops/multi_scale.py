@@ -1,4 +1,4 @@
-"""Operation ``multi_scale`` of Deformable DETR: weighted sums of what is sampled from maps of several sizes."""
+"""Operation ``multi_scale`` of Deformable DETR: weighted sums of samples from maps of several sizes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Coordinate = Callable[[int], st.SearchStrategy[float]]
 
 
 def to_locations(points_px: Array, sizes: Sequence[Size]) -> Array:
-    """Return points (N, Q, M, L, P, 2), (y, x) in pixels of their level, as locations (x, y): the edges are 0 and 1."""
+    """Convert points (N, Q, M, L, P, 2), (y, x) in pixels of their level, to locations (x, y) with edges 0 and 1."""
     return ((points_px + 0.5) / np.array(sizes, dtype=np.float64)[:, None])[..., ::-1].copy()
 
 
 def sampling_case(
     points_px: Array, sizes: Sequence[Size], weights: Array, depth: int = 1, seed: int = 0, name: str = ""
 ) -> Case:
-    """Return a case with numbered tokens."""
+    """Return a case; for seed 0 the tokens are 1, 2, 3 …."""
     tokens = sum(height * width for height, width in sizes)
     value = integers(seed, len(points_px), tokens, points_px.shape[2], depth)
     return Case(
@@ -49,7 +49,7 @@ def sampling_case(
 
 
 def single_point_case(size: Size, y: float, x: float, name: str = "", seed: int = 0) -> Case:
-    """Return a named case: one map, one query that looks at one point, in pixels, with weight one."""
+    """Return a named case: one map, and one query with one point, in pixels, of weight one."""
     points_px = np.array([y, x], dtype=np.float64).reshape(1, 1, 1, 1, 1, 2)
     return sampling_case(points_px, [size], np.ones(points_px.shape[:-1]), seed=seed, name=name)
 
@@ -58,7 +58,7 @@ def random_case(
     sizes: Sequence[Size], name: str, images: int = 1, queries: int = 1, heads: int = 1, points: int = 1,
     depth: int = 1, seed: int = 1,
 ) -> Case:  # fmt: skip
-    """Return a named case with points between pixels, some of them outside, and weights of any sum."""
+    """Return a named case with points between pixels, some of them outside, and weights with any sum."""
     shape = (images, queries, heads, len(sizes), points)
     rng = np.random.default_rng(seed)
     extent = np.array(sizes)[:, None]
@@ -96,7 +96,7 @@ def sampling_strategy(
     random_weights: bool = False,
     **counts: Sequence[int],
 ) -> Callable[[Setting], st.SearchStrategy[Case]]:
-    """Return a strategy for a check; one of each (level, image, query, head, point, channel) unless told otherwise."""
+    """Return the strategy of a check; by default with one level, image, query, head, point and channel."""
     return lambda setting: draw_sampling(sizes, coordinate, levels, counts, random_weights)
 
 
@@ -120,24 +120,24 @@ def just_outside(length: int) -> st.SearchStrategy[float]:
     return st.sampled_from([-0.5, length - 0.5, -0.25, length - 0.75])
 
 
-DYADIC = st.sampled_from([(2, 4), (4, 2), (8, 4)])  # pixel centers are dyadic in [0, 1], so exact
+DYADIC = st.sampled_from([(2, 4), (4, 2), (8, 4)])  # pixel centers in [0, 1] are exact in floating point
 
 # ------------------------------------------------------------------------------------------------ tests
 
 
 def gradient_of(name: str, *, one_sided: bool = False) -> Callable[[CheckContext, Case], None]:
-    """Return the test of one gradient; the cotangent numbers the results."""
+    """Return the test of one gradient; the elements of the cotangent are 1, 2, 3 …."""
 
     def test(ctx: CheckContext, case: Case) -> None:
         cotangent = integers(0, *ctx.expected(case).shape)
-        # Locations are in maps, not in pixels: 2⁻¹² keeps a step of the five-point rule far below a quarter pixel.
+        # The unit of locations is the map: with 2⁻¹², steps of the five-point rule are far below a quarter pixel.
         ctx.compare_gradient(name, cotangent, case, one_sided=one_sided, step=2.0**-12)
 
     return test
 
 
 def means_of_ones(ctx: CheckContext, case: Case) -> None:
-    """Inside the maps a value of one gives the sum of the weights."""
+    """Require that, inside the maps, values of one give the sum of the weights."""
     ones = case.with_arrays({"value": np.ones_like(case.arguments["value"])})
     weights = case.arguments["attention_weights"]
     depth = case.arguments["value"].shape[3]
@@ -145,7 +145,7 @@ def means_of_ones(ctx: CheckContext, case: Case) -> None:
 
 
 def split_points(ctx: CheckContext, case: Case) -> None:
-    """Every point twice, each with half the weight."""
+    """Require the same result if each point is duplicated with half the weight."""
     locations, weights = case.arguments["sampling_locations"], case.arguments["attention_weights"]
     twice = case.with_arrays(
         {
@@ -157,7 +157,7 @@ def split_points(ctx: CheckContext, case: Case) -> None:
 
 
 def levels_exchanged(ctx: CheckContext, case: Case) -> None:
-    """The levels in reverse order, with their tokens, locations and weights."""
+    """Require the same result for levels in reverse order, with their tokens, locations and weights."""
     sizes = case.arguments["value_spatial_shapes"]
     ends = np.cumsum([height * width for height, width in sizes])
     level_tokens = np.split(case.arguments["value"], ends[:-1], axis=1)
@@ -173,7 +173,7 @@ def levels_exchanged(ctx: CheckContext, case: Case) -> None:
 
 
 def flips(ctx: CheckContext, case: Case) -> None:
-    """Mirrored maps, read at mirrored locations."""
+    """Require the same result for flipped maps and flipped locations."""
     (size,) = case.arguments["value_spatial_shapes"]
     value, locations = case.arguments["value"], case.arguments["sampling_locations"]
     for axis in range(2):  # 0: top and bottom, 1: left and right
@@ -191,11 +191,11 @@ def nan_comes_out(ctx: CheckContext, case: Case) -> None:
     with_nan = np.isnan(case.arguments["sampling_locations"]).any(axis=(3, 4, 5))
     expected = np.repeat(with_nan, case.arguments["value"].shape[3], axis=2)
     if got.shape != expected.shape or not (np.isnan(got) == expected).all():
-        raise Mismatch("NaN must come out for the query and head whose location is NaN, and nowhere else", None, got)
+        raise Mismatch("expected NaN for the query and head of a NaN location, and nowhere else", None, got)
 
 
 def case_with_nan() -> Case:
-    case = random_case([(3, 5), (2, 3)], "a NaN among the locations", queries=2, heads=2, points=2, depth=2)
+    case = random_case([(3, 5), (2, 3)], "one NaN location", queries=2, heads=2, points=2, depth=2)
     locations = case.arguments["sampling_locations"].copy()
     locations[0, 1, 0, 1, 0, 0] = np.nan
     return case.with_arrays({"sampling_locations": locations})
@@ -205,22 +205,23 @@ def case_with_nan() -> Case:
 
 TYPICAL = random_case([(3, 5), (2, 3)], "two levels, two queries", images=2, queries=2, heads=3, points=2, depth=2)
 TWO_LEVELS = random_case([(4, 6), (2, 3)], "one query, levels of 4 × 6 and 2 × 3", points=2, seed=3)
-SLOPES = random_case([(4, 3), (2, 5)], "two points a level", points=2, heads=2, depth=2, seed=5)
+SLOPES = random_case([(4, 3), (2, 5)], "two points per level", points=2, heads=2, depth=2, seed=5)
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.", [TYPICAL], test=runs,
+        "runs", Stage.SMOKE, "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.", [TYPICAL], test=runs,
     ),
     Check(
-        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.", [TYPICAL], test=leaves_inputs_alone,
+        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.", [TYPICAL],
+        test=leaves_inputs_alone,
     ),
     Check(
         "shapes", Stage.SHAPES,
-        "Values (N, S, M, D), locations (N, Q, M, L, P, 2) and weights (N, Q, M, L, P) give (N, Q, M·D), for any "
-        "number of images and queries, none included.",
-        "Axes are exchanged, squeezed, or an empty batch is not thought of.",
+        "Values (N, S, M, D), locations (N, Q, M, L, P, 2) and weights (N, Q, M, L, P) give (N, Q, M·D); N and Q may "
+        "be 0.",
+        "Axes are swapped or squeezed, or an empty batch is not handled.",
         [random_case([(3, 5)], "no images", images=0, queries=2, heads=2),
          random_case([(3, 5)], "no queries", queries=0, depth=3)],
         sampling_strategy(map_sizes(), anywhere, levels=(1, 2), images=(1, 2), queries=(1, 3), heads=(1, 2),
@@ -229,9 +230,9 @@ CHECKS = (
     Check(
         "pixel_centers", Stage.VALUES,
         "0 and 1 are the edges of the map: the center of pixel i of n is at (i + ½)/n.",
-        "Locations are taken for something else: 0 and 1 for the centers of the first and the last pixel "
-        "(align_corners), -1 and 1 for the edges, or the half pixel is forgotten.",
-        [single_point_case((3, 3), 1, 1, "the middle of 3 × 3"),
+        "Locations are in other coordinates: 0 and 1 are the centers of the first and the last pixel (align_corners), "
+        "-1 and 1 are the edges, or the half pixel is missing.",
+        [single_point_case((3, 3), 1, 1, "the center of 3 × 3"),
          single_point_case((2, 2), 0, 0, "the first pixel of 2 × 2")],
         lambda setting: diagonal(),
     ),
@@ -241,28 +242,29 @@ CHECKS = (
         [single_point_case((2, 2), 0, 1, "first row, second column of a square")], sampling_strategy(square_sizes()),
     ),
     Check(
-        "not_square", Stage.VALUES, "On a map that is not square each axis has its own length; its size is (H, W).",
-        "One axis is scaled with the length of the other: x with the height, say; or sizes are taken for (W, H). "
-        "Square maps hide it.",
+        "not_square", Stage.VALUES, "On a non-square map, each axis uses its own length, and sizes are (H, W).",
+        "One axis is scaled by the length of the other, e.g. x by the height, or sizes are taken as (W, H). Square "
+        "maps "
+        "hide these mistakes.",
         [single_point_case((3, 5), 2, 4, "the last pixel of 3 × 5"),
          single_point_case((3, 5), 1, 3, "row 1, column 3 of 3 × 5")],
         sampling_strategy(map_sizes(smallest=2)),
     ),
     Check(
-        "single_row", Stage.VALUES, "A map of one row or one column is a map like any other.",
-        "A division by H - 1 = 0.",
+        "single_row", Stage.VALUES, "A map with a single row or column is handled like any other.",
+        "The function divides by H - 1 = 0.",
         [single_point_case((1, 4), 0, 2, "a map of one row"), single_point_case((3, 1), 1, 0, "one column")],
         sampling_strategy(st.sampled_from([(1, 4), (5, 1), (1, 1)])), degenerate=True,
     ),
     Check(
-        "between_pixels", Stage.VALUES, "Between pixels the four around are mixed by distance.",
-        "Another interpolation (nearest, cubic), or weights that belong to other corners.",
+        "between_pixels", Stage.VALUES, "Between pixels, interpolation is bilinear.",
+        "Another interpolation is used (nearest, bicubic), or weights are assigned to the wrong neighbors.",
         [single_point_case((2, 3), 0.25, 1.5, "a quarter down, a half to the right", seed=1)],
         sampling_strategy(map_sizes(), inside),
     ),
     Check(
-        "zeros_outside", Stage.VALUES, "One pixel outside a map and further, everything is zero.",
-        "The border is repeated or wrapped around.",
+        "zeros_outside", Stage.VALUES, "A location one pixel or more outside the map reads zero.",
+        "The border is replicated or wrapped around.",
         [
             single_point_case((2, 3), -1, 0, "a pixel above the map"),
             single_point_case((2, 3), 1, 3, "a pixel right of it"),
@@ -271,8 +273,10 @@ CHECKS = (
         sampling_strategy(map_sizes(), far_outside),
     ),
     Check(
-        "border_fades", Stage.VALUES, "Between the last pixel and one pixel outside, the value fades to zero.",
-        "Locations there are dropped: a corner outside counts as zero, but the corner inside still counts.",
+        "border_fades", Stage.VALUES,
+        "From the outermost pixel center to one pixel outside it, the sample decreases linearly to zero.",
+        "Locations in this strip read zero. A neighbor outside the map counts as zero, but a neighbor inside still "
+        "contributes.",
         [
             single_point_case((2, 3), -0.25, 0, "a quarter above the map"),
             single_point_case((2, 3), 1, 2.75, "just right of it"),
@@ -282,66 +286,74 @@ CHECKS = (
     ),
     Check(
         "weights_as_they_are", Stage.VALUES,
-        "Every sample counts with its weight, and samples are summed; weights may be negative and of any sum.",
-        "Weights are normalised once more (by a softmax, or by their sum), samples are averaged, or weights belong to "
+        "The result is the sum of samples times weights. Weights may be negative and have any sum.",
+        "Weights are normalized again (by a softmax, or by their sum), samples are averaged, or weights are assigned "
+        "to "
         "other points.",
         [random_case([(3, 5)], "four points of one query", points=4)],
         sampling_strategy(map_sizes(), random_weights=True, points=(2, 3)),
     ),
     Check(
         "levels", Stage.VALUES,
-        "Every level has its own tokens, size, locations and weights; the first level comes first, and all are summed.",
-        "Levels are taken in another order, cut from the tokens at the wrong place, scaled with another level's size, "
-        "or not summed: one overwrites the other.",
+        "Each level has its own tokens, size, locations and weights. The tokens are in order of levels, and the result "
+        "is "
+        "the sum over levels.",
+        "Levels are in another order, split at the wrong token, or scaled by another level's size; or a level "
+        "overwrites "
+        "the previous one.",
         [TWO_LEVELS, random_case([(2, 3), (5, 4), (3, 2)], "three levels", points=2)],
         sampling_strategy(map_sizes(smallest=2), levels=(2, 3), random_weights=True, points=(1, 2)),
     ),
     Check(
         "heads", Stage.VALUES,
-        "Every head has its own channels, locations and weights; the result has head by head, each with its channels.",
-        "Heads are mixed up, or the result's channels are ordered the other way round: all heads' first channel first.",
+        "Each head has its own channels, locations and weights. The result has all channels of the first head first.",
+        "Heads are mixed up, or the result has the first channel of all heads first.",
         [random_case([(3, 5)], "three heads of two channels", heads=3, depth=2)],
         sampling_strategy(map_sizes(), random_weights=True, heads=(2, 3), depth=(2, 3)),
     ),
     Check(
-        "queries_and_images", Stage.VALUES, "Every query of every image has its own locations and weights.",
-        "All queries, or all images, use the first one's.",
+        "queries_and_images", Stage.VALUES, "Each query of each image has its own locations and weights.",
+        "All queries, or all images, use the locations or weights of the first one.",
         [random_case([(3, 5)], "three queries", queries=3), random_case([(3, 5)], "two images", images=2)],
         sampling_strategy(map_sizes(), random_weights=True, queries=(2, 3), images=(1, 2)),
     ),
     Check(
-        "fine_positions", Stage.VALUES, "Positions keep their fractions on a large map.",
-        "Positions are kept in half precision: bfloat16 has 8 bits, so that beyond pixel 256 halves are lost.",
+        "fine_positions", Stage.VALUES, "On a large map, positions keep their fractional part.",
+        "Positions are stored in half precision. bfloat16 has 8 significant bits and loses half pixels above 128.",
         [single_point_case((2, 301), 0, 290.75, "far along a map of 2 × 301")],
         sampling_strategy(st.sampled_from([(2, 301), (257, 3)]), inside),
     ),
     Check(
-        "anywhere", Stage.VALUES, "The reference's sum for any locations, levels, heads, queries and images.",
-        "A mistake that none of the checks above isolates.", [TYPICAL],
+        "anywhere", Stage.VALUES, "Results equal the reference for any locations, levels, heads, queries and images.",
+        "A mistake that no earlier check isolates.", [TYPICAL],
         sampling_strategy(map_sizes(), anywhere, levels=(1, 2), random_weights=True, images=(1, 2), queries=(1, 2),
                           heads=(1, 2), points=(1, 2), depth=(1, 2)),
     ),
     Check(
-        "gradient_of_the_value", Stage.GRADIENTS, "A token gains weight times interpolation from every sample near it.",
-        "A wrong factor, or samples that are forgotten: of several near a token the last one wins.", [SLOPES],
+        "gradient_of_the_value", Stage.GRADIENTS,
+        "A token receives the gradient of each sample that reads it, times attention weight and interpolation weight.",
+        "A factor is wrong, or contributions are missing because a sample overwrites another one.", [SLOPES],
         sampling_strategy(map_sizes(largest=3), just_outside, random_weights=True, points=(1, 2)), gradient_of("value"),
     ),
     Check(
-        "gradient_of_the_weights", Stage.GRADIENTS, "A weight's gradient is what was sampled.", "A wrong factor.",
+        "gradient_of_the_weights", Stage.GRADIENTS, "The gradient of a weight is its sample.", "A factor is wrong.",
         [SLOPES], sampling_strategy(map_sizes(largest=4), inside, random_weights=True, points=(1, 2)),
         gradient_of("attention_weights"),
     ),
     Check(
         "gradient_of_the_locations", Stage.GRADIENTS,
-        "A location's gradient is the slope of its sample times its weight, in fractions of the map, x first.",
-        "A wrong factor (of pixels: the map's width and height are missing), x and y swapped, or no gradient at all.",
+        "The gradient of a location is the derivative of its sample times its weight, per map width and height, x "
+        "first.",
+        "A factor is wrong (the map's width and height are missing if it is per pixel), x and y are swapped, or the "
+        "gradient is missing.",
         [single_point_case((3, 5), 0.25, 1.5, "a point between pixels", seed=1)],
         sampling_strategy(map_sizes(smallest=2, largest=4), inside, random_weights=True, points=(1, 2)),
         gradient_of("sampling_locations"),
     ),
     Check(
-        "gradient_at_the_border", Stage.GRADIENTS, "Within a pixel outside the map a location still has a slope.",
-        "The gradient is stopped at the border, where the value is not.",
+        "gradient_at_the_border", Stage.GRADIENTS,
+        "A location less than one pixel outside the map still has a gradient, because its sample decreases there.",
+        "The gradient is set to zero outside the outermost pixel centers, although the sample is not zero.",
         [
             single_point_case((2, 3), -0.25, 1.25, "just above the map", seed=1),
             single_point_case((2, 3), 1.5, 0.75, "just below it", seed=1),
@@ -350,51 +362,52 @@ CHECKS = (
     ),
     Check(
         "gradient_on_the_lattice", Stage.GRADIENTS,
-        "On a pixel center, where the slope jumps, it is the one to the right and below.",
-        "The slope is taken from the other side or from between. Any choice trains; this one is the choice of torch.",
+        "At a pixel center, where the derivative jumps, it is the right-sided one.",
+        "The left-sided or a central derivative is used. Any choice works for training; torch uses this one.",
         [single_point_case((2, 4), 0, 2, "on a pixel", seed=1)], sampling_strategy(DYADIC),
         gradient_of("sampling_locations", one_sided=True),
     ),
     Check(
-        "sums_of_ones", Stage.IDENTITIES, "Inside the maps a value of one gives the sum of the weights.",
-        "Something is not summed.", [random_case([(3, 5), (2, 3)], "two levels", points=2).with_arrays(
+        "sums_of_ones", Stage.IDENTITIES, "Inside the maps, values of one give the sum of the weights.",
+        "Contributions are missing from the sum.", [random_case([(3, 5), (2, 3)], "two levels", points=2).with_arrays(
             {"sampling_locations": to_locations(np.full((1, 1, 1, 2, 2, 2), 0.75), [(3, 5), (2, 3)])})],
         sampling_strategy(map_sizes(smallest=2), inside, levels=(1, 2), random_weights=True, points=(1, 2),
                           heads=(1, 2)), means_of_ones,
     ),
     Check(
-        "halves", Stage.IDENTITIES, "A point given twice, with half the weight each, changes nothing.",
-        "The number of points enters the result.", [TYPICAL],
+        "halves", Stage.IDENTITIES, "Duplicating each point with half the weight does not change the result.",
+        "The result depends on the number of points.", [TYPICAL],
         sampling_strategy(map_sizes(), anywhere, levels=(1, 2), random_weights=True, points=(1, 2)), split_points,
     ),
     Check(
-        "levels_exchanged", Stage.IDENTITIES, "Levels in another order, tokens and all, give the same.",
-        "Levels are told apart by their order.", [TYPICAL],
+        "levels_exchanged", Stage.IDENTITIES,
+        "Reordering the levels, with tokens, locations and weights, does not change the result.",
+        "The result depends on the order of levels.", [TYPICAL],
         sampling_strategy(map_sizes(), anywhere, levels=(2, 3), random_weights=True), levels_exchanged,
     ),
     Check(
-        "flips", Stage.IDENTITIES, "Mirrored locations on a mirrored map read the same.",
+        "flips", Stage.IDENTITIES, "Flipped locations on a flipped map give the same result.",
         "Left and right, or top and bottom, are treated differently.",
         [single_point_case((3, 5), 2.5, 3.75, "a point at the border")],
         sampling_strategy(map_sizes(), lambda length: quarters(-0.75, length - 0.25), heads=(1, 2)), flips,
     ),
     Check(
-        "nan_comes_out", Stage.IDENTITIES, "A location that is not a number gives NaN, to its own query and head only.",
-        "NaN is clamped to the border or skipped, which hides a diverged training run.", [case_with_nan()],
+        "nan_comes_out", Stage.IDENTITIES, "A NaN location gives NaN for its own query and head only.",
+        "NaN is clamped to the border or replaced, which hides a diverged training run.", [case_with_nan()],
         test=nan_comes_out,
     ),
 )  # fmt: skip
 
 
 def draw(case: Case, mismatch: Mismatch) -> str:
-    """Draw what the worst query's worst head looks at, level by level, in its first channel."""
+    """Draw the points of the query and head with the largest error on the first channel of each level."""
     value, locations, weights = (case.arguments[name] for name in ("value", "sampling_locations", "attention_weights"))
     sizes = case.arguments["value_spatial_shapes"]
     if not value.size or not locations.size:
         return f"value {value.shape}, locations {locations.shape}"
     n, query, head = _worst(mismatch, value.shape[3])
     points = np.round(location_pixels(locations, sizes), 12)
-    parts = [f"image {n}, query {query}, head {head}; points (y, x) in pixels, weight by weight"]
+    parts = [f"image {n}, query {query}, head {head}; points (y, x) in pixels"]
     start = 0
     for level, (height, width) in enumerate(sizes):
         caption = ", ".join(f"{weight:.4g}" for weight in weights[n, query, head, level])
@@ -406,7 +419,7 @@ def draw(case: Case, mismatch: Mismatch) -> str:
 
 
 def _worst(mismatch: Mismatch, depth: int) -> tuple[int, int, int]:
-    """Return (image, query, head) where a result (N, Q, M·D) is furthest off."""
+    """Return the (image, query, head) with the largest error in a result (N, Q, M·D)."""
     expected, got = mismatch.expected, mismatch.got
     if expected is None or got is None or expected.shape != got.shape or expected.ndim != 3 or not expected.size:
         return 0, 0, 0
@@ -420,11 +433,11 @@ MULTI_SCALE = OpSpec(
     title="weighted sums of samples from maps of several sizes, as in Deformable DETR",
     function="multi_scale_deformable_attention",
     arguments=(
-        Argument("value", "NSMD", "the levels' pixels, row by row, one level after the other", differentiable=True),
+        Argument("value", "NSMD", "pixels of all levels, row by row, concatenated", differentiable=True),
         Argument("value_spatial_shapes", "", "[(H, W), …] of the levels"),
         Argument("sampling_locations", "NQMLP2", "(x, y) in [0, 1]; 0 and 1 are the map's edges", differentiable=True,
                  extent=lambda arguments: 1.0),
-        Argument("attention_weights", "NQMLP", "as they are: no softmax is taken", differentiable=True),
+        Argument("attention_weights", "NQMLP", "after the softmax", differentiable=True),
     ),
     returns="NQE",
     reference=Implementation(

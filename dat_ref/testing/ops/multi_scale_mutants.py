@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention that is wrong in one way each, and the first check that sees it."""
+"""Mutants of ``multi_scale``: each has one mistake and names the first check that fails."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from .sampler_mutants import round_to_bits
 
 
 def with_arguments(change: Callable[..., tuple[Any, ...]]) -> Callable[[Function], Function]:
-    """Return a function that is given something else: ``change(value, sizes, locations, weights)``, all four."""
+    """Return a mutation that replaces the arguments by ``change(value, sizes, locations, weights)``."""
     return lambda fn: lambda *arguments: fn(*change(*arguments))
 
 
 def sample_at(move: Callable[[Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a function that looks elsewhere: ``move(points, sizes)``, points (N, Q, M, L, P, 2) in pixels, (y, x),
-    sizes (L, 1, 2)."""
+    """Return a mutation that samples at ``move(points, sizes)``.
+
+    The points (N, Q, M, L, P, 2) are (y, x) in pixels, the sizes (L, 1, 2).
+    """
 
     def change(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
         extent = np.asarray(sizes, dtype=locations.dtype)[:, None]
@@ -33,12 +35,12 @@ def sample_at(move: Callable[[Array, Array], Array]) -> Callable[[Function], Fun
 
 
 def with_weights(change: Callable[[Array], Array]) -> Callable[[Function], Function]:
-    """Return a function that is given other weights (N, Q, M, L, P)."""
+    """Return a mutation that changes the attention weights (N, Q, M, L, P)."""
     return with_arguments(lambda value, sizes, locations, weights: (value, sizes, locations, change(weights)))
 
 
 def softmax_over_points(weights: Array) -> Array:
-    """Softmax over the levels and points of a head."""
+    """Apply a softmax over the levels and points of a head."""
     flat = weights.reshape(*weights.shape[:3], weights.shape[3] * weights.shape[4])
     return softmax(flat).reshape(weights.shape)
 
@@ -50,14 +52,14 @@ def normalized(weights: Array) -> Array:
 
 
 def last_level_only(weights: Array) -> Array:
-    """Keep the last level: each one has overwritten the one before."""
+    """Set the weights of all levels but the last to zero, as if each level overwrote the previous one."""
     return weights * (np.arange(weights.shape[3]) == weights.shape[3] - 1)[:, None]
 
 
 def dropped(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
-    """Locations beyond the outermost pixel centers count for nothing."""
+    """Set the weights of locations outside the outermost pixel centers to zero."""
     points = location_pixels(locations, sizes)
-    # Rounding puts what sits on the outermost centers a little to either side.
+    # Locations on the outermost centers are rounded to either side.
     slack = 1e-9 if locations.dtype == np.float64 else 1e-4
     inside = (points >= -slack) & (points <= np.asarray(sizes)[:, None] - 1 + slack)
     return value, sizes, locations, weights * inside.all(axis=-1)
@@ -73,20 +75,20 @@ def split_levels(value: Array, sizes: Sequence[Size]) -> list[Array]:
 
 
 def join_levels(maps: Sequence[Array]) -> Array:
-    """The reverse of `split_levels`."""
+    """Merge the levels' maps: inverse of `split_levels`."""
     tokens = [each.reshape(len(each), each.shape[1] * each.shape[2], *each.shape[3:]) for each in maps]
     return np.concatenate(tokens, axis=1)
 
 
 def column_by_column(value: Array, sizes: Sequence[Size], *others: Array) -> tuple[Any, ...]:
-    """Tokens are taken for columns, one after the other."""
+    """Read the tokens of a level column by column."""
     reversed_levels = [(width, height) for height, width in sizes]
     maps = [each.swapaxes(1, 2) for each in split_levels(value, reversed_levels)]
     return join_levels(maps), sizes, *others
 
 
 def wrapped(fn: Function) -> Function:
-    """A negative index counts from the end: the maps are laid out twice, and read a period further on."""
+    """Let negative indices count from the end: repeat the maps twice and shift the locations by one period."""
 
     def mutate(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> Any:
         tiled = join_levels([np.tile(each, (1, 2, 2, 1, 1)) for each in split_levels(value, sizes)])
@@ -96,7 +98,7 @@ def wrapped(fn: Function) -> Function:
 
 
 def channels_first(fn: Function) -> Function:
-    """The result lists the first channel of all heads, then the second."""
+    """Order the result's channels as first channel of all heads, second channel of all heads, and so on."""
 
     def mutate(value: Array, *others: Any) -> Any:
         result = fn(value, *others)
@@ -107,7 +109,7 @@ def channels_first(fn: Function) -> Function:
 
 
 def share_first(axis: int) -> Callable[[Function], Function]:
-    """Return a function that uses the first one's locations along an axis of theirs."""
+    """Return a mutation that uses the first locations along an axis for all others."""
 
     def change(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
         first = np.take(locations, [0] if locations.shape[axis] else [], axis=axis)
@@ -117,7 +119,10 @@ def share_first(axis: int) -> Callable[[Function], Function]:
 
 
 def change_gradient(name: str, change: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a VJP of which one gradient is changed: ``change(grad, locations, extent)``, extent (L, 1, 2), (W, H)."""
+    """Return a mutation of the VJP that replaces one gradient by ``change(grad, locations, extent)``.
+
+    The extent (L, 1, 2) is (W, H) of each level.
+    """
 
     def mutate(fn: Function) -> Function:
         def vjp(cotangent: Array, value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> Any:
@@ -131,24 +136,25 @@ def change_gradient(name: str, change: Callable[[Array, Array, Array], Array]) -
 
 
 def _inside(locations: Array, extent: Array) -> Array:
-    """Whether a location lies between the outermost pixel centers, (N, Q, M, L, P, 1)."""
+    """Return whether each location is inside the outermost pixel centers, (N, Q, M, L, P, 1)."""
     pixels = locations * extent - 0.5
     return np.asarray(((pixels >= 0) & (pixels <= extent - 1)).all(axis=-1, keepdims=True))
 
 
 def reversed_locations(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
-    """Locations and weights of the last level are used for the first."""
+    """Use the locations and weights of the last level for the first, and so on."""
     return value, sizes, locations[:, :, :, ::-1], weights[:, :, :, ::-1]
 
 
 def reversed_tokens(value: Array, sizes: Sequence[Size], locations: Array, weights: Array) -> tuple[Any, ...]:
-    """The tokens of the last level are taken to come first."""
+    """Assume that the tokens of the last level come first."""
     return value, sizes[::-1], locations[:, :, :, ::-1], weights[:, :, :, ::-1]
 
 
 MUTANTS = (
     Mutant(
-        "0 and 1 are the centers of the first and last pixel instead of the edges (align_corners=True)", "pixel_centers",
+        "0 and 1 are the centers of the first and last pixel instead of the edges (align_corners=True)",
+        "pixel_centers",
         sample_at(lambda p, size: (p + 0.5) * (size - 1) / size),
     ),
     Mutant("positions are shifted by half a pixel down and right: pixel = location · W", "pixel_centers",
@@ -218,7 +224,8 @@ MUTANTS = (
         vjp=change_gradient("sampling_locations", lambda g, p, e: 1.001 * g),
     ),
     Mutant(
-        "the locations' gradient is taken in pixels: the factor of the map size is missing", "gradient_of_the_locations",
+        "the locations' gradient is taken in pixels: the factor of the map size is missing",
+        "gradient_of_the_locations",
         vjp=change_gradient("sampling_locations", lambda g, p, e: g / e),
     ),
     Mutant(

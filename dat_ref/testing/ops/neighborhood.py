@@ -1,4 +1,4 @@
-"""Operation ``window_case``: attention of each query to the K × K keys around it, with a relative position bias."""
+"""Operation ``neighborhood``: attention of each query to the K × K keys around it, with a relative position bias."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .neighborhood_mutants import MUTANTS
 def attend_neighborhood(
     q: Array, k: Array, v: Array, bias_table: Array, query_size: Size, kernel_size: int, dilation: int
 ) -> Array:
-    """Return softmax(q kᵀ/√d + B̂) v over each query's neighborhood: the core of `dat_ref.peers.neighborhood`.
+    """Return softmax(q kᵀ/√d + B̂) v over each query's neighborhood, as in `dat_ref.peers.neighborhood`.
 
     Args:
         q, k, v: (N, M, H·W, d), row by row.
-        bias_table: (M, 2K - 1, 2K - 1); the middle is a key on its query.
+        bias_table: (M, 2K - 1, 2K - 1); the center belongs to zero displacement.
         query_size: (H, W).
         kernel_size: K, odd.
-        dilation: pixels between neighbors.
+        dilation: distance in pixels between neighbors.
 
     Returns:
         (N, M, H·W, d).
@@ -85,9 +85,14 @@ def window_case(
     """Return a case.
 
     Args:
-        random_scores: whether queries and keys say anything; else queries are zero, and keys equal values.
-        table: of zeros (``"none"``), the same for rows and columns (``"symmetric"``), or ``"any"``.
-        seed: of the numbers; values are 1, 2, 3 … for 0.
+        size: (H, W).
+        kernel: K.
+        dilation: distance in pixels between neighbors.
+        images, heads, depth: N, M and d.
+        random_scores: whether queries and keys are random; otherwise queries are zero, and keys equal values.
+        table: ``"none"`` (zeros), ``"symmetric"`` (equal to its transpose), or ``"any"``.
+        seed: seed of the elements; values are 1, 2, 3 … for 0.
+        name: name of the case.
     """
     shape = (images, heads, size[0] * size[1], depth)
     rng = np.random.default_rng(seed)
@@ -115,7 +120,7 @@ def window_case(
 def draw_window_case(
     draw: st.DrawFn, sizes: st.SearchStrategy[Size], kernels: Sequence[int], kernel_fits: bool, options: Any
 ) -> Case:
-    """Draw a map and a kernel; one that fits into each sub-map, or one that does not have to."""
+    """Draw a map and a kernel. With `kernel_fits` each sub-map is at least as large as the kernel."""
     drawn_options = {
         name: draw(each) if isinstance(each, st.SearchStrategy) else each for name, each in options.items()
     }
@@ -129,7 +134,7 @@ def draw_window_case(
 def window_strategy(
     sizes: st.SearchStrategy[Size], kernels: Sequence[int] = (3, 5), *, kernel_fits: bool = True, **options: Any
 ) -> Callable[[Setting], st.SearchStrategy[Case]]:
-    """Return a strategy for a check; an option may be a strategy. Sizes are added to a kernel that fits just once."""
+    """Return the strategy of a check. An option may be a strategy. With `kernel_fits`, sizes are added to K·δ - 1."""
     return lambda setting: draw_window_case(sizes, kernels, kernel_fits, options)
 
 
@@ -141,7 +146,7 @@ SMALL_MAPS = st.sampled_from([(2, 5), (5, 2), (1, 4), (2, 1), (3, 2)])
 
 
 def compare_inside(ctx: CheckContext, case: Case) -> None:
-    """Compare the queries whose window does not touch the border's clamp."""
+    """Compare the queries whose window is not clamped at the border."""
     radius = case.arguments["kernel_size"] // 2
     height, width = case.arguments["query_size"]
     rows, columns = np.arange(radius, height - radius), np.arange(radius, width - radius)
@@ -160,18 +165,18 @@ def constant_bias(ctx: CheckContext, case: Case) -> None:
 
 
 def whole_map(ctx: CheckContext, case: Case) -> None:
-    """Every query sees the whole map: plain attention, with the bias of each displacement."""
+    """Require plain attention with the bias of each displacement if the window covers the whole map."""
     q, k, v, table = (ctx.cast(case, np.float64).arguments[name] for name in ("q", "k", "v", "bias_table"))
     height, width = case.arguments["query_size"]
-    middle = case.arguments["kernel_size"] - 1
+    center = case.arguments["kernel_size"] - 1
     y, x = np.divmod(np.arange(height * width), width)
-    bias = table[:, y - y[:, None] + middle, x - x[:, None] + middle]  # [query, key]: from query to key
+    bias = table[:, y - y[:, None] + center, x - x[:, None] + center]  # [query, key]: key minus query
     weights = softmax(q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + bias)
     ctx.require_close(ctx.got(case), weights @ v)
 
 
 def flips(ctx: CheckContext, case: Case) -> None:
-    """Mirrored maps and a mirrored table."""
+    """Require that flipped maps and a flipped table give the flipped result."""
     size = case.arguments["query_size"]
 
     def mirrored(tokens: Array, axis: int) -> Array:
@@ -195,95 +200,102 @@ DILATED = window_case(
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.", [TYPICAL, DILATED],
+        "runs", Stage.SMOKE, "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.", [TYPICAL, DILATED],
         test=runs,
     ),
     Check(
-        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.", [TYPICAL], test=leaves_inputs_alone,
+        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.", [TYPICAL],
+        test=leaves_inputs_alone,
     ),
     Check(
-        "shapes", Stage.SHAPES, "Tokens (N, M, H·W, D) give (N, M, H·W, D), for any number of images, none included.",
-        "Axes are exchanged, squeezed, or an empty batch is not thought of.",
+        "shapes", Stage.SHAPES, "Tokens (N, M, H·W, D) give (N, M, H·W, D); N may be 0.",
+        "Axes are swapped or squeezed, or an empty batch is not handled.",
         [window_case((3, 5), 3, images=0, heads=2, depth=3, name="no images")],
         window_strategy(UNEQUAL, images=st.integers(0, 2), heads=st.integers(1, 3), depth=st.integers(1, 3)), shape,
     ),
     Check(
-        "inside", Stage.VALUES, "Away from the border a query attends to the K × K keys around it.",
-        "Windows lie beside their queries, or have another size.",
+        "inside", Stage.VALUES, "Away from the border, a query attends to the K × K keys around it.",
+        "Windows are not centered on their queries, or have another size.",
         [window_case((5, 5), 3, name="equal weights: the mean of 3 × 3 values")], window_strategy(SQUARES),
         compare_inside,
     ),
     Check(
         "at_the_border", Stage.VALUES,
-        "At the border the window slides inwards: every query has K × K keys, all of them in the map.",
-        "Windows are cut off, or reach over the border, where zeros, repeated or opposite pixels are attended.",
+        "At the border, the window is shifted inward: each query has K × K keys inside the map.",
+        "Windows are truncated, or extend over the border, so that queries attend to zeros, or to replicated or "
+        "wrapped "
+        "pixels.",
         [window_case((4, 4), 3, name="equal weights: the mean of 3 × 3 values")], window_strategy(SQUARES),
     ),
     Check(
-        "not_square", Stage.VALUES, "On a map that is not square each axis is clamped by its own length.",
-        "One axis is clamped by the length of the other, or rows are taken to be as long as columns. Square maps hide "
-        "it.",
+        "not_square", Stage.VALUES, "On a non-square map, windows are clamped to the length of each axis.",
+        "One axis is clamped to the length of the other, or the height is used as the length of a row. Square maps "
+        "hide "
+        "these mistakes.",
         [window_case((3, 5), 3, name="3 × 5 queries"), window_case((6, 4), 3, name="6 × 4 queries")],
         window_strategy(UNEQUAL),
     ),
     Check(
         "dilation", Stage.VALUES,
-        "With dilation δ a query sees every δ-th pixel, those of its own sub-map, also at the border.",
-        "The dilation is ignored, or windows at the border leave the sub-map or do not reach its end.",
+        "With dilation δ, a query attends to every δ-th pixel, in its own sub-map, also at the border.",
+        "The dilation is ignored, or windows at the border leave the sub-map or miss its last pixels.",
         [window_case((7, 8), 3, dilation=2, name="every second of 7 × 8"),
          window_case((10, 9), 3, dilation=3, seed=1, name="every third of 10 × 9")],
         window_strategy(UNEQUAL, (3,), dilation=st.sampled_from([2, 3])),
     ),
     Check(
-        "small_map", Stage.VALUES, "On an axis shorter than K a query sees all there is.",
-        "The map is padded, and the padding is attended to, as in DAT++ as released. Whoever wants that puts this "
-        "check, bias_small_map and whole_map on the list of expected failures.",
+        "small_map", Stage.VALUES, "On an axis shorter than K, a query attends to all pixels.",
+        "The map is padded, and queries attend to the padding, as in the released DAT++. If this is intended, list "
+        "this "
+        "check, bias_small_map and whole_map as expected failures.",
         [window_case((2, 4), 3, name="2 rows, a window of 3"), window_case((3, 4), 5, name="a window of 5")],
         window_strategy(SMALL_MAPS, kernel_fits=False),
     ),
     Check(
-        "scores", Stage.VALUES, "Keys are weighed by softmax(q · k/√d), over the neighborhood.",
-        "The scale is missing or another one, or keys and values are exchanged.",
+        "scores", Stage.VALUES, "The attention weights are softmax(q · k/√d) over the neighborhood.",
+        "The scale is missing or wrong, or keys and values are swapped.",
         [window_case((3, 5), 3, depth=4, random_scores=True, seed=1, name="four channels")],
         window_strategy(UNEQUAL, (3,), depth=st.integers(2, 4), random_scores=True),
     ),
     Check(
         "bias_direction", Stage.VALUES,
-        "The bias of a key is the entry at its displacement from the query, the middle of the table for the query's "
-        "own pixel, as it is.",
-        "The bias is ignored, has the wrong sign, is scaled with the dot products, or is that of the opposite "
+        "The bias of a key is the table entry at its displacement from the query, with zero displacement at the "
+        "center. "
+        "It is added without scaling.",
+        "The bias is ignored, has the wrong sign, is scaled with the dot products, or belongs to the opposite "
         "displacement.",
-        [window_case((5, 5), 3, depth=2, table="symmetric", seed=1, name="a table that is its own transpose")],
+        [window_case((5, 5), 3, depth=2, table="symmetric", seed=1, name="a table equal to its transpose")],
         window_strategy(SQUARES, (3,), depth=st.integers(2, 3), table="symmetric"), compare_inside,
     ),
     Check(
-        "bias_rows_before_columns", Stage.VALUES, "Rows of the table are for displacements in y.",
+        "bias_rows_before_columns", Stage.VALUES, "Rows of the table belong to displacements in y.",
         "The table is transposed.",
         [window_case((5, 5), 3, table="any", seed=1, name="queries away from the border")],
         window_strategy(SQUARES, (3,), table="any"), compare_inside,
     ),
     Check(
-        "bias_at_the_border", Stage.VALUES, "At the border displacements reach up to K - 1.",
-        "The bias belongs to the place in the window, which at the border is not the displacement.",
+        "bias_at_the_border", Stage.VALUES,
+        "At the border, displacements are up to K - 1, and the bias belongs to them.",
+        "The bias belongs to the position in the window, which differs from the displacement at the border.",
         [window_case((4, 5), 3, table="any", seed=1, name="4 × 5 queries")],
         window_strategy(UNEQUAL, (3,), table="any"),
     ),
     Check(
-        "bias_dilated", Stage.VALUES, "With dilation displacements are counted in steps of δ.",
-        "They are counted in pixels, and leave the table.",
+        "bias_dilated", Stage.VALUES, "With dilation δ, the unit of displacements is δ pixels.",
+        "The unit is pixels, so that displacements are outside the table.",
         [window_case((7, 8), 3, dilation=2, table="any", seed=1, name="every second of 7 × 8")],
         window_strategy(UNEQUAL, (3,), dilation=st.sampled_from([2, 3]), table="any"),
     ),
     Check(
-        "bias_small_map", Stage.VALUES, "On a small map the middle of the table stays entry (K - 1, K - 1).",
-        "The table is taken to belong to as many keys as there are.",
+        "bias_small_map", Stage.VALUES, "On a small map, the center of the table is still entry (K - 1, K - 1).",
+        "The center is computed from the number of visible keys.",
         [window_case((2, 4), 3, table="any", seed=1, name="2 rows, a window of 3")],
         window_strategy(SMALL_MAPS, (3,), kernel_fits=False, table="any"),
     ),
     Check(
-        "heads", Stage.VALUES, "Each head has queries, keys, values and a table of its own.", "Heads are mixed up.",
+        "heads", Stage.VALUES, "Each head has its own queries, keys, values and table.", "Heads are mixed up.",
         [window_case((3, 4), 3, heads=3, depth=2, random_scores=True, table="any", seed=1, name="three heads")],
         window_strategy(UNEQUAL, (3,), heads=st.integers(2, 3), random_scores=True, table="any"),
     ),
@@ -293,23 +305,26 @@ CHECKS = (
         window_strategy(UNEQUAL, (3,), images=st.integers(2, 3), random_scores=True, table="any"),
     ),
     Check(
-        "anywhere", Stage.VALUES, "The reference's result for any map, kernel and dilation.",
-        "A mistake that none of the checks above isolates; a map smaller than K·δ, where the neighborhood shrinks to "
-        "the shortest sub-map, perhaps.",
+        "anywhere", Stage.VALUES, "Results equal the reference for any map, kernel and dilation.",
+        "A mistake that no earlier check isolates, perhaps on a map smaller than K·δ, where the neighborhood has the "
+        "length of the shortest sub-map.",
         [TYPICAL, DILATED],
         window_strategy(map_sizes(), (1, 3, 5), kernel_fits=False, dilation=st.integers(1, 3), images=st.integers(1, 2),
                         heads=st.integers(1, 2), depth=st.integers(1, 3), random_scores=True, table="any"),
     ),
     Check(
-        "gradient_of_q_k_v", Stage.GRADIENTS, "A key gains from every query that sees it.",
-        "A wrong factor (the scale?), or queries that are forgotten.", [TYPICAL],
+        "gradient_of_q_k_v", Stage.GRADIENTS,
+        "Gradients of queries, keys and values are correct; a key receives a gradient from each query that attends to "
+        "it.",
+        "A factor is wrong, most likely the scale, or contributions of queries are missing.", [TYPICAL],
         window_strategy(map_sizes(smallest=3, largest=5), (3,), kernel_fits=False, dilation=st.integers(1, 2), depth=2,
                         random_scores=True, table="any"),
         slopes("q", "k", "v"),
     ),
     Check(
-        "gradient_of_the_table", Stage.GRADIENTS, "An entry gains from all pairs of its displacement, of all images.",
-        "A wrong factor, or pairs or images that are forgotten.", [TYPICAL],
+        "gradient_of_the_table", Stage.GRADIENTS,
+        "An entry receives the gradients of all pairs with its displacement, in all images.",
+        "A factor is wrong, or contributions of pairs or images are missing.", [TYPICAL],
         window_strategy(map_sizes(smallest=3, largest=5), (3,), kernel_fits=False, images=st.integers(1, 2),
                         random_scores=True, table="any"),
         slopes("bias_table"),
@@ -320,19 +335,19 @@ CHECKS = (
         window_strategy(map_sizes(), kernel_fits=False, depth=2, random_scores=True, table="any"), means_of_ones,
     ),
     Check(
-        "constant_bias", Stage.IDENTITIES, "A constant added to the table changes nothing.",
-        "The bias does not go into the softmax, or not to all keys.", [TYPICAL, DILATED],
+        "constant_bias", Stage.IDENTITIES, "A constant added to the table does not change the result.",
+        "The bias is not added before the softmax, or not for all keys.", [TYPICAL, DILATED],
         window_strategy(map_sizes(), kernel_fits=False, random_scores=True, table="any"), constant_bias,
     ),
     Check(
-        "whole_map", Stage.IDENTITIES, "With a window as large as the map it is plain attention.",
-        "The window does not grow to the whole map.",
+        "whole_map", Stage.IDENTITIES, "With a window as large as the map, the result is plain attention.",
+        "The window does not cover the whole map.",
         [window_case((3, 3), 3, heads=2, depth=2, random_scores=True, table="any", seed=1, name="3 × 3 queries")],
         window_strategy(map_sizes(largest=5), (5, 7), kernel_fits=False, depth=2, random_scores=True, table="any"),
         whole_map,
     ),
     Check(
-        "flips", Stage.IDENTITIES, "A mirrored map with a mirrored table gives a mirrored result.",
+        "flips", Stage.IDENTITIES, "A flipped map with a flipped table gives the flipped result.",
         "Left and right, or top and bottom, are treated differently.", [TYPICAL],
         window_strategy(map_sizes(), kernel_fits=False, random_scores=True, table="any"), flips,
     ),
@@ -340,7 +355,7 @@ CHECKS = (
 
 
 def draw(case: Case, mismatch: Mismatch) -> str:
-    """Draw the worst query (Q), the keys that it is to see (#; on the query itself: @), and their values."""
+    """Draw the values, the query with the largest error (Q), and its expected keys (#; @ on the query itself)."""
     size, kernel, dilation = (case.arguments[name] for name in ("query_size", "kernel_size", "dilation"))
     v = case.arguments["v"]
     caption = f"{size[0]} × {size[1]} queries, K = {kernel}, dilation {dilation}"
@@ -353,7 +368,7 @@ def draw(case: Case, mismatch: Mismatch) -> str:
     )
     lines = [
         caption,
-        f"values of image {n}, head {head}, channel 0; query Q sees #, {len(rows)} × {len(columns)} keys:",
+        f"values of image {n}, head {head}, channel 0; keys of query Q: #, {len(rows)} × {len(columns)}",
     ]
     for i in range(size[0]):
         cells = []
@@ -366,7 +381,7 @@ def draw(case: Case, mismatch: Mismatch) -> str:
 
 
 def _worst(mismatch: Mismatch) -> tuple[int, int, int]:
-    """Return (image, head, query) where a result (N, M, Q, D) is furthest off."""
+    """Return the (image, head, query) with the largest error in a result (N, M, Q, D)."""
     expected, got = mismatch.expected, mismatch.got
     if expected is None or got is None or expected.ndim != 4 or expected.shape != got.shape or not expected.size:
         return 0, 0, 0
@@ -383,10 +398,10 @@ NEIGHBORHOOD = OpSpec(
         Argument("q", "NMQD", "queries of M heads, row by row", differentiable=True),
         Argument("k", "NMQD", "keys", differentiable=True),
         Argument("v", "NMQD", "values", differentiable=True),
-        Argument("bias_table", "MYX", "(2K - 1) × (2K - 1) entries a head", differentiable=True),
+        Argument("bias_table", "MYX", "(2K - 1) × (2K - 1) entries per head", differentiable=True),
         Argument("query_size", "", "(H, W)"),
         Argument("kernel_size", "", "K, odd"),
-        Argument("dilation", "", "pixels between neighbors"),
+        Argument("dilation", "", "distance in pixels between neighbors"),
     ),
     returns="NMQD",
     reference=Implementation(

@@ -1,6 +1,6 @@
-"""Neighborhood attention that is wrong in one way each, and the first check that sees it.
+"""Mutants of ``neighborhood``: each has one mistake and names the first check that fails.
 
-The reference is cut into steps that can be exchanged one by one; with none exchanged its numbers are the reference's.
+They replace single steps of a reference in steps.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .steps import replace_steps
 
 
 def window(length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """Return the keys that each query of an axis sees, (length, K), for an axis that is taken to end at `limit`."""
+    """Return the keys of each query of an axis, (length, K), with windows clamped to `limit` instead of the length."""
     return axis_neighbors(max(length, limit), kernel, dilation)[:length]
 
 
 def table_index_of(keys: Array, kernel: int, dilation: int) -> Array:
-    """Return where on its axis of the table each key's displacement stands, (length, K)."""
+    """Return the table index of each key's displacement on one axis, (length, K)."""
     return (keys - np.arange(len(keys))[:, None]) // dilation + kernel - 1
 
 
 def flat_index(rows: Array, columns: Array, size: Size) -> Array:
-    """Return the number of each key in the map."""
+    """Return the flat index of each key in the map."""
     return rows * size[1] + columns
 
 
@@ -42,17 +42,17 @@ def identity(value: Any, *others: Any) -> Any:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps, with what they take.
+    """Steps of neighborhood attention, as functions.
 
     Args:
-        inputs: (q, k, v) -> the same.
-        limit: the map's size -> the size that windows are clamped to.
-        window: (length, limit, kernel, dilation) -> the keys of an axis; those outside the map are zero.
-        flat_index: (rows, columns, size) -> the keys' numbers.
-        table_index: (keys, kernel, dilation) -> places in the table.
-        table: bias table -> the same.
-        mask: (bias, whether the key lies outside) -> bias.
-        scale: d -> the factor of the dot products.
+        inputs: (q, k, v) -> (q, k, v).
+        limit: size of the map -> size to which windows are clamped.
+        window: (length, limit, kernel, dilation) -> keys of an axis; keys outside the map are zero.
+        flat_index: (rows, columns, size) -> flat indices of the keys.
+        table_index: (keys, kernel, dilation) -> indices into the table.
+        table: bias table -> bias table.
+        mask: (bias, whether each key is outside the map) -> bias.
+        scale: d -> factor of the dot products.
         scale_bias: (bias, scale) -> bias.
     """
 
@@ -80,7 +80,7 @@ def attend_in_steps(
     axis_outside = [(keys < 0) | (keys >= len(keys)) for keys in axes]
     outside = (axis_outside[0][:, None, :, None] | axis_outside[1][None, :, None, :]).reshape(count, -1)
     key_index = steps.flat_index(axes[0][:, None, :, None], axes[1][None, :, None, :], query_size).reshape(count, -1)
-    key_index = np.where(outside, count, key_index)  # one more key, of zeros
+    key_index = np.where(outside, count, key_index)  # index of an additional key of zeros
     rows, columns = (np.clip(steps.table_index(keys, kernel_size, dilation), 0, 2 * kernel_size - 2) for keys in axes)
     bias = steps.table(bias_table)[:, rows[:, None, :, None], columns[None, :, None, :]].reshape(
         len(bias_table), count, -1
@@ -97,7 +97,7 @@ def attend_in_steps(
 
 
 def with_window(change: Callable[..., Array]) -> Function:
-    """Windows are others: ``change(fn, length, limit, kernel, dilation)``."""
+    """Return a mutation that replaces windows by ``change(fn, length, limit, kernel, dilation)``."""
     return lambda fn: lambda *arguments: change(fn, *arguments)
 
 
@@ -106,7 +106,7 @@ def shifted(fn: Function, length: int, limit: int, kernel: int, dilation: int) -
 
 
 def not_clamped(fn: Function, length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """Centered on the query, also where that leads out of the map."""
+    """Center windows on their queries, also at the border of the map."""
     return np.arange(length)[:, None] + dilation * (np.arange(kernel) - kernel // 2)
 
 
@@ -119,37 +119,37 @@ def wrapped(fn: Function, length: int, limit: int, kernel: int, dilation: int) -
 
 
 def clamped_too_early(fn: Function, length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """Clamped at the last row but one."""
+    """Clamp windows at the second-to-last row and column."""
     keys = fn(length, limit, kernel, dilation)
     last = np.arange(length)[:, None] >= length - dilation * (kernel // 2)
     return np.where(last & (keys[:, :1] >= dilation), keys - dilation, keys)
 
 
 def zero_padded(fn: Function, length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """A map smaller than the window grows by zeros at its end."""
+    """Pad a map smaller than the window with zeros at its end."""
     return fn(length, max(limit, kernel * dilation), kernel, dilation)
 
 
 def across_submaps(fn: Function, length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """Windows are clamped at the map's border, wherever that leads."""
+    """Clamp dilated windows at the border of the map instead of the sub-map."""
     start = np.arange(length) - dilation * (kernel // 2)
     return np.clip(start, 0, max(length - 1 - dilation * (kernel - 1), 0))[:, None] + dilation * np.arange(kernel)
 
 
 def shortest_submap(fn: Function, length: int, limit: int, kernel: int, dilation: int) -> Array:
-    """All sub-maps are taken to be as long as the shortest: the last pixels of the longer ones are never seen."""
+    """Assume that all sub-maps are as short as the shortest: the last pixels of longer ones are never attended to."""
     position, submap = np.divmod(np.arange(length), dilation)
     start = np.clip(position - kernel // 2, 0, max(length // dilation - kernel, 0))
     return submap[:, None] + dilation * (start[:, None] + np.arange(kernel))
 
 
 def index_in_window(fn: Function) -> Function:
-    """The bias belongs to the place in the window: as if every window were centered on its query."""
+    """Use the bias of the key's position in the window, as if every window were centered on its query."""
     return lambda keys, kernel, dilation: np.broadcast_to(np.arange(keys.shape[1]) + kernel // 2, keys.shape)
 
 
-def middle_of_present_keys(fn: Function) -> Function:
-    """The middle of the table is taken to be where it would be for as many keys as there are."""
+def center_of_visible_keys(fn: Function) -> Function:
+    """Compute the center of the table from the number of visible keys."""
     return lambda keys, kernel, dilation: fn(keys, keys.shape[1], dilation)
 
 
@@ -165,10 +165,10 @@ def masked(bias: Array, outside: Array) -> Array:
     return np.where(outside, -np.inf, bias)
 
 
-# Each mistake: the first check that sees it, and the steps that are wrong.
+# Mistakes by name: the first check that fails, and the wrong steps.
 MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "windows are shifted by one pixel down and right": ("inside", {"window": with_window(shifted)}),
-    "windows are cropped at the border: border queries see fewer keys": (
+    "windows are cropped at the border: border queries attend to fewer keys": (
         "at_the_border", {"window": with_window(not_clamped), "mask": lambda fn: masked}
     ),
     "windows extend over the border, and zero padding is attended to": (
@@ -178,7 +178,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
         "at_the_border", {"window": with_window(border_repeated)}
     ),
     "windows wrap around at the border": ("at_the_border", {"window": with_window(wrapped)}),
-    "windows are clamped one row and one column too early": ("at_the_border", {"window": with_window(clamped_too_early)}),
+    "windows are clamped one row and one column too early": (
+        "at_the_border", {"window": with_window(clamped_too_early)}
+    ),
     "columns are clamped to the height": ("not_square", {"limit": lambda fn: lambda size: (size[0], size[0])}),
     "rows are clamped to the width": ("not_square", {"limit": lambda fn: lambda size: (size[1], size[1])}),
     "flat key indices use the height as the row length": (
@@ -216,7 +218,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
     "with dilation, displacements are counted in pixels instead of steps of the dilation": (
         "bias_dilated", {"table_index": lambda fn: lambda keys, kernel, dilation: fn(keys, kernel, 1)}
     ),
-    "on a small map, the center of the table is computed from the number of visible keys": ("bias_small_map", {"table_index": middle_of_present_keys}),
+    "on a small map, the center of the table is computed from the number of visible keys": (
+        "bias_small_map", {"table_index": center_of_visible_keys}
+    ),
     "tables of the heads in reverse order": ("heads", {"table": lambda fn: lambda table: table[::-1]}),
     "all heads use the first head's table": (
         "heads", {"table": lambda fn: lambda table: np.broadcast_to(table[:1], table.shape)}
@@ -228,7 +232,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Function]]] = {
 
 
 def scaled_gradient(name: str, factor: float) -> Callable[[Function], Function]:
-    """Return a VJP of which one gradient is multiplied."""
+    """Return a mutation of the VJP that multiplies one gradient by a factor."""
 
     def mutate(fn: Function) -> Function:
         def vjp(*arguments: Any) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Operation ``offset_bound``: how far a key point may leave its reference, s/2 key cells by a tanh."""
+"""Operation ``offset_bound``: offsets of the key points, bounded to s/2 key cells by a tanh."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..op_spec import Argument, Case, Check, Implementation, Mismatch, OpSpec, S
 from ..strategies import integers, map_sizes, seeds, square_sizes
 from .offset_bound_mutants import MUTANTS
 
-SMALL = 2.0**-12  # raw offsets so small that the bound is hardly felt
+SMALL = 2.0**-12  # raw offsets in the linear range of the tanh
 RANGES = (3.0, 2.0, 1.0, 4.5)
 
 
 def bounded_offsets(raw: Array, offset_range: float, convention: Convention) -> Array:
-    """Return the normalised offsets (N, Hk, Wk, 2) for what the network says: (s/2) · pitch of the key grid · tanh."""
+    """Return the normalized offsets (N, Hk, Wk, 2) for raw offsets: s/2 · spacing of the key grid · tanh(raw)."""
     return bound_offsets(raw[:, None], *_bound_arguments(raw), offset_range=offset_range, convention=convention)[0][
         :, 0
     ]
@@ -36,7 +36,7 @@ def bounded_offsets_vjp(cotangent: Array, raw: Array, offset_range: float, conve
 
 
 def _bound_arguments(raw: Array) -> tuple[Array, OffsetBound]:
-    """A reference that does not matter (offsets are asked for, not points), and the bound."""
+    """Return reference points and the kind of bound. The reference points do not affect the offsets."""
     return np.zeros((*raw.shape[1:3], 2)), OffsetBound.TANH_CELLS
 
 
@@ -49,7 +49,7 @@ def example(raw: Array, name: str = "", offset_range: float = 3.0) -> Case:
 
 
 def equal_components(key_size: Size, seed: int, size: float) -> Array:
-    """Return raw offsets (1, Hk, Wk, 2) of at most about `size`, the same in y and x: which is which does not show."""
+    """Return raw offsets (1, Hk, Wk, 2) of magnitude `size` or less, equal in y and x, which hides their order."""
     values = integers(seed, 1, *key_size, 1)
     return np.repeat(values * (size / np.abs(values).max(initial=1)), 2, axis=-1)
 
@@ -61,19 +61,19 @@ def random_raw(key_size: Size, seed: int, count: int = 1) -> Array:
 
 
 def equal_component_strategy(size: float) -> Any:
-    """Return a strategy: square key grids, the same offsets in y and x."""
+    """Return a strategy for square key grids with equal offsets in y and x."""
     values = st.builds(equal_components, square_sizes(), seeds, st.just(size))
     return lambda setting: st.builds(example, values, st.just(""), st.sampled_from(RANGES))
 
 
 def raw_strategy(sizes: st.SearchStrategy[Size], ranges: tuple[float, ...] = RANGES) -> Any:
-    """Return a strategy: key grids of some sizes, any offsets."""
+    """Return a strategy for key grids of these sizes, with any offsets."""
     values = st.builds(random_raw, sizes, seeds)
     return lambda setting: st.builds(example, values, st.just(""), st.sampled_from(ranges))
 
 
 def any_batch(setting: Setting) -> st.SearchStrategy[Case]:
-    """Draw any number of key grids, none included."""
+    """Draw any number of key grids, including zero."""
     values = st.builds(random_raw, map_sizes(smallest=2), seeds, st.integers(0, 3))
     return st.builds(example, values, st.just(""), st.sampled_from(RANGES))
 
@@ -83,11 +83,11 @@ def any_batch(setting: Setting) -> st.SearchStrategy[Case]:
 
 def single_key(ctx: CheckContext, case: Case) -> None:
     if ctx.setting.convention.reference.gap:
-        raise Skip(f"{ctx.setting.convention.name} divides by Hk - 1, so that the range of a single key is open")
+        raise Skip(f"{ctx.setting.convention.name} divides by Hk - 1, so the range of a single key is undefined")
     ctx.compare(case)
 
 
-def change_gradient(ctx: CheckContext, case: Case) -> None:
+def compare_gradient(ctx: CheckContext, case: Case) -> None:
     ctx.compare_gradient("raw", integers(0, *ctx.expected(case).shape), case)
 
 
@@ -97,7 +97,7 @@ def odd(ctx: CheckContext, case: Case) -> None:
 
 
 def stays_in_its_region(ctx: CheckContext, case: Case) -> None:
-    """However far the network wants to go, the offset is s/2 key cells at most; and it gets there."""
+    """Require that large raw offsets give exactly s/2 key cells."""
     far = case.with_arrays({"raw": np.sign(case.arguments["raw"]) * 1e3})
     ctx.require_close(np.abs(ctx.got(far)), np.abs(ctx.expected(far)), case=far)
 
@@ -105,7 +105,7 @@ def stays_in_its_region(ctx: CheckContext, case: Case) -> None:
 def nan_comes_out(ctx: CheckContext, case: Case) -> None:
     got, with_nan = ctx.got(case), np.isnan(case.arguments["raw"])
     if got.shape != with_nan.shape or not (np.isnan(got) == with_nan).all():
-        raise Mismatch("NaN must come out where it went in, and nowhere else", None, got)
+        raise Mismatch("expected NaN in the offsets of NaN inputs, and nowhere else", None, got)
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -114,30 +114,31 @@ TYPICAL = example(random_raw((2, 3), 0), "2 × 3 keys, a range of 3 key cells")
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers, in the precision of what it is given.",
-        "The function cannot be called as the protocol says, or loses precision on the way.", [TYPICAL], test=runs,
+        "runs", Stage.SMOKE, "The result is finite and has the dtype of the inputs.",
+        "The function raised an error, returned another dtype, or returned NaN or infinity.", [TYPICAL], test=runs,
     ),
     Check(
-        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and not written to.",
-        "It assumes contiguous memory or works in place.", [TYPICAL], test=leaves_inputs_alone,
+        "leaves_inputs_alone", Stage.SMOKE, "Read-only and strided arrays are accepted, and inputs are not modified.",
+        "The function assumes contiguous memory, writes to its inputs, or is not deterministic.", [TYPICAL],
+        test=leaves_inputs_alone,
     ),
     Check(
-        "shapes", Stage.SHAPES, "Offsets have the shape of what the network says, for any batch, none included.",
-        "Axes are exchanged, squeezed, or an empty batch is not thought of.",
+        "shapes", Stage.SHAPES, "Offsets have the shape of the raw offsets, for any batch size, including 0.",
+        "Axes are swapped or squeezed, or an empty batch is not handled.",
         [example(np.zeros((0, 2, 3, 2)), "no images")], any_batch, shape,
     ),
     Check(
         "limit", Stage.VALUES,
-        "A small number x becomes x times s/2 key cells, in normalised coordinates.",
-        "The range has another width: s or s/4 key cells where s/2 is meant, Hk - 1 for Hk, or another unit.",
+        "A small raw offset x gives an offset of x · s/2 key cells, in normalized coordinates.",
+        "The limit is wrong: s or s/4 key cells instead of s/2, Hk - 1 instead of Hk, or another unit.",
         [example(equal_components((3, 3), 0, SMALL), "very small offsets, 3 × 3 keys"),
          example(equal_components((7, 7), 3, SMALL), "very small offsets, 7 × 7 keys", 4.0)],
         equal_component_strategy(SMALL),
     ),
     Check(
         "bounded", Stage.VALUES,
-        "Larger numbers are bounded by a tanh, before the range is multiplied on.",
-        "The bound is missing, or is another function: points leave the region around their reference.",
+        "Larger raw offsets are bounded by a tanh, which is applied before the multiplication by the limit.",
+        "The bound is missing, or is another function: points leave the region around their reference point.",
         [example(equal_components((3, 3), 0, 4.0), "offsets up to 4, 3 × 3 keys")], equal_component_strategy(4.0),
     ),
     Check(
@@ -146,40 +147,40 @@ CHECKS = (
     ),
     Check(
         "not_square", Stage.VALUES,
-        "On a key grid that is not square each axis has its own range.",
-        "One axis is normalised by the length of the other: x by the height, say. Square maps hide it.",
+        "On a non-square key grid, each axis has its own limit.",
+        "One axis is normalized by the length of the other, e.g. x by the height. Square maps hide this mistake.",
         [TYPICAL, example(random_raw((5, 3), 1), "5 × 3 keys", 2.0)], raw_strategy(map_sizes(smallest=2)),
     ),
     Check(
-        "single_key", Stage.VALUES, "A single row or column of keys has a range like any other.",
-        "A division by Hk - 1 = 0.", [example(random_raw((1, 4), 0), "one row of keys")],
+        "single_key", Stage.VALUES, "A single row or column of keys has a limit like any other.",
+        "The function divides by Hk - 1 = 0.", [example(random_raw((1, 4), 0), "one row of keys")],
         raw_strategy(st.sampled_from([(1, 3), (5, 1), (1, 1)])), single_key,
     ),
     Check(
-        "anywhere", Stage.VALUES, "The reference's offset for any numbers, any range, zero included.",
-        "A mistake that none of the checks above isolates.",
+        "anywhere", Stage.VALUES, "Offsets equal the reference for any raw offsets and any range, including 0.",
+        "A mistake that no earlier check isolates.",
         [example(random_raw((3, 5), 2), "a range of zero: no offset at all", 0.0)],
         raw_strategy(map_sizes(smallest=2), (*RANGES, 0.0, 0.5)),
     ),
     Check(
-        "gradient", Stage.GRADIENTS, "The gradient is (s/2) · pitch · (1 - tanh²).",
-        "A wrong factor, or a step that the gradient passes by.",
+        "gradient", Stage.GRADIENTS, "The gradient is s/2 · spacing of the key grid · (1 - tanh²).",
+        "A factor is wrong, or the derivative of a step is missing.",
         [example(random_raw((2, 3), 0) / 4, "2 × 3 keys")], raw_strategy(map_sizes(smallest=2, largest=4)),
-        change_gradient,
+        compare_gradient,
     ),
     Check(
-        "odd", Stage.IDENTITIES, "The opposite number gives the opposite offset.",
+        "odd", Stage.IDENTITIES, "Raw offsets of opposite sign give offsets of opposite sign.",
         "Up and down, or left and right, are treated differently.", [TYPICAL], raw_strategy(map_sizes(smallest=2)), odd,
     ),
     Check(
         "stays_in_its_region", Stage.IDENTITIES,
-        "However large the number, the offset is s/2 key cells, and no more.",
+        "For large raw offsets, the offset is s/2 key cells.",
         "Points leave their region, or cannot reach its border.", [TYPICAL], raw_strategy(map_sizes(smallest=2)),
         stays_in_its_region,
     ),
     Check(
-        "nan_comes_out", Stage.IDENTITIES, "NaN in, NaN out, and only there.",
-        "NaN is clamped or skipped, which hides a diverged training run.",
+        "nan_comes_out", Stage.IDENTITIES, "NaN inputs give NaN outputs, and other outputs are not affected.",
+        "NaN is clamped or replaced, which hides a diverged training run.",
         [example(np.array([[[[0.5, np.nan], [1.0, 2.0]], [[np.nan, 1.0], [0.0, 0.5]]]]), "two NaNs")],
         test=nan_comes_out,
     ),
@@ -187,14 +188,14 @@ CHECKS = (
 
 
 def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
-    """List a few keys: what the network said, what was expected and what came."""
+    """List a few keys with raw, expected and actual offsets."""
     raw = case.arguments["raw"]
     lines = [f"{raw.shape[1]} × {raw.shape[2]} keys, a range of {case.arguments['offset_range']} key cells"]
     expected, got = mismatch.expected, mismatch.got
     if expected is None or got is None or expected.shape != raw.shape or got.shape != raw.shape:
         return lines[0]
-    mutate = ~(np.abs(got - expected) <= 1e-9).all(axis=-1)
-    for index in [tuple(index) for index in np.argwhere(mutate)[:4]]:
+    wrong = ~(np.abs(got - expected) <= 1e-9).all(axis=-1)
+    for index in [tuple(index) for index in np.argwhere(wrong)[:4]]:
         pairs = [f"({each[index][0]:.6g}, {each[index][1]:.6g})" for each in (raw, expected, got)]
         lines.append(f"key ({index[1]}, {index[2]}): raw (y, x) = {pairs[0]}, expected {pairs[1]}, got {pairs[2]}")
     return "\n".join(lines)
@@ -202,11 +203,11 @@ def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
 
 OFFSET_BOUND = OpSpec(
     name="offset_bound",
-    title="how far a key point may leave its reference",
+    title="offsets of the key points, bounded to s/2 key cells",
     function="bounded_offsets",
     arguments=(
-        Argument("raw", "Nhw2", "what the offset network says, (y, x)", differentiable=True),
-        Argument("offset_range", "", "s, the width of a point's region in key cells"),
+        Argument("raw", "Nhw2", "output of the offset network, (y, x)", differentiable=True),
+        Argument("offset_range", "", "s; a point moves at most s/2 key cells in each direction"),
     ),
     returns="Nhw2",
     reference=Implementation(

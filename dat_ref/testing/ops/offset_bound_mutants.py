@@ -1,4 +1,4 @@
-"""Offset bounds that are wrong in one way each, and the first check that sees it."""
+"""Mutants of ``offset_bound``: each has one mistake and names the first check that fails."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SMALL = 2.0**-20  # so small that tanh is the identity
 
 
 def measured_limit(fn: Function, raw: Array, offset_range: float, convention: Convention) -> Array:
-    """Return the limits that a function keeps to: its slope at zero, with the shape of `raw`."""
+    """Return the limits of a bound, i.e. its slope at zero, with the shape of `raw`."""
     return np.asarray(fn(np.full_like(raw, SMALL), offset_range, convention)) / np.asarray(SMALL, dtype=raw.dtype)
 
 
 def bounded_by(change: Callable[[Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a bound of another form: ``change(raw, limit)``."""
+    """Return a mutation that replaces the offsets by ``change(raw, limit)``."""
 
     def mutate(fn: Function) -> Function:
         def bound(raw: Array, offset_range: float, convention: Convention) -> Array:
@@ -31,7 +31,7 @@ def bounded_by(change: Callable[[Array, Array], Array]) -> Callable[[Function], 
 
 
 def scaled_by(factor: Callable[[Array, float, Convention], Array | float]) -> Callable[[Function], Function]:
-    """Return a bound that is too wide or too narrow: ``factor(key_size, offset_range, convention)``."""
+    """Return a mutation that multiplies the limits by ``factor(key_size, offset_range, convention)``."""
 
     def mutate(fn: Function) -> Function:
         def bound(raw: Array, offset_range: float, convention: Convention) -> Array:
@@ -45,13 +45,13 @@ def scaled_by(factor: Callable[[Array, float, Convention], Array | float]) -> Ca
 
 
 def other_pitch(key_size: Array, offset_range: float, convention: Convention) -> Array:
-    """Hk - 1 intervals where the convention has Hk, and the reverse."""
+    """Return the factor for Hk - 1 intervals instead of Hk, or the reverse."""
     fewer = np.maximum(key_size - 1, 1)
     return key_size / fewer if convention.reference.gap == 0 else fewer / key_size
 
 
 def limits_of_axes(axes: tuple[int, int]) -> Callable[[Function], Function]:
-    """Return a bound whose limit on axis y, x is that of the axes given."""
+    """Return a mutation that uses the limits of the given axes for y and x."""
 
     def factor(key_size: Array, offset_range: float, convention: Convention) -> Array:
         pitch = np.array([convention.reference.pitch(count) for count in key_size])
@@ -65,7 +65,7 @@ def divided_by_zero(key_size: Array, offset_range: float, convention: Convention
 
 
 def change_gradient(change: Callable[[Array, Array, Array], Array]) -> Callable[[Function], Function]:
-    """Return a VJP with another gradient: ``change(right_gradient, cotangent, raw)``."""
+    """Return a mutation of the VJP that replaces the gradient by ``change(correct_gradient, cotangent, raw)``."""
 
     def mutate(fn: Function) -> Function:
         def vjp(cotangent: Array, raw: Array, offset_range: float, convention: Convention) -> dict[str, Array]:

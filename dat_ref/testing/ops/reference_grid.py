@@ -1,4 +1,4 @@
-"""Operation ``reference_grid``: where the key points sit before they are moved, in pixels of the map."""
+"""Operation ``reference_grid``: reference points of the keys, in pixels of the map."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def single_key_grids(draw: st.DrawFn) -> Case:
 
 
 def one_key_per_pixel(setting: Setting) -> st.SearchStrategy[Case]:
-    """Draw maps with a key for each pixel."""
+    """Draw maps with one key per pixel."""
     return st.builds(lambda size: example(size, size), map_sizes())
 
 
@@ -66,18 +66,18 @@ def mean_agrees(ctx: CheckContext, case: Case) -> None:
     try:
         ctx.require_close(got.mean(axis=(0, 1)), expected.mean(axis=(0, 1)))
     except Mismatch as mismatch:
-        raise Mismatch(f"the middle of the grid: {mismatch.message}", expected, got) from None
+        raise Mismatch(f"center of the grid: {mismatch.message}", expected, got) from None
 
 
 def single_key(ctx: CheckContext, case: Case) -> None:
     if ctx.setting.convention is Convention.DATPP2023:
-        raise Skip("the 2023 release divides by zero there")
+        raise Skip("the 2023 release divides by zero for a single key")
     ctx.compare(case)
 
 
 def identity(ctx: CheckContext, case: Case) -> None:
     if ctx.setting.convention not in CONSISTENT:
-        raise Skip(f"{ctx.setting.convention.name} does not have it: the release mixes two geometries")
+        raise Skip(f"not true in {ctx.setting.convention.name}: the release mixes two geometries")
     pixels = np.stack(np.meshgrid(*map(np.arange, case.arguments["size"]), indexing="ij"), axis=-1)
     ctx.require_close(ctx.got(case), pixels.astype(np.float64))
 
@@ -93,7 +93,7 @@ def flips(ctx: CheckContext, case: Case) -> None:
 
 
 def change_points(change: Callable[[Array, Any, Any], Array]) -> Callable[[Function], Function]:
-    """Return a grid that is changed afterwards: ``change(points, key_size, size)``, both sizes as arrays."""
+    """Return a mutation that replaces the grid by ``change(points, key_size, size)``, with both sizes as arrays."""
 
     def mutate(fn: Function) -> Function:
         def grid(key_size: Size, size: Size, convention: Convention) -> Array:
@@ -105,23 +105,23 @@ def change_points(change: Callable[[Array, Any, Any], Array]) -> Callable[[Funct
 
 
 def with_sizes(change: Callable[..., tuple[Size, Size]]) -> Callable[[Function], Function]:
-    """Return a grid that is asked for with other sizes: ``change(key_size, size)``."""
+    """Return a mutation that replaces the arguments by ``change(key_size, size)``."""
     return lambda fn: lambda key_size, size, convention: fn(*change(key_size, size), convention)
 
 
 def stretched(points: Array, keys: Any, size: Any) -> Array:
-    """The pitch of Hk - 1 keys where Hk are meant, about the middle."""
-    middle = points.mean(axis=(0, 1))
-    return np.asarray(middle + (points - middle) * keys / np.maximum(keys - 1, 1))
+    """Stretch the grid around its center, to the pitch of Hk - 1 intervals instead of Hk."""
+    center = points.mean(axis=(0, 1))
+    return np.asarray(center + (points - center) * keys / np.maximum(keys - 1, 1))
 
 
-def normalised_by_other_axis(fn: Function) -> Function:
-    """Rows are spread over as many intervals as there are for columns, and columns over those for rows."""
+def normalized_by_other_axis(fn: Function) -> Function:
+    """Use the number of column intervals for rows, and the number of row intervals for columns."""
 
     def grid(key_size: Size, size: Size, convention: Convention) -> Array:
         intervals = np.maximum(np.asarray(key_size) - convention.reference.gap, 1)
-        normalised = from_pixels(fn(key_size, size, convention), size, convention)
-        return to_pixels((normalised + 1) * intervals / intervals[::-1] - 1, size, convention)
+        normalized = from_pixels(fn(key_size, size, convention), size, convention)
+        return to_pixels((normalized + 1) * intervals / intervals[::-1] - 1, size, convention)
 
     return grid
 
@@ -131,7 +131,7 @@ def divided_by_zero(points: Array, keys: Any, size: Any) -> Array:
 
 
 def meshgrid_xy(fn: Function) -> Function:
-    """Rows and columns of the grid are exchanged, and the result is laid out as if they were not."""
+    """Swap rows and columns of the grid, but keep the shape of the result."""
 
     def grid(key_size: Size, size: Size, convention: Convention) -> Array:
         return np.ascontiguousarray(fn(key_size, size, convention).swapaxes(0, 1)).reshape(*key_size, 2)
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     Mutant(
         "x is normalized by the number of key rows, and y by the number of key columns", "not_square",
-        normalised_by_other_axis
+        normalized_by_other_axis,
     ),
     Mutant("x is normalized by the height", "not_square", with_sizes(lambda keys, size: (keys, (size[0], size[0])))),
     Mutant("y is normalized by the width", "not_square", with_sizes(lambda keys, size: (keys, (size[1], size[1])))),
@@ -178,65 +178,65 @@ MUTANTS = (
 
 CHECKS = (
     Check(
-        "runs", Stage.SMOKE, "It returns finite numbers.", "The function cannot be called as the protocol says.",
+        "runs", Stage.SMOKE, "The result is finite.", "The function raised an error, or returned NaN or infinity.",
         [example((2, 3), (4, 6), "2 × 3 keys on 4 × 6 pixels")], test=runs,
     ),
     Check(
-        "shapes", Stage.SHAPES, "A key grid (Hk, Wk) gives (Hk, Wk, 2).", "Axes are exchanged or flattened.",
+        "shapes", Stage.SHAPES, "A key grid (Hk, Wk) gives (Hk, Wk, 2).", "Axes are swapped or flattened.",
         [example((2, 3), (4, 6), "2 × 3 keys"), example((1, 5), (3, 7), "a single row")], rectangular_grids, shape,
     ),
     Check(
         "middle", Stage.VALUES,
-        "The middle of the grid is where the convention puts it: for all but the 2023 release, the middle of the map.",
-        "The whole grid is shifted, by half a key cell or half a pixel most likely.",
+        "The center of the grid is the one of the convention: the center of the map, except in the 2023 release.",
+        "The whole grid is shifted, most likely by half a key cell or half a pixel.",
         [example((2, 2), (4, 4), "2 × 2 keys on 4 × 4 pixels"), example((7, 7), (56, 56), "7 × 7 keys on 56 × 56")],
         square_grids, mean_agrees,
     ),
     Check(
         "pitch", Stage.VALUES,
-        "Neighbouring points are as far apart as the convention says.",
-        "Hk stands where Hk - 1 is meant, or the reverse; or -1 and 1 are taken for pixel centers where they are the "
-        "edges of the map (align_corners).",
-        [example((3, 3), (6, 6), "the first row"), example((7, 7), (7, 7), "a key for each pixel")],
+        "The distance between neighboring points is the one of the convention.",
+        "Hk is used instead of Hk - 1, or the reverse; or align_corners is wrong: -1 and 1 are taken as pixel centers "
+        "instead of the edges of the map.",
+        [example((3, 3), (6, 6), "the first row"), example((7, 7), (7, 7), "one key per pixel")],
         square_grids, lambda ctx, case: rows_only(ctx, case),
     ),
     Check(
         "rows_before_columns", Stage.VALUES,
         "Entry [i, j] is (y of row i, x of column j).",
-        "x and y are swapped, or the two axes of the grid (meshgrid's 'xy' and 'ij').",
+        "x and y are swapped, or the two axes of the grid are (indexing='xy' instead of 'ij' in meshgrid).",
         [example((3, 3), (6, 6), "a square")], square_grids,
     ),
     Check(
         "not_square", Stage.VALUES,
-        "On a map that is not square each axis has its own length.",
-        "One axis is normalised by the length of the other: x by the height, say. Square maps hide it.",
-        [example((2, 3), (4, 9), "2 × 3 keys on 4 × 9 pixels"), example((3, 5), (3, 5), "a key for each pixel")],
+        "On a non-square map, each axis uses its own length.",
+        "One axis is normalized by the length of the other, e.g. x by the height. Square maps hide this mistake.",
+        [example((2, 3), (4, 9), "2 × 3 keys on 4 × 9 pixels"), example((3, 5), (3, 5), "one key per pixel")],
         rectangular_grids,
     ),
     Check(
         "single_key", Stage.VALUES,
-        "A single key has a place: the middle.",
-        "A division by Hk - 1 = 0, or a guard against it that puts the key into a corner.",
+        "A single row or column of keys is at the center.",
+        "The function divides by Hk - 1 = 0, or avoids this by placing the key in a corner.",
         [example((1, 1), (5, 3), "one key"), example((1, 4), (5, 8), "one row of keys")],
         lambda setting: single_key_grids(), single_key, degenerate=True,
     ),
     Check(
         "identity", Stage.IDENTITIES,
-        "With a key for each pixel, key (i, j) sits on pixel (i, j).",
-        "Without offsets the layer would not attend to its own map.",
-        [example((3, 5), (3, 5), "a key for each pixel")], one_key_per_pixel, identity,
+        "With one key per pixel, key (i, j) is at the center of pixel (i, j).",
+        "The grid is shifted or stretched, so that the layer without offsets samples between pixels.",
+        [example((3, 5), (3, 5), "one key per pixel")], one_key_per_pixel, identity,
     ),
     Check(
         "flips", Stage.IDENTITIES,
-        "The grid is symmetric about the middle of the map.",
-        "Left and right, or top and bottom, are treated differently: a flipped image is not seen flipped.",
+        "The grid is symmetric about the center of the map.",
+        "Left and right, or top and bottom, are treated differently. A flipped image does not give a flipped result.",
         [example((2, 3), (5, 7), "2 × 3 keys on 5 × 7 pixels")], rectangular_grids, flips,
     ),
 )  # fmt: skip
 
 
 def rows_only(ctx: CheckContext, case: Case) -> None:
-    """Compare the sorted y and x coordinates: which is which is another check's business."""
+    """Compare the sorted y and x coordinates, because `rows_before_columns` tests their order."""
     got, expected = ctx.got(case), ctx.expected(case)
     try:
         ctx.require_close(np.sort(got, axis=None), np.sort(expected, axis=None))
@@ -258,27 +258,27 @@ def draw(case: Case, mismatch: Mismatch, convention: Convention) -> str:
 
 
 def describe_difference(case: Case, expected: Array, got: Array) -> str:
-    """Say how far a grid is from a convention's, in key cells."""
+    """Describe the distance of a grid from the convention's, in key cells."""
     key_size, size = np.asarray(case.arguments["key_size"]), np.asarray(case.arguments["size"])
-    where = f"on the example of {' × '.join(map(str, key_size))} keys on {' × '.join(map(str, size))} pixels"
+    where = f"for {' × '.join(map(str, key_size))} keys on {' × '.join(map(str, size))} pixels,"
     displacement = got - expected
     shift = displacement.mean(axis=(0, 1))
     if np.abs(displacement - shift).max() < 1e-6:
         cells = shift * key_size / size
-        down, fn = ("down" if shift[0] > 0 else "up"), ("right" if shift[1] > 0 else "left")
+        vertical, horizontal = ("down" if shift[0] > 0 else "up"), ("right" if shift[1] > 0 else "left")
         caption = [
             f"{abs(move):.3g} pixels ({abs(cell):.3g} key cells)" for move, cell in zip(shift, cells, strict=True)
         ]
-        return f"{where} every point lies {caption[0]} {down} and {caption[1]} {fn}"
-    return f"{where} points lie up to {np.abs(displacement * key_size / size).max():.3g} key cells elsewhere"
+        return f"{where} all points are shifted {caption[0]} {vertical} and {caption[1]} {horizontal}"
+    return f"{where} points differ by up to {np.abs(displacement * key_size / size).max():.3g} key cells"
 
 
 REFERENCE_GRID = OpSpec(
     name="reference_grid",
-    title="where the key points sit before they are moved, in pixels of the map",
+    title="reference points of the keys, in pixels of the map",
     function="reference_pixels",
     arguments=(
-        Argument("key_size", "", "(Hk, Wk), two whole numbers"),
+        Argument("key_size", "", "(Hk, Wk), two integers"),
         Argument("size", "", "(H, W) of the map"),
     ),
     returns="hw2",

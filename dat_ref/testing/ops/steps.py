@@ -1,6 +1,6 @@
-"""The reference, cut into steps that can be exchanged one by one: what the mutants of larger operations are made of.
+"""Reference implementation in replaceable steps, for the mutants of larger operations.
 
-With no step exchanged its numbers are the reference's, which a test demands.
+Without replaced steps its results equal the reference's; a test checks this.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .sampler_mutants import round_to_bits
 
 
 def table_positions(queries_px: Array, points_px: Array, table_size: Size) -> Array:
-    """Return where in the table each pair is read, (N, G, Q, K, 2), for queries (Q, 2) and points (N, G, K, 2)."""
+    """Return the table position of each pair, (N, G, Q, K, 2), for queries (Q, 2) and points (N, G, K, 2)."""
     middle = (np.asarray(table_size, dtype=points_px.dtype) - 1) / 2
     return queries_px[:, None] - points_px[:, :, None] + middle
 
 
 def group_of_head(heads: int, groups: int) -> Array:
-    """Return which group each head belongs to."""
+    """Return the group of each head."""
     return np.arange(heads) // (heads // groups)
 
 
@@ -37,15 +37,15 @@ def identity(array: Array, *others: Any) -> Array:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps, with what they take.
+    """Steps of attention, as functions.
 
     Args:
         pixels: (points, size, convention) -> points in pixels.
-        table_positions: (queries_px, points_px, table_size) -> places in the table.
-        head_groups: (heads, groups) -> the group of each head.
+        table_positions: (queries_px, points_px, table_size) -> positions in the table.
+        head_groups: (heads, groups) -> group of each head.
         sample_table: (maps, points_px) -> samples.
-        reorder: (bias (N, M, Q, K), query_size) -> the same.
-        scale: d -> the factor of the dot products.
+        reorder: (bias (N, M, Q, K), query_size) -> bias.
+        scale: d -> factor of the dot products.
         attend: (q, k, v, bias, scale) -> (output, weights).
     """
 
@@ -83,22 +83,23 @@ def attend_in_steps(
 
 
 class SteppedFunction:
-    """A function composed of the steps."""
+    """Function composed of steps."""
 
     def __init__(self, compute: Function, steps: Any) -> None:
         self.compute, self.steps = compute, steps
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Return what it computes."""
+        """Compute the function with its steps."""
         return self.compute(self.steps, *arguments, **options)
 
 
 def replace_steps(compute: Function, steps: Any, **mistakes: Function) -> Callable[[Function], Function]:
-    """Return what makes a wrong function of a right one: each mistake makes a wrong step of a right one.
+    """Return a mutation that replaces steps of a function.
 
     Args:
         compute: the function in steps, ``compute(steps, *arguments)``.
-        steps: right ones.
+        steps: correct steps.
+        mistakes: functions that turn a correct step into a wrong one, by name of the step.
     """
 
     def mutate(fn: Function) -> Function:
@@ -113,7 +114,7 @@ def replace_steps(compute: Function, steps: Any, **mistakes: Function) -> Callab
 
 
 def change_pixels(change: Callable[[Array, Array], Array]) -> Function:
-    """Points in pixels are changed: ``change(points_px, size)``."""
+    """Return a mutation that replaces points in pixels by ``change(points_px, size)``."""
 
     def mistake(fn: Function) -> Function:
         def pixels(points: Array, size: Size, convention: Convention) -> Array:
@@ -126,12 +127,12 @@ def change_pixels(change: Callable[[Array, Array], Array]) -> Function:
 
 
 def with_size(change: Callable[[Size], Size]) -> Function:
-    """Points are normalised by another size."""
+    """Return a mutation that normalizes points by another size."""
     return lambda fn: lambda points, size, convention: fn(points, change(size), convention)
 
 
 def other_alignment(fn: Function) -> Function:
-    """-1 and 1 are read as pixel centers where they are edges, or the reverse."""
+    """Invert align_corners: -1 and 1 are pixel centers instead of edges, or the reverse."""
 
     def pixels(points: Array, size: Size, convention: Convention) -> Array:
         return fn(points, size, Convention.CELL_CENTER if convention.align_corners else Convention.PAPER)
@@ -161,7 +162,7 @@ PIXEL_MISTAKES = {
 
 
 def change_positions(change: Callable[[Array, Array], Array]) -> Function:
-    """Places in the table are changed: ``change(positions, middle)``."""
+    """Return a mutation that replaces table positions by ``change(positions, center)``."""
 
     def mistake(fn: Function) -> Function:
         def table_positions(queries_px: Array, points_px: Array, table_size: Size) -> Array:
@@ -174,12 +175,12 @@ def change_positions(change: Callable[[Array, Array], Array]) -> Function:
 
 
 def sample_at(change: Callable[[Array, Array], Array]) -> Function:
-    """A map is read elsewhere: ``change(points_px, size)``."""
+    """Return a mutation that samples a map at ``change(points_px, size)``."""
     return lambda fn: lambda maps, points: fn(maps, change(points, np.asarray(maps.shape[2:])))
 
 
 def zero_unless_inside(fn: Function) -> Function:
-    """What is not wholly inside reads zero."""
+    """Set samples to zero outside the outermost pixel centers."""
 
     def sample_table(maps: Array, points: Array) -> Array:
         inside = np.all((points >= 0) & (points <= np.asarray(maps.shape[2:]) - 1), axis=-1, keepdims=True)
@@ -189,7 +190,7 @@ def zero_unless_inside(fn: Function) -> Function:
 
 
 def wrap_around(fn: Function) -> Function:
-    """A negative index counts from the end."""
+    """Let negative indices count from the end, as in Python."""
 
     def sample_table(maps: Array, points: Array) -> Array:
         height, width = maps.shape[2:]
@@ -200,12 +201,12 @@ def wrap_around(fn: Function) -> Function:
 
 
 def swap_queries_and_keys(bias: Array, query_size: Size) -> Array:
-    """Queries and keys are exchanged, which shapes permit only where there are as many of both."""
+    """Swap queries and keys if their numbers are equal."""
     return bias.swapaxes(2, 3) if bias.shape[2] == bias.shape[3] else bias
 
 
 def queries_by_column(bias: Array, query_size: Size) -> Array:
-    """Queries are numbered along columns."""
+    """Number the queries column by column."""
     images, heads, _, keys = bias.shape
     return bias.reshape(images, heads, *query_size[::-1], keys).swapaxes(2, 3).reshape(bias.shape)
 

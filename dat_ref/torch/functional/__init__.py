@@ -1,5 +1,7 @@
-"""The operations of `dat_ref.ops` on tensors, under the same names: grid, offsets, sampling, bias, attention, and those
-of the peers. Gradients are autograd's. Geometry is float32 or wider, under autocast too."""
+"""Operations of `dat_ref.ops` and `dat_ref.peers` on tensors, under the same names.
+
+Autograd computes the gradients. Geometry is float32 or wider, also under autocast.
+"""
 
 from ..._deprecation import deprecated_names
 from .attention import attend, deformable_attention, merge_heads, split_heads

@@ -1,4 +1,4 @@
-"""What autograd and autocast do with an operation of ours that has a backward operation."""
+"""Autograd and autocast rules for custom operations that have a backward operation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ def autograd_rule(
     num_tensors: int,
     double_backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., Any]:
-    """Return what to register for ``"Autograd"``; `torch.library.register_autograd` does the same at thrice the cost.
+    """Return a function to register under the dispatch key ``"Autograd"``.
+
+    `torch.library.register_autograd` does the same at three times the overhead.
 
     Args:
-        operation: (tensors, geometry) → (out, lse), of which `out` is differentiable.
-        backward: (cotangent of out, tensors, out, lse, geometry) → the gradients of the tensors.
-        num_tensors: how many of the arguments are tensors, the first ones.
-        double_backward: (cotangent of out, tensors, geometry, which gradients are needed) → the gradients of the
-            tensors, None where not needed, by operations that can be differentiated once more.
+        operation: (tensors, geometry) → (out, lse); only `out` is differentiable.
+        backward: (cotangent of out, tensors, out, lse, geometry) → gradients of the tensors.
+        num_tensors: number of arguments that are tensors; they come first.
+        double_backward: (cotangent of out, tensors, geometry, flags of required gradients) → gradients of the tensors,
+            or None where not required, computed with differentiable operations.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -59,11 +61,11 @@ def autograd_rule(
 
 
 def autocast_rule(operation: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Return what to register for autocast on a device: q, k and v become narrow, everything else is geometry."""
+    """Return a function to register for autocast on a device. It casts q, k and v; all other arguments are geometry."""
 
     def rule(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        # float64 is asked for on purpose.
+        # float64 is a deliberate choice of the caller; keep it.
         narrow = (each if each.dtype is torch.float64 else each.to(dtype) for each in (q, k, v))
         with torch.autocast(device, enabled=False):
             return operation(*narrow, *others)

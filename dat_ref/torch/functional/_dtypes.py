@@ -1,4 +1,4 @@
-"""Geometry is never narrower than float32, whatever the values are."""
+"""Dtype of geometry: float32 or wider, for values of any dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def autocast_disabled(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which autocast leaves matrix products as they are."""
+    """Return a context in which autocast does not change the dtype of matrix products."""
     if tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type):  # meta has no autocast
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()

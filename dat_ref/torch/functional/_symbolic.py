@@ -1,7 +1,7 @@
-"""Sizes may be symbols: `torch.compile` with dynamic shapes and `torch.export` run the code once for all sizes.
+"""Functions for symbolic sizes: `torch.compile` with dynamic shapes and `torch.export` trace the code once.
 
-A Python ``if`` on a symbol would pin the graph to the side that the example takes, and the next size would compile
-again.
+A Python ``if`` on a symbol would specialize the graph to the branch of the example input. The next size would then
+trigger recompilation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def statically_zero(*values: int) -> bool:
-    """Return whether all amounts are 0; of symbols, whether they are for whatever they may stand for.
+    """Return whether all values are 0. Symbolic values must be 0 for all inputs.
 
     >>> statically_zero(0, 0), statically_zero(0, 1)
     (True, False)
@@ -24,7 +24,7 @@ def statically_zero(*values: int) -> bool:
 
 
 def ceil_div(length: int, cell: int) -> int:
-    """Return ⌈length/cell⌉. The dividend is never negative: an exported graph may divide towards zero.
+    """Return ⌈length/cell⌉. The dividend is never negative, because an exported graph may divide toward zero.
 
     >>> ceil_div(7, 3)
     3
@@ -33,10 +33,10 @@ def ceil_div(length: int, cell: int) -> int:
 
 
 def crop(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the first rows and columns of a map (B, H', W', C), laid out anew as the next linear layer wants it."""
+    """Return the first rows and columns of a map (B, H', W', C) as a contiguous tensor."""
     height, width = size
     if not torch.compiler.is_compiling():
         return x[:, :height, :width].contiguous()
-    # The strides of a slice would tell a compiler whether anything was cut off, and it would keep to that.
+    # The strides of a slice depend on whether anything was cut off; a compiler would specialize on them.
     x = x.index_select(1, torch.arange(height, device=x.device))
     return x.index_select(2, torch.arange(width, device=x.device))

@@ -1,21 +1,20 @@
-"""Attention over sampled keys, the core: `dat_ref.ops.attention` on tensors, with backends to choose from.
+"""Attention over sampled keys: `dat_ref.ops.attention` on tensors, with selectable backends.
 
     z = softmax(q k̃ᵀ / √d + B) ṽ        for each head
 
 =================  ===============================================================================================
-``"triton"``       kernels in Triton, for CUDA devices
-``"cpu"``          kernels in Numba, for CPUs
-``"blockwise"``    the same computation in plain PyTorch, on any device
-``"matmul"``       plain operations: the bias as two matrix products (`bias.SeparableInterp`), then torch's fused
-                   attention. For exporters, and for what must look inside: `torch.func`, derivatives of any order,
-                   dropout
-``"eager"``        the formulation of the releases: every displacement written out, the table sampled at each of them,
+``"triton"``       Triton kernels, for CUDA devices
+``"cpu"``          Numba kernels, for CPUs
+``"blockwise"``    the same algorithm in plain PyTorch, on any device
+``"matmul"``       plain operations: bias as two matrix products (`bias.SeparableInterp`), then torch's fused
+                   attention. For exporters, `torch.func`, derivatives of any order, and dropout
+``"eager"``        formulation of the released code: all displacements materialized, table sampled at each of them,
                    einsum, softmax. For comparison
-``"auto"``         the first of these that can serve the call
+``"auto"``         the first of these that supports the call
 =================  ===============================================================================================
 
-The first three stand behind one operation of PyTorch, `operation.fused_attention`, and never hold all logits at once.
-More can be added with `registry.register_backend`.
+The first three implement one PyTorch operation, `operation.fused_attention`, and never store all logits at once.
+`registry.register_backend` adds others.
 """
 
 from __future__ import annotations
@@ -30,35 +29,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...config import BiasResolution
 from ...conventions import Convention
-from ...ops.attention import check_core
+from ...ops.attention import check_core, check_options
 from .. import kernels
 from .._checks import check_tensor
 from . import blockwise
+from ._sdpa import is_exporting, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
 from .registry import Call, CoreFunction, choose_backend, register_backend
 
-# ------------------------------------------------------------------------------------------------ pieces
+# ------------------------------------------------------------------------------------------------ building blocks
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
+    """Split the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
     return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(3).transpose(2, 3)
 
 
 def merge_heads(x: Tensor, size: Size) -> Tensor:
-    """Lay heads back into a map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
+    """Merge heads into a map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
     return x.transpose(2, 3).unflatten(3, size).flatten(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention with an additive bias, written out.
+    """Scaled dot-product attention with an additive bias, in plain operations.
 
     Args:
         q: (..., M, d).
         k, v: (..., N, d).
-        bias: broadcasts to (..., M, N), or None; -inf hides a key.
+        bias: broadcastable to (..., M, N), or None; -inf hides a key.
+        scale: factor of the dot products.
 
     Returns:
         output (..., M, d) and attention weights (..., M, N), whose rows sum to one.
@@ -70,7 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     return weights.to(v.dtype) @ v, weights
 
 
-# ------------------------------------------------------------------------------------------------ the core
+# ------------------------------------------------------------------------------------------------ deformable attention
 
 
 def deformable_attention(
@@ -87,28 +88,32 @@ def deformable_attention(
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend to sampled keys, with a relative position bias read at their continuous positions.
+    """Attend to sampled keys, with a relative position bias interpolated at their continuous positions.
 
     Args:
         q: (B, heads, H·W, d).
         k, v: (B, heads, Ns, d), projected from the features sampled at `points`.
-        points: (B, G, Ns, 2), (y, x), normalised by the convention; heads [g·heads/G, (g+1)·heads/G) belong to group g.
-        bias_table: (heads, 2H-1, 2W-1), or None for no bias. A table of another size is read as `resolution` says.
+        points: (B, G, Ns, 2), (y, x), in the convention's normalized coordinates. Group g has heads
+            [g·heads/G, (g+1)·heads/G).
+        bias_table: (heads, 2H-1, 2W-1), or None for no bias. `resolution` defines how a table of another size is used.
         query_size: (H, W).
-        scale: of the dot products, d^(-1/2) if None.
-        backend: one of `backends()`, or ``"auto"``. One that cannot serve leaves the call to the next, with a
-            `BackendWarning`.
-        dropout: share of the attention weights to drop, for training.
+        convention: geometry of points and bias.
+        scale: factor of the dot products, d^(-1/2) if None.
+        resolution: unit of displacements in a table of another size, see `DeformableAttentionConfig.bias_resolution`.
+        backend: one of `backends()`, or ``"auto"``. If the backend does not support the call, another one runs it, with
+            a `BackendWarning`.
+        dropout: probability of dropping an attention weight, for training.
 
     Returns:
         (B, heads, H·W, d), in the dtype of `v`.
 
     Raises:
-        ShapeError, ConfigError: if the shapes do not go together.
+        ShapeError, ConfigError: if the shapes do not match.
         ValueError: for an unknown backend.
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
+        check_options(convention, resolution)
     selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
     return selected.run(
         q,
@@ -150,7 +155,7 @@ def _eager(
 
 # ------------------------------------------------------------------------------------------------ "matmul"
 
-# Logits computed at once: on a CPU so few that they stay in cache, on an accelerator enough to keep it busy.
+# Maximum number of logits computed at once: they fit into the cache of a CPU, or occupy an accelerator.
 _MAX_LOGITS = {"cpu": 1 << 21}
 _DEFAULT_MAX_LOGITS = 1 << 28
 
@@ -172,7 +177,7 @@ def _matmul(
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
     index = table_index(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
     interp = SeparableInterp(bias_table, index, query_size)
-    # Fused attention has neither forward-mode nor second derivatives.
+    # Fused attention supports neither forward-mode nor second derivatives.
     transformed = is_transformed(q, k, v, points, bias_table)
     with sdpa_kernel(SDPBackend.MATH) if transformed else nullcontext():
         return _attend_row_chunks(q, k, v, interp, query_size, scale, dropout)
@@ -182,11 +187,11 @@ def _attend_row_chunks(
     q: Tensor, k: Tensor, v: Tensor, interp: SeparableInterp, size: Size, scale: float, dropout: float
 ) -> Tensor:
     height, width = size
-    compiling = torch.compiler.is_compiling()  # a graph would be pinned to how often a loop runs
+    compiling = torch.compiler.is_compiling()  # a graph would be specialized to the number of loop iterations
     rows = height if compiling else _rows_per_chunk(q, k, width)
     if compiling or rows >= height:
         mask = interp.read(0, height).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+        return masked_attention(q, k, v, mask, scale=scale, dropout=dropout)
     chunks = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
@@ -205,7 +210,7 @@ def _rows_per_chunk(q: Tensor, k: Tensor, width: int) -> int:
 
 
 def kernel_backend(name: str) -> CoreFunction:
-    """Return the backend that runs `fused_attention` with one of the registered sets of kernels."""
+    """Return the backend that runs `fused_attention` with a registered kernel module."""
 
     def run(
         q: Tensor,
@@ -230,23 +235,19 @@ def kernel_backend(name: str) -> CoreFunction:
 
 
 def _unsupported_by_kernels(call: Call) -> str:
-    """Return why no set of kernels can serve a call, or nothing."""
+    """Return the reason why no kernel module supports a call, or ``""``."""
     if call.dropout:
         return "it has no dropout of attention weights"
-    if _is_exporting():
-        return "an exported program holds plain operations only"
+    if is_exporting():
+        return "an exported program has plain operations only"
     if is_transformed(*call[:5]):
-        return "torch.func and forward-mode derivatives must look inside"
+        return "torch.func and forward-mode derivatives need plain operations"
     return ""
-
-
-# Before torch 2.7 there is no telling export from compilation.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def _unsupported_by_blockwise(call: Call) -> str:
     if call.q.device.type not in ("cpu", "meta") and torch.are_deterministic_algorithms_enabled():
-        return f"on {call.q.device.type!r} the gradient of the table is summed in any order"
+        return f"on {call.q.device.type!r} the order of summation of the table's gradient is not deterministic"
     return _unsupported_by_kernels(call)
 
 
@@ -266,21 +267,21 @@ register_kernels("blockwise", lambda: blockwise)
 register_kernels("cpu", partial(kernels.load, "cpu"))
 register_kernels("triton", partial(kernels.load, "triton"))
 
-register_backend("eager", _eager, "the releases' formulation: every displacement sampled, einsum")
+register_backend("eager", _eager, "formulation of the released code: table sampled at all displacements, einsum")
 register_backend(
-    "matmul", _matmul, "plain operations for exporters: the bias as two matrix products, fused attention", priority=10
+    "matmul", _matmul, "plain operations for exporters: bias as two matrix products, fused attention", priority=10
 )
 register_backend(
     "blockwise",
     kernel_backend("blockwise"),
-    "plain PyTorch, a tile of the logits at a time, on any device",
+    "plain PyTorch, one tile of logits at a time, on any device",
     priority=20,
     refuses=_unsupported_by_blockwise,
 )
 register_backend(
     "cpu",
     kernel_backend("cpu"),
-    "Numba, compiled for this processor: bias, softmax and products in one pass",
+    "Numba, compiled for the host CPU: bias, softmax and products in one pass",
     priority=30,
     missing=partial(kernels.missing, "cpu"),
     refuses=_unsupported_by_cpu,
@@ -288,7 +289,7 @@ register_backend(
 register_backend(
     "triton",
     kernel_backend("triton"),
-    "Triton, fused for CUDA devices",
+    "Triton, fused, for CUDA devices",
     priority=40,
     missing=partial(kernels.missing, "triton"),
     refuses=_unsupported_by_triton,

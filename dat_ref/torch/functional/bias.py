@@ -1,13 +1,14 @@
 """Position bias: `dat_ref.ops.bias` on tensors.
 
-The table is read at i = (q - p̃)·scale + center, whose row depends on the query's row alone and whose column on its
-column alone, and which advances by a constant from query to query: `table_index` says from where, and by how much.
+The bias is read at the table position i = (q - p̃)·scale + center. The table row depends only on the query's row, the
+table column only on the query's column, and both advance by a constant from query to query. So `table_index` returns
+the position of the first query and the step.
 
-`SeparableInterp` reads it with two matrix products of hat weights, one an axis, B[n] = Y[n] B̂ X[n]ᵀ, where Y[n]
-(H × T_y) and X[n] (W × T_x) have two neighbouring weights (1 - f, f) a row: with operators that all exporters and
-devices have, and with derivatives of any order. Faster ones are `bias_windows`, and the kernels.
+`SeparableInterp` interpolates with one matrix product per axis, B[n] = Y[n] B̂ X[n]ᵀ. Each row of Y[n] (H × T_y) and
+X[n] (W × T_x) has two neighboring weights (1 - f, f). All exporters and devices support these operations, and they have
+derivatives of any order. `bias_windows` and the kernels are faster.
 
-All take the derivative on the lattice from the right, as the spec does.
+On lattice points all implementations return the right derivative, as the spec does.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from ._dtypes import autocast_disabled, wide_dtype
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
-# ------------------------------------------------------------------------------------------------ where
+# ------------------------------------------------------------------------------------------------ table positions
 
 
 def table_scale(
     table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution
 ) -> tuple[float, float]:
-    """Return table cells per pixel of displacement on each axis: 1 for a table built for this very map."""
+    """Return table cells per pixel of displacement on each axis: 1 if the table was built for the size of the map."""
     if resolution == "pixels":
         return 1.0, 1.0
     aligned = int(convention.value.align_corners)
@@ -44,10 +45,13 @@ def table_scale(
 
 
 class AffineIndex(NamedTuple):
-    """Where a table is read: query (i, j) reads the bias of key n at row origin[n, 0] + i·step[0], column likewise."""
+    """Index into a table, affine in the query position.
+
+    Query (i, j) reads the bias of key n at row origin[n, 0] + i·step[0] and column origin[n, 1] + j·step[1].
+    """
 
     origin: Tensor  # (B, G, Ns, 2), (y, x), in cells of the table, float32 or wider
-    step: tuple[float, float]  # cells from one query to the next; exactly 1 where table and map have one lattice
+    step: tuple[float, float]  # cells between neighboring queries, (y, x); exactly 1 for a table of the map's size
 
 
 def table_index(
@@ -57,16 +61,18 @@ def table_index(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> AffineIndex:
-    """Return where in the table the displacements of the queries from each point are read, in canonical form.
+    """Return the table positions of all displacements between queries and points, in affine form.
 
-    With s cells per unit of normalised displacement, i = (q - p̃) s + center, and q advances by a constant from query to
-    query. So all there is to know are the position of query (0, 0) and the step, which is exactly 1 for a table of the
-    map's size, except for ``CVPR2022``, whose queries stand (H-1)/H pixels apart.
+    With s cells per unit of normalized displacement, i = (q - p̃) s + center, and q advances by a constant from query to
+    query. So the position of query (0, 0) and the step define all positions. The step is exactly 1 for a table of the
+    map's size, except in ``CVPR2022``, where the distance between queries is (H-1)/H pixels.
 
     Args:
-        points: p̃ (B, G, Ns, 2), normalised.
+        points: p̃ (B, G, Ns, 2), normalized.
         table_size: (2H₀-1, 2W₀-1).
         query_size: (H, W).
+        convention: geometry of points and queries.
+        resolution: see `table_scale`.
     """
     spacing = convention.value.query
     scale = table_scale(table_size, query_size, convention, resolution)
@@ -77,7 +83,7 @@ def table_index(
         cells = scale[axis] * units[axis]  # per unit
         first = spacing.coordinate(0, length) * cells + (table_size[axis] - 1) // 2
         origins.append(torch.rsub(coordinates, first, alpha=cells))  # first - cells · coordinates
-        # A single query takes no step; 1 keeps it on the common path.
+        # The step of a single query has no effect; 1 selects the common case.
         steps.append(1.0 if length == 1 else cells / ((length - spacing.gap) / 2))
     return AffineIndex(torch.stack(origins, dim=-1), (steps[0], steps[1]))
 
@@ -89,7 +95,7 @@ def table_positions(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> Tensor:
-    """Return where in the table the displacement of each query from each point is read, written out.
+    """Return the table position of the displacement between each query and each point, as a full tensor.
 
     Returns:
         (B, G, H·W, Ns, 2), (y, x), in cells of the table.
@@ -103,7 +109,7 @@ def table_positions(
 
 
 def axis_positions(index: AffineIndex, query_size: Size) -> tuple[Tensor, Tensor]:
-    """Return the rows of the table that query rows read, (…, Ns, H), and the columns, (…, Ns, W)."""
+    """Return the table rows of all query rows, (…, Ns, H), and the table columns of all query columns, (…, Ns, W)."""
     origin, step = index
     rows, columns = (
         origin[..., axis, None] + torch.arange(query_size[axis], dtype=origin.dtype, device=origin.device) * step[axis]
@@ -113,22 +119,24 @@ def axis_positions(index: AffineIndex, query_size: Size) -> tuple[Tensor, Tensor
 
 
 def interp_matrix(positions: Tensor, length: int) -> Tensor:
-    """Return the weights with which each position reads an axis of `length` cells, zeros outside: (…) → (…, length).
+    """Return the linear interpolation weights of positions on an axis of `length` cells: (…) → (…, length).
+
+    Cells outside the axis are zero.
 
     >>> interp_matrix(torch.tensor([0.25, 2.0, -0.5]), 3).tolist()
     [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0]]
     """
-    clamped = positions.clamp(-1, length)  # one cell outside there is nothing left
+    clamped = positions.clamp(-1, length)  # all weights are 0 one cell outside and farther
     floor = clamped.detach().floor()
-    fraction = (clamped - floor)[..., None]  # its derivative is that from the right
-    cell = torch.nan_to_num(floor).long()[..., None] + 1  # NaN stays in the fraction
-    # Two cells of room behind and one in front take what falls outside.
+    fraction = (clamped - floor)[..., None]  # with the right derivative
+    cell = torch.nan_to_num(floor).long()[..., None] + 1  # the fraction stays NaN
+    # One padding cell at the start and two at the end take the weights outside the axis.
     weights = torch.zeros((*positions.shape, length + 3), dtype=positions.dtype, device=positions.device)
     weights = weights.scatter(-1, torch.cat((cell, cell + 1), -1), torch.cat((1 - fraction, fraction), -1))
     return weights[..., 1 : length + 1]
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------ bias table
 
 
 def table_bias(
@@ -139,12 +147,14 @@ def table_bias(
     convention: Convention,
     resolution: BiasResolution = "fractions",
 ) -> Tensor:
-    """Read the relative position bias at continuous displacements.
+    """Interpolate the relative position bias at continuous displacements.
 
     Args:
         table: B̂ (heads, 2H₀-1, 2W₀-1); heads of group g are [g·heads/G, (g+1)·heads/G).
-        points: p̃ (B, G, Ns, 2), normalised by the convention.
+        points: p̃ (B, G, Ns, 2), in the convention's normalized coordinates.
         query_size: (H, W).
+        convention: geometry of points and queries.
+        resolution: see `table_scale`.
 
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
@@ -155,7 +165,7 @@ def table_bias(
 
 
 class SeparableInterp:
-    """A table and the points that read it, ready to give the bias for any run of query rows: by matrix products.
+    """Bias of a table at given points, for any range of query rows, by matrix products.
 
     >>> index = table_index(torch.zeros(2, 1, 6, 2), (9, 13), (5, 7), Convention.PAPER)
     >>> interp = SeparableInterp(torch.zeros(4, 9, 13), index, (5, 7))
@@ -197,7 +207,7 @@ def sampled_table_bias(
     resolution: BiasResolution = "fractions",
     sampler: Sampler = "grid_sample",
 ) -> Tensor:
-    """`table_bias` as the releases compute it: the grid of all displacements, sampled point by point."""
+    """Compute `table_bias` as the released code does: build the grid of all displacements, and sample the table."""
     positions = table_positions(points, (table.shape[1], table.shape[2]), query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
     heads = table.shape[0] // groups
@@ -206,17 +216,19 @@ def sampled_table_bias(
     return bilinear_sample(grouped, flat, sampler=sampler).reshape(batch, groups * heads, queries, samples)
 
 
-# ------------------------------------------------------------------------------------------------ the others
+# ------------------------------------------------------------------------------------------------ other kinds of bias
 
 
 def log_bias(
     points: Tensor, params: Mapping[str, Mapping[str, Tensor]], *, query_size: Size, convention: Convention
 ) -> Tensor:
-    """Position bias as a small network of the log-scaled displacement (2023 code, after Swin V2).
+    """Compute a position bias from the log-scaled displacement with a small network (2023 code, after Swin V2).
 
     Args:
-        points: p̃ (B, G, Ns, 2), normalised.
+        points: p̃ (B, G, Ns, 2), normalized.
         params: ``hidden`` weight (32, 2) and bias; ``out`` weight (heads/G, 32).
+        query_size: (H, W).
+        convention: geometry of points and queries.
 
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
@@ -232,18 +244,18 @@ def log_bias(
 
 
 def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:
-    """Return the displacements, times four, and the same log-scaled: (B, G, H·W, Ns, 2), (y, x)."""
+    """Return four times the displacements, and their log-scaled values: (B, G, H·W, Ns, 2), (y, x)."""
     dtype = wide_dtype(points)
     queries = query_points(query_size, convention, dtype=dtype, device=points.device).flatten(0, 1)
     displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])
-    # sign(d) log₂(1 + |d|) / log₂ 8, written so that its derivative at 0 is that from both sides, 1/(3 ln 2).
+    # sign(d) log₂(1 + |d|) / log₂ 8, in a form whose derivative at 0 is correct, 1/(3 ln 2).
     return displacement, (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3
 
 
 def log_bias_trace(
     points: Tensor, params: Mapping[str, Mapping[str, Tensor]], *, query_size: Size, convention: Convention
 ) -> dict[str, Tensor]:
-    """Return the intermediates of `log_bias` that the spec's `LogBiasTrace` has, in its layout (B·G, …, H·W·Ns)."""
+    """Return the intermediates of `log_bias` in the spec's `LogBiasTrace`, in its layout (B·G, …, H·W·Ns)."""
     dtype = wide_dtype(points)
     with autocast_disabled(points):
         displacement, scaled = _log_displacement(points, query_size, convention)
@@ -253,10 +265,15 @@ def log_bias_trace(
 
 
 def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:
-    """Return the learned number of every pair of query and key cell, (1, heads, H·W, Ns), whatever the offsets.
+    """Return the learned bias of every pair of query and key cell, (1, heads, H·W, Ns), independent of the offsets.
+
+    Args:
+        table: (heads, H·W, Ns).
+        query_size: (H, W).
+        samples: Ns.
 
     Raises:
-        ShapeError: if the map is not the one the table was built for.
+        ShapeError: if the table was built for a map of another size.
     """
     height, width = query_size
     if tuple(table.shape[1:]) != (height * width, samples):

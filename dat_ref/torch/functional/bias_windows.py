@@ -1,15 +1,15 @@
-"""The position bias of some keys and some queries at a time, cut from the table in windows, and its gradient.
+"""Position bias of one tile of keys and queries, interpolated in windows of the table, and its gradient.
 
-All queries of a key read the table on one lattice, origin + (i·step_y, j·step_x) (`bias.table_index`). So a key reads a
-window of the table, which begins at the cell ⌊origin⌋, and blends neighbouring cells of it: first rows, then columns.
-With r = origin - ⌊origin⌋ and a step of 1, query i lies between two cells of the window,
+All queries of a key read the table on one lattice, origin + (i·step_y, j·step_x) (`bias.table_index`). So each key
+needs one window of the table, which begins at the cell ⌊origin⌋. It is interpolated along rows, then along columns.
+With r = origin - ⌊origin⌋ and a step of 1, query i is between two cells of the window,
 
     (1 - r) · window[i] + r · window[i + 1].
 
-With another step, i·step = f + e with f whole and e in [0, 1]; then r + e in [0, 2) lies between two of the three cells
-f, f + 1 and f + 2, and f is the same for all keys.
+With another step, i·step = f + e with an integer f and e in [0, 1]. Then r + e in [0, 2) is between two of the three
+cells f, f + 1 and f + 2, and f is the same for all keys.
 
-On the lattice r is 0, and the derivative the one from the right.
+On the lattice r is 0, and the derivative is the right derivative.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _MAX_UNFOLDED_CELLS = 1 << 22
 
 
 class Tile(NamedTuple):
-    """Some heads of some images, some of their keys, and a rectangle of the queries."""
+    """Ranges of images, heads and keys, and a rectangle of queries."""
 
     batch: slice
     groups: slice
-    group_heads: slice  # some of each group's
+    group_heads: slice  # heads within each group
     keys: slice
     rows: slice
     columns: slice
 
 
 def narrow_dims(tensor: Tensor, *slices: slice) -> Tensor:
-    """Return tensor[slices]; at no cost along the axes that are taken whole."""
+    """Return tensor[slices]; axes that are not narrowed cost nothing."""
     for dim, part in enumerate(slices):
         length = part.stop - part.start
         if length != tensor.shape[dim]:
@@ -50,12 +50,13 @@ def narrow_dims(tensor: Tensor, *slices: slice) -> Tensor:
 
 
 class _Axis:
-    """How the queries of one axis read the cells of a window.
+    """Mapping from the queries of one axis to the cells of a window.
 
     Args:
         dim: -2 for rows, -1 for columns.
         length: number of queries.
-        step: cells from one to the next.
+        step: cells between neighboring queries.
+        like: tensor that defines dtype and device.
     """
 
     def __init__(self, dim: int, length: int, step: float, like: Tensor) -> None:
@@ -68,7 +69,7 @@ class _Axis:
 
     def _init_three_taps(self, length: int, step: float, like: Tensor) -> None:
         positions = [index * step for index in range(length)]
-        # Steps of nearly 1, as (H-1)/H, need not skip a cell: blending then works on slices, not on indices.
+        # Steps close to 1, such as (H-1)/H, skip no cell: interpolation then uses slices instead of indices.
         lag = min(math.floor(position - index) for index, position in enumerate(positions))
         self.skips_cells = any(position - index - lag > 1 for index, position in enumerate(positions))
         self.first_cell = [math.floor(each) for each in positions] if self.skips_cells else range(lag, length + lag)
@@ -78,22 +79,24 @@ class _Axis:
         self.cell_index = torch.tensor(self.first_cell, device=like.device)
 
     def num_cells(self, queries: slice) -> int:
-        """Return how many cells some queries read."""
+        """Return the number of cells that a range of queries reads."""
         return self.first_cell[queries.stop - 1] + self.taps - self.first_cell[queries.start]
 
 
 class _AxisInterp:
-    """The blending of one axis in one tile: cells become queries along `dim`.
+    """Linear interpolation along one axis of a tile: maps cells to queries along `dim`.
 
     Args:
-        remainder: r, (B, G, 1, Ns) and 1 along every axis that the cells have besides.
-        num_queries: how many queries there are along `dim`.
+        axis: mapping from queries to cells.
+        remainder: r, (B, G, 1, Ns) and singleton axes, broadcastable to the cells.
+        queries: range of queries of the tile.
+        num_queries: number of queries along `dim`.
     """
 
     def __init__(self, axis: _Axis, remainder: Tensor, queries: slice, num_queries: int) -> None:
         self.axis, self.queries, self.num_queries = axis, queries, num_queries
-        self.fraction = remainder  # of the way from the cell before to the one behind
-        self.shifted: Tensor | None = None  # of three taps: whether the last two are read, not the first two
+        self.fraction = remainder  # interpolation weight of the upper cell
+        self.shifted: Tensor | None = None  # with three taps: whether the last two are used, not the first two
         if axis.taps == 3:
             fractions = axis.fractions[queries]
             position = remainder + (fractions[:, None] if axis.dim == -2 else fractions)
@@ -132,7 +135,7 @@ class _AxisInterp:
         return grad_cells
 
     def _taps(self, cells: Tensor) -> list[Tensor]:
-        """Return the cells that each query may read, one after the other."""
+        """Return the cells that each query may read, one tensor per tap."""
         dim, num_queries, taps = self.axis.dim, self.num_queries, range(self.axis.taps)
         if self.axis.skips_cells:
             return [cells.index_select(dim, self._tap_index(tap)) for tap in taps]
@@ -142,7 +145,7 @@ class _AxisInterp:
         return self.axis.cell_index[self.queries] - (self.axis.first_cell[self.queries.start] - tap)
 
     def _weights(self, lower: Tensor, upper: Tensor) -> list[Tensor]:
-        """Return the factor of each tap, given those of the cells before and behind a query."""
+        """Return the factor of each tap, from the factors of the lower and upper cell."""
         if self.shifted is None:
             return [lower, upper]
         zero = torch.zeros_like(lower)
@@ -161,11 +164,11 @@ def _weighted_sum(values: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 
 class BiasWindows:
-    """A table, and where keys and queries read it.
+    """Bias of a table, computed from windows of its cells.
 
     Args:
         table: (heads, T_y, T_x).
-        index: origin (B, G, Ns, 2), and the step.
+        index: origin (B, G, Ns, 2), and step.
         query_size: (H, W).
     """
 
@@ -173,7 +176,7 @@ class BiasWindows:
         origin, step = index
         origin = origin.to(wide_dtype(table, origin))
         self.row_axis, self.column_axis = (_Axis(dim, query_size[dim], step[dim], origin) for dim in (-2, -1))
-        # With so many zeros around it every window lies inside, also that of a key that sees nothing of the table.
+        # With this zero padding every window is inside, also the window of a key whose queries are all off the table.
         pad_y, pad_x = self.row_axis.span + 2, self.column_axis.span + 2
         padded = F.pad(table.to(origin.dtype), (pad_x, pad_x, pad_y, pad_y))
         self.interior = (slice(pad_y, pad_y + table.shape[1]), slice(pad_x, pad_x + table.shape[2]))
@@ -181,7 +184,7 @@ class BiasWindows:
         self.cells = padded.flatten()
 
         y, x = origin.unbind(-1)
-        # Farther out nothing changes any more.
+        # Positions farther out give the same zero bias.
         y = y.clamp(-self.row_axis.span - 1, table.shape[1] + 1)
         x = x.clamp(-self.column_axis.span - 1, table.shape[2] + 1)
         row, column = y.floor(), x.floor()
@@ -192,10 +195,10 @@ class BiasWindows:
         self._unfold_columns()
 
     def _unfold_columns(self) -> None:
-        """Choose where windows are read from: the table, or slabs, in which the rows of a window follow each other.
+        """Choose the source of windows: the table, or an unfolded copy in which the rows of a window are adjacent.
 
-        Unfolded, the table has a slab for each column where a window may begin. To read from them takes a fraction of
-        the time, but they have a multiple of the table's cells; so they must be few, and soon be made up for.
+        The unfolded table has one slab for each first column of a window. Reading from it is several times faster, but
+        it has several times as many cells. So it is used only if it is small, and small compared to the cells read.
         """
         heads, height, width = self.shape
         self.source, self.source_strides = self.cells, (height * width, width, 1)  # of head, row, column
@@ -208,16 +211,16 @@ class BiasWindows:
             self.source_strides = (unfolded.stride(0), unfolded.stride(2), unfolded.stride(1))
 
     def pitch(self, tile: Tile) -> int:
-        """Return how far apart rows of queries lie in a tile: with a step of 1, a query without meaning ends each row.
+        """Return the distance between rows of queries in a tile.
 
-        Blending then runs over all rows at once, which makes it several times faster on narrow maps. There is none
-        behind the last row.
+        With a step of 1, one padding query ends each row except the last. Interpolation can then process all rows at
+        once, which is several times faster on narrow maps.
         """
         columns = tile.columns
         return self.column_axis.num_cells(columns) if self.column_axis.taps == 2 else columns.stop - columns.start
 
     def gather(self, tile: Tile) -> Tensor:
-        """Return the windows of a tile: (B, G, heads/G, Ns, rows, columns), in cells."""
+        """Return the windows of a tile: (B, G, heads/G, Ns, rows, columns) of cells."""
         rows, columns = self.row_axis.num_cells(tile.rows), self.column_axis.num_cells(tile.columns)
         head_stride, row_stride, column_stride = self.source_strides
         offsets = self._corners(tile, row_stride, column_stride)[:, :, None]
@@ -233,16 +236,17 @@ class BiasWindows:
         return interp_x.interpolate(self._join_rows(interp_y.interpolate(windows))).flatten(4)
 
     def backward(self, grad: Tensor, windows: Tensor, tile: Tile, grad_cells: Tensor, grad_origin: Tensor) -> None:
-        """Add what a tile contributes to the gradients.
+        """Add the contribution of a tile to the gradients.
 
         Args:
-            grad: (B, G, heads/G, Ns, queries), see `pitch`; zero where queries have no meaning.
-            windows: what `gather` returned.
-            grad_cells: of `cells`.
-            grad_origin: (B, G, Ns, 2).
+            grad: gradient of the bias, (B, G, heads/G, Ns, queries), see `pitch`; zero at padding queries.
+            windows: result of `gather`.
+            tile: the tile.
+            grad_cells: gradient of `cells`, updated in place.
+            grad_origin: gradient of the origin, (B, G, Ns, 2), updated in place.
         """
         interp_y, interp_x = self._interps(tile)
-        rows = interp_y.interpolate(windows)  # of queries, columns of cells
+        rows = interp_y.interpolate(windows)  # rows of queries, columns of cells
         interpolated = self._join_rows(rows)
         grad_y, grad_x = narrow_dims(grad_origin, tile.batch, tile.groups, tile.keys).unbind(-1)
         derivative = interp_x.derivative(interpolated)
@@ -253,7 +257,7 @@ class BiasWindows:
         self._scatter_add_windows(grad_cells, interp_y.backward(grad, windows), tile)
 
     def unpad(self, cells: Tensor) -> Tensor:
-        """Return the table in a tensor such as `cells`."""
+        """Return the part of a tensor like `cells` that belongs to the table."""
         rows, columns = self.interior
         return cells.view(self.shape)[:, rows, columns]
 
@@ -262,7 +266,7 @@ class BiasWindows:
         rows, columns = (torch.arange(length, device=cells.device) for length in windows.shape[4:])
         offsets = self._corners(tile, self.shape[2], 1)[..., None, None] + (rows[:, None] * self.shape[2] + columns)
         tables = narrow_dims(cells.view(*self.head_index.shape[:2], -1), tile.groups, tile.group_heads)
-        # An image at a time: offsets (G, …), which the heads of a group share, and cells (G, heads/G, …).
+        # One image at a time: offsets (G, …), shared by the heads of a group, and cells (G, heads/G, …).
         for index, values in zip(offsets.flatten(2), windows.flatten(3), strict=True):
             tables.scatter_add_(2, index[:, None].expand_as(values), values)
 
@@ -275,11 +279,11 @@ class BiasWindows:
         return interp_y, _AxisInterp(self.column_axis, x, tile.columns, columns)
 
     def _join_rows(self, rows: Tensor) -> Tensor:
-        """Lay rows one behind the other, where one step of 1 leads from each position to the next."""
+        """Join the rows into one axis if the step is 1."""
         return rows.flatten(4) if self.column_axis.taps == 2 else rows
 
     def _corners(self, tile: Tile, row_stride: int, column_stride: int) -> Tensor:
-        """Return where the windows of a tile begin in a head's table, (B, G, Ns), given its strides."""
+        """Return the offset of the first cell of each window in a head's table with these strides, (B, G, Ns)."""
         row, column = (narrow_dims(each, tile.batch, tile.groups, tile.keys) for each in self.corners)
         first = (
             self.row_axis.first_cell[tile.rows.start] * row_stride

@@ -1,13 +1,13 @@
-"""The kernels ``"blockwise"``: plain PyTorch, a tile of the logits at a time, so that memory grows linearly.
+"""Kernels ``"blockwise"``: plain PyTorch, one tile of logits at a time, so that memory grows linearly.
 
     S[n, m] = scale · k[n]·q[m] + B[n, m]        P = exp(S - lse)        z[m] = Σ_n P[n, m] v[n]
 
-A tile has its keys down and its queries across: so a key's window of the bias table is cut. Going forward it has all
-keys of some queries; going backward, where lse is known, all queries of some keys:
+The rows of a tile are keys and its columns are queries, as in the windows of the bias table. The forward pass computes
+all keys of some queries at a time. The backward pass knows lse, and computes all queries of some keys at a time:
 
     ∂v = P ∂z      ∂S = P ⊙ (v ∂zᵀ - z·∂z)      ∂k = scale · ∂S q      ∂q = scale · ∂Sᵀ k      ∂B = ∂S.
 
-Logits are in units of log 2: torch computes powers of 2 several times as fast as powers of e.
+Logits are in units of log 2: torch computes powers of 2 several times faster than powers of e.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .bias_windows import BiasWindows, Tile, narrow_dims
 from .grid import Size
 
 LN_2 = math.log(2)
-# Logits of a tile: on a CPU so few that they stay in its cache, elsewhere enough to keep an accelerator busy.
+# Maximum number of logits of a tile: they fit into the cache of a CPU, or occupy an accelerator.
 FORWARD_MAX_LOGITS = {"cpu": 1 << 21}
 BACKWARD_MAX_LOGITS = {"cpu": 1 << 20}
 _DEFAULT_MAX_LOGITS = 1 << 26
@@ -42,7 +42,7 @@ def deformable_forward(
     step: tuple[float, float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return z (B, heads, H·W, d) and lse (B, heads, H·W); the arguments are those of all `dat_ref.torch.kernels`."""
+    """Return z (B, heads, H·W, d) and lse (B, heads, H·W). For the arguments see `dat_ref.torch.kernels`."""
     out = torch.empty_like(q, dtype=v.dtype)
     lse = q.new_empty(q.shape[:3], dtype=wide_dtype(q))
     windows = BiasWindows(table, AffineIndex(origin, step), query_size)
@@ -52,7 +52,7 @@ def deformable_forward(
         keys, values = (narrow_dims(each, batch, heads).flatten(0, 1) for each in (k, v))  # (B·heads, Ns, d)
         for rows, columns in _query_tiles(query_size, budget // (keys.shape[0] * keys.shape[1])):
             tile = Tile(batch, groups, group_heads, slice(0, k.shape[2]), rows, columns)
-            # Whole rows, or a part of one: in either case the queries follow each other.
+            # A tile has complete rows, or a part of one row: in both cases its queries are contiguous.
             first, last = rows.start * query_size[1], (rows.stop - 1) * query_size[1]
             query_slice = slice(first + columns.start, last + columns.stop)
             padded_rows = _PaddedRows(columns.stop - columns.start, windows.pitch(tile))
@@ -83,7 +83,7 @@ def deformable_backward(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the five gradients; the arguments are those of all `dat_ref.torch.kernels`."""
+    """Return the five gradients. For the arguments see `dat_ref.torch.kernels`."""
     grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q, k, v))
     windows = BiasWindows(table, AffineIndex(origin, step), query_size)
     grad_cells = torch.zeros_like(windows.cells)
@@ -97,7 +97,7 @@ def deformable_backward(
         row_tensors = [narrow_dims(each, batch, heads).flatten(0, 1) for each in (q, grad_out, out, lse)]
         delta = (row_tensors[1].to(lse.dtype) * row_tensors[2].to(lse.dtype)).sum(-1)
         queries, grad_out_tile = (padded_rows.pad(each) for each in row_tensors[:2])  # (B·heads, queries, d)
-        # What has no meaning gets no weight, and so no gradient.
+        # Padding queries get zero weight, and so no gradient.
         lse_tile, delta = padded_rows.pad(row_tensors[3] / LN_2, math.inf)[:, None], padded_rows.pad(delta)[:, None]
         grad_queries = torch.zeros_like(queries, dtype=lse.dtype)
         for key_slice in _chunks(k.shape[2], budget // (lse_tile.shape[0] * lse_tile.shape[2])):
@@ -121,7 +121,7 @@ def deformable_backward(
 
 
 def _bias_to_logits(bias: Tensor, keys: Tensor, queries: Tensor, scale: float) -> None:
-    """Turn the bias into logits, in units of log 2: (B·heads, Ns, queries)."""
+    """Convert the bias to logits in units of log 2, in place: (B·heads, Ns, queries)."""
     if keys.dtype == bias.dtype:
         bias.baddbmm_(keys, queries, beta=1 / LN_2, alpha=scale / LN_2)
     else:
@@ -129,7 +129,7 @@ def _bias_to_logits(bias: Tensor, keys: Tensor, queries: Tensor, scale: float) -
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale · left @ right, (N, rows, columns); of half precision, in the precision of `out`."""
+    """Add scale · left @ right, (N, rows, columns), to `out`, in its precision."""
     if left.dtype == out.dtype:
         out.baddbmm_(left, right, alpha=scale)
     else:
@@ -137,18 +137,18 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None
 
 
 def _copy_into(target: Tensor, source: Tensor) -> None:
-    """Write (B·heads, …) where (B, heads, …) belongs, whatever it is followed by."""
+    """Copy a source (B·heads, …) into a target (B, heads, …)."""
     target.copy_(source.reshape(target.shape))
 
 
 class _PaddedRows:
-    """Rows of queries as tiles have them: farther apart than a map's, see `BiasWindows.pitch`."""
+    """Conversion between the rows of a map and the padded rows of a tile, see `BiasWindows.pitch`."""
 
     def __init__(self, width: int, pitch: int) -> None:
         self.width, self.pitch = width, pitch
 
     def pad(self, queries: Tensor, value: float = 0.0) -> Tensor:
-        """Lay a map's queries out for a tile: (N, rows · width, …) → (N, rows · pitch - 1, …)."""
+        """Pad the queries of a map for a tile: (N, rows · width, …) → (N, rows · pitch - 1, …)."""
         if self.pitch == self.width:
             return queries
         count, length, *rest = queries.shape
@@ -157,7 +157,7 @@ class _PaddedRows:
         return padded.flatten(1, 2)[:, :-1]
 
     def unpad(self, queries: Tensor, target: Tensor) -> None:
-        """Write a tile's queries (B·heads, rows · pitch - 1, …) where (B, heads, rows · width, …) belong."""
+        """Copy a tile's queries (B·heads, rows · pitch - 1, …) without padding into (B, heads, rows · width, …)."""
         if self.pitch != self.width:
             rows, head_stride, *strides = target.shape[2] // self.width, queries.stride(0), *queries.stride()[1:]
             shape = (queries.shape[0], rows, self.width, *queries.shape[2:])
@@ -173,7 +173,7 @@ def _chunks(length: int, chunk_size: int) -> Iterator[slice]:
 
 
 def _query_tiles(size: Size, chunk_size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a map into runs of rows, or into parts of rows where a row has too many pixels."""
+    """Split a map into ranges of rows, or into parts of rows if a row has too many pixels."""
     height, width = size
     for rows in _chunks(height, chunk_size // width):
         for columns in _chunks(width, width if chunk_size >= width else chunk_size):
@@ -183,7 +183,7 @@ def _query_tiles(size: Size, chunk_size: int) -> Iterator[tuple[slice, slice]]:
 def _head_blocks(
     q: Tensor, k: Tensor, windows: BiasWindows, budget: int, *, split_groups: bool
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut batch, groups and their heads: into runs of images; an image that is too large into groups, or heads."""
+    """Split the work into ranges of images. An image that is too large is split into groups, or heads."""
     groups, heads_per_group = windows.head_index.shape[:2]
     logits_per_head = q.shape[2] * k.shape[2]
     images_per_block = budget // (groups * heads_per_group * logits_per_head)
@@ -198,7 +198,7 @@ def _head_blocks(
 
 
 def _head_slice(groups: slice, group_heads: slice, windows: BiasWindows) -> slice:
-    """Return which heads these are, of all."""
+    """Return the range of heads in the heads of all groups."""
     heads_per_group = windows.head_index.shape[1]
     first, last = groups.start * heads_per_group, (groups.stop - 1) * heads_per_group
     return slice(first + group_heads.start, last + group_heads.stop)

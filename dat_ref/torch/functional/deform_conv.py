@@ -1,6 +1,7 @@
 """Deformable convolution, v1 and v2: `dat_ref.peers.deform_conv` on tensors.
 
-Every tap's samples are written out, (B, H'·W', K, C), and meet the weights in one matrix product a group.
+The samples of all taps form one tensor, (B, H'·W', K, C), which is multiplied by the weights in one matrix product per
+group.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def _pair(value: Pair) -> Size:
 
 
 def deform_points(offset: Tensor, sliding: ConvGeometry) -> Tensor:
-    """Return where the taps look, in pixels.
+    """Return the sampling positions of the taps, in pixels.
 
     Args:
-        offset: (B, G_o·K·2, H', W'), torchvision's layout: group, then tap, then (dy, dx), along the channels.
+        offset: (B, G_o·K·2, H', W'), in torchvision's order of channels: group, tap, (dy, dx).
+        sliding: kernel size, stride, padding and dilation.
 
     Returns:
         (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x; float32 or wider.
@@ -37,7 +39,7 @@ def deform_points(offset: Tensor, sliding: ConvGeometry) -> Tensor:
 
 
 def _lattice(sliding: ConvGeometry, size: Size, like: Tensor) -> Tensor:
-    """Return where the taps stand without offsets, in pixels: (K, H', W', 2)."""
+    """Return the positions of the taps without offsets, in pixels: (K, H', W', 2)."""
     axes = []
     for count, kernel, stride, padding, dilation in zip(size, *sliding, strict=True):
         output, tap = (torch.arange(length, dtype=like.dtype, device=like.device) for length in (count, kernel))
@@ -59,7 +61,7 @@ def deform_conv2d(
     *,
     sampler: Sampler = "gather",
 ) -> Tensor:
-    """Convolve with moved (and weighed) taps; torchvision's argument order and offset layout.
+    """Convolve with displaced (and modulated) taps. Argument order and offset layout are torchvision's.
 
     Args:
         x: (B, C, H, W).
@@ -67,15 +69,15 @@ def deform_conv2d(
             C/G_o channels.
         weight: (O, C/G, k_y, k_x) with G groups.
         bias: (O,) or None.
-        stride, padding, dilation: one number, or (y, x).
-        mask: m, (B, G_o·k_y·k_x, H', W'), version 2; None for version 1.
+        stride, padding, dilation: one integer, or (y, x).
+        mask: modulation m, (B, G_o·k_y·k_x, H', W'), for version 2; None for version 1.
         sampler: see `bilinear_sample`.
 
     Returns:
         (B, O, H', W'). With zero offsets and without a mask this is a convolution.
 
     Raises:
-        ShapeError, ConfigError: if the shapes do not go together.
+        ShapeError, ConfigError: if the shapes do not match.
     """
     kernel = (weight.shape[-2], weight.shape[-1])
     sliding = ConvGeometry(kernel, _pair(stride), _pair(padding), _pair(dilation))
@@ -95,7 +97,7 @@ def deform_conv2d(
 
 
 def _multiply(columns: Tensor, weight: Tensor) -> Tensor:
-    """(B, H'·W', K, C) and (O, C/G, k_y, k_x) → (B, H'·W', O)."""
+    """Multiply samples and weights: (B, H'·W', K, C) and (O, C/G, k_y, k_x) → (B, H'·W', O)."""
     batch, pixels, taps, channels = columns.shape
     outputs, group_channels = weight.shape[:2]
     groups = channels // group_channels

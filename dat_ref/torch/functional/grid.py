@@ -1,4 +1,4 @@
-"""Reference and query grids, and what their coordinates mean in pixels: `dat_ref.ops.grid` on tensors."""
+"""Reference and query grids, and conversion of their coordinates to pixels: `dat_ref.ops.grid` on tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 def axis_coordinates(
     count: int, spacing: Spacing, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Return the normalised coordinates of one axis of a grid, (count,)."""
+    """Return the normalized coordinates of one axis of a grid, (count,)."""
     dtype = dtype or torch.get_default_dtype()
     if count == spacing.gap:
         return torch.full((count,), spacing.degenerate, dtype=dtype, device=device)
@@ -39,9 +39,9 @@ def reference_points(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the reference points p of a key grid, (Hk, Wk, 2), (y, x), normalised.
+    """Return the reference points p of a key grid, (Hk, Wk, 2), (y, x), normalized.
 
-    ``DATPP2023`` places a single key at +inf, from where only `OffsetBound.CLAMP` brings it back (to the last pixel).
+    ``DATPP2023`` places a single key at +inf. Only `OffsetBound.CLAMP` makes it finite again, at the last pixel.
 
     >>> reference_points((1, 2), Convention.CELL_CENTER).tolist()
     [[[0.0, -0.5], [0.0, 0.5]]]
@@ -56,24 +56,24 @@ def query_points(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the normalised coordinates of the queries, one a pixel: (H, W, 2), (y, x)."""
+    """Return the normalized coordinates of the queries, one per pixel: (H, W, 2), (y, x)."""
     return _grid(query_size, convention.value.query, dtype, device)
 
 
 def pixels_per_unit(size: Size, convention: Convention) -> tuple[float, float]:
-    """Return d pixel/dn = (H - a)/2 for both axes."""
+    """Return the pixels per unit of normalized coordinate, (H - a)/2, for both axes."""
     aligned = int(convention.value.align_corners)
     return (size[0] - aligned) / 2, (size[1] - aligned) / 2
 
 
 def axis_pixels(coordinates: Tensor, length: int, convention: Convention) -> Tensor:
-    """Return normalised coordinates of one axis in pixels, float32 or wider."""
+    """Convert normalized coordinates of one axis to pixels, float32 or wider."""
     aligned = int(convention.value.align_corners)
     return (coordinates.to(wide_dtype(coordinates)) + 1) * ((length - aligned) / 2) - (1 - aligned) / 2
 
 
 def to_pixels(points: Tensor, size: Size, convention: Convention) -> Tensor:
-    """Return normalised points (..., 2), (y, x), in pixels of a map of `size`, float32 or wider.
+    """Convert normalized points (..., 2), (y, x), to pixels of a map of `size`, float32 or wider.
 
     >>> to_pixels(torch.tensor([-1.0, 1.0]), (4, 4), Convention.CELL_CENTER).tolist()
     [-0.5, 3.5]
@@ -83,7 +83,7 @@ def to_pixels(points: Tensor, size: Size, convention: Convention) -> Tensor:
 
 
 def from_pixels(points_px: Tensor, size: Size, convention: Convention) -> Tensor:
-    """Return pixel positions in normalised coordinates, the inverse of `to_pixels` (0 on a single position)."""
+    """Convert pixel positions to normalized coordinates: inverse of `to_pixels`, and 0 on an axis of one position."""
     edge = (not convention.value.align_corners) / 2
     wide = points_px.to(wide_dtype(points_px))
     axes = [
@@ -94,10 +94,10 @@ def from_pixels(points_px: Tensor, size: Size, convention: Convention) -> Tensor
 
 
 def offset_padding(size: Size, kernel: int, stride: int, convention: Convention) -> Padding:
-    """Return the zeros around the map with which the offset network's convolution makes the key grid.
+    """Return the zero padding of the offset network's convolution, whose output has the size of the key grid.
 
-    - ``"same"``: Hk = ⌈H/r⌉ windows, centered on the key cells as well as whole pixels allow.
-    - ``"half"``: ⌊k/2⌋ on every side, windows centered on pixel i·r; none in the 2023 code if k = r.
+    - ``"same"``: Hk = ⌈H/r⌉ windows, centered on the key cells to within half a pixel.
+    - ``"half"``: ⌊k/2⌋ on every side, windows centered on pixel i·r; no padding in the 2023 code if k = r.
     """
     if convention.value.offset_padding == "half":
         half = 0 if kernel == stride and convention is Convention.DATPP2023 else kernel // 2
@@ -111,7 +111,7 @@ def _centered_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 def key_grid_size(size: Size, kernel: int, stride: int, convention: Convention) -> Size:
-    """Return (Hk, Wk), the key grid over a map of (H, W).
+    """Return the size (Hk, Wk) of the key grid of a map (H, W).
 
     Raises:
         ConfigError: if the stride is larger than the map.

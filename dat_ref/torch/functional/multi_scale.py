@@ -1,6 +1,6 @@
-"""The operation inside Deformable DETR: `dat_ref.peers.multi_scale` on tensors.
+"""Multi-scale deformable attention of Deformable DETR: `dat_ref.peers.multi_scale` on tensors.
 
-`multi_scale_deformable_attention` has the signature and layouts of the function that transformers and mmcv share.
+`multi_scale_deformable_attention` has the signature and layouts of the function in transformers and mmcv.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .sampling import Sampler, sample_tokens
 
 
 def level_sizes(spatial_shapes: Sequence[Size] | Tensor) -> list[Size]:
-    """Return the levels' (H_l, W_l) from pairs or from a tensor (L, 2), which a graph cannot be captured with."""
+    """Return the sizes (H_l, W_l) of the levels, from pairs or a tensor (L, 2). A tensor prevents graph capture."""
     pairs = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     return [(height, width) for height, width in pairs]
 
 
 def location_pixels(locations: Tensor, spatial_shapes: Sequence[Size]) -> Tensor:
-    """Return locations (B, Q, heads, L, P, 2), (x, y) in [0, 1], as points (y, x) in pixels of their level."""
+    """Convert locations (B, Q, heads, L, P, 2), (x, y) in [0, 1], to points (y, x) in pixels of their level."""
     wide = locations.to(wide_dtype(locations))
     levels = [
         torch.stack((level[..., 1] * height - 0.5, level[..., 0] * width - 0.5), dim=-1)
@@ -38,8 +38,9 @@ def sample_levels(
     """Sample every head of every level at the points of every query.
 
     Args:
-        value: (B, S, heads, d), the levels' pixels one after the other.
+        value: (B, S, heads, d), the pixels of all levels, concatenated.
         points_px: (B, Q, heads, L, P, 2), (y, x), in pixels of the level.
+        spatial_shapes: sizes (H_l, W_l) of the L levels.
         sampler: see `bilinear_sample`.
 
     Returns:
@@ -72,8 +73,8 @@ def multi_scale_deformable_attention(
 
     Args:
         value: (B, S, heads, d), S = Σ H_l·W_l.
-        value_spatial_shapes: (L, 2), the (H_l, W_l); pairs of integers where a graph is being captured.
-        sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1]; outside there are zeros.
+        value_spatial_shapes: (L, 2), sizes (H_l, W_l); graph capture requires pairs of integers.
+        sampling_locations: (B, Q, heads, L, P, 2), (x, y) in [0, 1]; samples outside the map are zero.
         attention_weights: (B, Q, heads, L, P).
         sampler: see `bilinear_sample`.
 
@@ -81,7 +82,7 @@ def multi_scale_deformable_attention(
         (B, Q, heads·d).
 
     Raises:
-        ShapeError: if the shapes do not go together.
+        ShapeError: if the shapes do not match.
     """
     shapes = level_sizes(value_spatial_shapes)
     if not torch.compiler.is_compiling():

@@ -1,13 +1,13 @@
-"""Neighborhood attention with a relative bias: `dat_ref.peers.neighborhood` on tensors, with backends to choose from.
+"""Neighborhood attention with a relative bias: `dat_ref.peers.neighborhood` on tensors, with selectable backends.
 
 ================  ================================================================================================
-``"eager"``       the keys of each query gathered: every key is copied K² times. For comparison.
+``"eager"``       keys gathered for each query: every key is copied K² times. For comparison
 ``"matmul"``      tiles of queries, each with the rectangle of keys that it needs, and torch's fused attention: plain
-                  operations, for exporters and for dropout of attention weights.
-``"blockwise"``   the same tiles, some at a time, with a backward pass that keeps no logits.
-``"cpu"``         Numba.
-``"triton"``      Triton, on CUDA devices.
-``"auto"``        the last of these that can serve.
+                  operations, for exporters and for dropout of attention weights
+``"blockwise"``   the same tiles, some at a time, with a backward pass that stores no logits
+``"cpu"``         Numba kernels, for CPUs
+``"triton"``      Triton kernels, for CUDA devices
+``"auto"``        the last of these that supports the call
 ================  ================================================================================================
 """
 
@@ -33,11 +33,11 @@ from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import first_key, submap_length, tiled_attention
 from .operation import is_transformed
-from .registry import Backend, Call, choose_backend
+from .registry import Backend, Call, check_backend, choose_backend
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.device | None = None) -> Tensor:
-    """Return the keys that each query of an axis sees, (length, `axis_kernel`).
+    """Return the keys in the neighborhood of each query of an axis, (length, `axis_kernel`).
 
     >>> axis_neighbors(5, 3).tolist()
     [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
@@ -52,7 +52,7 @@ def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.de
 def neighbor_index(
     size: Size, kernel: int, dilation: int = 1, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return for each query its keys, and where in the (2K-1)² table each displacement stands; both (H·W, K_y·K_x)."""
+    """Return the keys of each query, and their displacements' indices into the (2K-1)² table; both (H·W, K_y·K_x)."""
     rows, columns = (axis_neighbors(length, kernel, dilation, device) for length in size)
     row_shift = (rows - torch.arange(size[0], device=device)[:, None]) // dilation + kernel - 1
     column_shift = (columns - torch.arange(size[1], device=device)[:, None]) // dilation + kernel - 1
@@ -62,7 +62,7 @@ def neighbor_index(
     return keys.reshape(count, -1), table_index.reshape(count, -1)
 
 
-# ------------------------------------------------------------------------------------------------ the operation
+# ------------------------------------------------------------------------------------------------ attention
 
 
 def neighborhood_attention(
@@ -82,19 +82,19 @@ def neighborhood_attention(
     Args:
         qkv: (B, H, W, 3C), the projected map, channels last.
         table: B̂, (heads, 2K-1, 2K-1).
-        scale: of the dot products.
+        scale: factor of the dot products.
         dilation: δ, distance in pixels between neighbors.
-        dropout: share of the attention weights to drop, for training.
+        dropout: probability of dropping an attention weight, for training.
         return_weights: whether to gather each query's keys and return ``q`` (B, heads, H·W, 1, d), ``k``, ``v`` (B,
             heads, H·W, K_y·K_x, d), ``attention`` (B, heads, H·W, 1, K_y·K_x) and ``neighbors`` (H·W, K_y·K_x).
-        backend: one of those above; `backends()` tells which of them run here.
+        backend: one of the names above; `backends()` lists those that run on this machine.
 
     Returns:
-        (B, H, W, C), and the weights if asked (else an empty dict). With K at least 2 max(H, W) - 1 this is plain
-        attention with a relative bias.
+        (B, H, W, C), and a dict with the intermediates (empty without `return_weights`). With K at least
+        2 max(H, W) - 1 this is plain attention with a relative bias.
 
     Raises:
-        ShapeError: if the shapes do not go together.
+        ShapeError: if the shapes do not match.
         ValueError: for an unknown backend.
     """
     _check(qkv, table)
@@ -121,11 +121,11 @@ def _check(qkv: Tensor, table: Tensor) -> None:
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, H, W, C) → (B, heads, H·W, d), the same memory."""
+    """Split the channels into heads, as a view: (B, H, W, C) → (B, heads, H·W, d)."""
     return x.unflatten(3, (heads, x.shape[3] // heads)).flatten(1, 2).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ query by query
+# ------------------------------------------------------------------------------------------------ gathered keys
 
 
 def _gather_attention(qkv: Tensor, table: Tensor, scale: float, dilation: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,7 +162,7 @@ def _eager(
 
 
 class NeighborhoodFunction(Protocol):
-    """What a backend computes: q, k, v (B, heads, H·W, d) and table (heads, 2K-1, 2K-1) → (B, heads, H·W, d)."""
+    """Function of a backend: q, k, v (B, heads, H·W, d) and table (heads, 2K-1, 2K-1) → (B, heads, H·W, d)."""
 
     def __call__(
         self,
@@ -180,7 +180,7 @@ class NeighborhoodFunction(Protocol):
 
 
 def _kernel_backend(name: str) -> NeighborhoodFunction:
-    """Return the backend that runs one of the registered sets of kernels."""
+    """Return the backend that runs a registered kernel module."""
 
     def run(
         q: Tensor,
@@ -211,11 +211,11 @@ register_neighborhood_kernels("triton", partial(_load_kernels, "triton"))
 
 def _unsupported_by_matmul(call: Call) -> str:
     if is_transformed(*call[:5]):
-        return "torch.func and forward-mode derivatives look inside, and torch's fused attention has none of the latter"
+        return "torch.func and forward-mode derivatives need plain operations, and torch's fused attention is not one"
     return ""
 
 
-_MAX_TRITON_KERNEL = 32  # `MAX_KERNEL` of kernels that only those can import who have Triton
+_MAX_TRITON_KERNEL = 32  # `MAX_KERNEL` of the Triton kernels, which cannot be imported without Triton
 
 
 def _unsupported_by_triton_neighborhood(call: Call) -> str:
@@ -226,7 +226,7 @@ def _unsupported_by_triton_neighborhood(call: Call) -> str:
 
 
 def _backend(name: str, run: NeighborhoodFunction, priority: int, refuses: Callable[[Call], str]) -> Backend:
-    """Return a backend of the core's name: what it needs is the same."""
+    """Return a backend with the name of a backend of `deformable_attention`, which has the same requirements."""
     return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses)
 
 
@@ -240,3 +240,8 @@ _BACKENDS = {
         _backend("triton", _kernel_backend("triton"), 40, _unsupported_by_triton_neighborhood),
     )
 }
+
+
+def check_neighborhood_backend(name: str) -> None:
+    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a backend of `neighborhood_attention`."""
+    check_backend(name, _BACKENDS)

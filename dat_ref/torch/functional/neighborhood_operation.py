@@ -1,14 +1,14 @@
-"""Neighborhood attention as one operation of PyTorch, `dat_ref::neighborhood_attention`: see `operation`.
+"""Neighborhood attention as one PyTorch operation, `dat_ref::neighborhood_attention`: see `operation`.
 
-A set of kernels is a module, or any other object, with two functions::
+A kernel module is a module, or any other object, with two functions::
 
     neighborhood_forward(q, k, v, table, *, size, kernel, dilation, scale) -> (out, lse)
     neighborhood_backward(grad_out, q, k, v, table, out, lse, *, size, kernel, dilation, scale, deterministic)
         -> (grad_q, grad_k, grad_v, grad_table)
 
 with q, k, v, out and grad_out (B, heads, H·W, d), table (heads, 2K-1, 2K-1) and lse (B, heads, H·W), the log-sum-exp
-of each row's logits. Values may come with any strides; outputs and gradients lie in memory
-as what they belong to.
+of each query's logits. Inputs may have any strides. The output has the memory layout of q, and each gradient that of
+its input.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _KERNELS: dict[str, Callable[[], Any]] = {}
 
 
 def register_neighborhood_kernels(name: str, load: Callable[[], Any]) -> None:
-    """Name a set of kernels.
+    """Register a kernel module.
 
     Args:
-        name: for `fused_neighborhood_attention`.
-        load: returns the set; called when it is needed, never at import.
+        name: name for `fused_neighborhood_attention`.
+        load: function that returns the kernel module; called on first use, never at import.
     """
     _KERNELS[name] = load
 
@@ -61,7 +61,10 @@ def fused_neighborhood_attention(
         q, k, v: (B, heads, H·W, d).
         table: (heads, 2K-1, 2K-1).
         size: (H, W).
-        kernels: which of the registered sets computes it.
+        kernel: K, keys per axis.
+        dilation: δ, distance in pixels between neighboring keys.
+        scale: factor of the dot products.
+        kernels: name of a registered kernel module.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     return _operation(q, k, v, table, size, kernel, dilation, scale, kernels, deterministic)[0]  # type: ignore[no-any-return]
@@ -120,7 +123,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     geometry = {"size": tuple(size), "kernel": kernel, "dilation": dilation, "scale": scale}
     kernel_module = _KERNELS[kernels]()
-    grad_out = _match_layout(grad_out, out)  # cotangents come expanded, transposed, from anywhere
+    grad_out = _match_layout(grad_out, out)  # cotangents can be expanded or transposed
     grads = kernel_module.neighborhood_backward(
         grad_out, q, k, v, table, out, lse, **geometry, deterministic=deterministic
     )
@@ -131,7 +134,7 @@ _LIBRARY.impl("neighborhood_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("neighborhood_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-# ------------------------------------------------------------------------------------------------ its rules
+# ------------------------------------------------------------------------------------------------ rules
 
 
 @torch.library.register_fake("dat_ref::neighborhood_attention", lib=_LIBRARY)
@@ -149,7 +152,7 @@ def _backward_shapes(
 def _differentiable_gradients(
     grad_out: Tensor, inputs: Sequence[Tensor], geometry: tuple[Any, ...], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients by plain operations, which have gradients themselves."""
+    """Return the gradients, computed with differentiable operations."""
     size, kernel, dilation, scale, kernels, _ = geometry
     warn_once(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
     options = {"size": size, "kernel": kernel, "dilation": dilation, "scale": scale, "dropout": 0.0}
@@ -170,4 +173,4 @@ for _device, _key in {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Auto
 @register_flop_formula(torch.ops.dat_ref.neighborhood_attention)
 def _flops(q: Any, k: Any, v: Any, table: Any, size: Any, kernel: int, dilation: int, *others: Any, **_: Any) -> int:
     keys = axis_kernel(size[0], kernel, dilation) * axis_kernel(size[1], kernel, dilation)
-    return int(2 * keys * (math.prod(q) + math.prod(v)))  # of shapes
+    return int(2 * keys * (math.prod(q) + math.prod(v)))  # q and v are shapes

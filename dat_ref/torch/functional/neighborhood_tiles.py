@@ -1,11 +1,11 @@
 """Neighborhood attention in plain PyTorch, by tiles of queries: backend ``"matmul"`` and kernels ``"blockwise"``.
 
-Gathering the K² keys of every query would copy each key K² times. Instead the queries are cut into T × T tiles with
-T = ⌈K/2⌉; the keys that a tile needs form a rectangle of at most (T+K-1)², and inside it a mask hides what a query does
-not see. The products are then dense ones. With dilation every interleaved sub-map is cut into tiles of its own.
+Gathering the K² keys of every query would copy each key K² times. Instead the queries are split into T × T tiles with
+T = ⌈K/2⌉. The keys of a tile form a rectangle of at most (T+K-1)², in which a mask hides the keys outside a query's
+neighborhood. So the products are dense. With dilation, each interleaved sub-map is split into its own tiles.
 
-Autograd on ``"matmul"`` keeps the logits of all tiles. The kernels keep none of them: forward and backward work on some
-tiles at a time, and the backward pass computes the weights again.
+With ``"matmul"``, autograd stores the logits of all tiles. The kernels store none: the forward and the backward pass
+compute some tiles at a time, and the backward pass recomputes the weights.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...peers.neighborhood import axis_kernel
 from ._dtypes import wide_dtype
+from ._sdpa import masked_attention
 from ._symbolic import ceil_div
 from .grid import Size
 
-# Logits computed at once by the kernels: on a CPU few, so that they stay in cache, elsewhere enough for a whole device.
+# Maximum number of logits that the kernels compute at once: they fit into the cache of a CPU, or occupy an accelerator.
 _MAX_LOGITS = {"cpu": 1 << 20}
 _DEFAULT_MAX_LOGITS = 1 << 27
-_MAX_TILE = 16  # of the kernels: a row of tiles must not have too many logits, however large K is
+_MAX_TILE = 16  # of the kernels; limits the logits of a row of tiles for large K
 
 
-# ------------------------------------------------------------------------------------------------ an axis
+# ------------------------------------------------------------------------------------------------ one axis
 
 
 def submap_length(length: int, submap: Tensor, dilation: int) -> Tensor:
-    """Return ⌈(length - ρ)/δ⌉, the pixels of each sub-map ρ."""
+    """Return the number of pixels of each sub-map ρ, ⌈(length - ρ)/δ⌉."""
     return (length - submap + dilation - 1) // dilation
 
 
 def first_key(query: Tensor, length: Tensor, num_keys: int) -> Tensor:
-    """Return where the neighborhood of a query begins, on a sub-map of this length."""
+    """Return the first key in the neighborhood of a query, on a sub-map of this length."""
     return torch.minimum((query - num_keys // 2).clamp(min=0), (length - num_keys).clamp(min=0))
 
 
 class Axis(NamedTuple):
-    """One axis cut into tiles of T queries, sub-map after sub-map."""
+    """One axis, split into tiles of T queries, one sub-map after the other."""
 
-    queries: Tensor  # (tiles, T), the queries of each tile
-    exists: Tensor  # (tiles, T), whether there is such a query
-    position: Tensor  # (length,), where among those each query is
-    keys: Tensor  # (tiles, span), the keys of each tile
-    # (tiles, T, span), displacement + K - 1; any valid index where the query does not see the key
+    queries: Tensor  # (tiles, T), queries of each tile
+    exists: Tensor  # (tiles, T), False for padding queries
+    position: Tensor  # (length,), position of each query in the flattened `queries`
+    keys: Tensor  # (tiles, span), keys of each tile
+    # (tiles, T, span), displacement + K - 1; any valid index if the key is not visible
     table_offset: Tensor
-    visible: Tensor  # (tiles, T, span)
+    visible: Tensor  # (tiles, T, span), whether the key is in the query's neighborhood
 
     def select_tiles(self, tiles: slice) -> Axis:
-        """Return some of the tiles; `position` stays that of all."""
+        """Return a range of tiles, with the `position` of all tiles."""
         return self._replace(
             queries=self.queries[tiles],
             exists=self.exists[tiles],
@@ -64,16 +64,16 @@ class Axis(NamedTuple):
 
 
 def tile_axis(length: int, kernel: int, dilation: int, tile_size: int, device: torch.device) -> Axis:
-    """Cut an axis into tiles of `tile_size` queries."""
+    """Split an axis into tiles of `tile_size` queries."""
     num_keys = axis_kernel(length, kernel, dilation)
-    longest = ceil_div(length, dilation)  # of the sub-maps
+    longest = ceil_div(length, dilation)  # length of the longest sub-map
     tiles = ceil_div(longest, tile_size)
     span = min(tile_size + num_keys - 1, longest)
     tile = torch.arange(tiles, device=device)[:, None]
     submap = torch.arange(dilation, device=device)[:, None, None]
     lengths = submap_length(length, submap, dilation)
-    # Counted inside a sub-map: keys (δ, tiles, span) and queries (δ, tiles, T). Queries beyond its end repeat the last
-    # one, and their results are thrown away; keys beyond it are seen by nobody.
+    # Indices inside a sub-map: keys (δ, tiles, span) and queries (δ, tiles, T). Queries past its end repeat the last
+    # one, and their results are dropped. Keys past its end are visible to no query.
     first = torch.minimum((tile * tile_size - num_keys // 2).clamp(min=0), (lengths - span).clamp(min=0))
     keys = first + torch.arange(span, device=device)
     position = tile * tile_size + torch.arange(tile_size, device=device)
@@ -92,12 +92,12 @@ def tile_axis(length: int, kernel: int, dilation: int, tile_size: int, device: t
 
 
 def _pixel_index(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Return the indices of the pixels of all tiles, from the rows (tiles down, …) and columns (tiles across, …)."""
+    """Return the pixel indices of all tiles, from the rows (tiles_y, …) and columns (tiles_x, …) of the tiles."""
     return (rows[:, None, :, None] * width + columns[:, None, :]).flatten()
 
 
 def _tile_order(axis_y: Axis, axis_x: Axis) -> Tensor:
-    """Return where in the order of tiles the query of each pixel is, (H·W,)."""
+    """Return the position of each pixel's query in tile order, (H·W,)."""
     tiles, tile_size = axis_x.queries.shape
     tile = (axis_y.position // tile_size)[:, None] * tiles + axis_x.position // tile_size
     rows = tile * tile_size + (axis_y.position % tile_size)[:, None]
@@ -105,29 +105,32 @@ def _tile_order(axis_y: Axis, axis_x: Axis) -> Tensor:
 
 
 def _select_pixels(x: Tensor, pixels: Tensor) -> Tensor:
-    """(B, heads, pixels, d) → (B, heads, selected pixels, d)."""
-    # Many times faster than along the third axis.
+    """Select pixels: (B, heads, pixels, d) → (B, heads, selected pixels, d)."""
+    # One flattened axis is many times faster than `index_select` along the third axis.
     selected = x.reshape(-1, x.shape[3]).index_select(0, _row_index(x, pixels))
     return selected.view(x.shape[0], x.shape[1], pixels.shape[0], x.shape[3])
 
 
 def _row_index(x: Tensor, pixels: Tensor) -> Tensor:
-    """Return the indices of selected pixels of all images and heads, where those are one axis."""
+    """Return the indices of selected pixels in the flattened axis of images, heads and pixels."""
     return (torch.arange(x.shape[0] * x.shape[1], device=x.device)[:, None] * x.shape[2] + pixels).flatten()
 
 
 def _gather_tiles(x: Tensor, pixels: Tensor, axis_y: Axis, axis_x: Axis) -> Tensor:
-    """(B, heads, H·W, d) → (B, heads, tiles, pixels of a tile, d)."""
+    """Gather the pixels of each tile: (B, heads, H·W, d) → (B, heads, tiles, pixels of a tile, d)."""
     return _select_pixels(x, pixels).unflatten(2, (axis_y.queries.shape[0] * axis_x.queries.shape[0], -1))
 
 
 def _table_index(side: int, axis_y: Axis, axis_x: Axis) -> Tensor:
-    """Return where in a table (side, side) each pair of a tile reads: (tiles down, across, T, T, span_y, span_x)."""
+    """Return the table index of each pair of query and key, (tiles_y, tiles_x, T, T, span_y, span_x).
+
+    The table is (side, side).
+    """
     return axis_y.table_offset[:, None, :, None, :, None] * side + axis_x.table_offset[None, :, None, :, None, :]
 
 
 def _mask(table: Tensor, axis_y: Axis, axis_x: Axis) -> Tensor:
-    """Return what is added to the logits: (heads, tiles, T², span_y · span_x)."""
+    """Return the bias of each pair of query and key, -inf for invisible keys: (heads, tiles, T², span_y · span_x)."""
     index = _table_index(table.shape[2], axis_y, axis_x)
     visible = axis_y.visible[:, None, :, None, :, None] & axis_x.visible[None, :, None, :, None, :]
     bias = table.flatten(1).index_select(1, index.flatten()).view(table.shape[0], *index.shape)
@@ -149,12 +152,16 @@ def tiled_attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Attend with plain operations, of which a compiler or an exporter takes any size for a symbol.
+    """Attend with plain operations; compilers and exporters can treat all sizes as symbols.
 
     Args:
         q, k, v: (B, heads, H·W, d).
         table: (heads, 2K-1, 2K-1).
         size: (H, W).
+        kernel: K, keys per axis.
+        dilation: δ, distance in pixels between neighboring keys.
+        scale: factor of the dot products.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         (B, heads, H·W, d).
@@ -164,8 +171,7 @@ def tiled_attention(
     queries = _gather_tiles(q, _pixel_index(axis_y.queries, axis_x.queries, size[1]), axis_y, axis_x)
     keys, values = (_gather_tiles(x, pixels, axis_y, axis_x).flatten(1, 2) for x in (k, v))
     mask = _mask(table.to(q.dtype), axis_y, axis_x).flatten(0, 1)[None]
-    options = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
-    attended = F.scaled_dot_product_attention(queries.flatten(1, 2), keys, values, **options)  # type: ignore[arg-type]
+    attended = masked_attention(queries.flatten(1, 2), keys, values, mask, scale=scale, dropout=dropout)
     return _select_pixels(attended.view(*queries.shape[:-1], v.shape[3]).flatten(2, 3), _tile_order(axis_y, axis_x))
 
 
@@ -175,10 +181,10 @@ def tiled_attention(
 def neighborhood_forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, size: Size, kernel: int, dilation: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and logarithms, see `neighborhood_operation`."""
+    """Compute output and log-sum-exp, see `neighborhood_operation`."""
     axis_y, axis_x = _axes(size, kernel, dilation, q.device)
     wide, count = wide_dtype(q), axis_y.queries.numel() * axis_x.queries.numel()
-    out = q.new_empty(*q.shape[:2], count, v.shape[3], dtype=v.dtype)  # in the order of tiles
+    out = q.new_empty(*q.shape[:2], count, v.shape[3], dtype=v.dtype)  # in tile order
     lse = q.new_empty(*q.shape[:2], count, dtype=wide)
     for images, chunk_y, query_slice in _work_chunks(q, axis_y, axis_x):
         query_pixels, key_pixels = (
@@ -217,7 +223,7 @@ def neighborhood_backward(
     axis_y, axis_x = _axes(size, kernel, dilation, q.device)
     wide, count = lse.dtype, axis_y.queries.numel() * axis_x.queries.numel()
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-    grad_q = q.new_empty(*q.shape[:2], count, q.shape[3])  # in the order of tiles
+    grad_q = q.new_empty(*q.shape[:2], count, q.shape[3])  # in tile order
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     grad_table = torch.zeros_like(table, dtype=wide)
     for images, chunk_y, query_slice in _work_chunks(q, axis_y, axis_x):
@@ -226,7 +232,7 @@ def neighborhood_backward(
         )
         queries, lse_tile = (_gather_tiles(x[images], query_pixels, chunk_y, axis_x) for x in (q, lse[..., None]))
         exists = (chunk_y.exists[:, None, :, None] & axis_x.exists[:, None, :]).flatten(2).flatten(0, 1)[..., None]
-        # What belongs to no query must give nothing a gradient.
+        # Padding queries must not contribute to any gradient.
         grad_out_tile, delta_tile = (
             _gather_tiles(x[images], query_pixels, chunk_y, axis_x).masked_fill_(~exists, 0) for x in (grad_out, delta)
         )
@@ -253,10 +259,10 @@ def _axes(size: Size, kernel: int, dilation: int, device: torch.device) -> tuple
 
 
 def _work_chunks(q: Tensor, axis_y: Axis, axis_x: Axis) -> Iterator[tuple[slice, Axis, slice]]:
-    """Cut the work: some images, some rows of tiles, and where their queries are in the order of tiles."""
+    """Yield ranges of images, rows of tiles, and the range of their queries in tile order."""
     budget = _MAX_LOGITS.get(q.device.type, _DEFAULT_MAX_LOGITS)
-    tiles, row_queries = axis_y.queries.shape[0], axis_x.queries.numel() * axis_y.queries.shape[1]  # of a row of tiles
-    row_logits = q.shape[1] * row_queries * axis_y.keys.shape[1] * axis_x.keys.shape[1]  # of a row of an image
+    tiles, row_queries = axis_y.queries.shape[0], axis_x.queries.numel() * axis_y.queries.shape[1]  # per row of tiles
+    row_logits = q.shape[1] * row_queries * axis_y.keys.shape[1] * axis_x.keys.shape[1]  # per row of tiles of an image
     chunks = ceil_div(tiles, min(max(budget // row_logits, 1), tiles))
     rows = ceil_div(tiles, chunks)
     images = max(budget // (row_logits * rows), 1)
@@ -271,5 +277,5 @@ def _logits(queries: Tensor, keys: Tensor, scale: float, mask: Tensor) -> Tensor
 
 
 def _copy_like(x: Tensor, like: Tensor) -> Tensor:
-    """Return the values in memory and in the dtype as `like` is."""
+    """Return a copy with the memory layout and dtype of `like`."""
     return torch.empty_like(like).copy_(x)

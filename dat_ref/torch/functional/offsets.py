@@ -1,4 +1,4 @@
-"""From queries to points: the offset network θ and the bound on its output, `dat_ref.ops.offsets` on tensors."""
+"""Offset network θ and offset bounds: `dat_ref.ops.offsets` on tensors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ LAYER_NORM_EPSILON = 1e-5
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: Padding = ((0, 0), (0, 0))
 ) -> Tensor:
-    """Convolve each channel with a kernel of its own.
+    """Convolve each channel with its own kernel.
 
     Args:
         x: (B, G·C, H, W).
-        weight: (C, 1, k, k), shared by the G runs of channels; G is 1 if x has C channels.
+        weight: (C, 1, k, k), shared by the G groups of channels; G is 1 if x has C channels.
         bias: (C,) or None.
+        stride: stride in pixels.
+        padding: zero padding, ((top, bottom), (left, right)).
     """
     repeats = x.shape[1] // weight.shape[0]
-    if repeats > 1:  # repeating a small kernel is cheaper than folding the map's channels into its batch
+    if repeats > 1:  # repeating a small kernel is cheaper than moving groups of channels to the batch axis
         weight = weight.repeat(repeats, 1, 1, 1)
         bias = None if bias is None else bias.repeat(repeats)
     (top, bottom), (left, right) = padding
@@ -43,13 +45,16 @@ def offset_network(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Predict raw offsets Δ from the queries around each key cell.
 
-    The depthwise convolution runs in the queries' dtype, the rest in float32 or wider: it is small, and its result is
-    where the points go.
+    The depthwise convolution is computed in the queries' dtype. The other steps are computed in float32 or wider: they
+    are cheap, and they define the sampling positions.
 
     Args:
-        queries: (B·G, C/G, H, W); or (B, C, H, W) with ``groups=G``, which saves cutting the map into its groups.
+        queries: (B·G, C/G, H, W); or (B, C, H, W) with ``groups=G``, which avoids splitting the map into groups.
         params: ``depthwise`` weight (C/G, 1, k, k) and bias; ``norm`` weight and bias; ``pointwise`` weight (2, C/G),
-            or (2N, C/G) for N points a key cell.
+            or (2N, C/G) for N points per key cell.
+        stride: stride of the depthwise convolution in pixels.
+        padding: its zero padding, see `offset_padding`.
+        groups: G if `queries` is (B, C, H, W).
 
     Returns:
         raw offsets (B·G, 2 or 2N, Hk, Wk), channel 0 is y, float32 or wider; and the intermediates ``windows``,
@@ -69,7 +74,7 @@ def offset_network(
 
 
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> tuple[float, float]:
-    """Return the largest offset of ``TANH_CELLS`` on each axis, normalised: (s/2) · pitch of the key grid."""
+    """Return the maximum offset of ``TANH_CELLS`` on each axis, normalized: s/2 times the spacing of the key grid."""
     gap = convention.value.reference.gap
     return offset_range / max(key_size[0] - gap, 1), offset_range / max(key_size[1] - gap, 1)
 
@@ -80,16 +85,17 @@ def bound_offsets(
     """Move the reference points by bounded offsets.
 
     Args:
-        raw: Δ (B, G, Hk, Wk, 2), the network's output.
-        reference: p (Hk, Wk, 2), normalised.
+        raw: raw offsets Δ (B, G, Hk, Wk, 2), the network's output.
+        reference: p (Hk, Wk, 2), normalized.
         bound: see `OffsetBound`.
-        offset_range: s, the width in key cells of the region that ``TANH_CELLS`` leaves to a point.
+        offset_range: s; with ``TANH_CELLS`` a point moves at most s/2 key cells in each direction.
+        convention: geometry of the key grid.
 
     Returns:
-        (offsets, points), both (B, G, Hk, Wk, 2), normalised.
+        (offsets, points), both (B, G, Hk, Wk, 2), normalized.
 
     Raises:
-        ConfigError: if a reference is infinite (a single key under ``DATPP2023``) and the bound cannot bring it back.
+        ConfigError: if a reference is infinite (a single key in ``DATPP2023``) and the bound does not make it finite.
     """
     reference = reference.to(raw.dtype)
     key_size = (reference.shape[0], reference.shape[1])
@@ -106,6 +112,8 @@ def bound_offsets(
         return raw, torch.clamp(reference + raw, -1, 1)
     if bound is OffsetBound.RAW:
         return raw, reference + raw
+    if bound is not OffsetBound.NONE:
+        raise ConfigError(f"bound: expected OffsetBound, got {bound!r}")
     return torch.zeros_like(raw), torch.clamp(reference.expand(raw.shape), -1, 1)
 
 

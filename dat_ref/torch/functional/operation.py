@@ -1,8 +1,8 @@
-"""The core as one operation of PyTorch, `dat_ref::deformable_attention`, behind which stand the kernels.
+"""Deformable attention as one PyTorch operation, `dat_ref::deformable_attention`, implemented by kernel modules.
 
-For compilers, exporters, autograd and autocast it is a single node: they need not look inside, and a kernel in whatever
-language need not look outside. A set of kernels is a module, or any other object, with the two functions that
-`dat_ref.torch.kernels` describes, and gets its name with `register_kernels`.
+For compilers, exporters, autograd and autocast the operation is a single node, in whatever language its kernels are
+written. A kernel module is a module, or any other object, with the two functions that `dat_ref.torch.kernels`
+describes. `register_kernels` gives it a name.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _KERNELS: dict[str, Callable[[], Any]] = {}
 
 
 def register_kernels(name: str, load: Callable[[], Any]) -> None:
-    """Name a set of kernels.
+    """Register a kernel module.
 
     Args:
-        name: for `fused_attention`.
-        load: returns the set; called when it is needed, never at import.
+        name: name for `fused_attention`.
+        load: function that returns the kernel module; called on first use, never at import.
     """
     _KERNELS[name] = load
 
@@ -48,22 +48,23 @@ def fused_attention(
     scale: float,
     kernels: str,
 ) -> Tensor:
-    """Run the operation: softmax(scale · q kᵀ + B) v, with the bias B in canonical form.
+    """Run the operation: softmax(scale · q kᵀ + B) v, with the bias B in affine form.
 
     Args:
         q: (B, heads, H·W, d).
         k, v: (B, heads, Ns, d).
-        origin, step: where the table is read, see `bias.table_index`.
+        origin, step: index into the table, see `bias.table_index`.
         table: (heads, T_y, T_x).
         query_size: (H, W).
-        kernels: which of the registered sets computes it.
+        scale: factor of the dot products.
+        kernels: name of a registered kernel module.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     return _operation(q, k, v, origin, table, query_size, *step, scale, kernels, deterministic)[0]
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Return whether `torch.func` or forward-mode differentiation is at work, which must look inside an operation."""
+    """Return whether `torch.func` or forward-mode differentiation is active. They need plain operations."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
@@ -75,7 +76,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 # ------------------------------------------------------------------------------------------------ the operation
 
-# Scalars and not floats: compilers keep the former symbolic where they follow from the size of a map.
+# `Scalar` instead of `float`: compilers keep a `Scalar` symbolic if it is computed from the size of a map.
 _GEOMETRY = "SymInt[2] query_size, Scalar step_y, Scalar step_x, Scalar scale, str kernels, bool deterministic"
 _VALUES = "Tensor q, Tensor k, Tensor v, Tensor origin, Tensor table"
 
@@ -128,7 +129,7 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, ...]:
     grads = _KERNELS[kernels]().deformable_backward(
-        _match_layout(grad_out, out),  # cotangents come expanded, transposed, from anywhere
+        _match_layout(grad_out, out),  # cotangents can be expanded or transposed
         q,
         k,
         v,
@@ -145,7 +146,7 @@ def _backward(
 
 
 def _match_layout(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor laid out in memory as `torch.empty_like` would be."""
+    """Return the tensor in the memory layout of `torch.empty_like(like)`."""
     if tensor.stride() == like.stride():
         return tensor
     empty = torch.empty_like(like, dtype=tensor.dtype)
@@ -156,7 +157,7 @@ _LIBRARY.impl("deformable_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("deformable_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-# ------------------------------------------------------------------------------------------------ its rules
+# ------------------------------------------------------------------------------------------------ rules
 
 
 @torch.library.register_fake("dat_ref::deformable_attention", lib=_LIBRARY)
@@ -174,7 +175,7 @@ def _backward_shapes(
 def _differentiable_gradients(
     grad_out: Tensor, inputs: Sequence[Tensor], geometry: tuple[Any, ...], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients by plain operations, which have gradients themselves."""
+    """Return the gradients, computed with differentiable operations."""
     query_size, step_y, step_x, scale, kernels, _ = geometry
     warn_once(f"The kernels {kernels!r} have no second derivative; plain operations compute these gradients again.")
     q, k, v, origin, table = inputs

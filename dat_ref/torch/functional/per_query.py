@@ -1,4 +1,4 @@
-"""Attention in which every query has sampled keys of its own: `dat_ref.peers.per_query` on tensors."""
+"""Attention with separate sampled keys for each query: `dat_ref.peers.per_query` on tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sampling import Sampler, sample_tokens
 
 
 def lattice(size: Size, kernel: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-    """Return where keys stand without offsets, in pixels: (H·W, kernel², 2), around every pixel."""
+    """Return the key positions without offsets, in pixels: (H·W, kernel², 2), around every pixel."""
     axes = [
         torch.arange(length, dtype=dtype, device=device)[:, None]
         + (torch.arange(kernel, dtype=dtype, device=device) - kernel // 2)
@@ -34,13 +34,14 @@ def attend_at_points(
     *,
     sampler: Sampler = "gather",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Attend from every query to keys sampled at points of its own.
+    """Attend from every query to the keys sampled at its own points.
 
     Args:
         query: (B, C, M).
-        x: (B, C, H, W), the map that is sampled.
-        points_px: (B, G, M, N, 2), (y, x), in pixels; group g moves channels [g·C/G, (g+1)·C/G) of x.
+        x: (B, C, H, W), the sampled map.
+        points_px: (B, G, M, N, 2), (y, x), in pixels; group g samples channels [g·C/G, (g+1)·C/G) of x.
         params: ``key`` and ``value``, each weight (C, C) and bias (C,).
+        heads: number of heads.
         bias: (B or 1, heads, M, N), or None.
         sampler: see `bilinear_sample`.
 
@@ -53,7 +54,7 @@ def attend_at_points(
     kv_weight, kv_bias = (torch.cat((params["key"][leaf], params["value"][leaf])) for leaf in ("weight", "bias"))
     tokens = x.permute(0, 2, 3, 1).unflatten(3, (groups, dim // groups))
     projected = torch.einsum("byxgc,ogc->byxgo", tokens, kv_weight.unflatten(1, (groups, dim // groups)))
-    # One group after the other: a group's samples of all 2C channels are large.
+    # One group at a time: the samples of a group have all 2C channels and are large.
     sampled = kv_bias
     for group in range(groups):
         group_slice = slice(group, group + 1)

@@ -1,4 +1,4 @@
-"""Which backend computes the core: a registry, and a choice that says why when it is not the one that was asked for."""
+"""Backend registry. Selects a backend for each call and warns with the reason when it falls back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..._checks import ConfigError
 from ..._deprecation import deprecated_keywords
 from ...config import BiasResolution
 from ...conventions import Convention
@@ -16,14 +17,14 @@ from .grid import Size
 
 
 class BackendWarning(UserWarning):
-    """The backend that was asked for cannot serve, and another one does; said once for each reason."""
+    """Warning that another backend runs a call than the requested one. It appears once for each reason."""
 
 
 class CoreFunction(Protocol):
-    """What a backend computes: the arguments of `deformable_attention`, checked, with the scale filled in.
+    """Function of a backend. The arguments are the checked arguments of `deformable_attention`, with `scale` set.
 
-    It returns (B, heads, H·W, d) in the dtype of `v`, differentiable in all five tensors; the geometry (points, and
-    where the table is read) is float32 or wider, under autocast too.
+    It returns (B, heads, H·W, d) in the dtype of `v`, differentiable in all five tensors. It computes the geometry
+    (points and table positions) in float32 or wider, also under autocast.
     """
 
     def __call__(
@@ -43,7 +44,7 @@ class CoreFunction(Protocol):
 
 
 class Call(NamedTuple):
-    """What a backend is asked to compute, as far as it may want to refuse."""
+    """Arguments of a call that decide whether a backend supports it."""
 
     q: Tensor
     k: Tensor
@@ -55,14 +56,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute the core."""
+    """Implementation of attention."""
 
     name: str
-    run: Callable[..., Tensor]  # `CoreFunction`, or what another operation asks for
-    description: str  # one line for people
-    priority: int  # "auto" tries higher ones first
-    missing: Callable[[], str]  # why this machine cannot run it, or nothing
-    refuses: Callable[[Call], str]  # why it cannot serve this call, or nothing
+    run: Callable[..., Tensor]  # `CoreFunction`, or the function type of another operation
+    description: str  # one line for users
+    priority: int  # "auto" prefers higher values
+    missing: Callable[[], str]  # returns the reason why this machine cannot run it, or ""
+    refuses: Callable[[Call], str]  # returns the reason why it does not support a call, or ""
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -79,29 +80,33 @@ def register_backend(
     missing: Callable[[], str] = lambda: "",
     refuses: Callable[[Call], str] = lambda call: "",
 ) -> None:
-    """Add a backend, or replace the one of that name.
+    """Add a backend, or replace the backend with the same name.
 
     Args:
-        name: what callers pass as ``backend=``.
+        name: value of ``backend=``.
         run: the computation, see `CoreFunction`.
-        description: one line about it.
-        priority: ``"auto"`` takes the backend of the highest priority that is not missing and does not refuse. Ours
-            have 40 (``"triton"``), 30 (``"cpu"``), 20 (``"blockwise"``), 10 (``"matmul"``) and 0 (``"eager"``).
-        missing: returns why this machine cannot run it, ``""`` if it can. Asked only where it does not refuse, once a
-            call: it should remember its answer.
-        refuses: returns why it cannot serve a call (device, dtype, dropout, …), ``""`` if it can. `torch.compile`
-            traces it, so it may look at what tensors are and not at what they hold.
+        description: one line for users.
+        priority: ``"auto"`` selects the backend with the highest priority that is available and supports the call. The
+            built-in backends have 40 (``"triton"``), 30 (``"cpu"``), 20 (``"blockwise"``), 10 (``"matmul"``) and 0
+            (``"eager"``).
+        missing: returns the reason why this machine cannot run it, or ``""``. Called once per call, after `refuses`;
+            cache the result.
+        refuses: returns the reason why it does not support a call (device, dtype, dropout, …), or ``""``.
+            `torch.compile` traces it, so it must not depend on values of tensors.
+
+    Raises:
+        ValueError: for the name ``"auto"``.
     """
     if name == "auto":
-        raise ValueError("name: expected any name but 'auto', which chooses among the others")
+        raise ValueError("name: expected any name but 'auto', which selects one of the others")
     _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses)
 
 
 def backends(*, missing: bool = False) -> dict[str, str]:
-    """Return the backends that this machine can run, by name, each with a line about it.
+    """Return the backends that this machine can run: name → description.
 
     Args:
-        missing: return those that it cannot run instead, each with the reason.
+        missing: return the other backends instead: name → reason.
     """
     reasons = {name: backend.missing() for name, backend in _BACKENDS.items()}
     if missing:
@@ -109,25 +114,32 @@ def backends(*, missing: bool = False) -> dict[str, str]:
     return {name: _BACKENDS[name].description for name, reason in reasons.items() if not reason}
 
 
+def check_backend(name: str, candidates: Mapping[str, Backend] = _BACKENDS) -> None:
+    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a candidate."""
+    if name != "auto" and name not in candidates:
+        raise ConfigError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+
+
 def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
-    """Return the backend of that name if it can serve the call, else the best that can.
+    """Return the named backend if it supports the call, otherwise the best one that does.
 
     Args:
-        candidates: the backends, by name; of another operation the names must be among those of the core.
+        name: name of a backend, or ``"auto"``.
+        call: the arguments of the call.
+        candidates: backends by name. Each name must be registered with `register_backend`.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name == "auto":
         return _best_supported(call, candidates)
-    if name not in candidates:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+    check_backend(name, candidates)
     requested = candidates[name]
     reason = _unsupported_reason(requested, call)
     if not reason:
         return requested
     fallback = _best_supported(call, candidates)
-    warn_once(f"backend={name!r} cannot serve: {reason}. {fallback.name!r} does instead.")
+    warn_once(f"backend={name!r} does not support this call: {reason}. Using {fallback.name!r}.")
     return fallback
 
 
@@ -138,7 +150,7 @@ def _best_supported(call: Call, candidates: Mapping[str, Backend]) -> Backend:
         if better and not _unsupported_reason(backend, call):
             best = backend
     if best is None:
-        raise ValueError("backend: none of the registered ones can serve this call")
+        raise ValueError("backend: no registered backend supports this call")
     return best
 
 
@@ -147,9 +159,9 @@ def _unsupported_reason(backend: Backend, call: Call) -> str:
 
 
 def _constant(function: Any) -> Any:
-    """Have compilers run a function once and not look inside, as `torch.compiler.assume_constant_result` does.
+    """Make compilers run a function once instead of tracing it, as `torch.compiler.assume_constant_result` does.
 
-    Calling that would import the compiler, which takes as long as all the rest.
+    `assume_constant_result` would import the compiler, which doubles the import time.
     """
     function._dynamo_marked_constant = True
     return function
@@ -162,7 +174,7 @@ def _missing_reason(name: str) -> str:
 
 @_constant
 def warn_once(message: str) -> None:
-    """Say something to whoever called `deformable_attention`, unless it was said before."""
+    """Warn the caller of `deformable_attention`, once per message."""
     if message not in _WARNED:
         _WARNED.add(message)
         warnings.warn(message, BackendWarning, stacklevel=4)

@@ -1,25 +1,32 @@
 """Bilinear sampling φ: `dat_ref.ops.sampling` on tensors.
 
-Two samplers, equal but for rounding:
+Two samplers, equal up to rounding:
 
-- ``"gather"``: four indexed reads. On the lattice its derivative is exactly the right-hand one, as the spec's; it has a
-  forward-mode derivative, and it exports without a GridSample operator.
-- ``"grid_sample"``: torch's own operator. It takes normalised coordinates, and what rounding does to a point on the
-  lattice decides from which side its derivative is taken.
+- ``"gather"``: four indexed reads. On the lattice it has exactly the right derivative, as the spec does. It supports
+  forward-mode derivatives and exports without a GridSample operator.
+- ``"grid_sample"``: torch's own operator. It takes normalized coordinates, so rounding decides whether a point on the
+  lattice gets the left or the right derivative.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._checks import ConfigError
 from ._dtypes import wide_dtype
 
 Sampler = Literal["gather", "grid_sample"]
-SAMPLERS = ("gather", "grid_sample")
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
+
+def check_sampler(sampler: str) -> None:
+    """Raise `ConfigError` unless `sampler` is the name of a sampling method."""
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
 
 
 def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") -> Tensor:
@@ -31,8 +38,8 @@ def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather"
         sampler: ``"gather"`` or ``"grid_sample"``.
 
     Returns:
-        (N, C, P), float32 or wider. On a pixel center the pixel itself; one pixel outside or further, 0; for a NaN
-        point, NaN.
+        (N, C, P), float32 or wider. At a pixel center: the value of the pixel. One pixel outside the map or farther: 0.
+        At a NaN point: NaN.
 
     >>> ramp = torch.arange(6.0).reshape(1, 1, 2, 3)
     >>> bilinear_sample(ramp, torch.tensor([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
@@ -52,7 +59,7 @@ def _grid_sample(x: Tensor, points_px: Tensor) -> Tensor:
 
 
 def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") -> Tensor:
-    """Sample every group of channels at points of its own, channels last.
+    """Sample every group of channels at its own points, channels last.
 
     Args:
         x: (B, H, W, G, C/G).
@@ -62,17 +69,16 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
     Returns:
         (B, G, P, C/G), float32 or wider.
     """
+    check_sampler(sampler)
     if sampler == "grid_sample":
         maps = x.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B·G, C/G, H, W)
         return _grid_sample(maps, points_px.flatten(0, 1)).unflatten(0, points_px.shape[:2]).transpose(2, 3)
-    if sampler != "gather":
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
     batch, height, width, groups, channels = x.shape
     dtype = wide_dtype(x, points_px)
     point_y, point_x = points_px.to(dtype).unbind(-1)
     rows = x.reshape(batch * height * width * groups, channels)
     device = x.device
-    # Row of pixel 0 of every image and group; pixels then lie G rows apart.
+    # Row of pixel 0 of every image and group; the next pixel is G rows further.
     first_row = torch.arange(batch, device=device)[:, None] * (height * width * groups) + torch.arange(
         groups, device=device
     )
@@ -92,9 +98,9 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
 
 
 def _floor_and_fraction(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the pixel before a position, and the distance to it in [0, 1) with the derivative from the right."""
-    # Beyond two pixels outside nothing changes any more; the clamp keeps the integers small. NaN keeps its distance
-    # NaN.
+    """Return the pixel before a position, and the distance to it in [0, 1), with the right derivative."""
+    # More than one pixel outside the map all samples are zero; clamping keeps the integers small. The distance of a
+    # NaN position stays NaN.
     position = position.clamp(-2, length + 1)
     floor = position.detach().floor()
     return torch.nan_to_num(floor).long(), position - floor

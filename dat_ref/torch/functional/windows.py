@@ -1,7 +1,7 @@
 """Window and shifted-window attention (Swin): `dat_ref.peers.window` on tensors.
 
-A layer cuts its map into windows before it projects queries, keys and values: a third of what would move behind the
-projection, and heads are then views.
+A layer partitions its map into windows before it projects queries, keys and values. This moves a third of the data that
+a partition after the projection would move, and the heads are views.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._sdpa import masked_attention
 from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
 from .grid import Size
 
 
 def window_cells(size: Size, window: int, shift: int, device: torch.device | None = None) -> tuple[Size, Tensor]:
-    """Return the grid of windows and the map pixel (y, x) that each of their places holds, (nW, w², 2).
+    """Return the size of the grid of windows, and the map pixel (y, x) at each window position, (nW, w², 2).
 
-    Places of the filling hold pixels beyond the map.
+    Padding positions have pixels outside the map.
     """
     down, across = (ceil_div(length, window) for length in size)
     rows = torch.arange(down * window, device=device).roll(-shift).view(down, 1, window, 1)
@@ -31,10 +32,11 @@ def window_cells(size: Size, window: int, shift: int, device: torch.device | Non
 
 
 def window_visibility(cells: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """Return which key each query of a window may see, (nW, w², w²) of booleans: [window, query, key].
+    """Return the keys that each query of a window may attend to: (nW, w², w²) booleans, [window, query, key].
 
-    Two places see each other if they come from the same side of the seam that rolling makes, on both axes, and if both
-    lie in the map or both in the filling (whose queries are thrown away).
+    A cyclic shift puts pixels from opposite borders into one window. A query and a key see each other if, on both axes,
+    they come from the same border, and if both are in the map or both in the padding. Results of padding queries are
+    dropped.
     """
     y, x = cells.unbind(-1)
     padding = (y >= size[0]) | (x >= size[1])
@@ -45,7 +47,7 @@ def window_visibility(cells: Tensor, size: Size, window: int, shift: int) -> Ten
 
 
 def relative_index(window: int, device: torch.device | None = None) -> Tensor:
-    """Return d + w - 1 for each pair of places in a window, flattened into the table: (w²·w²,)."""
+    """Return the flat table index of the displacement d + w - 1 for each pair of window positions: (w²·w²,)."""
     position = torch.arange(window * window, device=device)
     y, x = position // window, position % window
     rows = y[:, None] - y + window - 1
@@ -68,11 +70,15 @@ def window_attention(
     Args:
         qkv: (B, H, W, 3C), the projected map, channels last.
         table: (heads, 2w-1, 2w-1).
-        return_weights: whether to write the attention out and return ``q``, ``k``, ``v`` (B·nW, heads, w², d) and
+        window: w, window size in pixels.
+        shift: cyclic shift in pixels.
+        scale: factor of the dot products.
+        dropout: probability of dropping an attention weight, for training.
+        return_weights: whether to use plain operations and return ``q``, ``k``, ``v`` (B·nW, heads, w², d) and
             ``attention`` (B·nW, heads, w², w²).
 
     Returns:
-        (B, H, W, C), and the weights if asked (else an empty dict).
+        (B, H, W, C), and a dict with the intermediates (empty without `return_weights`).
     """
     size = (qkv.shape[1], qkv.shape[2])
     windows = window_partition(qkv, window, shift)
@@ -90,7 +96,7 @@ def window_attention(
 
 
 def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """Return what is added to the logits of each window, (nW, heads, w², w²); (1, …) if that is the same for all."""
+    """Return the bias of each window, -inf for invisible keys: (nW, heads, w², w²), or (1, …) if all are equal."""
     heads, area = table.shape[0], window * window
     bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(1, heads, area, area)
     (down, across), cells = window_cells(size, window, shift, table.device)
@@ -101,7 +107,7 @@ def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
 
 
 def window_partition(x: Tensor, window: int, shift: int) -> Tensor:
-    """(B, H, W, C) → (B, nW, w², C), zeros in the filling."""
+    """Partition a map into windows, with zero padding: (B, H, W, C) → (B, nW, w², C)."""
     batch, height, width, channels = x.shape
     down, across = ceil_div(height, window), ceil_div(width, window)
     bottom, right = down * window - height, across * window - width
@@ -114,7 +120,7 @@ def window_partition(x: Tensor, window: int, shift: int) -> Tensor:
 
 
 def window_reverse(windows: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """Put the places of each window back into the map: (B, nW, w², C) → (B, H, W, C)."""
+    """Merge windows into a map, the inverse of `window_partition`: (B, nW, w², C) → (B, H, W, C)."""
     batch, channels = windows.shape[0], windows.shape[3]
     down, across = ceil_div(size[0], window), ceil_div(size[1], window)
     x = windows.reshape(batch, down, across, window, window, channels).transpose(2, 3)
@@ -147,21 +153,21 @@ def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float
         images = [F.scaled_dot_product_attention(*split_windows(one, heads), attn_mask=mask, **options) for one in qkv]
         attended = torch.stack(images) if batch > 1 else images[0][None]
         return attended.transpose(2, 3).flatten(3)
-    # Windows join the heads' axis, (B, nW·heads, w², d): one mask serves the whole batch.
+    # Merge windows and heads into one axis, (B, nW·heads, w², d), so that all images share one mask.
     q, k, v = (part.flatten(1, 2) for part in split_windows(qkv, heads))
     shared = mask.expand(count, -1, -1, -1).flatten(0, 1)[None]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=shared, **options)
+    attended = masked_attention(q, k, v, shared, scale=scale, dropout=dropout)
     return attended.unflatten(1, (count, heads)).transpose(2, 3).flatten(3)
 
 
 def _by_image(qkv: Tensor, mask: Tensor) -> bool:
-    """Return whether to attend image by image: without a copy of q, k and v, where torch's fused kernel takes them."""
+    """Return whether to attend image by image. This avoids a copy of q, k and v if torch's fused CPU kernel runs."""
     if torch.compiler.is_compiling() or qkv.device.type != "cpu":
         return False
     return not (torch.is_grad_enabled() and (qkv.requires_grad or mask.requires_grad))
 
 
 def split_windows(windows: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(…, w², 3C) → q, k, v (…, heads, w², d), without a copy."""
+    """Split projected windows into q, k and v, without a copy: (…, w², 3C) → (…, heads, w², d) each."""
     q, k, v = windows.unflatten(-1, (3, heads, -1)).unbind(-3)
     return q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)

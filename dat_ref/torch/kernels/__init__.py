@@ -51,7 +51,7 @@ def missing(name: str) -> str:
         return "no CUDA device"
     try:
         load(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
         return f"{error}; pip install 'dat-ref[{name}]'"
     return ""
 

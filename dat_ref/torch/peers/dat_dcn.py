@@ -12,7 +12,7 @@ from ...peers.dat_dcn import DATDCNAttentionConfig, DATDCNTrace, dat_dcn_names
 from .. import functional
 from ..functional.grid import Size
 from ..functional.multi_scale import sample_levels, weighted_sum
-from ..functional.sampling import Sampler
+from ..functional.sampling import Sampler, check_sampler
 from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
 from .ms_deform_attn import init_ring_offsets
 
@@ -38,6 +38,7 @@ class DATDCNAttention(PeerAttention):
     def __init__(self, config: DATDCNAttentionConfig, *, sampler: Sampler = "gather") -> None:
         super().__init__()
         dim, samples = config.dim, config.heads * config.points
+        check_sampler(sampler)
         self.config, self.sampler = config, sampler
         self.offset = nn.Linear(dim, 2 * samples)
         self.weights = nn.Linear(dim, samples)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...peers.deform_conv import ConvGeometry, DeformableConvConfig, DeformableConvTrace
 from .. import functional
-from ..functional.sampling import Sampler
+from ..functional.sampling import Sampler, check_sampler
 from .base import PeerAttention, wide_conv2d
 
 
@@ -34,6 +34,7 @@ class DeformableConv(PeerAttention):
         super().__init__()
         dim, kernel, half = config.dim, config.kernel_size, config.kernel_size // 2
         points = config.offset_groups * config.taps
+        check_sampler(sampler)
         self.config, self.sampler = config, sampler
         self.convolution = nn.Conv2d(dim, dim, kernel, padding=half, groups=config.groups)
         self.offset = nn.Conv2d(dim, 2 * points, kernel, padding=half)

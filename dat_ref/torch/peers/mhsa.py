@@ -12,6 +12,7 @@ from ...conventions import Convention
 from ...peers.mhsa import MultiHeadAttentionConfig, MultiHeadTrace
 from .. import functional
 from ..functional._dtypes import wide_dtype
+from ..functional._sdpa import masked_attention
 from ..functional.grid import Size
 from ..initialization import init_table
 from .base import PeerAttention, map_to_tokens, tokens_to_map
@@ -60,9 +61,11 @@ class MultiHeadAttention(PeerAttention):
         if traced:
             attended, attention = functional.attend(q, k, v, bias, config.scale)
         else:
-            mask = None if bias is None else bias.to(q.dtype)
             dropout = config.attention_dropout if self.training else 0.0
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=config.scale)
+            if bias is None:
+                attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=config.scale)
+            else:
+                attended = masked_attention(q, k, v, bias.to(q.dtype), scale=config.scale, dropout=dropout)
         merged = attended.transpose(1, 2).flatten(2)
         y = tokens_to_map(self.projection_dropout(self.output(merged)), size)
         if not traced:

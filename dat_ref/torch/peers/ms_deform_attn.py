@@ -20,7 +20,7 @@ from .._checks import check_tensor
 from ..functional._dtypes import wide_dtype
 from ..functional.grid import Size
 from ..functional.multi_scale import level_sizes, location_pixels, sample_levels, weighted_sum
-from ..functional.sampling import Sampler
+from ..functional.sampling import Sampler, check_sampler
 from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
 
 
@@ -52,6 +52,7 @@ class MultiScaleDeformableAttention(PeerAttention):
     def __init__(self, config: MultiScaleDeformableConfig, *, sampler: Sampler = "gather") -> None:
         super().__init__()
         dim = config.dim
+        check_sampler(sampler)
         self.config, self.sampler = config, sampler
         self.offset = nn.Linear(dim, 2 * config.samples)
         self.value = nn.Linear(dim, dim)

@@ -14,6 +14,7 @@ from .. import functional
 from .._checks import check_map
 from ..bridge import SpecModule
 from ..functional._symbolic import crop, statically_zero
+from ..functional.neighborhood import check_neighborhood_backend
 from .window import RelativeBias
 
 
@@ -35,6 +36,7 @@ class NeighborhoodAttention(SpecModule):
 
     def __init__(self, config: NeighborhoodAttentionConfig, *, backend: str = "auto") -> None:
         super().__init__()
+        check_neighborhood_backend(backend)
         self.config = config
         self.backend = backend
         self.qkv = nn.Linear(config.dim, 3 * config.dim)

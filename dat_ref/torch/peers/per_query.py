@@ -11,7 +11,7 @@ from ...ops.offsets import OffsetNetworkTrace
 from ...peers.per_query import PerQueryAttentionConfig, PerQueryTrace, PointsTrace
 from .. import functional
 from ..functional.per_query import attend_at_points, lattice
-from ..functional.sampling import Sampler
+from ..functional.sampling import Sampler, check_sampler
 from ..initialization import init_offsets
 from .base import PeerAttention, map_to_tokens, tokens_to_map
 
@@ -63,6 +63,7 @@ class PerQueryAttention(PeerAttention):
         self, config: PerQueryAttentionConfig, *, sampler: Sampler = "gather", init: Init = "released"
     ) -> None:
         super().__init__()
+        check_sampler(sampler)
         self.config, self.sampler = config, sampler
         self.query = nn.Linear(config.dim, config.dim)
         self.key = nn.Linear(config.dim, config.dim)

@@ -1,18 +1,19 @@
-"""Training: any model or peer, on scenes or on folders of images, in one process or many, stopped and gone on with.
+"""Training of any model or peer, on scenes or image folders: single- or multi-process, resumable.
 
 =============  ===================================================================================
-`data`         scenes and image folders; what is wrong with a folder is named
-`optimizer`    AdamW as the releases use it, the learning rate, the average of the weights
+`data`         data sets: scenes and image folders
+`optimizer`    AdamW as in the releases, moving average of the weights
 `mixup`        mixup and CutMix
-`checkpoint`   files that are there whole or not at all
+`checkpoint`   atomic checkpoint files with checksums
+`run_folder`   the folder of a run and its lock
 `distributed`  the processes of a run
-`sharding`     weights sharded over them
-`evaluate`     loss and accuracy, every image once
-`log`          a table of every step
-`loop`         the steps
+`sharding`     weights sharded over the processes
+`evaluate`     loss and accuracy on held-out images
+`log`          CSV log of the steps, TensorBoard events
+`loop`         the training loop
 =============  ===================================================================================
 
-What a run is, is data: `dat_ref.train_config`. ``dat-ref train`` and ``torchrun -m dat_ref.torch.train`` take the same
+`dat_ref.train_config` describes a run as data. ``dat-ref train`` and ``torchrun -m dat_ref.torch.train`` take the same
 arguments.
 """
 

@@ -1,4 +1,4 @@
-"""``torchrun -m dat_ref.torch.train``: what ``dat-ref train`` does, in each of the processes."""
+"""Entry point of ``torchrun -m dat_ref.torch.train``: run ``dat-ref train`` in each process."""
 
 import sys
 

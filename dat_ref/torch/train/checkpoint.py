@@ -1,8 +1,9 @@
-"""Checkpoints that are there whole or not at all, and are never executed.
+"""Checkpoint files: written atomically, verified by a checksum, never executed.
 
-A file is a mark, the SHA-256 of what follows, and what follows: what `torch.save` writes. It is written beside its
-place, forced to disk and moved there; so whenever a run is stopped, the files with their proper names are whole. The
-last two are kept. One that was damaged all the same is refused by name, and the one before it is used.
+A file consists of a magic string, the SHA-256 of the payload, and the payload that `torch.save` writes. It is written
+under a temporary name next to its final name, forced to disk and renamed. So files with their final names are complete,
+whenever a run is stopped. The last two checkpoints are kept. A damaged one is reported by name and the one before it is
+used.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -28,10 +30,10 @@ _PARTIAL = re.compile(r"\.(step-\d{8}\.ckpt|best\.safetensors|(?:train_config|re
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
-    """Write a checkpoint and remove those that are older than the last two.
+    """Write a checkpoint and remove all but the last two.
 
     Returns:
-        whether it could be written. If not (a full disk), what was there stays, and a warning says so.
+        True if the checkpoint was written. Otherwise (disk full) a warning is given and the earlier files stay.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -48,20 +50,23 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> bool:
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
-        OSError: if there is no room; nothing is left behind, and what was at the place before stays.
+        OSError: if the file cannot be written; it names `path`. Nothing is left behind, and an earlier file stays.
     """
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # without a name, or with the temporary name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a run that was killed had begun to write."""
+    """Remove the temporary files that a killed run left behind."""
     for each in folder.iterdir():
         if _PARTIAL.fullmatch(each.name):
             each.unlink(missing_ok=True)
@@ -72,26 +77,36 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(each for each in folder.glob("step-*.ckpt") if _NAME.fullmatch(each.name))
 
 
+def latest_step(folder: Path) -> int:
+    """Return the number of steps before the last checkpoint in a folder; 0 if there is none."""
+    return max((int(each.stem.removeprefix("step-")) for each in list_checkpoints(folder)), default=0)
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Return what `save` was given.
+    """Return the state that was given to `save`.
 
     Raises:
-        CheckpointError: if the file is not whole.
+        CheckpointError: if the file is damaged, or its content is not a state of tensors and plain values.
     """
     content = path.read_bytes()
     start = len(MAGIC) + 32
     payload = memoryview(content)[start:]
     if content[: len(MAGIC)] != MAGIC or hashlib.sha256(payload).digest() != content[len(MAGIC) : start]:
         raise CheckpointError(f"{path}: damaged or cut short, its checksum does not fit")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return {_RENAMED.get(name, name): value for name, value in state.items()}
+    try:
+        state: Any = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a mapping of fields, got {type(state).__name__}")
+    return {str(_RENAMED.get(name, name)): value for name, value in state.items()}
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """Return the last checkpoint that is whole, or None if there is no checkpoint at all.
+    """Return the state in the last checkpoint that can be read; None if there are no checkpoints.
 
     Raises:
-        CheckpointError: if there are some, and none is whole.
+        CheckpointError: if there are checkpoints and none can be read.
     """
     files = list_checkpoints(folder)
     for path in reversed(files):
@@ -100,5 +115,5 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         except CheckpointError as error:  # noqa: PERF203 - there are two
             warnings.warn(f"{error}; the one before it is used", stacklevel=3)
     if files:
-        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is whole; start anew in another folder")
+        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is whole; start again in another folder")
     return None

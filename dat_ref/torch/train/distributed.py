@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as ``torchrun`` has started, on one machine or several."""
+"""Distributed context: a single process, or the processes that ``torchrun`` started on one machine or several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OLD_NAMES = {
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Which process this is, of how many, and on which device it computes."""
+    """Rank of this process, number of processes, and device."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,30 +43,30 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and talks."""
+        """True for the process that writes files and messages."""
         return self.rank == 0
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Add up over all processes."""
+        """Sum values over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast(self, model: nn.Module) -> None:
-        """Give all processes the weights of the first."""
+        """Copy the weights of the first process to all processes."""
         if self.world_size > 1:
             for leaf in (*model.parameters(), *model.buffers()):
                 dist.broadcast(leaf.detach(), 0)
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
 def init_distributed() -> Iterator[DistributedContext]:
-    """Join the processes that ``torchrun`` started, if it did, and part in the end."""
+    """Yield the distributed context; inside, this process belongs to the process group of ``torchrun``, if any."""
     world_size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -84,9 +84,9 @@ def init_distributed() -> Iterator[DistributedContext]:
             time.sleep(_GLOO_SHUTDOWN_SECONDS)
 
 
-# The group outlives its destruction where a mesh is still known (cut weights), and gloo's threads let go of the last
-# tensors some time after whoever waited for them has gone on. That takes the interpreter's lock: if the interpreter has
-# ended by then, the process aborts ("terminate called without an active exception"), and a finished run counts as
-# failed. No call waits for it, so there is time for it here.
+# A device mesh (sharded weights) keeps the process group alive after its destruction, and gloo's threads release their
+# last tensors some time after the wait for them has returned. The release takes the lock of the interpreter. If the
+# interpreter has ended by then, the process aborts ("terminate called without an active exception"), and a finished run
+# counts as failed. No call waits for the release, so this delay does.
 _GLOO_SHUTDOWN_SECONDS = 1.0  # seconds
 _ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""What a run tells: a table of every step on disk, a line with loss, rate and time left on the terminal."""
+"""Log of a run: a CSV file with a row for each step, and optional TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ FIELDS = ("step", "epoch", "loss", "learning_rate", "held_out_loss", "held_out_a
 
 
 class Log:
-    """A CSV file with a row for each step; of a run that was stopped, rows after the checkpoint are taken out.
+    """CSV file with a row for each step.
 
     Args:
-        path: of the file.
-        step: rows from this step on are not kept.
-        tensorboard: whether to write events for TensorBoard beside it.
+        path: file; existing rows are kept if they are before `step`.
+        step: first step of the rows to come.
+        tensorboard: write events for TensorBoard to the same folder.
 
     Raises:
-        ConfigError: if the package that writes events is missing.
+        ConfigError: if tensorboard is missing, or the file has rows that this class does not write.
     """
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
         self._path = path
-        self._events = _summary_writer(path.parent, step) if tensorboard else None
         previous = [row for row in read_rows(path) if row["step"] < step]
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(previous)
         write_atomic(path, text.getvalue().encode())
+        self._events = import_summary_writer()(str(path.parent), purge_step=step) if tensorboard else None
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, FIELDS, lineterminator="\n")
 
     def add(self, **row: Any) -> None:
-        """Add a row; it is on disk when this returns, short of a power cut and a full disk.
+        """Add a row and pass it to the operating system.
 
-        On a full disk a warning says so, and the row is written with the next one for which there is room.
+        If the disk is full, warn, and write the row together with the next one that fits.
         """
         self._writer.writerow(row)
         try:
@@ -67,20 +67,46 @@ class Log:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a log, as numbers; a last line that was cut short is left out."""
+    """Return the rows of a log as numbers, without an incomplete last line.
+
+    Raises:
+        ConfigError: if the file was edited such that it cannot be read; the message names the line.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    return [
-        {name: (int if name in ("step", "epoch") else float)(value) for name, value in row.items() if value}
-        for row in csv.DictReader(io.StringIO(complete))
-    ]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheet programs add a byte order mark
+    except UnicodeDecodeError as error:
+        raise _log_error(path, "UTF-8 text", str(error)) from error
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    if reader.fieldnames is None:
+        return []
+    if sorted(reader.fieldnames) != sorted(FIELDS):
+        raise _log_error(path, f"the columns {','.join(FIELDS)}", ",".join(reader.fieldnames))
+    return [_numbers(path, reader.line_num, row) for row in reader]
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+def _numbers(path: Path, line: int, row: dict[str | Any, Any]) -> dict[str, Any]:
+    try:
+        numbers = {name: (int if name in ("step", "epoch") else float)(text) for name, text in row.items() if text}
+        return {"step": int(row["step"]), **numbers}
+    except (TypeError, ValueError) as error:
+        cells = ",".join(str(text) for text in row.values())
+        raise _log_error(path, f"numbers in line {line}, one for each column", cells) from error
+
+
+def _log_error(path: Path, expected: str, found: str) -> ConfigError:
+    return ConfigError(f"{path}: expected {expected}, got {found!r:.80}; restore the file, or move it away")
+
+
+def import_summary_writer() -> Any:
+    """Return TensorBoard's writer of events.
+
+    Raises:
+        ConfigError: if tensorboard is missing.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard is needed to write its events: pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=step)  # type: ignore[no-untyped-call]
+    return SummaryWriter

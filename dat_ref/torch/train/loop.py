@@ -1,12 +1,12 @@
-"""The training loop: one process or many, stopped and gone on with, always the same steps.
+"""Training loop: single- or multi-process, resumable, bit-reproducible.
 
-All that chance decides follows from the config's seed and from where a run is: the order of an epoch's images from
-(seed, epoch), an image from (seed, epoch, number), stochastic depth from (seed, step, process). So a run that goes on
-from a checkpoint takes the very steps that it would have taken.
+All random choices depend on the seed of the config and on the position in the run: the order of an epoch's images on
+(seed, epoch), an image on (seed, epoch, index), stochastic depth on (seed, step, process). So a run that resumes from a
+checkpoint takes exactly the steps that it would have taken without the stop.
 
-    gradient of a step = Σ_images ∂loss / images of the step,
+    gradient of a step = Σ_images ∂loss / (number of images of the step, over all processes)
 
-whichever process an image falls to: each adds up its own and divides by the images of all.
+Each process sums over its own images and divides by the number of images of all processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..._checks import ConfigError
+from ..._checks import CheckpointError, ConfigError
 from ..._deprecation import deprecated_keywords
 from ...train import scheduled_rate
 from ...train_config import CONFIG_FILE, TrainConfig
 from .. import models
 from . import checkpoint, sharding
+from .data import worker_errors
 from .distributed import DistributedContext
 from .evaluate import Scores, evaluate, per_sample_loss
-from .log import Log
+from .log import Log, import_summary_writer
 from .mixup import mix_batch
 from .optimizer import ModelEma, create_optimizer
+from .run_folder import check_folder, locked_folder
+
+BEST_FILE = "best.safetensors"  # in the folder of a run
+MAX_CHANGES = 8  # differences that a message lists
+# Fields of a checkpoint and their types.
+STATE_FIELDS = {
+    "config": dict,
+    "data": dict,
+    "step": int,
+    "best": float,
+    "model": dict,
+    "ema": dict,
+    "optimizer": dict,
+    "scaler": dict,
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left."""
+    """Result of a run."""
 
-    model: nn.Module  # with the weights that were evaluated last; sharded over the processes if the config says so
+    model: nn.Module  # with the weights of the last evaluation; sharded over the processes if the config says so
     scores: Scores
-    best: float  # held-out accuracy of the weights in best.safetensors
+    best: float  # held-out accuracy of the weights in best.safetensors; -1 if none could be saved
     steps: int
+    saved_steps: int = -1  # steps up to the last checkpoint in the folder; fewer than `steps` if the disk was full
 
 
 @deprecated_keywords(recipe="config")
 def build_model(config: TrainConfig, classes: int) -> nn.Module:
-    """Return the model of a config with its initial weights."""
+    """Build the model of a config with its initial weights."""
     torch.manual_seed(config.seed)
     model = models.create_model(
         config.model,
@@ -58,6 +76,7 @@ def build_model(config: TrainConfig, classes: int) -> nn.Module:
         attention=config.attention or None,
         init=config.init or None,
         img_size=config.image_size,
+        global_pool=None if config.data == "scenes" else "avg",  # a folder has one class per image
     )
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -77,33 +96,43 @@ def fit(
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> Result:
-    """Train; a run that was stopped goes on from the last checkpoint in its folder.
+    """Train a model. A run that was stopped resumes from the last checkpoint in its folder.
+
+    The folder is locked for the time of the call: a second run in it is refused.
 
     Args:
-        config: what to do.
+        config: training config.
         train, held_out: data sets, see `data`.
         out: folder for ``train_config.json``, ``log.csv``, checkpoints and the best weights, ``best.safetensors``.
-        context: the processes that take part; this one alone if None.
-        model: to train, images → logits; built from the config if None.
-        on_step: called with each step's number and loss.
-        quiet: without a progress bar.
-        tensorboard: write events for TensorBoard too.
+        context: distributed context; None: this process alone.
+        model: model to train, images → logits; None: built from the config.
+        on_step: called with the number and the loss of each step.
+        quiet: no progress bar.
+        tensorboard: write events for TensorBoard as well.
 
     Raises:
-        ConfigError: if `out` has a run with another config or on other data (what differs is named), there is nothing
-            to train on, or the processes do not see the same folder.
-        CheckpointError: if none of the checkpoints there is whole.
+        ConfigError: if `out` has a run with another config or on other data (the message names the differences), or is
+            in use by another run, there are no images, a picture cannot be read, a package is missing, or the
+            processes do not see the same folder.
+        CheckpointError: if no checkpoint in `out` can be read, or the last one does not fit the model.
+        ChildProcessError: if a data loading process was killed.
+        OSError: if a file cannot be written at the start, or nothing of the run could be saved.
     """
     if len(train) == 0 or len(held_out) == 0:
         raise ConfigError(f"data: expected images, got {len(train)} to train on and {len(held_out)} held out")
     context, folder = context or DistributedContext(), Path(out)
-    state = _load_resume_state(folder, config, train)
-    run = _Run(config, model or build_model(config, len(train.classes)), train, context)
-    if state is not None:
-        run.load(state)
-    _prepare_folder(folder, run)
+    check_folder(folder)
+    if context.is_main:
+        _check_packages(progress_bar=not quiet, tensorboard=tensorboard)
+    data = _data_summary(train, held_out)
+    run = _Run(config, model or build_model(config, len(train.classes)), len(train), data, context)
     last_scores = None
     with ExitStack() as stack:
+        if context.is_main:
+            stack.enter_context(locked_folder(folder))
+        stack.enter_context(worker_errors())
+        _resume(run, folder)
+        _prepare_folder(folder, run)
         log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if context.is_main else None
         report = stack.enter_context(_progress_bar(run, quiet or not context.is_main))
         while run.step < run.steps:
@@ -116,13 +145,32 @@ def fit(
                 if scores is not None or (config.save_every and run.step % config.save_every == 0):
                     _save(run, folder, scores)
                 last_scores = scores
-    last_scores = last_scores or run.evaluate(held_out)  # of a run that was finished already
-    run.load_ema()
-    return Result(run.model, last_scores, run.best, run.step)
+        if last_scores is None:  # the run was finished before
+            last_scores = run.evaluate(held_out)
+            if run.best < 0:  # the weights could not be saved then
+                _save(run, folder, last_scores)
+        run.load_ema()
+        context.barrier()  # the first process has written its last checkpoint
+        saved_steps = checkpoint.latest_step(folder)
+        if context.is_main and saved_steps == 0 and not (folder / BEST_FILE).is_file():
+            raise OSError(f"{folder}: nothing of the run is saved: the folder was removed, or the disk is full")
+    return Result(run.model, last_scores, run.best, run.step, saved_steps)
+
+
+def _check_packages(progress_bar: bool, tensorboard: bool) -> None:
+    """Raise `ConfigError` for a missing package before the run begins."""
+    needed = {"safetensors": "to save weights", **({"tqdm": "for the progress bar"} if progress_bar else {})}
+    for name, purpose in needed.items():
+        try:
+            import_module(name)
+        except ImportError as error:  # noqa: PERF203 - there are two
+            raise ConfigError(f"{name} is needed {purpose}: pip install {name}") from error
+    if tensorboard:
+        import_summary_writer()
 
 
 def _epoch(run: _Run, train: Any, held_out: Any) -> Iterator[tuple[dict[str, Any], Scores | None]]:
-    """Take the steps that are left of an epoch; yield what is to be said of each, with scores after the last."""
+    """Take the remaining steps of an epoch; yield a log row for each, and the scores after the last."""
     epoch, skipped = divmod(run.step, run.steps_per_epoch)
     train.set_epoch(epoch)
     for images, targets, batch_size in run.batches(train, epoch, skipped):
@@ -134,32 +182,88 @@ def _epoch(run: _Run, train: Any, held_out: Any) -> Iterator[tuple[dict[str, Any
         yield row, scores
 
 
-def _load_resume_state(folder: Path, config: TrainConfig, train: Any) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, if there is one; complain if it has another config or other data."""
+def _resume(run: _Run, folder: Path) -> None:
+    """Load the last checkpoint, if there is one.
+
+    Raises:
+        ConfigError: if it has another config or other data.
+        CheckpointError: if it does not fit the model.
+    """
     state = checkpoint.load_latest(folder) if folder.is_dir() else None
-    if state is not None:
-        changes = TrainConfig.from_mapping(state["config"]).changes(config)
-        if changes:
-            raise ConfigError(f"{folder}: holds a run with another config (there, here): {'; '.join(changes)}")
-        data = _data_summary(train)
-        changes = [
-            f"{name}: {state['data'][name]}, {current}"
-            for name, current in data.items()
-            if state["data"][name] != current
-        ]
-        if changes:
-            raise ConfigError(f"{folder}: holds a run on other data (there, here): {'; '.join(changes)}")
-    return state
+    if state is None:
+        return
+    _check_fields(folder, state)
+    changes = TrainConfig.from_mapping(state["config"]).changes(run.config)
+    if changes:
+        raise ConfigError(f"{folder}: holds a run with another config (there, here): {'; '.join(changes)}")
+    changes = _data_changes(state["data"], run.data)
+    if changes:
+        raise ConfigError(f"{folder}: holds a run on other data (there, here): {_shorten(changes)}")
+    try:
+        run.load(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {state['step']} does not fit the model: {type(error).__name__}: "
+            f"{reason:.300}"
+        ) from error
 
 
-def _data_summary(train: Any) -> dict[str, Any]:
-    return {"images": len(train), "classes": list(train.classes)}
+def _check_fields(folder: Path, state: dict[str, Any]) -> None:
+    missing = [name for name in STATE_FIELDS if name not in state]
+    wrong = [name for name, kind in STATE_FIELDS.items() if name in state and not isinstance(state[name], kind)]
+    wrong += [
+        f"data.{name}" for name in ("images", "classes") if "data" not in missing + wrong and name not in state["data"]
+    ]
+    if missing or wrong:
+        parts = [f"{text}: {', '.join(names)}" for text, names in (("missing", missing), ("invalid", wrong)) if names]
+        raise CheckpointError(f"{folder}: the last checkpoint is no state of a training run ({'; '.join(parts)})")
+
+
+def _data_summary(train: Any, held_out: Any) -> dict[str, Any]:
+    """Return what identifies the data of a run: numbers of images, classes, and fingerprints if the data have them."""
+    summary = {"images": len(train), "classes": list(train.classes), "held_out_images": len(held_out)}
+    for name, data in (("train", train), ("held_out", held_out)):
+        if hasattr(data, "fingerprint"):
+            summary[f"{name}_files"] = data.fingerprint()
+    return summary
+
+
+def _data_changes(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Return the differences between two summaries. Fields that one of them lacks (an earlier version) do not count.
+
+    >>> files = {"cat": [3, "a", "b"], "dog": [2, "c", "d"]}
+    >>> _data_changes({"train_files": files}, {"train_files": files | {"cat": [4, "e", "f"], "dog": [2, "c", "g"]}})
+    ['train/cat: 3 pictures, 4', 'train/dog: other file contents']
+    """
+    changes = []
+    for name in (each for each in here if each in there and there[each] != here[each]):
+        if not name.endswith("_files"):
+            changes.append(f"{name}: {there[name]}, {here[name]}")
+            continue
+        for label in sorted({*there[name], *here[name]}):
+            (count, names, contents), (count_here, names_here, contents_here) = (
+                files.get(label, [0, "", ""]) for files in (there[name], here[name])
+            )
+            where = f"{name.removesuffix('_files')}/{label}"
+            if count != count_here:
+                changes.append(f"{where}: {count} pictures, {count_here}")
+            elif names != names_here:
+                changes.append(f"{where}: other file names")
+            elif contents != contents_here:
+                changes.append(f"{where}: other file contents")
+    return changes
+
+
+def _shorten(changes: list[str]) -> str:
+    """Join the first changes and count the others."""
+    rest = f"; and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
+    return "; ".join(changes[:MAX_CHANGES]) + rest
 
 
 def _prepare_folder(folder: Path, run: _Run) -> None:
-    """Make the folder, once everything else is found to be right."""
+    """Write the config, after all checks, and compare the steps of the processes."""
     if run.context.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_partial(folder)
         checkpoint.write_atomic(folder / CONFIG_FILE, run.config.to_json().encode())
     steps = torch.tensor([run.step, run.step**2], dtype=torch.float64, device=run.context.device)
@@ -171,9 +275,9 @@ def _prepare_folder(folder: Path, run: _Run) -> None:
 def _save(run: _Run, folder: Path, scores: Scores | None) -> None:
     """Write a checkpoint, and the weights if they are the best so far."""
     if scores is not None and scores.accuracy > run.best:
-        with run.ema_weights():  # written in here: a state names the model's own tensors, which change back afterwards
+        with run.ema_weights():  # a state dict refers to the tensors of the model, which change back at the end
             weights = sharding.gather_full(run.model.state_dict())
-            written = run.context.is_main and _write_weights(folder / "best.safetensors", weights, run.data["classes"])
+            written = run.context.is_main and _write_weights(folder / BEST_FILE, weights, run.data["classes"])
         if run.context.all_reduce_sum(torch.tensor(float(written), device=run.context.device)) > 0:
             run.best = scores.accuracy
     state = run.state()
@@ -182,7 +286,7 @@ def _save(run: _Run, folder: Path, scores: Scores | None) -> None:
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], classes: list[str]) -> bool:
-    """Write weights with the names of their classes; return whether there was room."""
+    """Write weights with the names of their classes; return True if they could be written."""
     from safetensors.torch import save
 
     plain = {name: leaf.detach().cpu().clone(memory_format=torch.contiguous_format) for name, leaf in weights.items()}
@@ -195,12 +299,14 @@ def _write_weights(path: Path, weights: dict[str, Tensor], classes: list[str]) -
 
 
 class _Run:
-    """Where a run is: weights, optimizer, average, step."""
+    """State of a run: weights, optimizer, moving average, step."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, train: Any, context: DistributedContext) -> None:
-        self.config, self.context, self.num_images, self.data = config, context, len(train), _data_summary(train)
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, num_images: int, data: dict[str, Any], context: DistributedContext
+    ) -> None:
+        self.config, self.context, self.num_images, self.data = config, context, num_images, data
         self.model = model.to(context.device).train()
-        context.broadcast(self.model)  # a model of the caller's own may have begun differently in each process
+        context.broadcast(self.model)  # a model of the caller may have different weights in each process
         if config.shard and context.world_size > 1:
             sharding.shard(self.model, context)
         self.steps_per_epoch = -(-self.num_images // config.batch_size)
@@ -216,19 +322,19 @@ class _Run:
         self.forward = torch.compile(forward) if config.compile else forward
 
     def batches(self, train: Any, epoch: int, skipped: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Yield this process's images and targets of each step to come, and how many images the step has in all."""
+        """Yield this process's images and targets for each remaining step, and the global number of its images."""
         generator = torch.Generator().manual_seed(_derive_seed(self.config.seed, epoch))
         order = torch.randperm(self.num_images, generator=generator).tolist()
         size = self.config.batch_size
         global_batches = [order[start : start + size] for start in range(0, self.num_images, size)][skipped:]
-        # A process for which there is no image takes one that does not count: all must take part in a step.
+        # All processes must take part in a step: one without images takes one whose loss has weight 0.
         local_batches = [batch[self.context.rank :: self.context.world_size] or batch[:1] for batch in global_batches]
         loader = DataLoader(train, batch_sampler=local_batches, num_workers=self.config.workers)
         for (images, targets), batch in zip(loader, global_batches, strict=True):
             yield images, targets, len(batch)
 
     def train_step(self, images: Tensor, targets: Tensor, batch_size: int) -> float:
-        """Take one step; return the mean loss of its images, over all processes."""
+        """Take one step; return the mean loss of its images over all processes."""
         config, context = self.config, self.context
         torch.manual_seed(_derive_seed(config.seed, self.step, context.rank))
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
@@ -247,9 +353,8 @@ class _Run:
             )
         loss = sample_losses.sum() * (has_images / batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(
-            loss * context.world_size
-        ).backward()  # gradients are averaged over processes, and are to be summed
+        # Gradients are averaged over the processes; the factor turns the average into a sum.
+        self.scaler.scale(loss * context.world_size).backward()
         self.scaler.unscale_(self.optimizer)
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -268,13 +373,13 @@ class _Run:
         return nullcontext() if kind == "none" else torch.autocast(self.context.device.type, dtype=getattr(torch, kind))
 
     def evaluate(self, held_out: Any) -> Scores:
-        """Evaluate the averaged weights if there are any, else the last ones."""
+        """Evaluate the moving average of the weights, or the last weights if there is no average."""
         with self.ema_weights():
             return evaluate(self.model, held_out, context=self.context, workers=self.config.workers)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """While it lasts, the model has the averaged weights, if there are any."""
+        """Give the model the averaged weights, if there are any, inside the context."""
         if self.ema is None:
             yield
             return
@@ -286,12 +391,12 @@ class _Run:
             self.model.load_state_dict(own, strict=False)
 
     def load_ema(self) -> None:
-        """Give the model the averaged weights for good."""
+        """Give the model the averaged weights permanently."""
         if self.ema is not None:
             self.model.load_state_dict(self.ema.weights, strict=False)
 
     def state(self) -> dict[str, Any]:
-        """Return all that is needed to go on, in whole tensors. All processes must take part."""
+        """Return everything needed to resume, as full tensors. All processes must take part."""
         state = {
             "config": asdict(self.config),
             "data": self.data,
@@ -305,7 +410,7 @@ class _Run:
         return sharding.gather_full(state)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Load a result of `state`."""
         own = self.model.state_dict()
         self.model.load_state_dict(
             {name: sharding.shard_like(leaf, own[name]) for name, leaf in state["model"].items()}
@@ -323,13 +428,13 @@ class _Run:
 
 
 def _derive_seed(*values: int) -> int:
-    """Return one seed for several numbers."""
+    """Derive one seed from several numbers."""
     return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def _progress_bar(run: _Run, quiet: bool) -> Iterator[Callable[[float, Scores | None], None]]:
-    """Yield what is told of each step: a progress bar with loss, learning rate, steps a second and the time left."""
+    """Yield a function to report each step: a progress bar with loss, learning rate, steps per second, time left."""
     if quiet:
         yield lambda loss, scores: None
         return

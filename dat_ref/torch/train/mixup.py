@@ -1,10 +1,10 @@
-"""Mixing the images of a batch: mixup blends two (Zhang et al. 2018), CutMix pastes a part of one (Yun et al. 2019).
+"""Mixup (Zhang et al. 2018) blends pairs of images; CutMix (Yun et al. 2019) pastes a box of one into the other.
 
-The image at place i meets the one at place B - 1 - i. With λ the share that an image keeps,
+Image i of a batch is mixed with image B - 1 - i. With λ the share of the image itself, the loss for the mixed target is
 
     loss_i = λ · loss(logits_i, target_i) + (1 - λ) · loss(logits_i, target_{B-1-i})
 
-is the loss for the mixed target, label smoothing included: losses here are linear in their targets.
+also with label smoothing, because the losses are linear in their targets.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor
 
 
 def mix_batch(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
-    """Mix a batch; what chance decides comes from torch's own generator.
+    """Mix the images of a batch, with random numbers from torch's global generator.
 
     Args:
         images: (B, C, H, W).
-        mixup, cutmix: α of λ ~ Beta(α, α) of either; 0 for without. With both, a coin decides for each batch.
+        mixup, cutmix: parameter α of λ ~ Beta(α, α); 0: off. With both, each batch uses one of them, with probability
+            1/2.
 
     Returns:
-        new images, and the share λ that each kept of its own.
+        mixed images (B, C, H, W), and the share λ of the image itself.
     """
     use_cutmix = cutmix > 0 and (mixup == 0 or float(torch.rand(())) < 0.5)
     alpha = cutmix if use_cutmix else mixup
@@ -42,7 +43,7 @@ def mix_batch(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, floa
 
 
 def _cutmix_interval(length: int, lam: float) -> tuple[int, int]:
-    """Return from where to where a box reaches that would cover √(1 - share) of a side, but for the image's edge."""
+    """Return start and end of a box side of length √(1 - λ) · `length`, clipped at the edges of the image."""
     half = round(length * math.sqrt(1 - lam)) // 2
     center = int(torch.randint(length, ()))
     return max(center - half, 0), min(center + half, length)

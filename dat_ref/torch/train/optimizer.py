@@ -1,4 +1,4 @@
-"""AdamW as the releases use it: what decays, and the average of the weights."""
+"""AdamW with the parameter groups of the releases, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Cut the parameters in two: matrices and kernels, which decay, and what the releases exempt.
+    """Split the parameters into a group with weight decay (matrices and kernels) and a group without.
 
-    Exempt are vectors (biases, norms, layer scales) and what ``model.no_weight_decay()`` names: the bias tables.
+    As in the releases, there is no decay on vectors (biases, norms, layer scales) and on the parameters that
+    ``model.no_weight_decay()`` names (bias tables).
     """
     exempt_names: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     decay: list[nn.Parameter] = []
@@ -28,17 +29,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over a model's parameters."""
+    """Create AdamW for the parameters of a model."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, eps=EPSILON)
 
 
 class ModelEma:
-    """The exponential moving average of a model's weights: what is evaluated and kept instead of the last ones.
+    """Exponential moving average of the weights of a model; it is evaluated and saved instead of the last weights.
 
-        a ← a + (1 - d) (w - a),      d = min(decay, (1 + t) / (10 + t)) at step t,
+        a ← a + (1 - d) (w - a),      d = min(decay, (1 + t) / (10 + t)) at step t
 
-    so that the random start is soon forgotten.
+    The smaller d of the first steps reduces the influence of the initialization.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -47,13 +48,13 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, leaf in model.named_parameters():
             self.weights[name].lerp_(leaf.detach(), 1 - decay)
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over an average."""
+        """Load a saved average."""
         for name, weight in self.weights.items():
             weight.copy_(shard_like(weights[name], weight))

@@ -1,7 +1,7 @@
-"""Weights cut over the processes, FSDP2: for models whose weights, gradients and averages do not fit one device.
+"""Sharded weights (FSDP2), for models whose weights, gradients and moments do not fit on one device.
 
-Each process keeps a slice of every tensor; a block's weights are brought together while it computes. Checkpoints hold
-whole tensors, so that a run may go on with its weights cut otherwise or not at all.
+Each process stores a shard of every tensor. The weights of a block are gathered while it computes. Checkpoints contain
+full tensors, so a run can resume with another sharding or without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if torch.distributed.is_available():
 
 
 def shard(model: nn.Module, context: DistributedContext) -> None:
-    """Cut a model's weights over all processes, block by block, in place."""
+    """Shard the weights of a model over all processes, block by block, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -27,21 +27,21 @@ def shard(model: nn.Module, context: DistributedContext) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also the outermost, so that evaluation leaves slices
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also the root, so that evaluation leaves shards
 
 
 def gather_full(values: Any) -> Any:
-    """Return a state with every cut tensor put together. All processes must take part."""
+    """Return a state with full tensors in place of sharded ones. All processes must take part."""
     if isinstance(values, dict):
         return {name: gather_full(value) for name, value in values.items()}
     return values.full_tensor() if _is_sharded(values) else values
 
 
 def shard_like(value: Any, leaf: Tensor) -> Any:
-    """Return this process's slice of a tensor that goes with a parameter, if the parameter is cut."""
-    if not _is_sharded(leaf) or value.shape != leaf.shape:  # AdamW's count of steps is a number
+    """Return this process's shard of a tensor that belongs to a parameter, if the parameter is sharded."""
+    if not _is_sharded(leaf) or value.shape != leaf.shape:  # AdamW's step count is a scalar
         return value
-    # Every process has read the whole: each takes its own part, and nothing is sent.
+    # Every process has read the full tensor, so each takes its shard without communication.
     return distribute_tensor(value.to(leaf.device), leaf.device_mesh, leaf.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,8 @@
 `bias`          bias of one key for a tile of queries, and its gradients
 `tiling`        tile sizes, work items and scratch memory layout
 `deformable`    forward and backward kernels
-`launch`        kernel launcher: argument records, on-disk cache of compiled code, threading
+`launch`        kernel launcher: argument records, compilation, threading
+`code_cache`    on-disk cache of compiled code; ``NUMBA_CACHE_DIR`` names its directory
 ==============  =====================================================================================
 
 `neighborhood` contains the counterpart for neighborhood attention.

@@ -1,4 +1,4 @@
-"""Kernel launcher: argument records, on-disk cache of compiled code, threading.
+"""Kernel launcher: argument records, compilation, threading.
 
 A kernel is a function of one argument, a pointer to a record with all sizes, strides and addresses. It is compiled once
 per dtype, for all sizes and strides. Every thread runs the kernel. With `vectors.fetch_add` a thread first takes a
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numba import types
 from torch import Tensor, empty
+
+from .code_cache import compile_cached
 
 
 class ArgumentLayout(NamedTuple):
@@ -149,7 +151,7 @@ def record_type(fields: ArgumentLayout, dtype: torch.dtype) -> Any:
 @cache
 def compile_kernel(kernel: Callable[[Any], None], fields: ArgumentLayout, dtype: torch.dtype) -> int:
     """Compile a kernel for this compute dtype, or load it from the on-disk cache. Return its address."""
-    function = numba.cfunc(types.void(types.CPointer(record_type(fields, dtype))), cache=True)(kernel)
+    function = compile_cached(kernel, types.void(types.CPointer(record_type(fields, dtype))))
     _KEEP_ALIVE.append(function)
     return int(function.address)
 

@@ -1,18 +1,17 @@
-"""Deformable attention fused for CUDA devices, in Triton: no score matrix and no bias matrix, forward and backward.
+"""Deformable attention for CUDA devices, fused, in Triton: no logit matrix and no bias matrix, forward and backward.
 
     z = softmax(scale · q kᵀ + B) v
 
-*Forward.* One program for each head and tile of queries; it walks over the keys a tile at a time, with the softmax
-computed online (running maximum and sum, in powers of two), and leaves the log-sum-exp for the backward pass.
-*Backward.* The weights are computed again from it. One kernel a tile of queries gives the queries' gradient, one a tile
-of keys those of the keys, of the values and of where the keys read the table; each program writes what it owns, once,
-so nothing is added across programs. The table's gradient is another matter: see `table_gradient`.
+*Forward.* One program per head and tile of queries. It loops over tiles of keys with an online softmax (running maximum
+and sum, in powers of two), and stores the log-sum-exp for the backward pass.
+*Backward.* The weights are recomputed from the log-sum-exp. One kernel computes the gradient of a tile of queries,
+another one the gradients of a tile of keys, of their values and of their origins in the table. Each program writes its
+own results once, so there are no sums across programs. For the table's gradient see `table_gradient`.
 
-Values are multiplied on tensor cores: float16 and bfloat16 as they are, float32 as three products of TF32, which is as
-good as float32. Geometry, softmax and sums are float32.
+Matrix products run on tensor cores: float16 and bfloat16 directly, float32 as three TF32 products, which is as accurate
+as float32. Geometry, softmax and sums are float32.
 
-Checked in Triton's interpreter and compiled for sm_80 and sm_90; not yet timed on a GPU. The formulation is the plain
-one, and the tiles are sensible ones, not tuned ones.
+Tested in Triton's interpreter and compiled for sm_80 and sm_90; not yet timed on a GPU. The tile sizes are not tuned.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from .table_gradient import AtomicTableGradient, DeterministicTableGradient, add
 from .tile_config import TileConfig, autotune, default_config
 
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
-# Compiled once for all sizes; only what decides how memory is accessed, strides and the like, is looked at.
+# Kernels are compiled once for all values of these arguments. Triton specializes strides, which affect memory access.
 _NOT_SPECIALIZED = ("heads", "group_heads", "queries", "map_width", "samples", "width", "plane")
 
 
@@ -56,23 +55,23 @@ def deformable_forward(
     step: tuple[float, float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to sampled keys with a bias read from a table: see `dat_ref.torch.kernels`.
+    """Attend to sampled keys with a bias interpolated in a table, see `dat_ref.torch.kernels`.
 
     Args:
         q: (B, heads, H·W, d), float16, bfloat16 or float32, d at most 128, or 64 in float32.
-        k, v: (B, heads, Ns, d), likewise.
-        origin: (B, G, Ns, 2), where query (0, 0) reads each key's bias, in cells of the table.
+        k, v: (B, heads, Ns, d), dtype of q.
+        origin: (B, G, Ns, 2), table position (y, x) of query (0, 0) for each key, in cells.
         table: (heads, T_y, T_x).
         query_size: (H, W).
-        step: cells of the table from one query to the next, on each axis.
-        scale: of the dot products.
+        step: table cells between neighboring queries, (y, x).
+        scale: factor of the dot products.
 
     Returns:
         out (B, heads, H·W, d), and lse (B, heads, H·W) float32.
 
     Raises:
-        TypeError: for values of other dtypes, or of several.
-        ValueError: for deeper heads.
+        TypeError: for other dtypes, or different dtypes of q, k and v.
+        ValueError: for a larger d.
     """
     inputs = q
     q, k, v = check_qkv(q, k, v)
@@ -115,9 +114,9 @@ def deformable_backward(
 
     Args:
         grad_out: (B, heads, H·W, d).
-        out, lse: what `deformable_forward` returned.
-        deterministic: whether the same input must give the same table gradient to the last bit. Without it the
-            table's gradient is added up atomically.
+        out, lse: outputs of `deformable_forward`. All other arguments are the same as in the forward call.
+        deterministic: whether equal inputs must give a bitwise equal table gradient. Otherwise the table's gradient
+            uses atomic additions.
     """
     inputs = (q, k, v)
     q, k, v = check_qkv(q, k, v)
@@ -128,7 +127,7 @@ def deformable_backward(
     grad_out = match_strides(grad_out, out)
     lookup = prepare_lookup(origin, table, query_size, step, packed=q.dtype is not torch.float32)
     shared_arguments = {**_size_arguments(q, k, origin, query_size, scale), **lookup.arguments()}
-    delta = torch.empty_like(lse)  # ∂O·O of each query
+    delta = torch.empty_like(lse)  # row sum of ∂out ⊙ out of each query
     grad_table = _launch_grad_queries(
         (q, k, v, out, grad_out, lse, delta), grads[0], lookup, table, query_size, shared_arguments, deterministic
     )
@@ -172,9 +171,9 @@ def _forward(
     v += b * v_b + h * v_h
     q_tile = load_rows(q + b * q_b + h * q_h, offs_m, q_m, offs_m < queries, DEPTH, BLOCK_D)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest logit so far
-    l = tl.zeros([BLOCK_M], tl.float32)  # of the exponentials
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the values
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum of the logits
+    l = tl.zeros([BLOCK_M], tl.float32)  # running sum of the exponentials
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # running weighted sum of the values
     even_stop = samples // BLOCK_N * BLOCK_N
     for start in range(0, even_stop, BLOCK_N):
         m, l, acc = _attend_tile(
@@ -221,7 +220,7 @@ def _launch_grad_queries(
     shared_arguments: dict[str, Any],
     deterministic: bool,
 ) -> Tensor:
-    """Fill `grad_q` and the last of `tensors`, `delta`; return the table's gradient."""
+    """Compute `grad_q` and `delta` (the last of `tensors`) in place; return the table's gradient."""
     q = tensors[0]
     batch, heads, queries, depth = q.shape
     table_gradient: AtomicTableGradient | DeterministicTableGradient
@@ -284,7 +283,7 @@ def _grad_queries(
     grad_out_tile = load_rows(grad_out + out_offset, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
     out_tile = load_rows(out + out_offset, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
     row = (b * heads + h) * queries + offs_m
-    lse_tile = tl.load(lse + row, mask=offs_m < queries, other=float("inf")) * _LOG2_E  # without a query, weights of 0
+    lse_tile = tl.load(lse + row, mask=offs_m < queries, other=float("inf")) * _LOG2_E  # inf: no weight past the end
     delta_tile = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + row, delta_tile, mask=offs_m < queries)
 
@@ -304,7 +303,7 @@ def _grad_queries(
         )  # fmt: skip
     dq *= scale
     grad_q += b * dq_b + h * dq_h
-    if run_start > 0:  # after other runs of keys
+    if run_start > 0:  # add to the results of the previous runs of keys
         dq += load_rows(grad_q, offs_m, dq_m, offs_m < queries, DEPTH, BLOCK_D)
     store_rows(grad_q, offs_m, dq_m, offs_m < queries, dq, DEPTH, BLOCK_D)
 
@@ -333,7 +332,7 @@ def _add_query_gradient(
         pair_mask = (offs_m < queries)[None, :] & mask[:, None]
         add_atomically(buffer[None, :] + cell_offset, plane, y, x, tl.trans(grad_logits), pair_mask)
     else:
-        # The workspace has room for whole tiles of keys, and rows that are longer than the map, for aligned stores.
+        # The workspace is padded to whole tiles of keys, and its rows to a multiple of 16 queries, for aligned stores.
         row_offsets = (offs_n - run_start)[None, :] * buffer_row
         tl.store(buffer[:, None] + row_offsets, grad_logits_cast, mask=(offs_m < buffer_row)[:, None])
     return tl.dot(grad_logits_cast, k_tile, dq, input_precision=PRECISION)
@@ -345,7 +344,7 @@ def _add_query_gradient(
 def _launch_grad_keys(
     tensors: tuple[Tensor, ...], grad_k: Tensor, grad_v: Tensor, origin: Tensor, shared_arguments: dict[str, Any]
 ) -> Tensor:
-    """Fill `grad_k` and `grad_v`; return the gradient of where the keys read the table."""
+    """Compute `grad_k` and `grad_v` in place; return the gradient of `origin`."""
     q, k = tensors[:2]
     batch, heads, samples, depth = k.shape
     config = default_config("grad_keys", depth, q.dtype)
@@ -406,7 +405,7 @@ def _grad_keys(
         dx += tl.sum(grad_logits * slope_x, 1)
     store_rows(grad_k + b * dk_b + h * dk_h, offs_n, dk_n, offs_n < samples, dk * scale, DEPTH, BLOCK_D)
     store_rows(grad_v + b * dv_b + h * dv_h, offs_n, dv_n, offs_n < samples, dv, DEPTH, BLOCK_D)
-    # The cells hold log₂ e times the table.
+    # The coefficients in `cells` include the factor log₂ e.
     ptr = grad_origin + ((b * heads + h) * samples + offs_n) * 2
     tl.store(ptr, dy * _LN_2, mask=offs_n < samples)
     tl.store(ptr + 1, dx * _LN_2, mask=offs_n < samples)

@@ -45,7 +45,8 @@ class Lookup:
     """Bias table and keys' positions in the memory layout of the kernels."""
 
     cells: Tensor  # coefficients · log₂ e: (heads, rows, width) int64 of 4 float16, or (heads, 4, rows, width) float32
-    keys: Tensor  # (B·G, 5, pitch) int32: cell of query (0, 0), bits of the fractions y and x, row and column of the cell
+    # (B·G, 5, pitch) int32: cell of query (0, 0), bits of the fractions y and x, row and column of the cell
+    keys: Tensor
     samples: int  # Ns
     rows: int  # rows of cells, including the empty border
     width: int  # columns of cells, including the empty border

@@ -1,16 +1,17 @@
-"""Neighborhood attention with a relative bias, fused for CUDA devices, in Triton.
+"""Neighborhood attention with a relative bias for CUDA devices, fused, in Triton.
 
     z = softmax(scale · q kᵀ + B̂[key - query + K - 1]) v        over the K × K keys around each query
 
-As in `deformable`, but a program takes a rectangle of queries, whose keys lie in a rectangle not much larger, and walks
-over that; what a query does not see is masked. With dilation every interleaved sub-map has rectangles of its own. The
-bias is one load from a table of (2K-1)² elements.
+Each program computes a rectangle of queries. Their keys form a slightly larger rectangle, over which it loops as in
+`deformable`; keys outside a query's neighborhood are masked. With dilation, each interleaved sub-map has its own
+rectangles. The bias of a pair is one load from a table of (2K-1)² elements.
 
-The table's gradient is a sum along the diagonals of the cotangents: displacement is key minus query. A program sums its
-own by two small matrix products with indicators, one for the columns and one for the rows of the rectangles; what the
-programs found is added by a plain sum. Nothing is added atomically, so the gradients are always the same.
+The table's gradient is a sum of logit gradients over all pairs with equal displacement (key minus query). Each program
+computes its part by two small matrix products with indicator matrices, one for the columns and one for the rows of the
+rectangles. The partial sums of all programs are then added in a fixed order. There are no atomic additions, so all
+gradients are deterministic.
 
-Checked in Triton's interpreter and compiled for sm_80 and sm_90; not yet timed on a GPU.
+Tested in Triton's interpreter and compiled for sm_80 and sm_90; not yet timed on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .tile_config import Kernel, default_config
 
 MAX_KERNEL = 32
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
-_NOT_SPECIALIZED = ("heads", "map_height", "map_width", "dilation", "num_keys_y", "num_keys_x")  # compiled once for all
+_NOT_SPECIALIZED = ("heads", "map_height", "map_width", "dilation", "num_keys_y", "num_keys_x")  # one binary for all
 
 
 def neighborhood_forward(
@@ -53,14 +54,14 @@ def neighborhood_forward(
         size: (H, W).
         kernel: K, at most 32.
         dilation: distance in pixels between neighbors.
-        scale: of the dot products.
+        scale: factor of the dot products.
 
     Returns:
         out (B, heads, H·W, d), and lse (B, heads, H·W) float32.
 
     Raises:
-        TypeError: for values of other dtypes, or of several.
-        ValueError: for deeper heads or larger neighborhoods.
+        TypeError: for other dtypes, or different dtypes of q, k and v.
+        ValueError: for a larger d or K.
     """
     inputs = q
     q, k, v = check_qkv(q, k, v)
@@ -87,7 +88,7 @@ def neighborhood_backward(
     scale: float,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `neighborhood_forward` with respect to q, k, v and table; deterministic in any case."""
+    """Return the gradients of `neighborhood_forward` with respect to q, k, v and table, always deterministic."""
     inputs = (q, k, v)
     q, k, v = check_qkv(q, k, v)
     grad_q, grad_k, grad_v = grads = [torch.empty_like(each) for each in (q, k, v)]
@@ -117,7 +118,7 @@ def neighborhood_backward(
 
 
 class _LaunchConfig:
-    """How a kernel is launched: a program takes a rectangle of queries, or of keys, and walks over the others."""
+    """Launch configuration. A program computes a rectangle of queries (or keys), in a loop over keys (or queries)."""
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class _LaunchConfig:
             own_size, other_size = other_size, own_size
         edge = {64: 8, 16: 4}[own_size]
         rows = max(other_size // 16, 16 // edge)  # so that the products in `_add_diagonals` sum over 16 pairs or more
-        # A map smaller than the dilation has a sub-map for each of its pixels, and none without one.
+        # A map smaller than the dilation has one sub-map per pixel, and no empty ones.
         tiles_y, tiles_x = (min(dilation, length) * triton.cdiv(triton.cdiv(length, dilation), edge) for length in size)
         self.num_tiles = tiles_y * tiles_x
         self.grid = (batch * heads * self.num_tiles,)
@@ -165,12 +166,12 @@ class _LaunchConfig:
 
 @triton.jit
 def _rectangle(pid, map_height, map_width, dilation, heads, EDGE: tl.constexpr):
-    """Return the batch, the head, the sub-map and the rectangle of a program."""
+    """Return the image, the head, the sub-map and the rectangle of a program."""
     tiles_x = tl.cdiv(tl.cdiv(map_width, dilation), EDGE)
     tiles_y = tl.cdiv(tl.cdiv(map_height, dilation), EDGE)
     x, pid = pid % tiles_x * EDGE, pid // tiles_x
     y, pid = pid % tiles_y * EDGE, pid // tiles_y
-    submaps_x, submaps_y = tl.minimum(dilation, map_width), tl.minimum(dilation, map_height)  # none without a pixel
+    submaps_x, submaps_y = tl.minimum(dilation, map_width), tl.minimum(dilation, map_height)  # no empty ones
     submap_x, pid = pid % submaps_x, pid // submaps_x
     submap_y, pid = pid % submaps_y, pid // submaps_y
     return (pid // heads).to(tl.int64), (pid % heads).to(tl.int64), submap_y, submap_x, y, x
@@ -178,25 +179,25 @@ def _rectangle(pid, map_height, map_width, dilation, heads, EDGE: tl.constexpr):
 
 @triton.jit
 def _length(length, submap, dilation):
-    """Return the pixels of a sub-map on an axis."""
+    """Return the number of pixels of a sub-map on one axis."""
     return (length - submap + dilation - 1) // dilation
 
 
 @triton.jit
 def _first_key(query, length, num_keys):
-    """Return the first key that a query of an axis sees."""
+    """Return the first key in the neighborhood of a query, on one axis."""
     return tl.minimum(tl.maximum(query - num_keys // 2, 0), length - num_keys)
 
 
 @triton.jit
 def _first_query(key, length, num_keys):
-    """Return the first query of an axis that sees a key."""
+    """Return the first query whose neighborhood contains a key, on one axis."""
     return tl.where(key < num_keys, 0, key - num_keys + 1 + num_keys // 2)
 
 
 @triton.jit
 def _last_query(key, length, num_keys):
-    """Return the last query of an axis that sees a key."""
+    """Return the last query whose neighborhood contains a key, on one axis."""
     return tl.where(key >= length - num_keys, length - 1, key + num_keys // 2)
 
 
@@ -226,7 +227,7 @@ def _forward(
     )
     length_y, length_x = _length(map_height, submap_y, dilation), _length(map_width, submap_x, dilation)
     offs_m = tl.arange(0, BLOCK_M)
-    # Queries beyond the map repeat the last one; their results are not stored.
+    # Queries outside the map repeat the last one; their results are not stored.
     mask = (start_y + offs_m // EDGE < length_y) & (start_x + offs_m % EDGE < length_x)
     y, x = tl.minimum(start_y + offs_m // EDGE, length_y - 1), tl.minimum(start_x + offs_m % EDGE, length_x - 1)
     pixel = _pixel(y, x, submap_y, submap_x, map_width, dilation)
@@ -286,7 +287,7 @@ def _grad_queries(
     grad_out_tile = load_rows(grad_out + out_offset, pixel, out_m, mask, DEPTH, BLOCK_D)
     out_tile = load_rows(out + out_offset, pixel, out_m, mask, DEPTH, BLOCK_D)
     row = (b * heads + h) * map_height * map_width + pixel
-    lse_tile = tl.load(lse + row, mask=mask, other=float("inf")) * _LOG2_E  # without a query, weights of 0
+    lse_tile = tl.load(lse + row, mask=mask, other=float("inf")) * _LOG2_E  # inf: no weight past the end
     delta_tile = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + row, delta_tile, mask=mask)
 
@@ -323,7 +324,7 @@ def _add_diagonals(
     grad_table, grad_logits, shift_y, shift_x,
     SIDE: tl.constexpr, EDGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of cotangents to the table: that of query (i, j) and key (r, c) belongs to (r - i, c - j) + shift."""
+    """Add a tile of logit gradients to the table. Query (i, j) and key (r, c) have entry (r - i, c - j) + shift."""
     paired = tl.permute(tl.reshape(grad_logits, [EDGE, EDGE, ROWS, COLUMNS]), 0, 2, 1, 3)
     paired = tl.reshape(paired, [EDGE * ROWS, EDGE * COLUMNS])
     side = tl.arange(0, SIDE)

@@ -1,16 +1,17 @@
-"""The gradient of the bias table, with and without atomic additions.
+"""Gradient of the bias table, with and without atomic additions.
 
-Every pair of a query and a key adds to the four coefficients (see `lookup`) of the cell in which it reads the table,
+Every pair of a query and a key contributes to the four coefficients (see `lookup`) of its cell in the table,
 
-    ∂L/∂c₀ += s,    ∂L/∂c₁ += x s,    ∂L/∂c₂ += y s,    ∂L/∂c₃ += x y s,    with s = ∂L/∂logit,
+    ∂L/∂c₀ += s,    ∂L/∂c₁ += x s,    ∂L/∂c₂ += y s,    ∂L/∂c₃ += x y s,    with s = ∂L/∂logit.
 
-and from those the table's entries get theirs by the transpose of how the coefficients are made of them. A table has few
-cells and there are many pairs. Added up atomically they wait for each other, in an order that changes from run to run.
+The coefficients are linear in the table's entries, so the transposed map gives the gradient of the entries. A table
+has few cells, and there are many pairs. Atomic additions to the same cell are therefore serialized, in an order that
+changes from run to run.
 
-The other way turns the sum around. For a run of keys, so long that it fits a workspace of bounded size, a kernel writes
-every s; then each program takes a tile of cells and collects, key by key, what reads them. For one key that is a window
-of its row of the workspace, because the cell advances as the query does: one load and a few multiply-adds a pair, no
-waiting, and always the same order.
+The deterministic alternative sums by cell. A kernel writes s of all queries for a run of keys, whose length is limited
+by the size of the workspace. Then each program sums the contributions to a tile of cells, key by key. The queries that
+read a tile for one key form a window of the key's row in the workspace. So each pair costs one load and a few
+multiply-adds, without serialization and in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch import Tensor
 from .lookup import Lookup, keys_of_head
 
 _WORKSPACE_BYTES = 1 << 27
-_ROWS, _COLUMNS, _KEYS = 16, 32, 4  # cells of a program, and keys at a time
+_ROWS, _COLUMNS, _KEYS = 16, 32, 4  # rows and columns of cells per program, and keys per iteration
 _NOWHERE = tl.constexpr(1 << 20)
-_TARGET_PROGRAMS = 512  # aimed at; a constant, so that the order of summation does not depend on the device
+_TARGET_PROGRAMS = 512  # constant, so that the order of summation does not depend on the device
 
 
 class AtomicTableGradient:
-    """Adds up atomically; `buffer` (1, heads, 4, cells) is laid out as `Lookup.cells`, with the empty cells around."""
+    """Sum by atomic additions; `buffer` (1, heads, 4, cells) has the layout of `Lookup.cells`, with empty border."""
 
     def __init__(self, table: Tensor, lookup: Lookup) -> None:
         self.table, self.lookup = table, lookup
@@ -39,15 +40,15 @@ class AtomicTableGradient:
         self.buffer = torch.empty(shape, dtype=torch.float32, device=table.device)
 
     def key_runs(self) -> list[tuple[int, int]]:
-        """Return the runs of keys to go through: one."""
+        """Return the runs of keys, [start, stop): one run of all keys."""
         return [(0, self.lookup.samples)]
 
     def reset(self) -> None:
-        """Begin."""
+        """Set the sums to zero."""
         self.buffer.zero_()
 
     def collect(self, start: int, stop: int) -> None:
-        """Do nothing: what the run gives is added up already."""
+        """Do nothing: the kernel has already added the contributions of the run."""
 
     def finish(self) -> Tensor:
         """Return the gradient of the table."""
@@ -58,9 +59,9 @@ class AtomicTableGradient:
 
 
 class DeterministicTableGradient:
-    """Collects cell by cell; `buffer` is the workspace, (B, heads, keys of a run, H·W and some) in the dtype of q.
+    """Sum by cell; `buffer` is the workspace, (B, heads, keys of a run, H·W and padding) in the dtype of q.
 
-    A run is a number of whole tiles, and rows are aligned: there is more room than there are pairs.
+    A run consists of whole tiles of keys, and rows are padded for alignment.
     """
 
     def __init__(self, table: Tensor, lookup: Lookup, q: Tensor, query_size: tuple[int, int], block_n: int) -> None:
@@ -70,7 +71,7 @@ class DeterministicTableGradient:
         tiles_per_run = _WORKSPACE_BYTES // (batch * heads * row_length * q.element_size() * block_n)
         self.run_length = min(max(tiles_per_run, 1), triton.cdiv(lookup.samples, block_n)) * block_n
         self.buffer = torch.empty((batch, heads, self.run_length, row_length), dtype=q.dtype, device=q.device)
-        height, width = table.shape[1] + 1, table.shape[2] + 1  # cells that read an entry
+        height, width = table.shape[1] + 1, table.shape[2] + 1  # cells with at least one entry
         self.tiles = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
         segments = triton.cdiv(_TARGET_PROGRAMS, self.tiles * heads * batch)
         self.segment = max(triton.cdiv(triton.cdiv(self.run_length, segments), _KEYS), 4) * _KEYS
@@ -78,16 +79,16 @@ class DeterministicTableGradient:
         self.partials = torch.empty((num_partials, heads, 4, height, width), dtype=torch.float32, device=q.device)
 
     def key_runs(self) -> list[tuple[int, int]]:
-        """Return the runs of keys to go through."""
+        """Return the runs of keys, [start, stop)."""
         samples = self.lookup.samples
         return [(start, min(start + self.run_length, samples)) for start in range(0, samples, self.run_length)]
 
     def reset(self) -> None:
-        """Begin."""
+        """Set the sums to zero."""
         self.partials.zero_()
 
     def collect(self, start: int, stop: int) -> None:
-        """Add what the workspace holds for keys [start, stop)."""
+        """Add the contributions of keys [start, stop) in the workspace."""
         lookup = self.lookup
         heads = self.buffer.shape[1]
         _collect[(self.tiles, heads, self.partials.shape[0])](
@@ -120,10 +121,11 @@ class DeterministicTableGradient:
 
 
 def _entry_gradients(grad_cells: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table's entries, (heads, T_y, T_x), from that of the cells' coefficients.
+    """Return the gradient of the table's entries, (heads, T_y, T_x), from the gradient of the cells' coefficients.
 
     Args:
-        grad_cells: (heads, 4, T_y + 1, T_x + 1), from the cell before the first entry on.
+        grad_cells: (heads, 4, T_y + 1, T_x + 1), starting at the cell before the first entry.
+        dtype: dtype of the result.
     """
     c0, c1, c2, c3 = grad_cells.unbind(1)
     t11, t10, t01 = c3, c2 - c3, c1 - c3
@@ -132,8 +134,8 @@ def _entry_gradients(grad_cells: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _max_readers(step: float) -> int:
-    """Return how many queries of an axis can read the same cell for one key."""
-    return 1 if step == 1 else math.floor(1 / step + 1e-3) + 1  # one more where rounding could let it in
+    """Return the maximum number of queries of an axis that read the same cell for one key."""
+    return 1 if step == 1 else math.floor(1 / step + 1e-3) + 1  # 1e-3 allows for rounding
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -141,7 +143,7 @@ def _max_readers(step: float) -> int:
 
 @triton.jit
 def add_atomically(ptr, plane, y, x, s, mask):
-    """Add the gradients of a tile of logits to those of the coefficients: `ptr` points at c₀ of their cells."""
+    """Add the logit gradients s of a tile to the gradients of the coefficients. `ptr` points to c₀ of their cells."""
     x_s = x * s
     tl.atomic_add(ptr, s, mask=mask, sem="relaxed")
     tl.atomic_add(ptr + plane, x_s, mask=mask, sem="relaxed")
@@ -187,7 +189,7 @@ def _collect(
         offs_n = start_n + tl.arange(0, KEYS)
         y = tl.load(keys + pitch + offs_n).to(tl.float32, bitcast=True)
         x = tl.load(keys + 2 * pitch + offs_n).to(tl.float32, bitcast=True)
-        # Cells counted from the one before the table's first entry; a key beyond the last has none.
+        # Cell indices start at the cell before the table's first entry. Padding keys have no cell.
         key_row = tl.where(offs_n < stop, tl.load(keys + 3 * pitch + offs_n) - extent_y - 1, _NOWHERE)
         key_column = tl.load(keys + 4 * pitch + offs_n) - extent_x - 1
         first_i, stop_i = _readers(row, key_row, y, queries_per_cell_y, UNIT)
@@ -220,15 +222,16 @@ def _collect(
 
 @triton.jit
 def _readers(cells, key_cell, fraction, queries_per_cell, UNIT: tl.constexpr):
-    """Return the first query of an axis that reads each line of cells for each key, and the first behind those.
+    """Return the range [first, stop) of queries of one axis that read each line of cells for each key.
 
-    Rounding may count a query that reads at the edge of a line among those of its neighbour. That does no harm, for the
-    weights of a bilinear read do not jump there; what matters is that each query is counted once.
+    Rounding may assign a query at the edge of a line to the neighboring line. This is harmless, because bilinear
+    interpolation is continuous there. Each query is counted exactly once.
 
     Args:
         cells: (lines,) rows or columns of cells.
-        key_cell, fraction: (KEYS,) the line in which query 0 reads a key, and where in it.
-        queries_per_cell: queries a cell, the inverse of the step.
+        key_cell, fraction: (KEYS,), line of cells of query 0 for each key, and its position in the line.
+        queries_per_cell: queries per cell, the inverse of the step.
+        UNIT: whether the step is 1.
     """
     distance = cells[None, :] - key_cell[:, None]
     if UNIT:
@@ -242,7 +245,7 @@ def _readers(cells, key_cell, fraction, queries_per_cell, UNIT: tl.constexpr):
 
 @triton.jit
 def _nth_reader(first, stop, nth, cells, key_cell, fraction, step, length, UNIT: tl.constexpr):
-    """Return the nth query that reads each line of cells for each key, where in them it does, and if there is one."""
+    """Return the nth query that reads each line of cells for each key, its position in it, and whether it exists."""
     query = first + nth
     exists = (query < stop) & (query >= 0) & (query < length)
     if UNIT:

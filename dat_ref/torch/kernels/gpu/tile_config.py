@@ -1,4 +1,4 @@
-"""How the kernels cut the work: tiles that suit, and a search for the fastest where one is wanted."""
+"""Tile configurations of the Triton kernels, and autotuning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Kernel = Literal["forward", "grad_queries", "grad_keys"]
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A tile of queries × keys, and who works on it."""
+    """Tile of queries × keys, and the launch options of its program."""
 
-    block_m: int
-    block_n: int
+    block_m: int  # queries
+    block_n: int  # keys
     num_warps: int = 4
-    num_stages: int = 1  # of a pipeline that loads ahead; above 1, all that is loaded passes through shared memory
+    num_stages: int = 1  # stages of software pipelining; above 1, all loads pass through shared memory
 
     def arguments(self, depth: int, dtype: torch.dtype) -> dict[str, Any]:
         """Return the compile-time arguments of a kernel."""
@@ -30,7 +30,7 @@ class TileConfig:
             "BLOCK_D": _padded_depth(depth),
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
-            # Three products of TF32 are as good as one of float32; a single one is not.
+            # Three TF32 products are as accurate as one float32 product; a single one is not.
             "PRECISION": "tf32x3" if dtype is torch.float32 else "ieee",
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -38,12 +38,12 @@ class TileConfig:
 
 
 def _padded_depth(depth: int) -> int:
-    """Return a power of two, at least the 16 that a tensor core takes."""
+    """Return the next power of two, at least 16, the minimum for tensor cores."""
     return max(16, 1 << (depth - 1).bit_length())
 
 
-# By the padded depth. What the compiler says of them for sm_80 and sm_90: registers hardly spill, two programs or more
-# fit a multiprocessor, and they need less than the 99 KB of shared memory that every device since sm_80 has.
+# By padded depth. According to the compiler, for sm_80 and sm_90: almost no register spills, at least two programs per
+# multiprocessor, and less than the 99 KB of shared memory that every device since sm_80 has.
 _HALF_CONFIGS: dict[Kernel, dict[int, TileConfig]] = {
     "forward": {128: TileConfig(64, 32)},
     "grad_queries": {128: TileConfig(64, 32)},
@@ -62,22 +62,24 @@ def default_config(kernel: Kernel, depth: int, dtype: torch.dtype) -> TileConfig
     return next(config for max_depth, config in configs.items() if _padded_depth(depth) <= max_depth)
 
 
-# ------------------------------------------------------------------------------------------------ searching
+# ------------------------------------------------------------------------------------------------ autotuning
 
 _AUTOTUNED: dict[tuple[Any, ...], TileConfig] = {}
 
 
 def autotune(kernel: Kernel, q: Tensor, samples: int, unit: bool, launch: Callable[[TileConfig], None]) -> TileConfig:
-    """Return the tile config for a launch: that of `default_config`, or the fastest of a few.
+    """Return the tile config for a launch: the default, or the fastest of several candidates.
 
-    They are searched for only where PyTorch is told to try algorithms out, ``torch.backends.cudnn.benchmark = True``,
-    once for each device, dtype, depth and order of magnitude of the work; never where deterministic algorithms are
-    asked for, because tiles decide the order of summation.
+    Candidates are timed only with ``torch.backends.cudnn.benchmark = True``, once for each device, dtype, depth and
+    order of magnitude of the work. They are never timed with deterministic algorithms, because the tile size determines
+    the order of summation.
 
     Args:
-        samples: how many keys there are.
-        unit: whether queries are one cell of the table apart.
-        launch: runs the kernel; may be called again and again.
+        kernel: name of the kernel.
+        q: (B, heads, H·W, d).
+        samples: number of keys.
+        unit: whether the step is 1.
+        launch: runs the kernel with a tile config; may be called many times.
     """
     default = default_config(kernel, q.shape[-1], q.dtype)
     enabled = torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
@@ -97,7 +99,7 @@ def _candidates(kernel: Kernel, default: TileConfig) -> list[TileConfig]:
             replace(default, block_m=2 * default.block_m),
             replace(default, block_n=2 * default.block_n, num_warps=8),
         ]
-    # The keys of `grad_queries` stay: the workspace of the table's gradient is cut to them.
+    # `block_n` of `grad_queries` must not change: the workspace of the table's gradient has whole tiles of keys.
     wider = replace(default, block_m=2 * default.block_m)
     candidates = [default, wider, replace(wider, num_warps=8)]
     if kernel == "forward":
@@ -111,5 +113,5 @@ def _candidates(kernel: Kernel, default: TileConfig) -> list[TileConfig]:
 def _milliseconds(launch: Callable[[TileConfig], None], config: TileConfig) -> float:
     try:
         return float(triton.testing.do_bench(lambda: launch(config), warmup=5, rep=20, return_mode="median"))
-    except OutOfResources:  # shared memory, most likely
+    except OutOfResources:  # usually shared memory
         return float("inf")
