@@ -103,8 +103,10 @@ def test_exported_layer_has_the_layers_gradients(name):
         outputs = torch.autograd.grad(module(leaf), [leaf, *(parameters[each] for each in names)], cotangent)
         grads.append(dict(zip(["x", *names], outputs, strict=True)))
     assert grads[0].keys() == grads[1].keys()
+    # One scale for all: some gradients, for example that of the key bias, are zero except for rounding.
+    scale = max(grad.abs().max() for grad in grads[1].values())
     for each, grad in grads[1].items():
-        torch.testing.assert_close(grads[0][each], grad, rtol=1e-4, atol=1e-5)
+        assert (grads[0][each] - grad).abs().max() <= ROUNDING * scale, each
 
 
 @pytest.mark.parametrize("release", RELEASES)
