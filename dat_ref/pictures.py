@@ -62,7 +62,7 @@ def read_picture(path: str | os.PathLike[str], scaled_above: int | None = None) 
                 _check_size(opened.size)
                 opened.load()
                 turn = _TRANSPOSES.get(_orientation(opened, path))
-                factor = 1 if scaled_above is None else math.ceil(math.sqrt(math.prod(opened.size) / scaled_above)) or 1
+                factor = 1 if scaled_above is None else math.ceil(math.sqrt(math.prod(opened.size) / scaled_above))
                 picture = _in_color(opened, factor)
         except MemoryError:
             raise
