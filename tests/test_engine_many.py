@@ -375,13 +375,15 @@ def test_invalid_training_exits_with_2_and_leaves_nothing(options, message, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["{folder}/none.safetensors"], "train_config.json"),
+        (["{folder}/none.safetensors"], "none.safetensors"),
+        (["{folder}/alone.safetensors"], "train_config.json"),
         (["{trained}/best.safetensors", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
         (["{trained}/log.csv"], "log.csv"),
         (["{trained}/log.csv", "--data", "{folder}"], "log.csv: cannot be read"),
     ],
 )
 def test_invalid_evaluation_exits_with_2(options, message, trained, tmp_path, capsys):
+    (tmp_path / "alone.safetensors").write_bytes(b"")
     assert main(["evaluate", *(each.format(folder=tmp_path, trained=trained) for each in options)]) == 2
     assert message in capsys.readouterr().err
 
