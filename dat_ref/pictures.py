@@ -69,7 +69,8 @@ def read_picture(path: str | os.PathLike[str], scaled_above: int | None = None) 
         except image.DecompressionBombError as error:  # Pillow's own limit is larger
             raise ConfigError(f"cannot read {os.fspath(path)}: {_too_large('more')}") from error
         except Exception as error:  # a decoder fails on a damaged file with an exception of any kind
-            reason = str(error) or type(error).__name__
+            unknown = type(error).__name__ == "UnidentifiedImageError"  # its text shows the file object
+            reason = "it is not a picture in a known format" if unknown else str(error) or type(error).__name__
             raise ConfigError(f"cannot read {os.fspath(path)}: {reason}") from error
     if factor > 1:
         warnings.warn(
