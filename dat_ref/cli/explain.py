@@ -24,6 +24,7 @@ from ..ops.offsets import offset_limit
 from ..scenes import OBJECTS
 from . import spot
 from .explanation import BlockReport, Cell, Explanation, check_request, choose_backend, explain, walk
+from .output import make_folder
 from .photo import DEFAULT_MODEL, add_photo_arguments, input_size, load_photo, normalise, parse_seed, resize
 from .weights import select_weights
 
@@ -106,21 +107,6 @@ def parse_query(text: str) -> tuple[float, float]:
             f"expected y,x in pixels of the photograph, such as 120,200, got {text!r}"
         ) from None
     return y, x
-
-
-# ------------------------------------------------------------------------------------------------ before the run
-
-
-def make_folder(folder: Path) -> None:
-    """Create the output folder if it does not exist.
-
-    Raises:
-        ConfigError: if the path is a file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"--out: expected a folder, and {error.filename} is a file") from error
 
 
 # ------------------------------------------------------------------------------------------------ figures
