@@ -187,6 +187,23 @@ def test_the_command_says_that_nothing_was_saved(tmp_path, monkeypatch, capsys):
     assert "best weights" not in printed.out
 
 
+def test_the_command_says_that_the_last_steps_are_not_saved(tmp_path, monkeypatch, capsys):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8))
+    monkeypatch.setattr(loop, "build_model", lambda *arguments: model)
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, state: step < 2 and save(folder, step, state))
+    monkeypatch.setattr(loop, "_write_weights", lambda *arguments: False)
+    command = [*COMMAND, "--scenes-per-epoch", "16", "--save-every", "1", "--out", str(tmp_path)]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("best weights: none could be saved\n")
+    assert "is saved up to step 1 of 2 only; free disk space" in printed.err
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "build_model", lambda *arguments: model)
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"best weights: {tmp_path / 'best.safetensors'} (")
+
+
 def test_a_result_says_how_much_is_saved(tmp_path, monkeypatch):
     assert run(tmp_path / "whole", SHORT).saved_steps == 3
     save = checkpoint.save

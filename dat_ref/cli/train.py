@@ -76,7 +76,11 @@ def selected_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def run(options: argparse.Namespace) -> int:
+<<<<<<< ours
     """Run the command. The exit code is 1 if the loss becomes NaN."""
+=======
+    """Run the command; return 1 if the loss is not finite or the last steps are not saved."""
+>>>>>>> theirs
     config = selected_config(options)
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected 1 or more, got {options.threads}")
@@ -102,7 +106,18 @@ def run(options: argparse.Namespace) -> int:
             return 1
         if context.is_main:
             print(format_scores(result.scores))
-            print(f"best weights: {options.out / 'best.safetensors'} ({100 * result.best:.1f} %)")
+            best = options.out / "best.safetensors"
+            if result.best >= 0 and best.is_file():
+                print(f"best weights: {best} ({100 * result.best:.1f} %)")
+            else:
+                print("best weights: none could be saved")
+            if result.saved_steps < result.steps:
+                print(
+                    f"dat-ref train: {options.out} is saved up to step {result.saved_steps} of {result.steps} only; "
+                    "free disk space and give the same command again",
+                    file=sys.stderr,
+                )
+                return 1
     return 0
 
 
