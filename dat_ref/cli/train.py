@@ -76,11 +76,7 @@ def selected_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def run(options: argparse.Namespace) -> int:
-<<<<<<< ours
-    """Run the command. The exit code is 1 if the loss becomes NaN."""
-=======
     """Run the command; return 1 if the loss is not finite or the last steps are not saved."""
->>>>>>> theirs
     config = selected_config(options)
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected 1 or more, got {options.threads}")
