@@ -1,7 +1,7 @@
 """Backbones by name: the eight released ones, DAT (2022) ``dat_*`` and DAT++ (2023) ``dat_pp_*``, and two small ones.
 
 The small ones are new work, in the default convention. ``dat_spot`` ships with its weights: one stage, one deformable
-layer of stride 10, which reads 4 % of the map without offsets, so that it needs them. ``dat_nano`` has three stages;
+layer of stride 10, which reads 4 % of the map without offsets and misses most objects. ``dat_nano`` has three stages;
 its deformable layers have stride 1, read the whole map, and do not need offsets (see `dat_ref.ops.coverage`).
 """
 

@@ -199,8 +199,9 @@ print(f"a target of {side} positions pulls points within {radius:g} positions of
 # have found another way. So three controls were trained in the same way: no offsets, average pooling of the key cells,
 # and four times the keys.
 #
-# **Claim** (`dat_ref.peers.replace_attention`). With offsets every seed is more accurate than every control. Four times
-# the keys are the best control: they cost twice the multiply-adds, and miss fewer objects.
+# **Claim** (`dat_ref.peers.replace_attention`). With offsets every seed is far more accurate than without, and more
+# accurate than with four times the keys, which cost twice the multiply-adds. Average pooling is as accurate as offsets:
+# it misses nothing either, since it reads every position. An object of this size leaves a trace in the mean of its cell.
 
 # %%
 accuracies = network_card()["accuracies"]
@@ -214,14 +215,15 @@ plt.show()
 # %%
 for arm, values in accuracies.items():
     print(f"{arm:16}", *(f"{value:.1%}" for value in values))
-others = [value for arm, values in accuracies.items() if arm != "offsets" for value in values]
-assert min(accuracies["offsets"]) > max(others)
+assert min(accuracies["offsets"]) > max(accuracies["more keys"])
 assert min(accuracies["offsets"]) - max(accuracies["no offsets"]) > 0.3
+assert abs(np.mean(accuracies["offsets"]) - np.mean(accuracies["average pooling"])) < 0.05
 
 # %% [markdown]
 # ## What to remember
 #
 # - Offsets matter where the fixed grid misses the target. Compute the bound before you train.
 # - At strides 1 and 2 it misses nothing: there a layer without offsets equals average pooling.
-# - Compare with a network trained without offsets, and with more keys, not only with the same weights.
+# - Compare with networks trained without offsets: with nothing in their place, with more keys, with average pooling. The
+#   last one misses nothing either, and here it is as good.
 # - Start with zero offsets where the stride is large.

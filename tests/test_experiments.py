@@ -105,8 +105,8 @@ def test_results_meet_what_the_pages_say_of_them(found):
     ours = accuracies(found, "offsets")
     assert len(ours) >= 5
     assert ours.mean() >= 0.90
-    for arm in ("no offsets", "average pooling", "more keys"):
-        assert ours.min() > accuracies(found, arm).max()
+    assert ours.min() > accuracies(found, "more keys").max()
+    assert abs(ours.mean() - accuracies(found, "average pooling").mean()) < 0.05
     assert ours.min() - accuracies(found, "no offsets").max() > 0.3
     for run in found["runs"]["offsets"].values():
         assert all(run["with_object"] - ablated >= 0.3 for ablated in run["ablations"].values())
