@@ -200,7 +200,7 @@ print(f"a target of {side} positions pulls points within {radius:g} positions of
 # and four times the keys.
 #
 # **Claim** (`dat_ref.peers.replace_attention`). With offsets every seed is far more accurate than without, and more
-# accurate than with four times the keys, which cost twice the multiply-adds. Average pooling is as accurate as offsets: it
+# accurate than with four times the keys, at half their cost. Average pooling is as accurate as offsets: it
 # reads every position, so it misses nothing either, and an object of this size shows in the mean of its cell.
 
 # %%
