@@ -342,7 +342,7 @@ def test_autograd_stores_the_output_and_one_element_per_query(backend):
     for case in (Case((8, 9), 5, depth=4), Case((16, 9), 5, depth=4)):
         qkv, table = (tensor(array) for array in case.arrays()[:2])
         queries = case.batch * case.heads * case.size[0] * case.size[1]
-        options = {"scale": case.scale, "backend": backend, "without": (qkv, table)}
+        options = {"scale": case.scale, "backend": backend, "exclude": (qkv, table)}
         assert saved_bytes(functional.neighborhood_attention, qkv, table, **options) == 8 * queries * (case.depth + 1)
 
 

@@ -375,7 +375,7 @@ def test_half_precision_and_checkpointing_train_too(tmp_path):
             {"min_learning_rate": 1.0},
             "learning_rate: expected 0 ≤ min_learning_rate ≤ learning_rate, got 1.0 and 0.001",
         ),
-        ({"amp": "float8"}, "amp: expected one of none, bfloat16, float16, got 'float8'"),
+        ({"amp": "float8"}, "amp: expected one of 'none', 'bfloat16', 'float16', got 'float8'"),
     ],
 )
 def test_invalid_configs(changes, message):
@@ -388,6 +388,6 @@ def test_configs_are_data():
         assert TrainConfig.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match="train config: unknown fields colour"):
         TrainConfig.from_json('{"colour": 1}')
-    with pytest.raises(ConfigError, match="preset: expected one of laptop, released, got 'fast'"):
+    with pytest.raises(ConfigError, match="preset: expected one of dat_spot, laptop, released, got 'fast'"):
         preset("fast")
     assert preset("released").epochs == 300

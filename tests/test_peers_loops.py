@@ -301,7 +301,7 @@ def test_wrong_channels_are_refused_by_name(config):
         (lambda: MultiScaleDeformableConfig(6, 3, scoring="keys"), "scoring: expected 'query' or 'dot_product'"),
         (lambda: PerQueryAttentionConfig(6, 3, 2), "groups: expected a divisor of heads=3, got 2"),
         (lambda: PerQueryAttentionConfig(6, 3, 3, 2), "kernel_size: expected an odd integer"),
-        (lambda: DATDCNAttentionConfig(6, 3, 0), "points: expected >= 1, got 0"),
+        (lambda: DATDCNAttentionConfig(6, 3, 0), "points: expected an integer >= 1, got 0"),
     ],
 )
 def test_impossible_configurations_are_refused(make, message):

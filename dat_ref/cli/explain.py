@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     if options.scene and (options.place or options.photo):
         raise ConfigError("--scene: expected no PHOTO and no --place with it")
+    request = None if options.scene or options.place else read_request(options)  # raises before any output
     sightings = look_at_objects(options)
     results: dict[str, Any] = {}
     if sightings:
@@ -185,10 +186,10 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"{spot.text(sightings)}\n")
             print("\n".join(str(path) for path in figures))
-    if not (options.scene or options.place):
+    if request is not None:
         if sightings and not options.json:
             print()
-        results |= explain_photo(options)
+        results |= explain_photo(request, options)
     if options.json:
         print(json.dumps(results, indent=2))
     return 0
@@ -209,8 +210,23 @@ def _name(options: argparse.Namespace) -> str:
     return "the photograph that ships" if options.photo is None else str(options.photo)
 
 
-def explain_photo(options: argparse.Namespace) -> dict[str, Any]:
-    """Run a backbone on a photograph, print its blocks, write its figures, and return the results."""
+class Request(NamedTuple):
+    """Checked input of a run on a photograph."""
+
+    photo: Array  # (H, W, 3) in [0, 1]
+    queries: list[tuple[float, float]]  # y, x in pixels of the photograph
+    image_size: Cell
+    backend: str
+    model: DAT
+    weights: str  # a line for people
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Read and check everything that a run on a photograph needs.
+
+    Raises:
+        ConfigError: for an option, a photograph or a folder that cannot be used.
+    """
     photo = load_photo(options.photo)
     height, width = photo.shape[:2]
     queries = options.query or default_queries((height, width))
@@ -220,8 +236,14 @@ def explain_photo(options: argparse.Namespace) -> dict[str, Any]:
     config, params, weights = select_weights(options)
     if options.checkpoint is None:
         weights += ": the figures show the geometry only"
-    model = DAT(config, params)
     make_folder(options.out)
+    return Request(photo, queries, image_size, backend, DAT(config, params), weights)
+
+
+def explain_photo(request: Request, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a backbone on a photograph, print its blocks, write its figures, and return the results."""
+    photo, queries, image_size, backend, model, weights = request
+    height, width = photo.shape[:2]
     image = normalise(resize(photo, image_size))
 
     start = time.perf_counter()

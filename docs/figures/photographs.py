@@ -69,7 +69,8 @@ def main() -> None:
     """Draw the scenes and the three photographs."""
     objects = spot.draw([spot.look_at_scene(number) for number in spot.SCENES], IMAGES)
     with Image.open(objects[0]) as picture:
-        picture.convert("RGB").save(IMAGES / "objects.jpg", quality=90)
+        size = (1120, round(picture.height * 1120 / picture.width))
+        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(IMAGES / "objects.jpg", quality=78)
     for path in objects:
         path.unlink()
     photo = load_photo(None)
