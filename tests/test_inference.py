@@ -208,15 +208,15 @@ def test_unsupported_models_are_rejected(model, what, attempt):
         attempt(fast, torch.randn(1, 3, 64, 96))
 
 
-def test_it_is_no_graph_for_a_compiler():
+def test_compiler_is_refused():
     torch._dynamo.reset()
     layer = torch.compile(PackedLinear(nn.Linear(3, 5)), backend="eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="compile or export the one it was made of"):
+    with pytest.raises(RuntimeError, match="compile or export the original model"):
         layer(torch.randn(2, 3))
 
 
 @pytest.mark.parametrize("obstacle", ["float64", "no oneDNN", "no operator", "another device"])
-def test_where_nothing_can_be_packed_a_plain_copy_comes_back(model, obstacle, monkeypatch):
+def test_unsupported_model_is_copied_with_a_warning(model, obstacle, monkeypatch):
     model = copy.deepcopy(model)
     expected = "torch.float64" if obstacle == "float64" else "oneDNN"
     if obstacle == "float64":
@@ -225,11 +225,11 @@ def test_where_nothing_can_be_packed_a_plain_copy_comes_back(model, obstacle, mo
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     elif obstacle == "no operator":
         monkeypatch.setattr(inference, "_OPERATORS", ("_no_such_operator",))
-        expected = "no packed products"
+        expected = "no packed linear layers"
     else:
         model.to("meta")
         expected = "weights are on meta"
-    with pytest.warns(UserWarning, match=f"optimize_for_inference: .*{expected}.*copied as it is"):
+    with pytest.warns(UserWarning, match=f"optimize_for_inference: .*{expected}.*returning an unoptimized copy"):
         same = optimize_for_inference(model)
     assert same is not model
     assert same.state_dict().keys() == model.state_dict().keys()
