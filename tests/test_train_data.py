@@ -394,7 +394,7 @@ def test_exif_that_cannot_be_read_means_no_rotation(suffix, tmp_path):
     """An orientation of a wrong type, and 60 blocks with changed bytes: each picture is read."""
     path, exif = tmp_path / f"typed.{suffix}", Image.Exif()
     exif[0x0112] = 6
-    as_text = exif.tobytes().replace(b"\x12\x01\x03\x00", b"\x12\x01\x02\x00")  # type ASCII in place of SHORT
+    as_text = exif.tobytes().replace(b"\x01\x12\x00\x03", b"\x01\x12\x00\x02")  # type ASCII in place of SHORT
     assert as_text != exif.tobytes()
     Image.fromarray(np.dstack([GRAY] * 3)).save(path, exif=as_text)
     with pytest.warns(UserWarning, match=rf"typed\.{suffix}: not rotated, its EXIF data cannot be read"):
