@@ -260,7 +260,10 @@ class DAT:
     # -------------------------------------------------------------------------------------------- gradient
 
     def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Tree]]]:
-        """Return logits and the pullback: ``pullback(∂L/∂logits)`` returns (∂L/∂x, ∂L/∂params)."""
+        """Return logits and the pullback: ``pullback(∂L/∂logits)`` returns (∂L/∂x, ∂L/∂params).
+
+        The pullback refers to `x` and to the parameters, without copies: change neither before its last call.
+        """
         logits, trace = self(x, return_trace=True)
 
         def pullback(cotangent: Array) -> tuple[Array, Tree]:

@@ -401,7 +401,10 @@ class DeformableAttention:
         return (y, trace) if return_trace else y
 
     def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array, Tree]]]:
-        """Return y and the pullback: ``pullback(∂L/∂y)`` returns (∂L/∂x, ∂L/∂params)."""
+        """Return y and the pullback: ``pullback(∂L/∂y)`` returns (∂L/∂x, ∂L/∂params).
+
+        The pullback refers to `x` and to the parameters, without copies: change neither before its last call.
+        """
         y, trace = deformable_layer(x, self.params, self.config)
 
         def pullback(cotangent: Array) -> tuple[Array, Tree]:

@@ -17,7 +17,7 @@
 # `dat_spot`, in NumPy. By the law of coverage it needs its offsets: without them it would miss most objects. We look at
 # its points, take the offsets away, and compare with networks that were trained without them.
 #
-# [Objects on photographs](../../experiments/objects/) has all tables, several seeds for each arm, and the command that
+# [Objects on photographs](../../experiments/objects/) has all tables, five seeds with offsets, and the command that
 # trains them. Each section makes a claim, names the function of `dat_ref` that it is about, draws it, and ends with an
 # assertion.
 

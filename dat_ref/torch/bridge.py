@@ -65,7 +65,10 @@ class SpecModule(nn.Module):
                 leaf.copy_(source if isinstance(source, Tensor) else torch.from_numpy(np.array(source)))
 
     def to_numpy(self, *, grad: bool = False) -> Tree:
-        """Return the parameters as a tree of the spec, or their gradients (zeros for parameters without a gradient)."""
+        """Return the parameters as a tree of the spec, or their gradients (zeros for parameters without a gradient).
+
+        The arrays share memory with the parameters on a CPU: a training step changes them too. Copy what has to stay.
+        """
         return unflatten({name: as_numpy(leaf) for name, leaf in self._leaves(grad).items()})
 
     def to_official(self, params_or_grads: Tree | None = None) -> dict[str, Any]:
