@@ -349,7 +349,7 @@ def test_evaluate_on_another_folder_needs_its_val_alone(trained, pictures, tmp_p
         (["--epochs", "0"], "epochs: expected 1 or more, got 0"),
         (["--preset", "fast"], "argument --preset: invalid choice: 'fast'"),
         (["--model", "dat_nanoo"], "unknown model 'dat_nanoo'; did you mean dat_nano"),
-        (["--task", "why"], "task: expected one of which, which_all, where, count, got 'why'"),
+        (["--task", "why"], "task: expected one of which, which_all, where, count, find, find_all, got 'why'"),
         (["--attention", "foo"], "attention: unknown kind 'foo'"),
         (["--threads", "0"], "--threads: expected 1 or more, got 0"),
         (["--config", "{folder}/none.json"], "none.json: No such file or directory"),

@@ -87,7 +87,7 @@ def test_sampling_on_the_lattice_and_outside(browser):
         opened.press(*["Shift+ArrowRight"] * 30, *["Shift+ArrowDown"] * 65)
         assert opened.state()["point"] == [2, 2]
         check_sampling(opened.state())
-        assert "and the latter counts" in opened.page.locator(".live-note").inner_text()
+        assert "The gradient is the latter." in opened.page.locator(".live-note").inner_text()
         opened.press(*["ArrowUp"] * 60)
         assert opened.state()["point"] == [-1.25, 2]
         assert opened.state()["slope"] == [0, 0]

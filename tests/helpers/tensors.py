@@ -23,14 +23,18 @@ def tensor(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def assert_close(actual: Any, expected: np.ndarray, tolerance: float = AGREEMENT, what: str = "") -> None:
-    """Raise unless every element agrees, relative to the largest expected one; NaN agrees with nothing."""
+    """Raise unless every element agrees, relative to the largest expected one; NaN agrees with nothing.
+
+    An expected array below 0.01 counts as 0.01: it is a sum of terms that cancel, such as the gradient of a layer norm
+    over one channel.
+    """
     if isinstance(actual, torch.Tensor):
         actual = actual.detach().double().numpy()
     expected = np.asarray(expected, dtype=np.float64)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     if expected.size:
         assert np.isfinite(actual).all(), f"{what}: not finite"
-        scale = max(float(np.abs(expected).max()), 1e-3)
+        scale = max(float(np.abs(expected).max()), 1e-2)
         error = float(np.abs(actual - expected).max())
         assert error <= tolerance * scale, f"{what}: error {error:.2e} at scale {scale:.2e}"
 
