@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 
 from dat_ref import ConfigError  # noqa: E402
+from dat_ref.cli import main  # noqa: E402
+from dat_ref.data import network_path  # noqa: E402
+from dat_ref.scenes import Scenes  # noqa: E402
 from dat_ref.torch.train import TrainConfig, build_datasets, build_model, preset  # noqa: E402
 from dat_ref.torch.train.evaluate import correct_predictions, per_sample_loss  # noqa: E402
 
@@ -96,3 +99,20 @@ def test_images_of_a_folder_are_classified_as_a_whole():
 def test_unknown_model_is_refused_before_any_work():
     with pytest.raises(ConfigError, match=r"unknown model 'dat_spott'; did you mean dat_spot"):
         build_datasets(TrainConfig(model="dat_spott"))
+
+
+def test_evaluation_on_a_folder_classifies_whole_images(tmp_path, capsys):
+    """The network that ships, trained on positions of scenes, on one picture of each class."""
+    (tmp_path / "config.json").write_text(preset("dat_spot").to_json(), encoding="utf-8")
+    scenes, found = Scenes("find", "held_out", 160, objects="pictures"), set()
+    for scene in scenes:
+        folder = tmp_path / "val" / scenes.classes[scene.label]
+        folder.mkdir(parents=True, exist_ok=True)
+        if scene.label not in found:
+            Image.fromarray(scene.image).save(folder / "0.png")
+        found.add(scene.label)
+        if len(found) == len(scenes.classes):
+            break
+    options = ["--config", str(tmp_path / "config.json"), "--data", str(tmp_path)]
+    assert main(["evaluate", str(network_path()), *options]) == 0
+    assert "held out, 9 images" in capsys.readouterr().out

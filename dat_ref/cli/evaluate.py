@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from ..torch.train import ImageFolder, build_datasets, build_model, evaluate
 
     if options.data:
+        config = replace(config, data=options.data)  # a folder has one class per image
         held_out = ImageFolder(Path(options.data) / "val", config.image_size, classes=classes_of(options.weights))
     else:
         _, held_out = build_datasets(config)
