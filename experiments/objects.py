@@ -27,7 +27,7 @@ import os
 import platform
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ from dat_ref.ops.grid import key_grid_size, reference_points, to_pixels
 from dat_ref.peers import ATTENTIONS, matched_peer
 from dat_ref.presets import PRESETS
 from dat_ref.scenes import Scene, Scenes
-from dat_ref.scenes.measures import points_on_mask, position_targets, received
+from dat_ref.scenes.measures import points_on_mask, received
 from dat_ref.state_files import atomic_write
 from dat_ref.torch import DAT, as_numpy
 from dat_ref.torch.checkpoints import load_checkpoint
 from dat_ref.torch.offset_ablation import ABLATIONS, ablated_offsets, mean_offsets
-from dat_ref.torch.train import TrainConfig, build_datasets, build_model, fit, preset
-from dat_ref.torch.train.data import normalised
+from dat_ref.torch.train import SceneImages, TrainConfig, build_datasets, build_model, fit, preset
+from dat_ref.torch.train.evaluate import correct_predictions
 
 from . import rounded, save_results
 
@@ -81,7 +81,7 @@ def run(runs: Path, arm: str, seed: int, compiled: bool) -> None:
     folder = folder_of(runs, arm, seed)
     if (folder / "measured.json").exists():
         return
-    config = TrainConfig.from_mapping(asdict(config_of(arm, seed)) | {"compile": compiled})
+    config = replace(config_of(arm, seed), compile=compiled)
     train, held_out = build_datasets(config)
     model = build_model(config, len(held_out.classes))
     fit(config, train, held_out, folder, model=model, quiet=True)
@@ -110,26 +110,20 @@ def held_out_scenes(length: int | None = None) -> Scenes:
 
 
 @torch.no_grad()
-def correct_shares(model: DAT, images: Tensor, labels: Tensor, weights: Tensor) -> Array:
+def correct_shares(model: DAT, images: Tensor, targets: Tensor) -> Array:
     """Return for each image the share of positions off the object that are right, (N,)."""
-    shares = []
-    for x, y, w in zip(*(torch.split(each, BATCH) for each in (images, labels, weights))):
-        right = model(x).argmax(1) == y[:, None, None]
-        shares.append((right * w).sum((1, 2)))
-    return np.asarray(torch.cat(shares))
+    batches = zip(*(torch.split(each, BATCH) for each in (images, targets)))
+    return np.asarray(torch.cat([correct_predictions(model(x), t) for x, t in batches]))
 
 
 def measure(folder: Path, arm: str) -> dict[str, Any]:
     """Return what is measured of one run, on held-out scenes."""
     model, scenes = load_run(folder, arm), held_out_scenes()
     made = list(scenes)
-    images = torch.stack([normalised(scene.image) for scene in made])
-    labels = torch.tensor([scene.label for scene in made])
-    reduction = model.config.reductions[-1]
-    weights = torch.stack(
-        [torch.from_numpy(position_targets(0, 1, scene.masks, reduction, on_objects=0.0)[0]) for scene in made]
-    )
-    shares = correct_shares(model, images, labels, weights)
+    data = SceneImages(scenes, reduction=model.config.reductions[-1], on_objects=0.0)
+    images, targets = map(torch.stack, zip(*(data[number] for number in range(len(data)))))
+    shares = correct_shares(model, images, targets)
+    labels = np.array([scene.label for scene in made])
     some = np.array([bool(scene.objects) for scene in made])
     radius = np.array([scene.objects[0].radius / scenes.size if scene.objects else 0.0 for scene in made])
     result: dict[str, Any] = {
@@ -137,9 +131,7 @@ def measure(folder: Path, arm: str) -> dict[str, Any]:
         "with_object": float(shares[some].mean()),
         "empty": float(shares[~some].mean()),
         "by_radius": [float(shares[some & (low <= radius) & (radius < high)].mean()) for low, high in RADII],
-        "by_class": {
-            name: float(shares[labels.numpy() == number].mean()) for number, name in enumerate(scenes.classes)
-        },
+        "by_class": {name: float(shares[labels == number].mean()) for number, name in enumerate(scenes.classes)},
         "parameters": sum(leaf.numel() for leaf in model.parameters()),
     }
     chosen = torch.from_numpy(np.flatnonzero(some))
@@ -148,7 +140,7 @@ def measure(folder: Path, arm: str) -> dict[str, Any]:
         result["ablations"] = {}
         for kind in ABLATIONS:
             with ablated_offsets(model, kind, means):
-                ablated = correct_shares(model, images[chosen], labels[chosen], weights[chosen])
+                ablated = correct_shares(model, images[chosen], targets[chosen])
             result["ablations"][kind] = float(ablated.mean())
     if arm != "average pooling":
         looked_at = [number for number in range(len(made)) if some[number]][:LOOKED_AT]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from .. import config as preset
 from .._checks import Array
 from ..backbone import Step
 from ..checkpoints import load_params
-from ..config import DATConfig, OffsetBound
 from ..data import NETWORK, network_card, network_path
 from ..layer import LayerTrace
+from ..peers import replace_attention
 from ..scenes import OBJECTS, Placed, Scenes, paint, position_targets
 from ..scenes.measures import points_on_mask, received
 from .photo import input_size, normalise, resize
@@ -60,14 +60,7 @@ def load_network(zero_offsets: bool = False) -> DAT:
     if not zero_offsets:
         return DAT(config, params)
     del params["stages"][0]["blocks"][-1]["attention"]["offset_network"]
-    return DAT(_without_offsets(config), params)
-
-
-def _without_offsets(config: DATConfig) -> DATConfig:
-    local, block = config.stages[0]
-    attention: Any = block.attention
-    fixed = replace(block, attention=replace(attention, offset_bound=OffsetBound.NONE))
-    return replace(config, stages=((local, fixed),))
+    return DAT(replace_attention(config, "no_offsets"), params)
 
 
 def _run(model: DAT, image: Array) -> tuple[Array, LayerTrace]:

@@ -142,20 +142,23 @@ def _dat_dcn(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate
         yield Candidate(DATDCNAttentionConfig(layer.dim, layer.heads, points, convention), points)
 
 
-def _no_offsets(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+def _keys(layer: DeformableAttentionConfig, size: Size) -> int:
+    """Return the number of keys of a deformable layer, Hk Wk."""
     rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
-    yield Candidate(replace(layer, offset_bound=OffsetBound.NONE), rows * columns)
+    return rows * columns
+
+
+def _without_offsets(layer: DeformableAttentionConfig, size: Size, **changes: Any) -> Iterator[Candidate]:
+    fixed = replace(layer, offset_bound=OffsetBound.NONE, **changes)
+    yield Candidate(fixed, _keys(fixed, size))
 
 
 def _average_pool(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
-    yield Candidate(replace(layer, offset_bound=OffsetBound.NONE, average_pool=True), rows * columns)
+    return _without_offsets(layer, size, average_pool=True)
 
 
 def _more_keys(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    finer = replace(layer, offset_bound=OffsetBound.NONE, stride=max(layer.stride // 2, 1))
-    rows, columns = key_grid_size(size, finer.kernel_size, finer.stride, finer.convention)
-    yield Candidate(finer, rows * columns)
+    return _without_offsets(layer, size, stride=max(layer.stride // 2, 1))
 
 
 REPLACEMENTS: dict[str, Rule] = {
@@ -172,7 +175,7 @@ REPLACEMENTS: dict[str, Rule] = {
 }
 # The same layer without offsets: what they have to be compared with.
 CONTROLS: dict[str, Rule] = {
-    "no_offsets": _no_offsets,
+    "no_offsets": _without_offsets,
     "average_pool": _average_pool,
     "more_keys": _more_keys,
 }
@@ -203,8 +206,8 @@ def matched_peer(layer: DeformableAttentionConfig, size: Size, kind: str, match:
         raise ConfigError(f"match: expected 'keys' or 'macs', got {match!r}")
     candidates = list(rules[kind](layer, size))
     if match == "keys":
-        rows, columns = key_grid_size(size, layer.kernel_size, layer.stride, layer.convention)
-        return min(candidates, key=lambda candidate: abs(candidate.keys - rows * columns)).config
+        keys = _keys(layer, size)
+        return min(candidates, key=lambda candidate: abs(candidate.keys - keys)).config
     target = _macs(layer, size)
     return min(candidates, key=lambda candidate: abs(_macs(candidate.config, size) - target)).config
 

@@ -9,8 +9,9 @@ from functools import cache
 
 import numpy as np
 
-from .._checks import Array, ConfigError
+from .._checks import Array
 from ..data import photograph_path, photographs
+from ..pictures import import_pillow, read_picture
 
 HELD_OUT = 1 / 3  # of each photograph's width, on its right
 LEAST_SIDE = 80  # pixels of the photograph that a background shows, at least; fewer are a blur
@@ -19,12 +20,7 @@ LEAST_SIDE = 80  # pixels of the photograph that a background shows, at least; f
 @cache
 def part(name: str, split: str) -> Array:
     """Return a split's part of a photograph, (H, W, 3), uint8."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ConfigError("pillow is needed to read the photographs: pip install 'dat-ref[viz]'") from error
-    with Image.open(photograph_path(name)) as opened:
-        pixels = np.asarray(opened.convert("RGB"))
+    pixels = np.asarray(read_picture(photograph_path(name)))
     border = round(pixels.shape[1] * (1 - HELD_OUT))
     return pixels[:, :border] if split == "train" else pixels[:, border:]
 
@@ -53,7 +49,6 @@ def background(generator: np.random.Generator, split: str, size: int) -> Array:
 
 def _resized(pixels: Array, size: int) -> Array:
     """Return a square of another size, in [0, 1], with antialiasing where it is reduced."""
-    from PIL import Image
-
-    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    image = import_pillow()
+    resized = image.fromarray(pixels).resize((size, size), image.Resampling.BILINEAR)
     return np.asarray(resized, dtype=np.float32) / 255

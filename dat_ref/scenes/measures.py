@@ -60,22 +60,6 @@ def received(trace: LayerTrace) -> Array:
     return mean
 
 
-def shares_of_layer(trace: LayerTrace, mask: Array, reduction: float) -> tuple[float, float, float]:
-    """Return shares on a mask: of a layer's points, of the same points without offsets, of the attention they receive.
-
-    Args:
-        trace: of one image.
-        mask, reduction: see `share_on_mask`.
-    """
-    points = trace.points_px[0]  # (G, Hk, Wk, 2)
-    reference = np.broadcast_to(trace.reference_px[0], points.shape)
-    return (
-        share_on_mask(points, mask, reduction),
-        share_on_mask(reference, mask, reduction),
-        share_on_mask(points, mask, reduction, received(trace)),
-    )
-
-
 def position_targets(label: int | Array, classes: int, masks: Array, reduction: int, on_objects: float) -> Array:
     """Return a weighted target for every position of a map: they all name what is on the scene.
 

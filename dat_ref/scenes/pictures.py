@@ -15,6 +15,7 @@ import numpy as np
 from .._checks import Array
 from ..data import object_path, objects
 from ..ops.sampling import bilinear_sample
+from ..pictures import import_pillow
 
 PICTURES = objects()
 HUE = 0.4  # largest rotation of the colours about the grey axis, radians
@@ -25,15 +26,14 @@ BRIGHTNESS = (0.8, 1.15)
 @cache
 def picture(kind: str, side: int = 128) -> Array:
     """Return an object's picture, cut to its opaque part: (side, side, 4) float32, colours times alpha, and alpha."""
-    from PIL import Image
-
-    with Image.open(object_path(kind)) as opened:
+    image = import_pillow()
+    with image.open(object_path(kind)) as opened:
         layered = opened.convert("RGBA")
     left, top, right, bottom = layered.getchannel("A").point(lambda alpha: 255 * (alpha > 5)).getbbox() or (0, 0, 1, 1)
     half = max(right - left, bottom - top) / 2 + 2
     x, y = (left + right) / 2, (top + bottom) / 2
     square = layered.transform(
-        (side, side), Image.Transform.EXTENT, (x - half, y - half, x + half, y + half), Image.Resampling.BILINEAR
+        (side, side), image.Transform.EXTENT, (x - half, y - half, x + half, y + half), image.Resampling.BILINEAR
     )
     values = np.asarray(square, dtype=np.float32) / 255
     return np.concatenate((values[..., :3] * values[..., 3:], values[..., 3:]), axis=-1)
