@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NoReturn, TypeVar
@@ -217,3 +218,12 @@ def check_fields(config: Any, **rules: Rule) -> None:
     """
     for name, rule in rules.items():
         object.__setattr__(config, name, rule(name, getattr(config, name)))
+
+
+def printable(text: str) -> str:
+    r"""Escape control characters, such as a line break in a file name.
+
+    >>> print(printable("first\nsecond.png"))
+    first\nsecond.png
+    """
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)

@@ -469,13 +469,15 @@ class DATConfig:
         """Build from the argument names of the released ``DAT`` class (the ``MODEL.DAT`` section of its yaml files).
 
         Raises:
-            ConfigError: if a name is missing, or a block letter is not L, S, N or D.
+            ConfigError: if a name is missing, a list does not have one entry per stage, or a block letter is not L, S,
+                N or D.
             ValueError: if the release is unknown.
         """
         latest = Convention.of_release(release) is Convention.DATPP2023
         needed = ["img_size", "dims", "depths", "stage_spec", "heads", "window_sizes", "groups", "strides"]
         needed += ["offset_range_factor", "use_pes", "dwc_pes"] + (["nat_ksizes"] if latest else [])
         _require("DAT", mapping, needed)
+        _check_stage_lists(mapping)
         if [len(letters) for letters in mapping["stage_spec"]] != list(mapping["depths"]):
             raise ConfigError(f"stage_spec: expected depths={mapping['depths']} letters, got {mapping['stage_spec']}")
         if mapping.get("patch_size", 4) != 4 or mapping.get("dim_stem", mapping["dims"][0]) != mapping["dims"][0]:
@@ -550,6 +552,23 @@ def _released_stage(
         )
         for letter in mapping["stage_spec"][index]
     )
+
+
+# Arguments of the released `DAT` that have one entry per stage.
+_STAGE_LISTS = (
+    "dims", "depths", "stage_spec", "heads", "window_sizes", "groups", "strides", "offset_range_factor", "use_pes",
+    "dwc_pes", "nat_ksizes", "no_offs", "fixed_pes", "ksizes", "use_dwc_mlps", "use_lpus", "layer_scale_values",
+    "log_cpb",
+)  # fmt: skip
+
+
+def _check_stage_lists(mapping: Mapping[str, Any]) -> None:
+    for name in filter(mapping.__contains__, _STAGE_LISTS):
+        value = mapping[name]
+        if not isinstance(value, (Sequence, np.ndarray)):
+            raise ConfigError(f"{name}: expected a list with one entry per stage, got {value!r}")
+        if len(value) != len(mapping["dims"]):
+            raise ConfigError(f"{name}: expected {len(mapping['dims'])} entries, as many as dims, got {value!r}")
 
 
 def _require(class_name: str, mapping: Mapping[str, Any], names: Sequence[str]) -> None:

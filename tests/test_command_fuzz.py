@@ -2,7 +2,7 @@
 
 Every case runs the command in this process, with a time limit. It must end with the right result, or with exit code 2,
 one error message and no traceback, and it must not leave a partial file, a new folder or a changed target. `CASES` has
-the number of cases of each kind, 897 in all.
+the number of cases of each kind, 921 in all.
 """
 
 import io
@@ -26,6 +26,7 @@ from dat_ref.cli import agree, complexity, main
 from dat_ref.cli import claims as claims_command
 from dat_ref.params import flatten
 from dat_ref.state_files import read_state, save_state
+from dat_ref.testing import check as check_library
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
@@ -44,10 +45,11 @@ CASES = {
     "check targets": 15,
     "encodings": 30,
     "failed writes": 8,
+    "control characters": 24,
 }
 
 
-assert sum(CASES.values()) == 897
+assert sum(CASES.values()) == 921
 
 
 class Overtime(BaseException):
@@ -555,15 +557,24 @@ def test_check_targets(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     try:
         outcome = run("check", target.format(name=module), "--op", "sampler", "--max-examples", "1")
+        require_target(outcome, target.format(name=module), code)
     finally:
         sys.modules.pop(module, None)
+    assert ("SystemExit: 0" in outcome.out) == (name == "function_exits")
+
+
+def require_target(outcome, target, code):
+    """Require an exit code of `check`, and the same result of the library."""
     assert outcome.code == code, outcome
     if code == 2:
         require_refusal(outcome)
-        assert module in outcome.err
+        assert target.partition(":")[0] in outcome.err
+        with pytest.raises(ValueError, match=r"^TARGET: "):
+            check_library(target, ["sampler"], max_examples=1)
     else:
         assert "checks hold" in outcome.out or "bilinear_sample" in outcome.out
-        assert ("SystemExit(0)" in outcome.out) == (name == "function_exits")
+        (report,) = check_library(target, ["sampler"], max_examples=1)
+        assert report.passed == (code == 0)
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -636,6 +647,33 @@ def test_errors_name_the_right_file(target, message, tmp_path, monkeypatch):
     outcome = run("complexity", "--out", "file/sub")
     require_refusal(outcome)
     assert "--out: expected a folder, and file is a file" in outcome.err
+
+
+NAMES = ("first\nsecond.npz", "a\rb.npz", "\x1b[31mred.npz")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_characters_in_file_names(name, tmp_path, monkeypatch):
+    """A message stays one line and does not control the terminal."""
+    monkeypatch.chdir(tmp_path)
+    save_state(name, spot_params())
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    (tmp_path / "pictures/cat" / name.replace(".npz", ".png")).write_bytes(b"no picture")
+    commands = (
+        ["convert", f"no {name}", "out.npz"],
+        ["convert", name, f"no/{name}"],
+        ["convert", name, name.removesuffix(".npz")],
+        ["explain", f"no {name}"],
+        ["train", "--data", "pictures", "--out", "run"],
+        ["bench", "--read", f"no {name}"],
+        ["check", f"no {name}"],
+        [f"no {name}"],
+    )
+    assert len(commands) * len(NAMES) == CASES["control characters"]
+    for command in commands:
+        outcome = run(*command)
+        require_refusal(outcome)
+        assert not set(outcome.err) & set("\r\x1b"), (command, outcome)
 
 
 def test_internal_errors_show_a_traceback_and_ask_for_a_report(monkeypatch):

@@ -122,6 +122,7 @@ def test_missing_released_arguments_are_named(release, name):
             r"stage_spec: .*L, S, N or D, got 'X' in stage 3",
         ),
         ("cvpr2022", {"depths": [2, 2, 2, 1]}, r"stage_spec: expected depths=\[2, 2, 2, 1\] letters"),
+        ("cvpr2022", {"dims": 64}, r"dims: expected a list with one entry per stage, got 64"),
         ("cvpr2022", {"patch_size": 8}, r"patch_size, dim_stem: expected 4 and dims\[0\]"),
         ("cvpr2022", {"heads": [3, 3, 4, 6]}, r"heads: expected a divisor of dim=4, got 3"),
         ("datpp2023", {"groups": [1, 3, 3, 3]}, r"groups: expected a divisor of heads=4, got 3"),
@@ -133,6 +134,21 @@ def test_released_backbone_arguments(release, changes, message):
     arguments = {name: value for name, value in arguments.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         DATConfig.from_official(arguments, release=release)
+
+
+@pytest.mark.parametrize("release", ["cvpr2022", "datpp2023"])
+def test_lists_of_a_released_backbone_have_one_entry_per_stage(release):
+    """A list that is too short or too long is refused by its name."""
+    lists = [
+        name
+        for name, value in RELEASES[release].items()
+        if isinstance(value, list) and name not in ("dims", "img_size")
+    ]
+    assert {"heads", "strides", "use_pes", "depths"} <= set(lists)
+    for name in lists:
+        for value in (RELEASES[release][name][:-1], RELEASES[release][name] * 2):
+            with pytest.raises(ConfigError, match=rf"^{name}: expected 4 entries, as many as dims, got"):
+                DATConfig.from_official({**RELEASES[release], name: value}, release=release)
 
 
 @pytest.mark.parametrize("build", [DeformableAttentionConfig, DATConfig])

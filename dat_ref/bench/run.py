@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..state_files import atomic_write
 from ..torch.functional import backends
 from .agreement import Disagreement
 from .cases import Case, ModelCase
@@ -78,7 +79,8 @@ def empty_results(options: Options, command: str) -> Results:
 def save_results(results: Results, path: Path | None) -> None:
     """Write the results to a JSON file, if a path is given."""
     if path is not None:
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ machine

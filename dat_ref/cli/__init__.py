@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
+from .._checks import printable
 from . import agree, bench, check, claims, complexity, convert, evaluate, explain, train
 from .output import CommandParser, HelpFormatter, any_encoding
 
@@ -58,17 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("dat-ref: interrupted", file=sys.stderr)
             code = 130
         except Exception as error:
-            code = _report(error)
+            code = _report(error, sys.argv[1:] if arguments is None else arguments)
         return code
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, arguments: Sequence[str]) -> int:
     """Print an exception and return the exit code: one line if it is expected, else a traceback."""
     if isinstance(error, OSError) and error.filename is None and not _output_works():
         print(f"dat-ref: error: standard output: {error.strerror or error}", file=sys.stderr)
         return 2
     if isinstance(error, _EXPECTED) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
-        print(f"dat-ref: error: {_message(error)}", file=sys.stderr)
+        message = _message(error)
+        for argument in filter(None, arguments):  # a file name with a line break does not break the message
+            message = message.replace(argument, printable(argument))
+        print(f"dat-ref: error: {message}", file=sys.stderr)
         return 2
     traceback.print_exception(error)
     print(
@@ -81,9 +85,8 @@ def _report(error: Exception) -> int:
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return (
-            f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
-        )
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return f"{printable(name)}: {error.strerror}"
     if isinstance(error, RecursionError):
         return f"the input is nested too deeply ({error})"
     if isinstance(error, OverflowError):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return 1 if a check fails, or passes although it is expected to fail."""
     _require_hypothesis()
     from ..testing import OPS, Setting, Stage, check_op, format_report
-    from ..testing.kit import settings_for
+    from ..testing.kit import find_ops, settings_for
     from ..testing.target import op_by_name
 
     if options.list:
@@ -81,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     convention = None if options.convention == AUTO else Convention[options.convention.upper()]
     setting = Setting(dtype=options.dtype, max_examples=options.max_examples)
     passed = True
-    for op, implementation in find_target(options.target, options.op):
+    for op, implementation in find_ops(options.target, options.op):
         for each, match in settings_for(implementation, op, convention, setting):
             if match is not None:
                 print(describe_convention(op, match))
@@ -91,62 +89,6 @@ def run(options: argparse.Namespace) -> int:
                 print(other_convention(implementation, op, each), end="")
             passed = passed and report.passed
     return 0 if passed else 1
-
-
-def find_target(target: str, ops: list[str]) -> list[tuple[OpSpec, Implementation]]:
-    """Import the target and return its implementations. Their functions cannot exit the process.
-
-    Raises:
-        ValueError: if the target cannot be used, for example if its import or one of its properties raises an
-            exception or calls ``sys.exit``.
-    """
-    from ..testing import find_ops
-    from ..testing.adapters import MissingPackageError
-
-    try:
-        found = find_ops(target, ops)
-    except (KeyboardInterrupt, MissingPackageError):
-        raise
-    except BaseException as error:
-        if isinstance(error, ValueError) and str(error).startswith(("TARGET:", "--op:")):
-            raise
-        raise ValueError(f"TARGET: finding the functions of {target} raised {_describe_exit(error)}") from error
-    return [(op, _without_exit(implementation)) for op, implementation in found]
-
-
-class _WithoutExit:
-    """Callable that raises `RuntimeError` in place of ``SystemExit`` and the like; otherwise equal to its function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        try:
-            return self._function(*arguments, **keywords)
-        except (Exception, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            raise RuntimeError(f"{_describe_exit(error)}, which would end the process") from error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._function, name)
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self._function == (other._function if isinstance(other, _WithoutExit) else other))
-
-    def __hash__(self) -> int:
-        return hash(self._function)
-
-
-def _without_exit(implementation: Implementation) -> Implementation:
-    vjp = implementation.vjp
-    return replace(
-        implementation, forward=_WithoutExit(implementation.forward), vjp=None if vjp is None else _WithoutExit(vjp)
-    )
-
-
-def _describe_exit(error: BaseException) -> str:
-    return f"SystemExit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
 
 
 def _read_expected_failures(path: Path) -> dict[str, str]:

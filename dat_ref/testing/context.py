@@ -55,7 +55,7 @@ class CheckContext:
             got = self.call(self.implementation, self.cast(case))
         except NotImplementedError as error:
             raise Skip(f"not implemented: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Mismatch(f"it raised {type(error).__name__}: {error}", case=case) from error
         if not np.issubdtype(got.dtype, np.number):
             raise Mismatch(f"it returned {got.dtype}, expected a numeric dtype", case=case)
@@ -202,7 +202,7 @@ class CheckContext:
         """Return the implementation's gradients of the named arrays."""
         try:
             grads = self.gradients(self.implementation, cotangent.astype(self.setting.dtype), self.cast(case))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Mismatch(f"its gradient raised {type(error).__name__}: {error}") from error
         missing = [name for name in names if name not in grads]
         if missing:

@@ -83,7 +83,7 @@ def _outputs(
         try:
             with np.errstate(all="ignore"):
                 output = run(implementation or ctx.implementation, ctx.cast(case))
-        except Exception:
+        except (Exception, SystemExit):
             output = None
         yield output
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .._deprecation import deprecated_keywords
 from ..conventions import Convention
+from .adapters import MissingPackageError
 from .convention_match import ConventionMatch, infer_convention
 from .op_spec import Implementation, OpSpec, Setting
 from .ops import OPS
@@ -26,7 +27,23 @@ def find_ops(target: Any, ops: Sequence[str] = ()) -> list[Pair]:
     Args:
         target: ``"package.module:object"``, or the object itself.
         ops: names of operations; empty for all that the target has.
+
+    Raises:
+        ValueError: if the target cannot be used, for example if its import or one of its properties raises an
+            exception or calls ``sys.exit``.
+        MissingPackageError: if a package that one of our adapters needs is missing.
     """
+    try:
+        return _find_ops(target, ops)
+    except (KeyboardInterrupt, MissingPackageError):
+        raise
+    except BaseException as error:
+        if isinstance(error, ValueError) and str(error).startswith(("TARGET:", "--op:")):
+            raise
+        raise ValueError(f"TARGET: finding the functions of {target} raised {type(error).__name__}: {error}") from error
+
+
+def _find_ops(target: Any, ops: Sequence[str]) -> list[Pair]:
     if isinstance(target, str):
         return find_implementations(load(target), target, ops, owner_of(target))
     module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", type(target).__name__)

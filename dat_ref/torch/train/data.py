@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..._checks import Array, ConfigError
+from ..._checks import Array, ConfigError, printable
 from ...data import PIXEL_DEVIATION, PIXEL_MEAN
 from ...pictures import header_problem, import_pillow, read_picture
 from ...scenes import Scenes, position_targets
@@ -177,7 +177,7 @@ class ImageFolder(Dataset[tuple[Tensor, Tensor]]):
         try:
             pil_image = read_picture(path)
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+            raise ConfigError(f"cannot read {printable(str(path))}: {error.strerror or error}") from error
         if self._transform is None:
             return normalised(_center_crop(pil_image, self.size)), torch.tensor(label)
         generator = np.random.default_rng([self.seed, self.epoch, index])
@@ -330,7 +330,7 @@ def _list_some(names: Sequence[str], one: str, many: str) -> str:
     '2 classes: a, b'
     """
     rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"{len(names)} {one if len(names) == 1 else many}: {', '.join(names[:MAX_LISTED])}{rest}"
+    return f"{len(names)} {one if len(names) == 1 else many}: {', '.join(map(printable, names[:MAX_LISTED]))}{rest}"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
