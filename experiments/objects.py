@@ -134,18 +134,22 @@ def measure(folder: Path, arm: str) -> dict[str, Any]:
         "by_class": {name: float(shares[labels == number].mean()) for number, name in enumerate(scenes.classes)},
         "parameters": sum(leaf.numel() for leaf in model.parameters()),
     }
-    chosen = torch.from_numpy(np.flatnonzero(some))
     if arm == "offsets":
-        means = mean_offsets(model, images[chosen])
-        result["ablations"] = {}
-        for kind in ABLATIONS:
-            with ablated_offsets(model, kind, means):
-                ablated = correct_shares(model, images[chosen], targets[chosen])
-            result["ablations"][kind] = float(ablated.mean())
+        result["ablations"] = ablation_accuracies(model, images[some], targets[some])
     if arm != "average pooling":
         looked_at = [number for number in range(len(made)) if some[number]][:LOOKED_AT]
         result["points"] = points_and_attention(model, images[looked_at], [made[number] for number in looked_at])
     return result
+
+
+def ablation_accuracies(model: DAT, images: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return the accuracy with other offsets than the model's own, for each kind of ablation."""
+    means = mean_offsets(model, images)
+    found = {}
+    for kind in ABLATIONS:
+        with ablated_offsets(model, kind, means):
+            found[kind] = float(correct_shares(model, images, targets).mean())
+    return found
 
 
 @torch.no_grad()
@@ -169,19 +173,20 @@ def points_and_attention(model: DAT, images: Tensor, scenes: list[Scene]) -> dic
     return dict(zip(names, np.array(rows, dtype=float).mean(0).tolist()))
 
 
-def grid_views(stride: int, scenes: Scenes) -> dict[str, float]:
+def grid_views(stride: int, scenes: Scenes, seen: int = SEEN) -> dict[str, float]:
     """Return in how many scenes the object reaches into the image pixels that some key sees, and its center is in them.
 
     Args:
         stride: of the key grid, on the map of 4 × 4 image pixels.
         scenes: with one object or none; those without are left out.
+        seen: image pixels that a position sees beyond its own 4 × 4.
     """
     side = scenes.size // 4
     kernel = stride // 2 * 2 + 1
     layer = preset_attention()
     keys = key_grid_size((side, side), kernel, stride, layer.convention)
     centers = to_pixels(reference_points(keys, layer.convention), (side, side), layer.convention)[:, 0, 0]
-    spans = [(4 * np.floor(c) - SEEN / 2, 4 * (np.ceil(c) + 1) + SEEN / 2) for c in centers]  # image pixels, edges
+    spans = [(4 * np.floor(c) - seen / 2, 4 * (np.ceil(c) + 1) + seen / 2) for c in centers]  # image pixels, edges
     touching = center = count = 0
     for scene in scenes:
         if not scene.objects:
@@ -219,6 +224,13 @@ def collect(runs: Path) -> dict[str, Any]:
         "runs": found,
         "views": {"no offsets": grid_views(layer.stride, scenes), "more keys": grid_views(layer.stride // 2, scenes)},
         "layer_macs": {arm: layer_macs(arm) for arm in ARMS},
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Return what results were computed with, and when."""
+    return {
         "versions": {"dat_ref": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "machine": f"{platform.system()} {platform.machine()}, one thread a run",
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -48,7 +48,7 @@ def test_figures_and_table_of_the_shipped_photograph(capsys, tmp_path, model):
 
 def test_json_holds_the_same_facts(capsys, tmp_path):
     """`--json` prints one JSON document: sizes, a report for each deformable block, the figures' paths."""
-    code, printed, _ = run(capsys, "--json", "--size", "64x96", "--out", tmp_path)
+    code, printed, _ = run(capsys, "--model", "dat_tiny", "--json", "--size", "64x96", "--out", tmp_path)
     facts = json.loads(printed)
     assert code == 0
     assert facts["image_size"] == [64, 96]
@@ -152,7 +152,8 @@ def test_network_that_ships_is_as_good_as_its_card_says():
 def test_the_same_seed_gives_the_same_figures(capsys, tmp_path):
     """Figures are reproducible to the byte, and another seed gives others."""
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        assert run(capsys, "--size", "64", "--seed", seed, "--out", tmp_path / name)[0] == 0
+        options = ("--model", "dat_tiny", "--size", "64", "--seed", seed, "--out", tmp_path / name)
+        assert run(capsys, *options)[0] == 0
     first, second, other = ((tmp_path / name / "stage3_points.png").read_bytes() for name in "abc")
     assert first == second
     assert first != other

@@ -148,7 +148,7 @@ def test_one_graph_serves_every_size(name):
     assert counter.graphs == 1
 
 
-@pytest.mark.parametrize("name", ["window", "CVPR2022"])
+@pytest.mark.parametrize("name", [pytest.param("window", marks=pytest.mark.slow), "CVPR2022"])
 def test_one_traced_graph_serves_every_size(name):
     """The same with AOTAutograd, which adds its own guards."""
     layer = layers()[name].eval()

@@ -31,6 +31,11 @@ def seed():
     torch.manual_seed(0)
 
 
+def slow(names, *some):
+    """Return parameters of a test, of which some are left to `make deep`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in some)) for name in names]
+
+
 def assert_same(actual, expected):
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error <= ROUNDING, f"differs by {error:.1e} of the largest output"
@@ -67,11 +72,16 @@ MASKED = {
 # ------------------------------------------------------------------------------------------------ torch.export
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_exported_backbone_agrees_and_survives_a_file(release):
-    model = dt.DAT(tiny(release)).eval()
+@pytest.fixture(scope="module", params=RELEASES)
+def backbone(request):
+    """Return a small backbone, an image of its size and the exported program."""
+    model = dt.DAT(tiny(request.param)).eval()
     x = torch.randn(2, 3, 67, 98)
-    program = export(model, (x,))
+    return model, x, export(model, (x,))
+
+
+def test_exported_backbone_agrees_and_survives_a_file(backbone):
+    model, x, program = backbone
     assert_same(program.module()(x), model(x))
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -79,7 +89,7 @@ def test_exported_backbone_agrees_and_survives_a_file(release):
     assert_same(torch.export.load(file).module()(x), model(x))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow(LAYERS, "padding", "DATPP2023"))
 def test_exported_layer_takes_any_size(name):
     layer = LAYERS[name]().eval()
     batch, height, width = SIZES[0]
@@ -109,7 +119,7 @@ def test_exported_layer_has_the_layers_gradients(name):
         assert (grads[0][each] - grad).abs().max() <= ROUNDING * scale, each
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", slow(RELEASES, "datpp2023"))
 def test_exported_backbone_takes_any_size(release):
     """The exported program accepts maps larger than a window and rejects smaller ones."""
     model = dt.DAT(tiny(release)).eval()
@@ -150,9 +160,7 @@ def test_onnx_layer_agrees(sampler, backend):
     assert ("GridSample" in operators) == ((sampler, backend) != ("gather", "auto"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("CELL_CENTER", "padding"))) for name in LAYERS]
-)
+@pytest.mark.parametrize("name", slow(LAYERS, "CELL_CENTER", "padding", "shrinking"))
 def test_onnx_layer_takes_any_size(name):
     layer = LAYERS[name]().eval()
     batch, height, width = SIZES[0]
@@ -173,7 +181,7 @@ def test_onnx_layer_with_a_learned_mask_agrees(name, gradients):
     assert_same(run(x), layer(x))
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", slow(RELEASES, "cvpr2022"))
 def test_onnx_backbone_agrees(release):
     model = dt.DAT(tiny(release)).eval()
     x = torch.randn(2, 3, 67, 98)
@@ -207,10 +215,10 @@ PLAIN = {
 # fmt: on
 
 
-def operators_and_dtypes(model, x):
-    """Return the operators of a captured model, by name without overloads, and their dtypes."""
+def operators_and_dtypes(program):
+    """Return the operators of an exported program, by name without overloads, and their dtypes."""
     names, dtypes = set(), set()
-    for node in export(model, (x,)).graph.nodes:
+    for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         names.add(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "").split(".")[0])
@@ -221,17 +229,17 @@ def operators_and_dtypes(model, x):
     return names, dtypes
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_only_plain_operators_and_no_float64(release):
-    names, dtypes = operators_and_dtypes(dt.DAT(tiny(release)).eval(), torch.randn(2, 3, 67, 98))
+def test_only_plain_operators_and_no_float64(backbone):
+    _, _, program = backbone
+    names, dtypes = operators_and_dtypes(program)
     assert names - PLAIN == set()
     assert dtypes <= {torch.float32, torch.int64, torch.bool}
 
 
 def test_an_operator_that_is_not_plain_is_detected():
-    names, _ = operators_and_dtypes(deformable(sampler="grid_sample"), torch.randn(2, 12, 16, 24))
+    names, _ = operators_and_dtypes(export(deformable(sampler="grid_sample"), (torch.randn(2, 12, 16, 24),)))
     assert names - PLAIN == {"grid_sampler"}
-    _, dtypes = operators_and_dtypes(deformable().double(), torch.randn(2, 12, 16, 24).double())
+    _, dtypes = operators_and_dtypes(export(deformable().double(), (torch.randn(2, 12, 16, 24).double(),)))
     assert torch.float64 in dtypes
 
 
