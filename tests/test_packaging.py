@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -177,3 +178,30 @@ def test_importing_the_package_needs_numpy_and_scipy_only():
     finished = run_python("-c", code)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "set()"
+
+
+# Extras -------------------------------------------------------------------------------------------
+
+
+def extras():
+    """Return the names of the extras of the package."""
+    return set(importlib.metadata.metadata("dat-ref").get_all("Provides-Extra"))
+
+
+def named_extras(text):
+    """Return the extras that lines such as ``pip install -e '.[torch]'`` and ``'dat-ref[cpu]'`` name."""
+    groups = re.findall(r"['\"](?:\.|dat-ref)\[([\w,]+)\]", text)
+    return {name for group in groups for name in group.split(",")}
+
+
+def test_page_on_installation_lists_every_extra():
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/install.md").read_text(encoding="utf-8"), re.M)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == extras()
+
+
+def test_extras_that_pages_and_messages_name_exist():
+    paths = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "dat_ref").rglob("*.py")]
+    named = {path: named_extras(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path.name: names - extras() for path, names in named.items() if names - extras()} == {}
+    assert {"torch", "cpu", "viz", "train", "testing"} <= set().union(*named.values())
+    assert named_extras("pip install 'dat-ref[nothing]'") - extras() == {"nothing"}
