@@ -94,10 +94,11 @@ def held_out_scenes() -> Scenes:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def run(runs: Path, seed: int) -> None:
-    """Train and measure all arms of a seed that are not done yet."""
+def run(runs: Path, seed: int, steps: int) -> None:
+    """Train and measure the arms of a seed with this number of steps that are not done yet."""
     torch.set_num_threads(1)
-    todo = [arm for arm in ARMS if seed < ARMS[arm].seeds and not place_of(runs, arm, seed).exists()]
+    wanted = [arm for arm, each in ARMS.items() if each.steps == steps and seed < each.seeds]
+    todo = [arm for arm in wanted if not place_of(runs, arm, seed).exists()]
     if not todo:
         return
     images, targets = training_set(seed)
@@ -209,7 +210,8 @@ def main(arguments: Any = None) -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for made in [pool.submit(run, options.runs, seed) for seed in range(max(each.seeds for each in ARMS.values()))]:
+        jobs = sorted({(each.steps, seed) for each in ARMS.values() for seed in range(each.seeds)})
+        for made in [pool.submit(run, options.runs, seed, steps) for steps, seed in jobs]:
             made.result()
     save_results("discs", collect(options.runs))
 

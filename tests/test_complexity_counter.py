@@ -259,12 +259,17 @@ def torch_model(name):
     return model
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_matrix_products_and_convolutions_are_those_that_torch_counts(torch_counter, name):
-    model = torch_model(name)
-    for size in [(PUBLISHED[name].side,) * 2, (187, 250)]:
-        cost = backbone_cost(1, size, dat_ref.config(name)).total
-        assert torch_counter.torch_macs_of_shapes(model, (1, 3, *size)) == cost.products
+def published_and_odd_sizes():
+    """Yield each preset with its published size, and with an odd one: of the larger models only in the slow tests."""
+    for name in EXACT:
+        yield name, (PUBLISHED[name].side,) * 2
+        yield pytest.param(name, (187, 250), marks=[pytest.mark.slow] * (not name.endswith("tiny")))
+
+
+@pytest.mark.parametrize(("name", "size"), published_and_odd_sizes())
+def test_matrix_products_and_convolutions_are_those_that_torch_counts(torch_counter, name, size):
+    cost = backbone_cost(1, size, dat_ref.config(name)).total
+    assert torch_counter.torch_macs_of_shapes(torch_model(name), (1, 3, *size)) == cost.products
 
 
 def test_torch_saves_the_attention_matrices_that_the_spec_keeps(torch_counter):
