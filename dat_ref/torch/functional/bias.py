@@ -13,7 +13,8 @@ On lattice points all implementations return the right derivative, as the spec d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..._checks import ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
-from ._dtypes import autocast_disabled, wide_dtype
+from ._dtypes import autocast_disabled, wide_dtype, wide_linear
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
@@ -233,14 +234,31 @@ def log_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
+    hidden, out = (partial(wide_linear, **params[layer]) for layer in ("hidden", "out"))
+    return predict_log_bias(points, hidden, out, query_size=query_size, convention=convention)[0]
+
+
+def predict_log_bias(
+    points: Tensor,
+    hidden: Callable[[Tensor], Tensor],
+    out: Callable[[Tensor], Tensor],
+    *,
+    query_size: Size,
+    convention: Convention,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute `log_bias` from the two layers of its network, which project the last axis in float32 or wider.
+
+    Returns:
+        the bias (B, heads, H·W, Ns), and the intermediates of the spec's `LogBiasTrace`, (B·G, …, H·W·Ns).
+    """
     batch, groups, samples, _ = points.shape
-    dtype = wide_dtype(points)
     with autocast_disabled(points):
-        _, scaled = _log_displacement(points, query_size, convention)
-        first, second = params["hidden"], params["out"]
-        hidden = F.relu(F.linear(scaled, first["weight"].to(dtype), first["bias"].to(dtype)))
-        bias = F.linear(hidden, second["weight"].to(dtype))  # (B, G, H·W, Ns, heads/G)
-    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples)
+        displacement, scaled = _log_displacement(points, query_size, convention)
+        projected = hidden(scaled)
+        bias = out(F.relu(projected))  # (B, G, H·W, Ns, heads/G)
+    fields = {"displacement": displacement, "scaled": scaled, "hidden": projected}
+    trace = {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
+    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples), trace
 
 
 def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:
@@ -250,18 +268,6 @@ def _log_displacement(points: Tensor, query_size: Size, convention: Convention) 
     displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])
     # sign(d) log₂(1 + |d|) / log₂ 8, in a form whose derivative at 0 is correct, 1/(3 ln 2).
     return displacement, (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3
-
-
-def log_bias_trace(
-    points: Tensor, params: Mapping[str, Mapping[str, Tensor]], *, query_size: Size, convention: Convention
-) -> dict[str, Tensor]:
-    """Return the intermediates of `log_bias` in the spec's `LogBiasTrace`, in its layout (B·G, …, H·W·Ns)."""
-    dtype = wide_dtype(points)
-    with autocast_disabled(points):
-        displacement, scaled = _log_displacement(points, query_size, convention)
-        hidden = F.linear(scaled, params["hidden"]["weight"].to(dtype), params["hidden"]["bias"].to(dtype))
-    fields = {"displacement": displacement, "scaled": scaled, "hidden": hidden}
-    return {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
 
 
 def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:
