@@ -227,6 +227,7 @@ def test_adapters_change_the_output_and_train(name):
             assert leaf.grad.any(), each
 
 
+@pytest.mark.filterwarnings("ignore:.*quant.*")
 def test_dynamic_quantization_runs():
     model, x = build("released_2023")
     quantized = torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
