@@ -24,6 +24,7 @@ from torch import Tensor
 from ..._checks import ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
+from .._checks import check_tensors
 from ._dtypes import autocast_disabled, wide_dtype, wide_linear
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
@@ -75,6 +76,7 @@ def table_index(
         convention: geometry of points and queries.
         resolution: see `table_scale`.
     """
+    check_tensors(points=points)
     spacing = convention.value.query
     scale = table_scale(table_size, query_size, convention, resolution)
     units = pixels_per_unit(query_size, convention)
@@ -127,6 +129,7 @@ def interp_matrix(positions: Tensor, length: int) -> Tensor:
     >>> interp_matrix(torch.tensor([0.25, 2.0, -0.5]), 3).tolist()
     [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0]]
     """
+    check_tensors(positions=positions)
     clamped = positions.clamp(-1, length)  # all weights are 0 one cell outside and farther
     floor = clamped.detach().floor()
     fraction = (clamped - floor)[..., None]  # with the right derivative
@@ -160,6 +163,7 @@ def table_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
+    check_tensors(table=table, points=points)
     size = (table.shape[1], table.shape[2])
     index = table_index(points, size, query_size, convention, resolution)
     return SeparableInterp(table, index, query_size).read(0, query_size[0])
@@ -175,6 +179,7 @@ class SeparableInterp:
     """
 
     def __init__(self, table: Tensor, index: AffineIndex, query_size: Size) -> None:
+        check_tensors(table=table)
         heads, height, width = table.shape
         groups = index.origin.shape[1]
         dtype = wide_dtype(table, index.origin)
@@ -209,6 +214,7 @@ def sampled_table_bias(
     sampler: Sampler = "grid_sample",
 ) -> Tensor:
     """Compute `table_bias` as the released code does: build the grid of all displacements, and sample the table."""
+    check_tensors(table=table, points=points)
     positions = table_positions(points, (table.shape[1], table.shape[2]), query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
     heads = table.shape[0] // groups
@@ -234,6 +240,7 @@ def log_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
+    check_tensors(points=points)
     hidden, out = (partial(wide_linear, **params[layer]) for layer in ("hidden", "out"))
     return predict_log_bias(points, hidden, out, query_size=query_size, convention=convention)[0]
 
@@ -281,6 +288,7 @@ def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:
     Raises:
         ShapeError: if the table was built for a map of another size.
     """
+    check_tensors(table=table)
     height, width = query_size
     if tuple(table.shape[1:]) != (height * width, samples):
         raise ShapeError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._checks import ConfigError
 from ...config import OffsetBound
 from ...conventions import Convention
+from .._checks import check_tensors
 from ._dtypes import wide_layer_norm, wide_linear
 from ._symbolic import statically_zero
 from .grid import Padding, Size
@@ -31,6 +32,7 @@ def depthwise_conv2d(
         stride: stride in pixels.
         padding: zero padding, ((top, bottom), (left, right)).
     """
+    check_tensors(x=x, weight=weight, bias=bias)
     repeats = x.shape[1] // weight.shape[0]
     if repeats > 1:  # repeating a small kernel is cheaper than moving groups of channels to the batch axis
         weight = weight.repeat(repeats, 1, 1, 1)
@@ -61,6 +63,7 @@ def offset_network(
         raw offsets (B·G, 2 or 2N, Hk, Wk), channel 0 is y, float32 or wider; and the intermediates ``queries``
         (B·G, C/G, H, W) and ``windows``, ``normed``, ``activated``, each (B·G, C/G, Hk, Wk).
     """
+    check_tensors(queries=queries)
     return predict_offsets(
         queries,
         partial(depthwise_conv2d, **params["depthwise"], stride=stride, padding=padding),
@@ -126,6 +129,7 @@ def bound_offsets(
     Raises:
         ConfigError: if a reference is infinite (a single key in ``DATPP2023``) and the bound does not make it finite.
     """
+    check_tensors(raw=raw, reference=reference)
     reference = reference.to(raw.dtype)
     key_size = (reference.shape[0], reference.shape[1])
     if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):
