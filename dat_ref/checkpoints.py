@@ -1,7 +1,8 @@
 """Checkpoints: from a file of either release, or of our own, to the parameter tree of a configuration, and back.
 
 Release and model are detected from the names and shapes in the file. Bias tables of another size are resized as in the
-released loader. A `LoadReport` lists every array: loaded, resized, missing, unexpected, mis-shaped or ignored.
+released loader. The first convolution of an RGB model is converted to another number of image channels. A `LoadReport`
+lists every array: loaded, resized, converted, missing, unexpected, mis-shaped or ignored.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .state_files import read_arrays, read_state, save_state, select_backbone
 __all__ = [
     "Fit",
     "LoadReport",
+    "convert_image_channels",
     "detect_preset",
     "detect_release",
     "fit_state",
@@ -58,6 +60,7 @@ __getattr__ = deprecated_names(
 )
 
 OURS = "dat_ref"
+_STEM = "patch_embedding.0.projection.weight"
 
 # The released code adds this to masked logits.
 _MASK_VALUE = -100.0
@@ -137,7 +140,8 @@ def load_params(
 ) -> tuple[Tree, LoadReport]:
     """Return the parameter tree of `config` from a checkpoint of either release or of ours, and the report.
 
-    float16 arrays become float32. A head is ignored if ``config.num_classes == 0``.
+    float16 arrays become float32. A head is ignored if ``config.num_classes == 0``. The first convolution of an RGB
+    model is converted to ``config.in_channels``, see `convert_image_channels`.
 
     Args:
         path: checkpoint, see `read_state`.
@@ -207,7 +211,13 @@ def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[s
     release = detect_release(state)
     shapes: dict[str, Shape] = flatten(dat_shapes(config))
     names = {name: ReleasedName(name) for name in shapes} if release == OURS else backbone_names(config)
-    return match_state(
+    stem = names[_STEM].name
+    weight, shape = state.get(stem), shapes[_STEM]
+    converted: tuple[tuple[str, Shape, Shape], ...] = ()
+    if weight is not None and _is_rgb_stem(weight, shape):
+        state = {**state, stem: convert_image_channels(weight, shape[1])}
+        converted = ((stem, weight.shape, shape),)
+    fit = match_state(
         state,
         names,
         shapes,
@@ -217,6 +227,7 @@ def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[s
         resizable=_resizable_tables(config),
         resize=resize_table,
     )
+    return Fit(fit.arrays, replace(fit.report, converted=converted))
 
 
 def _ignored_patterns(config: DATConfig, wanted: Collection[str]) -> list[str]:
@@ -268,6 +279,35 @@ def _presets_of(config: DATConfig) -> list[str]:
         return {name: shape for name, shape in shapes.items() if not name.endswith(".table")}
 
     return [name for name, preset in PRESETS.items() if stripped(preset) == stripped(config)]
+
+
+# ------------------------------------------------------------------------------------------------ image channels
+
+
+def _is_rgb_stem(weight: Array, shape: Shape) -> bool:
+    """Return True if a weight fits a first convolution of this shape except that it is for three image channels."""
+    fits = weight.ndim == 4 and weight.shape[0] == shape[0] and weight.shape[2:] == shape[2:]
+    return fits and weight.shape[1] == 3 != shape[1] and np.issubdtype(weight.dtype, np.floating)
+
+
+def convert_image_channels(weight: Array, channels: int) -> Array:
+    """Convert the weight of a first convolution to another number of image channels, as timm does.
+
+    One channel gets the sum of all kernels: the output for a gray image is the output of the old weight for the same
+    image in RGB. Other numbers of channels repeat the kernels in order and scale them, so that an image whose channels
+    are all equal keeps its output on average.
+
+    Args:
+        weight: (O, C, k, k).
+        channels: new number of channels C'.
+
+    Returns:
+        (O, C', k, k), in the dtype of `weight`.
+    """
+    old, wide = weight.shape[1], weight.astype(np.float64)
+    if channels == 1:
+        return wide.sum(axis=1, keepdims=True).astype(weight.dtype)
+    return (wide[:, np.arange(channels) % old] * (old / channels)).astype(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -155,6 +155,8 @@ class LoadReport:
         unexpected: names in the file that the configuration does not have.
         misshaped: (name, expected shape, shape in the file) of arrays that were not loaded.
         resized: (name, shape in the file, new shape) of tables that were loaded at another size.
+        converted: (name, shape in the file, new shape) of a first convolution that was converted from RGB to another
+            number of image channels.
         ignored: names that are skipped by rule: buffers, other parts of a detector, a head if none is wanted.
         hints: possible causes of a mismatch, with remedies.
     """
@@ -167,18 +169,22 @@ class LoadReport:
     resized: tuple[tuple[str, Shape, Shape], ...] = ()
     ignored: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    converted: tuple[tuple[str, Shape, Shape], ...] = ()
 
     @property
     def complete(self) -> bool:
-        """True if the file and the configuration have the same parameters, tables of another size allowed."""
+        """True if the file and the configuration have the same parameters, up to resized and converted arrays."""
         return not (self.missing or self.unexpected or self.misshaped)
 
     def __str__(self) -> str:
         misshaped = [f"{name}: expected {want}, got {got}" for name, want, got in self.misshaped]
-        resized = [f"{name}: {old} → {new}" for name, old, new in self.resized]
+        resized, converted = (
+            [f"{name}: {old} → {new}" for name, old, new in changed] for changed in (self.resized, self.converted)
+        )
         lines = [f"{self.release} names: {len(self.loaded)} arrays loaded"]
         lines += _section("missing", self.missing) + _section("unexpected", self.unexpected)
         lines += _section("mis-shaped", misshaped) + _section("resized", resized)
+        lines += _section("converted from RGB to the channels of the images", converted)
         lines += _section("ignored", self.ignored, most=3)
         return "\n".join(lines + [f"  hint: {hint}" for hint in self.hints])
 

@@ -32,6 +32,7 @@ from dat_ref.state_files import WRAPPERS, read_state, save_state, select_backbon
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
+import dat_ref.torch.checkpoints  # noqa: E402
 
 FIXTURE = {"cvpr2022": "model22_mini", "datpp2023": "model23_mini"}
 RELEASES = list(FIXTURE)
@@ -587,3 +588,95 @@ def test_a_checkpoint_for_other_classes_starts_a_new_head(tmp_path):
             assert torch.equal(leaf, tuned.state_dict()[name])
     with pytest.raises(CheckpointError, match="hint: the file contains dat_pp_tiny"):
         create_model("dat_pp_small", checkpoint=tmp_path / "trained.safetensors", num_classes=3)
+
+
+# ------------------------------------------------------------------------------------------------ image channels
+
+
+@pytest.mark.parametrize("release", [*RELEASES, "dat_ref"])
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_rgb_weights_are_converted_to_other_images(release, channels, tmp_path):
+    """Images whose channels are equal keep their output; the report names the converted array."""
+    config, state = mini("datpp2023" if release == "dat_ref" else release)
+    if release == "dat_ref":
+        params, _ = load_params(saved(state, tmp_path / "released.npz"), config)
+        state = flatten(params)
+    path = saved(state, tmp_path / "rgb.npz")
+    target = replace(config, in_channels=channels)
+    params, report = load_params(path, target)
+    name = "patch_embedding.0.projection.weight" if release == "dat_ref" else "patch_proj.0.weight"
+    old = state[name]
+    assert report.converted == ((name, old.shape, (len(old), channels, *old.shape[2:])),)
+    assert report.complete
+    assert "converted from RGB to the channels of the images (1)" in str(report)
+    new = params["patch_embedding"][0]["projection"]["weight"]
+    if channels % 3:
+        assert channels == 1 or np.allclose(new[:, 0], old[:, 0] * 3 / channels)
+    if channels in (1, 6):
+        np.testing.assert_allclose(new.sum(1), old.sum(1), atol=1e-6)
+
+    model = dat_ref.torch.DAT(target)
+    assert dat_ref.torch.checkpoints.load_checkpoint(model, path).converted == report.converted
+    np.testing.assert_array_equal(model.patch_embedding[0].projection.weight.detach().numpy(), new)
+
+
+def test_a_stem_of_other_images_than_rgb_is_refused(tmp_path):
+    config, state = mini("cvpr2022")
+    state["patch_proj.0.weight"] = state["patch_proj.0.weight"][:, :2]
+    with pytest.raises(
+        CheckpointError, match=r"patch_proj\.0\.weight: expected \(\d+, 4, 4, 4\), got \(\d+, 2, 4, 4\)"
+    ):
+        load_params(saved(state, tmp_path / "two.npz"), replace(config, in_channels=4))
+
+
+def saved(state, path):
+    save_state(path, state)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ shared modules
+
+
+def with_shared_parameters():
+    """Return a model with an MLP that two blocks use and a parameter that two layers share."""
+    model = dat_ref.torch.DAT(mini("datpp2023")[0])
+    first, second = model.stages[0].blocks[:2]
+    second.mlp = first.mlp
+    second.norm1.weight = first.norm1.weight
+    return model
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pth"])
+def test_shared_parameters_are_written_under_each_name(suffix, tmp_path):
+    model, path = with_shared_parameters(), tmp_path / f"weights.{suffix}"
+    save, load = dat_ref.torch.checkpoints.save_checkpoint, dat_ref.torch.checkpoints.load_checkpoint
+    save(model, path)
+    x = torch.randn(1, 3, 64, 96)
+    for other in (dat_ref.torch.DAT(model.config), with_shared_parameters()):
+        report = load(other, path)
+        assert report.complete
+        assert not report.ignored
+        assert torch.equal(other.eval()(x), model.eval()(x))
+    assert set(flatten(model.to_numpy())) == set(model.state_dict())
+    save(model, tmp_path / "released.pth", official=True)
+    load(dat_ref.torch.DAT(model.config), tmp_path / "released.pth")
+
+
+def test_a_file_with_shared_parameters_once_loads_into_a_model_that_shares_them(tmp_path):
+    """Files of version 0.1 have one name of a shared parameter only."""
+    model = with_shared_parameters()
+    once = {name: leaf.detach().numpy() for name, leaf in model.named_parameters()}
+    assert len(once) < len(model.state_dict())
+    other = with_shared_parameters()
+    dat_ref.torch.checkpoints.load_checkpoint(other, saved(once, tmp_path / "once.npz"))
+    for name, leaf in model.state_dict().items():
+        assert torch.equal(leaf, other.state_dict()[name])
+
+
+def test_different_arrays_of_one_shared_parameter_are_refused(tmp_path):
+    separate = dat_ref.torch.DAT(mini("datpp2023")[0])
+    with torch.no_grad():
+        separate.stages[0].blocks[1].norm1.weight.add_(1)
+    dat_ref.torch.checkpoints.save_checkpoint(separate, tmp_path / "weights.npz")
+    with pytest.raises(CheckpointError, match=r"expected equal arrays for .* and .*, which share one parameter"):
+        dat_ref.torch.checkpoints.load_checkpoint(with_shared_parameters(), tmp_path / "weights.npz")

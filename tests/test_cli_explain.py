@@ -225,6 +225,17 @@ def test_pictures_are_read_as_a_person_sees_them(picture, tmp_path):
     assert load_photo(saved(picture, tmp_path / "photo.jpg")).shape == (40, 60, 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_picture_with_values_that_are_not_finite_is_refused(capsys, tmp_path, value):
+    values = np.full((40, 60), 0.5, np.float32)
+    values[3, 4] = value
+    Image.fromarray(values).save(tmp_path / "hole.tif")
+    code, _, error = run(capsys, tmp_path / "hole.tif", "--out", tmp_path / "figures")
+    assert code != 0
+    assert "hole.tif: it has values that are not finite (NaN or infinity)" in error
+    assert not list(tmp_path.glob("figures/*"))
+
+
 @pytest.mark.parametrize(
     ("photo", "wanted", "size"),
     [

@@ -136,7 +136,7 @@ def test_features(release):
 def test_every_released_projection_is_packed():
     """Only the head and the last layer of the offset networks (float32 or wider) are not packed."""
     fast = optimize_for_inference(dt.create_model("dat_pp_tiny", num_classes=10).eval())
-    left = {name.rpartition(".")[2] for name, module in fast.named_modules() if type(module) is nn.Linear}
+    left = {name.rpartition(".")[2] for name, module in fast.named_modules() if isinstance(module, nn.Linear)}
     assert left == {"head", "pointwise"}
     assert sum(isinstance(module, PackedLinear) for module in fast.modules()) == 12 * 2 + 14 * 4 + 26 * 2
 

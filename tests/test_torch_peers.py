@@ -290,8 +290,8 @@ WRONG = {
     ),
     "offsets of convolution in half pixels": (
         "deform_conv_v1",
-        torch_deform_conv,
-        "wide_conv2d",
+        torch_deform_conv.WideConv2d,
+        "forward",
         lambda right: lambda *args: right(*args) / 2,
     ),
     "scale missing": ("multi_head", functional, "attend", lambda right: lambda q, k, v, b, scale: right(q, k, v, b, 1)),

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import ShapeError, pattern
+
+
+def check_tensors(**values: Any) -> None:
+    """Raise unless each value, by argument name, is a tensor or None. Proxies of symbolic tracing count as tensors.
+
+    Raises:
+        ShapeError: with the name of the argument, its type, and the conversion.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, value in values.items():
+        if value is None or isinstance(value, Tensor) or hasattr(type(value), "__torch_function__"):
+            continue
+        kind = type(value)
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise ShapeError(f"{name}: expected torch.Tensor, got {got}; convert it with torch.as_tensor({name})")
 
 
 def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule: str = "") -> None:
@@ -18,6 +35,7 @@ def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule:
     """
     if torch.compiler.is_compiling():
         return  # a comparison would specialize the graph to this size
+    check_tensors(**{name: value})
     shape = tuple(value.shape)
     fits = len(shape) == len(axes) and all(
         size is None or size == actual for size, actual in zip(axes.values(), shape, strict=True)

@@ -17,7 +17,7 @@ from .. import official
 from .._checks import ConfigError
 from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
 from ..config import DATConfig, Init
-from ._checks import check_map
+from ._checks import check_map, check_tensors
 from .block import Block, ChannelNorm, attentions_with
 from .bridge import SpecModule, state_dtype
 from .functional._symbolic import statically_zero
@@ -189,6 +189,7 @@ class DAT(SpecModule):
         Args:
             pre_logits: whether to return the features before the classifier.
         """
+        check_tensors(x=x)
         if self.global_pool == "avg":
             x = x.mean(dim=(2, 3))
         if pre_logits or isinstance(self.head, nn.Identity):

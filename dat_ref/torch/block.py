@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import ConfigError
 from ..block import BlockTrace, MLPTrace
 from ..config import CHECK_INIT, AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
+from ._checks import check_tensors
 from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
 from .layer import DeformableAttention
@@ -180,6 +181,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, BlockTrace]:
         """Return y (B, C, H, W), and the trace if requested."""
+        check_tensors(x=x)
         if return_trace:
             return self._traced(x)
         if self.local_perception is not None:

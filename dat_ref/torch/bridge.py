@@ -52,7 +52,7 @@ class SpecModule(nn.Module):
                 Nothing is copied.
         """
         leaves = flatten(tree)
-        own = dict(self.named_parameters())
+        own = dict(self.named_parameters(remove_duplicate=False))
         problems = mismatch_report(
             {name: tuple(leaf.shape) for name, leaf in own.items()},
             {name: tuple(leaf.shape) for name, leaf in leaves.items()},
@@ -79,7 +79,7 @@ class SpecModule(nn.Module):
                 if None. A leaf that is None (a parameter without a gradient) becomes zeros.
         """
         leaves = self._leaves(grad=False) if params_or_grads is None else flatten(params_or_grads)
-        own = dict(self.named_parameters())
+        own = dict(self.named_parameters(remove_duplicate=False))
         filled = {name: torch.zeros_like(own[name]) if leaf is None else leaf for name, leaf in leaves.items()}
         return to_official(filled, self.official_names())
 
@@ -90,14 +90,15 @@ class SpecModule(nn.Module):
             CheckpointError: if the state dict does not fit; with a report of missing, unexpected and mis-shaped keys.
                 Nothing is copied.
         """
-        shapes = unflatten({name: tuple(leaf.shape) for name, leaf in self.named_parameters()})
+        shapes = unflatten({name: tuple(leaf.shape) for name, leaf in self.named_parameters(remove_duplicate=False)})
         self.load_numpy(to_ours(as_numpy(dict(state)), self.official_names(), shapes))
 
     def _leaves(self, grad: bool) -> dict[str, Tensor]:
         if not grad:
-            return {name: leaf.detach() for name, leaf in self.named_parameters()}
+            return {name: leaf.detach() for name, leaf in self.named_parameters(remove_duplicate=False)}
         return {
-            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in self.named_parameters()
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for name, leaf in self.named_parameters(remove_duplicate=False)
         }
 
 

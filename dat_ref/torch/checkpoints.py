@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
+from torch import nn
 
 from .._checks import CheckpointError
 from ..checkpoints import LoadReport, fit_state, official_state
@@ -25,6 +28,9 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
     A features-only model does not use the final norm and the head, so the file may lack them. This allows loading the
     backbone of a detector; the norms that a detector applies to each map (``norms.*``) are ignored.
 
+    A model with another number of image channels gets the converted first convolution of an RGB checkpoint, see
+    `dat_ref.checkpoints.convert_image_channels`.
+
     Args:
         model: model that `dat_ref.torch.create_model` returned.
         path: ``.pth``, ``.safetensors`` or ``.npz`` file, see `dat_ref.checkpoints.read_state`. Code in it is never
@@ -39,11 +45,20 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
         CheckpointError: if the file does not fit; with the report. The model is unchanged.
     """
     _check_model(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    aliases = _aliases(parameters)
     state, ignored = select_backbone(read_arrays(path), os.fspath(path))
+    # A file may contain a shared parameter only once, under the first of its names.
+    state = {**state, **{name: state[first] for name, first in aliases.items() if name not in state and first in state}}
     optional: tuple[str, ...] = ("norm.", "head.") if isinstance(model, DATFeatures) else ()
     wanted = {name for name in parameters if not name.startswith(optional)}
     fit = fit_state(state, _config_with_head(model), strict=strict, wanted=wanted, source=os.fspath(path))
+    for name, first in aliases.items():
+        if not np.array_equal(fit.arrays.get(name, 0), fit.arrays.get(first, 0)):
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected equal arrays for {first} and {name}, which share one parameter of the "
+                "model, got different ones"
+            )
     # Convert all arrays before writing the first one, so that an error leaves the model unchanged.
     values = {name: torch.from_numpy(array.copy()).to(parameters[name]) for name, array in fit.arrays.items()}
     with torch.no_grad():
@@ -55,6 +70,8 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
 def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = False) -> None:
     """Write a model's parameters to a file, atomically. bfloat16 is written as float32.
 
+    A parameter that several modules share is written under each of its names, so that any model can load the file.
+
     Args:
         path: ``.safetensors``, ``.npz`` or ``.pth`` file.
         official: whether to use the released names, shapes and buffers. A ``.pth`` file can then be loaded by the
@@ -65,12 +82,18 @@ def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = F
             code cannot partition the model's maps into windows.
     """
     _check_model(model)
-    arrays = as_numpy(dict(model.named_parameters()))
+    arrays = as_numpy(dict(model.named_parameters(remove_duplicate=False)))
     if official:
         if isinstance(model, DATFeatures):
             raise CheckpointError("model: expected a complete model for released names, got a features-only model")
         arrays = official_state(unflatten(arrays), _config_with_head(model))
     save_state(path, arrays)
+
+
+def _aliases(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Return the further names of shared parameters: name → first name."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first[leaf] for name, leaf in parameters.items() if first.setdefault(leaf, name) != name}
 
 
 def _check_model(model: DAT) -> None:

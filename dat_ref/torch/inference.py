@@ -33,7 +33,7 @@ from .peers.mhsa import MultiHeadAttention
 
 M = TypeVar("M", bound=nn.Module)
 
-# Layers that are called as modules, for each attention. Other layers only pass their weights to functions: not packed.
+# Projections that are packed, for each attention. Layers that predict positions are not: they need float32.
 _PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     DeformableAttention: ("query", "key", "value", "output"),
     WindowAttention: ("qkv", "output"),
@@ -191,12 +191,26 @@ class PackedLinear(InferenceModule):
         super().__setstate__({**state, "weight": _pack(state["weight"])})
 
 
+class ConvGELU(InferenceModule):
+    """Convolution with a fused GELU."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.shape = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve a map (B, C, H, W)."""
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.shape, "gelu", [], "none")
+
+
 class FastMLP(InferenceModule):
     """`MLP` with the GELU fused into the first linear layer or into the convolution."""
 
     def __init__(self, mlp: MLP) -> None:
         super().__init__()
-        self.depthwise = None if mlp.kind == "linear" else mlp.depthwise  # the identity is already folded in
+        # The identity is already folded in.
+        self.depthwise = None if mlp.kind == "linear" else ConvGELU(mlp.depthwise)
         self.linear1 = PackedLinear(mlp.linear1, gelu=mlp.kind == "linear")
         self.linear2 = PackedLinear(mlp.linear2)
 
@@ -204,13 +218,8 @@ class FastMLP(InferenceModule):
         """Apply the MLP: (B, C, H, W) → (B, C, H, W)."""
         hidden = self.linear1(x.permute(0, 2, 3, 1))
         if self.depthwise is not None:
-            hidden = _convolve_gelu(hidden.permute(0, 3, 1, 2), self.depthwise).permute(0, 2, 3, 1)
+            hidden = self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.linear2(hidden).permute(0, 3, 1, 2)
-
-
-def _convolve_gelu(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    shape = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-    return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *shape, "gelu", [], "none")
 
 
 class FastWindowAttention(InferenceModule, WindowAttention):
@@ -239,7 +248,7 @@ class FastWindowAttention(InferenceModule, WindowAttention):
             k,
             v,
             self.pixels.expand(len(q), -1, -1, -1),
-            self.window_bias.table,
+            self.window_bias(),
             query_size=(side, side),
             convention=Convention.CELL_CENTER,
             scale=config.scale,

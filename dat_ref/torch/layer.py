@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import official
@@ -23,11 +24,14 @@ from ._checks import check_map
 from .bridge import SpecModule, state_dtype
 from .functional._dtypes import wide_dtype
 from .functional._sdpa import masked_attention
-from .functional.bias import log_bias_trace
+from .functional._symbolic import statically_zero
+from .functional.bias import predict_log_bias
 from .functional.grid import Padding, Size
+from .functional.offsets import predict_offsets
 from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
 from .initialization import init_offsets, init_table
+from .wide_layers import WideLayerNorm, WideLinear
 
 
 class OffsetNetwork(nn.Module):
@@ -35,23 +39,26 @@ class OffsetNetwork(nn.Module):
 
     def __init__(self, config: DeformableAttentionConfig, init: Init = "released") -> None:
         super().__init__()
-        channels, kernel = config.group_dim, config.kernel_size
+        channels, geometry = config.group_dim, (config.kernel_size, config.stride)
         self.config = config
-        self.depthwise = nn.Conv2d(channels, channels, kernel, stride=config.stride, groups=channels)
-        self.norm = nn.LayerNorm(channels)
-        self.pointwise = nn.Linear(channels, 2, bias=False)
+        # The releases pad every map by the same amount. Other padding depends on the size of the map.
+        self.pads = config.convention.value.offset_padding != "half"
+        constant = 0 if self.pads else functional.offset_padding((1, 1), *geometry, config.convention)[0][0]
+        self.depthwise = nn.Conv2d(channels, channels, *geometry, padding=constant, groups=channels)
+        self.norm = WideLayerNorm(channels)
+        self.pointwise = WideLinear(channels, 2, bias=False)
         init_offsets(self.pointwise, init)
 
     def forward(self, query: Tensor, padding: Padding) -> tuple[Tensor, dict[str, Tensor]]:
         """Return raw offsets (B·G, 2, Hk, Wk) for a query map (B, C, H, W), and the intermediates."""
-        params: dict[str, dict[str, Any]] = {
-            "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
-            "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
-            "pointwise": {"weight": self.pointwise.weight},
-        }
-        return functional.offset_network(
-            query, params, stride=self.config.stride, padding=padding, groups=self.config.groups
-        )
+        (top, bottom), (left, right) = padding
+
+        def convolve(x: Tensor) -> Tensor:
+            if self.pads and not statically_zero(top, bottom, left, right):
+                x = F.pad(x, (left, right, top, bottom))
+            return self.depthwise(x)
+
+        return predict_offsets(query, convolve, self.norm, self.pointwise, groups=self.config.groups)
 
 
 class TableBias(nn.Module):
@@ -68,21 +75,23 @@ class TableBias(nn.Module):
         self.table = nn.Parameter(torch.empty(config.heads, *shape))
         init_table(self.table, 0.01)
 
+    def forward(self) -> Tensor:
+        """Return the table."""
+        return self.table
+
 
 class LogBias(nn.Module):
     """Bias network: an MLP on the log-scaled displacement between query and point."""
 
     def __init__(self, config: DeformableAttentionConfig) -> None:
         super().__init__()
-        self.hidden = nn.Linear(2, LOG_CPB_HIDDEN)
-        self.out = nn.Linear(LOG_CPB_HIDDEN, config.heads // config.groups, bias=False)
+        self.convention = config.convention
+        self.hidden = WideLinear(2, LOG_CPB_HIDDEN)
+        self.out = WideLinear(LOG_CPB_HIDDEN, config.heads // config.groups, bias=False)
 
-    def params(self) -> dict[str, dict[str, Tensor]]:
-        """Return the network's parameters as a tree of the spec."""
-        return {
-            "hidden": {"weight": self.hidden.weight, "bias": self.hidden.bias},
-            "out": {"weight": self.out.weight},
-        }
+    def forward(self, points: Tensor, query_size: Size) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the bias (B, heads, H·W, Ns) of points (B, G, Ns, 2), and the intermediates."""
+        return predict_log_bias(points, self.hidden, self.out, query_size=query_size, convention=self.convention)
 
 
 class DepthwiseBias(nn.Module):
@@ -91,6 +100,10 @@ class DepthwiseBias(nn.Module):
     def __init__(self, config: DeformableAttentionConfig) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(config.dim, config.dim, BIAS_KERNEL, padding=BIAS_KERNEL // 2, groups=config.dim)
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Convolve the queries, channels last: (B, H, W, C) → (B, H, W, C)."""
+        return self.depthwise(query.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 _BIASES = {
@@ -180,23 +193,22 @@ class DeformableAttention(SpecModule):
         q = _tokens_to_heads(query.flatten(1, 2), config.heads)
         k = _tokens_to_heads(self.key(sampled), config.heads)
         v = _tokens_to_heads(self.value(sampled), config.heads)
-        bias, attention = None, None
+        bias, log_bias, attention = None, None, None
         if return_trace:
-            bias = self._bias(points, size)
+            bias, log_bias = self._bias(points, size)
             attended, attention = functional.attend(q, k, v, bias, config.scale)
         else:
             attended = self._core(q, k, v, points, size)
         merged = attended.transpose(1, 2).reshape(batch, height, width, channels)
         if isinstance(self.position_bias, DepthwiseBias):
-            residual = self.position_bias.depthwise(query.permute(0, 3, 1, 2))
-            merged = merged + residual.permute(0, 2, 3, 1)
+            merged = merged + self.position_bias(query)
         y = self.projection_dropout(self.output(merged)).permute(0, 3, 1, 2)
         if not return_trace:
             return y
         fields: dict[str, Any] = {
             "x": x,
             "query": query.permute(0, 3, 1, 2),
-            "offset_network": _network_trace(query, network, config.groups),
+            "offset_network": OffsetNetworkTrace(**network) if network else None,  # type: ignore[arg-type]
             "raw_offsets": raw,
             "offsets": offsets,
             "reference": reference.expand(points.shape),
@@ -208,7 +220,7 @@ class DeformableAttention(SpecModule):
             "k": k,
             "v": v,
             "bias": bias,
-            "log_bias": self._log_bias_trace(points, size),
+            "log_bias": log_bias,
             "attention": attention,
             "merged": merged.permute(0, 3, 1, 2),
         }
@@ -253,7 +265,7 @@ class DeformableAttention(SpecModule):
         config = self.config
         dropout = config.attention_dropout if self.training else 0.0
         if config.bias in (BiasKind.FIXED, BiasKind.LOG_CPB):
-            bias = self._bias(points, size)
+            bias, _ = self._bias(points, size)
             assert bias is not None
             mask = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
             return masked_attention(q, k, v, mask, scale=config.scale, dropout=dropout)
@@ -262,7 +274,7 @@ class DeformableAttention(SpecModule):
             k,
             v,
             points.flatten(2, 3),
-            self.position_bias.table if isinstance(self.position_bias, TableBias) else None,
+            self.position_bias() if isinstance(self.position_bias, TableBias) else None,
             query_size=size,
             convention=config.convention,
             scale=config.scale,
@@ -271,27 +283,22 @@ class DeformableAttention(SpecModule):
             dropout=dropout,
         )
 
-    def _bias(self, points: Tensor, size: Size) -> Tensor | None:
-        """Return the bias that is added to the logits, (B or 1, heads, H·W, Ns), or None."""
+    def _bias(self, points: Tensor, size: Size) -> tuple[Tensor | None, LogBiasTrace | None]:
+        """Return the bias that is added to the logits, (B or 1, heads, H·W, Ns), and the trace of a log-scaled bias.
+
+        Each is None if this kind of bias has none.
+        """
         config, flat = self.config, points.flatten(2, 3)
         if isinstance(self.position_bias, LogBias):
-            return functional.log_bias(flat, self.position_bias.params(), query_size=size, convention=config.convention)
+            bias, fields = self.position_bias(flat, size)
+            return bias, LogBiasTrace(**fields)
         if not isinstance(self.position_bias, TableBias):
-            return None
-        table = self.position_bias.table
+            return None, None
+        table = self.position_bias()
         if config.bias is BiasKind.FIXED:
-            return functional.fixed_bias(table, query_size=size, samples=flat.shape[2])
-        return functional.table_bias(
-            table, flat, query_size=size, convention=config.convention, resolution=config.bias_resolution
-        )
-
-    def _log_bias_trace(self, points: Tensor, size: Size) -> LogBiasTrace | None:
-        """Return the intermediates of the log-scaled bias, or None for another kind of bias."""
-        if not isinstance(self.position_bias, LogBias):
-            return None
-        options: dict[str, Any] = {"query_size": size, "convention": self.config.convention}
-        fields: dict[str, Any] = log_bias_trace(points.flatten(2, 3), self.position_bias.params(), **options)
-        return LogBiasTrace(**fields)
+            return functional.fixed_bias(table, query_size=size, samples=flat.shape[2]), None
+        options: dict[str, Any] = {"convention": config.convention, "resolution": config.bias_resolution}
+        return functional.table_bias(table, flat, query_size=size, **options), None
 
     # -------------------------------------------------------------------------------------------- names
 
@@ -322,12 +329,3 @@ class DeformableAttention(SpecModule):
 def _tokens_to_heads(tokens: Tensor, heads: int) -> Tensor:
     """Split channels into heads without a copy: (B, N, C) → (B, heads, N, d)."""
     return tokens.unflatten(2, (heads, tokens.shape[2] // heads)).transpose(1, 2)
-
-
-def _network_trace(query: Tensor, network: dict[str, Tensor], groups: int) -> OffsetNetworkTrace | None:
-    """Return the intermediates of the network in the layout of the spec: (B·G, C/G, Hk, Wk)."""
-    if not network:
-        return None
-    grouped = {"queries": query.unflatten(3, (groups, query.shape[3] // groups)), **network}
-    fields: dict[str, Any] = {name: part.permute(0, 3, 4, 1, 2).flatten(0, 1) for name, part in grouped.items()}
-    return OffsetNetworkTrace(**fields)

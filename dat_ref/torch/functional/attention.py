@@ -31,7 +31,7 @@ from ...config import BiasResolution
 from ...conventions import Convention
 from ...ops.attention import check_core, check_options
 from .. import kernels
-from .._checks import check_tensor
+from .._checks import check_tensor, check_tensors
 from . import blockwise
 from ._sdpa import is_exporting, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
@@ -44,11 +44,13 @@ from .registry import Call, CoreFunction, choose_backend, register_backend
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Split the channels of a map into heads: (B, C, H, W) or (B, C, N) → (B, heads, N, C/heads)."""
+    check_tensors(x=x)
     return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(3).transpose(2, 3)
 
 
 def merge_heads(x: Tensor, size: Size) -> Tensor:
     """Merge heads into a map: (B, heads, H·W, d) → (B, heads·d, H, W)."""
+    check_tensors(x=x)
     return x.transpose(2, 3).unflatten(3, size).flatten(1, 2)
 
 
@@ -64,6 +66,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     Returns:
         output (..., M, d) and attention weights (..., M, N), whose rows sum to one.
     """
+    check_tensors(q=q, k=k, v=v, bias=bias)
     logits = (q * scale) @ k.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias

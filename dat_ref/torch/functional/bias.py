@@ -13,7 +13,8 @@ On lattice points all implementations return the right derivative, as the spec d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor
 from ..._checks import ShapeError
 from ...config import BiasResolution
 from ...conventions import Convention
-from ._dtypes import autocast_disabled, wide_dtype
+from .._checks import check_tensors
+from ._dtypes import autocast_disabled, wide_dtype, wide_linear
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
@@ -74,6 +76,7 @@ def table_index(
         convention: geometry of points and queries.
         resolution: see `table_scale`.
     """
+    check_tensors(points=points)
     spacing = convention.value.query
     scale = table_scale(table_size, query_size, convention, resolution)
     units = pixels_per_unit(query_size, convention)
@@ -126,6 +129,7 @@ def interp_matrix(positions: Tensor, length: int) -> Tensor:
     >>> interp_matrix(torch.tensor([0.25, 2.0, -0.5]), 3).tolist()
     [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, 0.0]]
     """
+    check_tensors(positions=positions)
     clamped = positions.clamp(-1, length)  # all weights are 0 one cell outside and farther
     floor = clamped.detach().floor()
     fraction = (clamped - floor)[..., None]  # with the right derivative
@@ -159,6 +163,7 @@ def table_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
+    check_tensors(table=table, points=points)
     size = (table.shape[1], table.shape[2])
     index = table_index(points, size, query_size, convention, resolution)
     return SeparableInterp(table, index, query_size).read(0, query_size[0])
@@ -174,6 +179,7 @@ class SeparableInterp:
     """
 
     def __init__(self, table: Tensor, index: AffineIndex, query_size: Size) -> None:
+        check_tensors(table=table)
         heads, height, width = table.shape
         groups = index.origin.shape[1]
         dtype = wide_dtype(table, index.origin)
@@ -208,6 +214,7 @@ def sampled_table_bias(
     sampler: Sampler = "grid_sample",
 ) -> Tensor:
     """Compute `table_bias` as the released code does: build the grid of all displacements, and sample the table."""
+    check_tensors(table=table, points=points)
     positions = table_positions(points, (table.shape[1], table.shape[2]), query_size, convention, resolution)
     batch, groups, queries, samples, _ = positions.shape
     heads = table.shape[0] // groups
@@ -233,14 +240,32 @@ def log_bias(
     Returns:
         (B, heads, H·W, Ns), float32 or wider.
     """
+    check_tensors(points=points)
+    hidden, out = (partial(wide_linear, **params[layer]) for layer in ("hidden", "out"))
+    return predict_log_bias(points, hidden, out, query_size=query_size, convention=convention)[0]
+
+
+def predict_log_bias(
+    points: Tensor,
+    hidden: Callable[[Tensor], Tensor],
+    out: Callable[[Tensor], Tensor],
+    *,
+    query_size: Size,
+    convention: Convention,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute `log_bias` from the two layers of its network, which project the last axis in float32 or wider.
+
+    Returns:
+        the bias (B, heads, H·W, Ns), and the intermediates of the spec's `LogBiasTrace`, (B·G, …, H·W·Ns).
+    """
     batch, groups, samples, _ = points.shape
-    dtype = wide_dtype(points)
     with autocast_disabled(points):
-        _, scaled = _log_displacement(points, query_size, convention)
-        first, second = params["hidden"], params["out"]
-        hidden = F.relu(F.linear(scaled, first["weight"].to(dtype), first["bias"].to(dtype)))
-        bias = F.linear(hidden, second["weight"].to(dtype))  # (B, G, H·W, Ns, heads/G)
-    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples)
+        displacement, scaled = _log_displacement(points, query_size, convention)
+        projected = hidden(scaled)
+        bias = out(F.relu(projected))  # (B, G, H·W, Ns, heads/G)
+    fields = {"displacement": displacement, "scaled": scaled, "hidden": projected}
+    trace = {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
+    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples), trace
 
 
 def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:
@@ -250,18 +275,6 @@ def _log_displacement(points: Tensor, query_size: Size, convention: Convention) 
     displacement = 4 * (queries[:, None] - points.to(dtype)[:, :, None])
     # sign(d) log₂(1 + |d|) / log₂ 8, in a form whose derivative at 0 is correct, 1/(3 ln 2).
     return displacement, (torch.log2(1 + displacement.clamp(min=0)) - torch.log2(1 + F.relu(-displacement))) / 3
-
-
-def log_bias_trace(
-    points: Tensor, params: Mapping[str, Mapping[str, Tensor]], *, query_size: Size, convention: Convention
-) -> dict[str, Tensor]:
-    """Return the intermediates of `log_bias` in the spec's `LogBiasTrace`, in its layout (B·G, …, H·W·Ns)."""
-    dtype = wide_dtype(points)
-    with autocast_disabled(points):
-        displacement, scaled = _log_displacement(points, query_size, convention)
-        hidden = F.linear(scaled, params["hidden"]["weight"].to(dtype), params["hidden"]["bias"].to(dtype))
-    fields = {"displacement": displacement, "scaled": scaled, "hidden": hidden}
-    return {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
 
 
 def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:
@@ -275,6 +288,7 @@ def fixed_bias(table: Tensor, *, query_size: Size, samples: int) -> Tensor:
     Raises:
         ShapeError: if the table was built for a map of another size.
     """
+    check_tensors(table=table)
     height, width = query_size
     if tuple(table.shape[1:]) != (height * width, samples):
         raise ShapeError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._checks import ShapeError, check_divides
 from ...peers.deform_conv import ConvGeometry, Pair
-from .._checks import check_tensor
+from .._checks import check_tensor, check_tensors
 from ._dtypes import wide_dtype
 from .grid import Size
 from .sampling import Sampler, sample_tokens
@@ -31,6 +31,7 @@ def deform_points(offset: Tensor, sliding: ConvGeometry) -> Tensor:
     Returns:
         (B, G_o, K, H', W', 2), (y, x), with K = k_y·k_x; float32 or wider.
     """
+    check_tensors(offset=offset)
     batch, channels, height, width = offset.shape
     taps = sliding.kernel[0] * sliding.kernel[1]
     displacements = offset.reshape(batch, channels // (2 * taps), taps, 2, height, width).permute(0, 1, 2, 4, 5, 3)
@@ -79,6 +80,7 @@ def deform_conv2d(
     Raises:
         ShapeError, ConfigError: if the shapes do not match.
     """
+    check_tensors(x=x, offset=offset, weight=weight, bias=bias, mask=mask)
     kernel = (weight.shape[-2], weight.shape[-1])
     sliding = ConvGeometry(kernel, _pair(stride), _pair(padding), _pair(dilation))
     if not torch.compiler.is_compiling():

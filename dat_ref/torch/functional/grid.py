@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._checks import ConfigError
 from ...conventions import Convention, Spacing
+from .._checks import check_tensors
 from ._dtypes import wide_dtype
 from ._symbolic import ceil_div
 
@@ -78,12 +79,14 @@ def to_pixels(points: Tensor, size: Size, convention: Convention) -> Tensor:
     >>> to_pixels(torch.tensor([-1.0, 1.0]), (4, 4), Convention.CELL_CENTER).tolist()
     [-0.5, 3.5]
     """
+    check_tensors(points=points)
     y, x = points.unbind(-1)
     return torch.stack((axis_pixels(y, size[0], convention), axis_pixels(x, size[1], convention)), dim=-1)
 
 
 def from_pixels(points_px: Tensor, size: Size, convention: Convention) -> Tensor:
     """Convert pixel positions to normalized coordinates: inverse of `to_pixels`, and 0 on an axis of one position."""
+    check_tensors(points_px=points_px)
     edge = (not convention.value.align_corners) / 2
     wide = points_px.to(wide_dtype(points_px))
     axes = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_tensor, check_tensors
 from ._dtypes import wide_dtype
 from .grid import Size
 from .sampling import Sampler, sample_tokens
@@ -24,6 +24,7 @@ def level_sizes(spatial_shapes: Sequence[Size] | Tensor) -> list[Size]:
 
 def location_pixels(locations: Tensor, spatial_shapes: Sequence[Size]) -> Tensor:
     """Convert locations (B, Q, heads, L, P, 2), (x, y) in [0, 1], to points (y, x) in pixels of their level."""
+    check_tensors(locations=locations)
     wide = locations.to(wide_dtype(locations))
     levels = [
         torch.stack((level[..., 1] * height - 0.5, level[..., 0] * width - 0.5), dim=-1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..._checks import ConfigError
 from ...config import OffsetBound
 from ...conventions import Convention
-from ._dtypes import autocast_disabled, wide_dtype
+from .._checks import check_tensors
+from ._dtypes import wide_layer_norm, wide_linear
 from ._symbolic import statically_zero
 from .grid import Padding, Size
 
@@ -30,6 +32,7 @@ def depthwise_conv2d(
         stride: stride in pixels.
         padding: zero padding, ((top, bottom), (left, right)).
     """
+    check_tensors(x=x, weight=weight, bias=bias)
     repeats = x.shape[1] // weight.shape[0]
     if repeats > 1:  # repeating a small kernel is cheaper than moving groups of channels to the batch axis
         weight = weight.repeat(repeats, 1, 1, 1)
@@ -57,20 +60,49 @@ def offset_network(
         groups: G if `queries` is (B, C, H, W).
 
     Returns:
-        raw offsets (B·G, 2 or 2N, Hk, Wk), channel 0 is y, float32 or wider; and the intermediates ``windows``,
-        ``normed``, ``activated``, each (B, Hk, Wk, G, C/G).
+        raw offsets (B·G, 2 or 2N, Hk, Wk), channel 0 is y, float32 or wider; and the intermediates ``queries``
+        (B·G, C/G, H, W) and ``windows``, ``normed``, ``activated``, each (B·G, C/G, Hk, Wk).
     """
-    windows = depthwise_conv2d(queries, **params["depthwise"], stride=stride, padding=padding)
-    channels = windows.shape[1]
-    windows = windows.permute(0, 2, 3, 1).unflatten(3, (groups, channels // groups))  # (B, Hk, Wk, G, C/G)
-    with autocast_disabled(queries):
-        dtype = wide_dtype(windows)
-        wide: dict[str, Any] = {name: leaf.to(dtype) for name, leaf in params["norm"].items()}
-        normed = F.layer_norm(windows.to(dtype), (channels // groups,), **wide, eps=LAYER_NORM_EPSILON)
-        activated = F.gelu(normed)
-        raw = F.linear(activated, params["pointwise"]["weight"].to(dtype))  # (B, Hk, Wk, G, 2)
-    raw = raw.permute(0, 3, 4, 1, 2).flatten(0, 1)
-    return raw, {"windows": windows, "normed": normed, "activated": activated}
+    check_tensors(queries=queries)
+    return predict_offsets(
+        queries,
+        partial(depthwise_conv2d, **params["depthwise"], stride=stride, padding=padding),
+        partial(wide_layer_norm, **params["norm"], epsilon=LAYER_NORM_EPSILON),
+        partial(wide_linear, **params["pointwise"]),
+        groups=groups,
+    )
+
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def predict_offsets(
+    queries: Tensor, depthwise: Layer, norm: Layer, pointwise: Layer, *, groups: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute `offset_network` from its layers.
+
+    Args:
+        queries: (B, C, H, W) with G groups of channels.
+        depthwise: convolution with padding, (B·G, C/G, H, W) → (B·G, C/G, Hk, Wk).
+        norm: layer norm over the last axis, in float32 or wider.
+        pointwise: projection of the last axis, in float32 or wider.
+        groups: G.
+    """
+    grouped = split_groups(queries, groups)
+    windows = depthwise(grouped)
+    normed = norm(windows.permute(0, 2, 3, 1))  # (B·G, Hk, Wk, C/G)
+    activated = F.gelu(normed)
+    raw = pointwise(activated).permute(0, 3, 1, 2)
+    maps = {"normed": normed.permute(0, 3, 1, 2), "activated": activated.permute(0, 3, 1, 2)}
+    return raw, {"queries": grouped, "windows": windows, **maps}
+
+
+def split_groups(x: Tensor, groups: int) -> Tensor:
+    """Move the groups of channels to the batch axis: (B, C, H, W) → (B·G, C/G, H, W), in channels_last layout."""
+    if groups == 1:
+        return x
+    split = x.permute(0, 2, 3, 1).unflatten(3, (groups, x.shape[1] // groups))  # (B, H, W, G, C/G)
+    return split.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def offset_limit(offset_range: float, key_size: Size, convention: Convention) -> tuple[float, float]:
@@ -97,6 +129,7 @@ def bound_offsets(
     Raises:
         ConfigError: if a reference is infinite (a single key in ``DATPP2023``) and the bound does not make it finite.
     """
+    check_tensors(raw=raw, reference=reference)
     reference = reference.to(raw.dtype)
     key_size = (reference.shape[0], reference.shape[1])
     if bound in (OffsetBound.TANH_CELLS, OffsetBound.RAW):

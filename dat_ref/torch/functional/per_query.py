@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._checks import check_tensors
 from .attention import attend, split_heads
 from .grid import Size
 from .sampling import Sampler, sample_tokens
@@ -49,6 +50,7 @@ def attend_at_points(
         (B, C, M), before any output projection; and the intermediates ``projected`` (B, G, 2C, H, W), ``q`` (B, heads,
         M, 1, d), ``k`` and ``v`` (B, heads, M, N, d) and ``attention`` (B, heads, M, 1, N).
     """
+    check_tensors(query=query, x=x, points_px=points_px, bias=bias)
     batch, dim, queries = query.shape
     groups, count, depth = points_px.shape[1], points_px.shape[3], dim // heads
     kv_weight, kv_bias = (torch.cat((params["key"][leaf], params["value"][leaf])) for leaf in ("weight", "bias"))

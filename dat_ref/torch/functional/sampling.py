@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import ConfigError
+from .._checks import check_tensors
 from ._dtypes import wide_dtype
 
 Sampler = Literal["gather", "grid_sample"]
@@ -45,6 +46,7 @@ def bilinear_sample(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather"
     >>> bilinear_sample(ramp, torch.tensor([[[0.5, 1.0], [1.0, 2.5], [9.0, 0.0]]])).tolist()
     [[[2.5, 2.5, 0.0]]]
     """
+    check_tensors(x=x, points_px=points_px)
     sampled = sample_tokens(x.permute(0, 2, 3, 1)[:, :, :, None], points_px[:, None], sampler=sampler)  # (N, 1, P, C)
     return sampled[:, 0].transpose(1, 2)
 
@@ -69,6 +71,7 @@ def sample_tokens(x: Tensor, points_px: Tensor, *, sampler: Sampler = "gather") 
     Returns:
         (B, G, P, C/G), float32 or wider.
     """
+    check_tensors(x=x, points_px=points_px)
     check_sampler(sampler)
     if sampler == "grid_sample":
         maps = x.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B·G, C/G, H, W)

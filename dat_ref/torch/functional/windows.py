@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import check_tensors
 from ._sdpa import masked_attention
 from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
@@ -38,6 +39,7 @@ def window_visibility(cells: Tensor, size: Size, window: int, shift: int) -> Ten
     they come from the same border, and if both are in the map or both in the padding. Results of padding queries are
     dropped.
     """
+    check_tensors(cells=cells)
     y, x = cells.unbind(-1)
     padding = (y >= size[0]) | (x >= size[1])
     region = 4 * padding
@@ -80,6 +82,7 @@ def window_attention(
     Returns:
         (B, H, W, C), and a dict with the intermediates (empty without `return_weights`).
     """
+    check_tensors(qkv=qkv, table=table)
     size = (qkv.shape[1], qkv.shape[2])
     windows = window_partition(qkv, window, shift)
     mask = window_mask(table.to(qkv.dtype), size, window, shift)
@@ -97,6 +100,7 @@ def window_attention(
 
 def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
     """Return the bias of each window, -inf for invisible keys: (nW, heads, w², w²), or (1, …) if all are equal."""
+    check_tensors(table=table)
     heads, area = table.shape[0], window * window
     bias = table.flatten(1).index_select(1, relative_index(window, table.device)).view(1, heads, area, area)
     (down, across), cells = window_cells(size, window, shift, table.device)
@@ -108,6 +112,7 @@ def window_mask(table: Tensor, size: Size, window: int, shift: int) -> Tensor:
 
 def window_partition(x: Tensor, window: int, shift: int) -> Tensor:
     """Partition a map into windows, with zero padding: (B, H, W, C) → (B, nW, w², C)."""
+    check_tensors(x=x)
     batch, height, width, channels = x.shape
     down, across = ceil_div(height, window), ceil_div(width, window)
     bottom, right = down * window - height, across * window - width
@@ -121,6 +126,7 @@ def window_partition(x: Tensor, window: int, shift: int) -> Tensor:
 
 def window_reverse(windows: Tensor, size: Size, window: int, shift: int) -> Tensor:
     """Merge windows into a map, the inverse of `window_partition`: (B, nW, w², C) → (B, H, W, C)."""
+    check_tensors(windows=windows)
     batch, channels = windows.shape[0], windows.shape[3]
     down, across = ceil_div(size[0], window), ceil_div(size[1], window)
     x = windows.reshape(batch, down, across, window, window, channels).transpose(2, 3)
@@ -142,6 +148,7 @@ def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float
     Returns:
         (B, nW, w², C).
     """
+    check_tensors(qkv=qkv, mask=mask)
     batch, count = qkv.shape[:2]
     heads = mask.shape[1]
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scale}
@@ -169,5 +176,6 @@ def _by_image(qkv: Tensor, mask: Tensor) -> bool:
 
 def split_windows(windows: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split projected windows into q, k and v, without a copy: (…, w², 3C) → (…, heads, w², d) each."""
+    check_tensors(windows=windows)
     q, k, v = windows.unflatten(-1, (3, heads, -1)).unbind(-3)
     return q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import official
 from ...config import AttentionConfig
 from .._checks import check_map
 from ..bridge import SpecModule
-from ..functional._dtypes import autocast_disabled, wide_dtype
 
 
 class PeerAttention(SpecModule):
@@ -52,18 +50,3 @@ def map_to_tokens(x: Tensor) -> Tensor:
 def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Unflatten tokens to a map: (B, H·W, C) → (B, C, H, W)."""
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a layer in float32 or wider, also under autocast: the positions of points need the precision."""
-    with autocast_disabled(x):
-        dtype = wide_dtype(x)
-        return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-
-
-def wide_conv2d(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Apply a convolution with "same" padding in float32 or wider, as `wide_linear` does."""
-    with autocast_disabled(x):
-        dtype = wide_dtype(x)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.conv2d(x.to(dtype), layer.weight.to(dtype), bias, padding=layer.kernel_size[0] // 2)

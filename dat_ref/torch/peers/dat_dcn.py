@@ -13,7 +13,8 @@ from .. import functional
 from ..functional.grid import Size
 from ..functional.multi_scale import sample_levels, weighted_sum
 from ..functional.sampling import Sampler, check_sampler
-from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
+from ..wide_layers import WideLinear
+from .base import PeerAttention, map_to_tokens, tokens_to_map
 from .ms_deform_attn import init_ring_offsets
 
 
@@ -40,7 +41,7 @@ class DATDCNAttention(PeerAttention):
         dim, samples = config.dim, config.heads * config.points
         check_sampler(sampler)
         self.config, self.sampler = config, sampler
-        self.offset = nn.Linear(dim, 2 * samples)
+        self.offset = WideLinear(dim, 2 * samples)
         self.weights = nn.Linear(dim, samples)
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
@@ -52,7 +53,7 @@ class DATDCNAttention(PeerAttention):
         config, size = self.config, (x.shape[2], x.shape[3])
         self._check_size(size)
         tokens, per_point = map_to_tokens(x), (config.heads, 1, config.points)
-        offsets = wide_linear(tokens, self.offset).unflatten(2, (*per_point, 2))  # (B, H·W, heads, 1, P, 2)
+        offsets = self.offset(tokens).unflatten(2, (*per_point, 2))  # (B, H·W, heads, 1, P, 2)
         reference = functional.reference_points(size, config.convention, dtype=offsets.dtype, device=x.device)
         points = reference.reshape(-1, 1, 1, 1, 2) + offsets
         points_px = functional.to_pixels(points, size, config.convention)

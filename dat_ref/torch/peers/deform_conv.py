@@ -10,7 +10,26 @@ from torch import Tensor, nn
 from ...peers.deform_conv import ConvGeometry, DeformableConvConfig, DeformableConvTrace
 from .. import functional
 from ..functional.sampling import Sampler, check_sampler
-from .base import PeerAttention, wide_conv2d
+from ..wide_layers import WideConv2d
+from .base import PeerAttention
+
+
+class DisplacedConv(nn.Module):
+    """Convolution whose taps are displaced, with `torch.nn.Conv2d`'s parameters and initialization.
+
+    It is not a `torch.nn.Conv2d`: an adapter of a convolution would add taps that are not displaced.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        plain = nn.Conv2d(dim, dim, kernel, groups=groups)
+        self.weight, self.bias = plain.weight, plain.bias
+        self.padding = kernel // 2
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None, sampler: Sampler) -> Tensor:
+        """Convolve a map (B, C, H, W), see `functional.deform_conv2d`."""
+        options: dict[str, Any] = {"padding": self.padding, "mask": mask, "sampler": sampler}
+        return functional.deform_conv2d(x, offset, self.weight, self.bias, **options)
 
 
 class DeformableConv(PeerAttention):
@@ -36,8 +55,8 @@ class DeformableConv(PeerAttention):
         points = config.offset_groups * config.taps
         check_sampler(sampler)
         self.config, self.sampler = config, sampler
-        self.convolution = nn.Conv2d(dim, dim, kernel, padding=half, groups=config.groups)
-        self.offset = nn.Conv2d(dim, 2 * points, kernel, padding=half)
+        self.convolution = DisplacedConv(dim, kernel, config.groups)
+        self.offset = WideConv2d(dim, 2 * points, kernel, padding=half)
         self.modulation = nn.Conv2d(dim, points, kernel, padding=half) if config.modulated else None
         for predictor in (self.offset, self.modulation):
             for leaf in () if predictor is None else predictor.parameters():
@@ -45,10 +64,9 @@ class DeformableConv(PeerAttention):
 
     def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, DeformableConvTrace | None]:
         kernel = self.config.kernel_size
-        offset = wide_conv2d(x, self.offset)
+        offset = self.offset(x)
         mask = None if self.modulation is None else torch.sigmoid(self.modulation(x))
-        weight, bias = self.convolution.weight, self.convolution.bias
-        y = functional.deform_conv2d(x, offset, weight, bias, padding=kernel // 2, mask=mask, sampler=self.sampler)
+        y = self.convolution(x, offset, mask, self.sampler)
         if not traced:
             return y, None
         geometry = ConvGeometry((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1))

@@ -21,7 +21,8 @@ from ..functional._dtypes import wide_dtype
 from ..functional.grid import Size
 from ..functional.multi_scale import level_sizes, location_pixels, sample_levels, weighted_sum
 from ..functional.sampling import Sampler, check_sampler
-from .base import PeerAttention, map_to_tokens, tokens_to_map, wide_linear
+from ..wide_layers import WideLinear
+from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
 def cell_centers(size: Size, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
@@ -54,7 +55,7 @@ class MultiScaleDeformableAttention(PeerAttention):
         dim = config.dim
         check_sampler(sampler)
         self.config, self.sampler = config, sampler
-        self.offset = nn.Linear(dim, 2 * config.samples)
+        self.offset = WideLinear(dim, 2 * config.samples)
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
         if config.scoring == "query":
@@ -101,7 +102,7 @@ class MultiScaleDeformableAttention(PeerAttention):
             self._check(query, value, reference_points, shapes)
         heads = (config.heads, config.dim // config.heads)
         per_point = (config.heads, config.levels, config.points)
-        offsets = wide_linear(query, self.offset).unflatten(2, (*per_point, 2))
+        offsets = self.offset(query).unflatten(2, (*per_point, 2))
         locations = self._locations(offsets, reference_points, shapes)
         points_px = location_pixels(locations, shapes)
         projected = self.value(value).unflatten(2, heads)

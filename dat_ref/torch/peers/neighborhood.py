@@ -62,7 +62,7 @@ class NeighborhoodAttention(SpecModule):
             padded = F.pad(x, (0, right, 0, bottom))
         merged, weights = functional.neighborhood_attention(
             self.qkv(padded.permute(0, 2, 3, 1)),
-            self.neighborhood_bias.table,
+            self.neighborhood_bias(),
             scale=config.scale,
             dilation=config.dilation,
             dropout=config.attention_dropout if self.training else 0.0,

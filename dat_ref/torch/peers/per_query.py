@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ...config import Init
 from ...ops.offsets import OffsetNetworkTrace
 from ...peers.per_query import PerQueryAttentionConfig, PerQueryTrace, PointsTrace
-from .. import functional
+from ..functional.offsets import predict_offsets
 from ..functional.per_query import attend_at_points, lattice
 from ..functional.sampling import Sampler, check_sampler
 from ..initialization import init_offsets
+from ..wide_layers import WideLayerNorm, WideLinear
 from .base import PeerAttention, map_to_tokens, tokens_to_map
 
 
@@ -23,21 +24,31 @@ class PointsNetwork(nn.Module):
         super().__init__()
         channels, kernel = config.dim // config.groups, config.offset_kernel_size
         self.config = config
-        self.depthwise = nn.Conv2d(channels, channels, kernel, groups=channels)
-        self.norm = nn.LayerNorm(channels)
-        self.pointwise = nn.Linear(channels, 2 * config.keys, bias=False)
+        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.norm = WideLayerNorm(channels)
+        self.pointwise = WideLinear(channels, 2 * config.keys, bias=False)
         init_offsets(self.pointwise, init)
 
     def forward(self, query: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return raw offsets (B·G, 2N, H, W) for a query map (B, C, H, W), and the intermediates."""
-        params: dict[str, dict[str, Any]] = {
-            "depthwise": {"weight": self.depthwise.weight, "bias": self.depthwise.bias},
-            "norm": {"weight": self.norm.weight, "bias": self.norm.bias},
-            "pointwise": {"weight": self.pointwise.weight},
-        }
-        half = self.config.offset_kernel_size // 2
-        padding = ((half, half), (half, half))
-        return functional.offset_network(query, params, stride=1, padding=padding, groups=self.config.groups)
+        return predict_offsets(query, self.depthwise, self.norm, self.pointwise, groups=self.config.groups)
+
+
+class SampledProjection(nn.Module):
+    """Parameters of a projection of sampled features, with `torch.nn.Linear`'s initialization.
+
+    It is not a `torch.nn.Linear`: `functional.attend_at_points` applies the weight to the map, where it is cheaper, one
+    group of channels at a time, and adds the bias to the samples.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        plain = nn.Linear(dim, dim)
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return the weight (C, C) and the bias (C,)."""
+        return {"weight": self.weight, "bias": self.bias}
 
 
 class PerQueryAttention(PeerAttention):
@@ -66,8 +77,8 @@ class PerQueryAttention(PeerAttention):
         check_sampler(sampler)
         self.config, self.sampler = config, sampler
         self.query = nn.Linear(config.dim, config.dim)
-        self.key = nn.Linear(config.dim, config.dim)
-        self.value = nn.Linear(config.dim, config.dim)
+        self.key = SampledProjection(config.dim)
+        self.value = SampledProjection(config.dim)
         self.output = nn.Linear(config.dim, config.dim)
         self.offset_network = PointsNetwork(config, init)
 
@@ -78,21 +89,16 @@ class PerQueryAttention(PeerAttention):
         raw = raw.unflatten(0, (x.shape[0], config.groups)).unflatten(2, (config.keys, 2)).flatten(4)
         offsets = raw.permute(0, 1, 4, 2, 3)  # (B, G, H·W, N, 2)
         points_px = offsets + lattice(size, config.kernel_size, dtype=offsets.dtype, device=x.device)
-        params = {
-            "key": {"weight": self.key.weight, "bias": self.key.bias},
-            "value": {"weight": self.value.weight, "bias": self.value.bias},
-        }
+        params = {"key": self.key(), "value": self.value()}
         merged, parts = attend_at_points(query.flatten(2), x, points_px, params, config.heads, sampler=self.sampler)
         y = tokens_to_map(self.output(merged.transpose(1, 2)), size)
         if not traced:
             return y, None
         at_points: dict[str, Any] = {"x": x, "points_px": points_px, **parts}
-        grouped = {"queries": query.permute(0, 2, 3, 1).unflatten(3, (config.groups, -1)), **network}
-        maps: dict[str, Any] = {name: part.permute(0, 3, 4, 1, 2).flatten(0, 1) for name, part in grouped.items()}
         fields: dict[str, Any] = {
             "x": x,
             "query": query,
-            "offset_network": OffsetNetworkTrace(**maps),
+            "offset_network": OffsetNetworkTrace(**network),
             "offsets": offsets,
             "points_px": points_px,
             "at_points": PointsTrace(**at_points),

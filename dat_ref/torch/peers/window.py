@@ -26,6 +26,10 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.empty(heads, 2 * window - 1, 2 * window - 1))
         init_table(self.table, sigma)
 
+    def forward(self) -> Tensor:
+        """Return the table."""
+        return self.table
+
 
 class WindowAttention(SpecModule):
     """Attention within (shifted) windows: (B, C, H, W) → (B, C, H, W), for any H and W.
@@ -76,15 +80,13 @@ class WindowAttention(SpecModule):
 
     def mask(self, size: Size, dtype: torch.dtype) -> Tensor:
         """Return the term that is added to the logits on a map of this size: (nW or 1, heads, w², w²)."""
-        return functional.window_mask(
-            self.window_bias.table.to(dtype), size, self.config.window_size, self.config.shift
-        )
+        return functional.window_mask(self.window_bias().to(dtype), size, self.config.window_size, self.config.shift)
 
     def _traced(self, x: Tensor) -> tuple[Tensor, WindowTrace]:
         config, size = self.config, (x.shape[2], x.shape[3])
         merged, weights = functional.window_attention(
             self.qkv(x.permute(0, 2, 3, 1)),
-            self.window_bias.table,
+            self.window_bias(),
             window=config.window_size,
             shift=config.shift,
             scale=config.scale,
