@@ -26,17 +26,13 @@ def depthwise_conv2d(
     """Convolve each channel with its own kernel.
 
     Args:
-        x: (B, G·C, H, W).
-        weight: (C, 1, k, k), shared by the G groups of channels; G is 1 if x has C channels.
+        x: (B, C, H, W).
+        weight: (C, 1, k, k).
         bias: (C,) or None.
         stride: stride in pixels.
         padding: zero padding, ((top, bottom), (left, right)).
     """
     check_tensors(x=x, weight=weight, bias=bias)
-    repeats = x.shape[1] // weight.shape[0]
-    if repeats > 1:  # repeating a small kernel is cheaper than moving groups of channels to the batch axis
-        weight = weight.repeat(repeats, 1, 1, 1)
-        bias = None if bias is None else bias.repeat(repeats)
     (top, bottom), (left, right) = padding
     if statically_zero(top - bottom, left - right):
         return F.conv2d(x, weight, bias, stride=stride, padding=(top, left), groups=x.shape[1])
@@ -52,7 +48,7 @@ def offset_network(
     are cheap, and they define the sampling positions.
 
     Args:
-        queries: (B·G, C/G, H, W); or (B, C, H, W) with ``groups=G``, which avoids splitting the map into groups.
+        queries: (B·G, C/G, H, W); or (B, C, H, W) with ``groups=G``.
         params: ``depthwise`` weight (C/G, 1, k, k) and bias; ``norm`` weight and bias; ``pointwise`` weight (2, C/G),
             or (2N, C/G) for N points per key cell.
         stride: stride of the depthwise convolution in pixels.
