@@ -192,7 +192,7 @@ class DeformableAttention(SpecModule):
 
         Raises:
             ShapeError: if `x` does not have the configured number of channels, or the size of a fixed bias table.
-            ConfigError: if the stride is larger than the map.
+            ConfigError: if a map smaller than the offset network's kernel has no padding, see `key_grid_size`.
         """
         config = self.config
         check_map("x", x, config.dim)
