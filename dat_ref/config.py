@@ -212,7 +212,7 @@ class DeformableAttentionConfig:
         return self.head_dim**-0.5
 
     @property
-    def reach(self) -> float | None:
+    def max_offset_px(self) -> float | None:
         """Largest distance in pixels and on each axis from a key's reference point to its sampling point.
 
         0 without offsets, s/2 key cells with ``TANH_CELLS``, None without a limit in pixels (the other bounds). If the

@@ -86,7 +86,7 @@ def test_signature_shows_that_a_default_is_derived():
             [
                 "dim=64, heads=4, groups=1, bias=table",
                 "keys: one per 2×2 pixels (1,600 on a map of 80×80)",
-                "reach of a point: ±2 pixels",
+                "largest offset: 2 pixels on each axis",
                 "parameters: 119,684 (84 % in the bias table)",
             ],
         ),
@@ -95,12 +95,12 @@ def test_signature_shows_that_a_default_is_derived():
             [
                 "dim=12, heads=4, groups=2, bias=depthwise",
                 "keys: one per 5×5 pixels",
-                "reach of a point: ±7.5 pixels",
+                "largest offset: 7.5 pixels on each axis",
                 "parameters: 1,068",
             ],
         ),
-        ({"dim": 12, "heads": 4, "offset_bound": "clamp"}, ["reach of a point: without a limit in pixels"]),
-        ({"dim": 12, "heads": 4, "offset_bound": "none"}, ["points: the reference points"]),
+        ({"dim": 12, "heads": 4, "offset_bound": "clamp"}, ["largest offset: no limit in pixels"]),
+        ({"dim": 12, "heads": 4, "offset_bound": "none"}, ["largest offset: 0 pixels on each axis"]),
     ],
 )
 def test_representation(options, lines):
@@ -111,11 +111,11 @@ def test_representation(options, lines):
 
 
 @pytest.mark.parametrize("size", [(8, 12), (6, 10)])
-def test_points_stay_within_the_stated_reach(size):
+def test_points_move_by_the_stated_largest_offset(size):
     """Saturated offsets reach the stated number of pixels where the stride divides the map."""
     layer = dt.DeformableAttention(dim=4, heads=2, stride=2, offset_range=3)
     with torch.no_grad():
         layer.offset_network.pointwise.weight.mul_(1e6)
     _, trace = layer(torch.randn(2, 4, *size), return_trace=True)
     moved = (trace.points_px - trace.reference_px).abs().max().item()
-    assert moved == pytest.approx(layer.config.reach) == pytest.approx(3.0)
+    assert moved == pytest.approx(layer.config.max_offset_px) == pytest.approx(3.0)

@@ -160,7 +160,7 @@ class DeformableAttention(SpecModule):
         self.projection_dropout = nn.Dropout(config.projection_dropout)
 
     def extra_repr(self) -> str:
-        """Return the main options, the keys, the reach of the offsets in pixels, and the number of parameters."""
+        """Return the main options, the keys, the largest offset in pixels, and the number of parameters."""
         config = self.config
         parts = [f"dim={config.dim}, heads={config.heads}, groups={config.groups}, bias={config.bias.value}"]
         keys = f"one per {config.stride}×{config.stride} pixels"
@@ -168,8 +168,8 @@ class DeformableAttention(SpecModule):
             rows, columns = functional.key_grid_size(config.size, config.kernel_size, config.stride, config.convention)
             keys += f" ({rows * columns:,} on a map of {config.size[0]}×{config.size[1]})"
         parts.append(f"keys: {keys}")
-        reach = "without a limit in pixels" if config.reach is None else f"±{config.reach:g} pixels"
-        parts.append("points: the reference points" if config.reach == 0 else f"reach of a point: {reach}")
+        limit = config.max_offset_px
+        parts.append(f"largest offset: {'no limit in pixels' if limit is None else f'{limit:g} pixels on each axis'}")
         count = sum(each.numel() for each in self.parameters())
         share = ""
         if isinstance(self.position_bias, TableBias):
