@@ -240,7 +240,7 @@ def log_bias(
         first, second = params["hidden"], params["out"]
         hidden = F.relu(F.linear(scaled, first["weight"].to(dtype), first["bias"].to(dtype)))
         bias = F.linear(hidden, second["weight"].to(dtype))  # (B, G, H·W, Ns, heads/G)
-    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples)
+    return bias.permute(0, 1, 4, 2, 3).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples)
 
 
 def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._sdpa import masked_attention
+from ._sdpa import is_recording, masked_attention
 from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
 from .grid import Size
@@ -163,6 +163,8 @@ def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float
 def _by_image(qkv: Tensor, mask: Tensor) -> bool:
     """Return whether to attend image by image. This avoids a copy of q, k and v if torch's fused CPU kernel runs."""
     if torch.compiler.is_compiling() or qkv.device.type != "cpu":
+        return False
+    if is_recording():  # a trace must not depend on whether its example needs gradients
         return False
     return not (torch.is_grad_enabled() and (qkv.requires_grad or mask.requires_grad))
 
