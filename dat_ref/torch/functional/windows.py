@@ -24,8 +24,8 @@ def window_cells(size: Size, window: int, shift: int, device: torch.device | Non
     Padding positions have pixels outside the map.
     """
     down, across = (ceil_div(length, window) for length in size)
-    rows = torch.arange(down * window, device=device).roll(-shift).view(down, 1, window, 1)
-    columns = torch.arange(across * window, device=device).roll(-shift).view(1, across, 1, window)
+    rows = torch.arange(down * window, device=device).roll(-shift, dims=0).view(down, 1, window, 1)
+    columns = torch.arange(across * window, device=device).roll(-shift, dims=0).view(1, across, 1, window)
     shape = (down, across, window, window)
     cells = torch.stack((rows.expand(shape), columns.expand(shape)), dim=-1)
     return (down, across), cells.reshape(down * across, window * window, 2)
