@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Literal, get_args
 
@@ -96,6 +96,27 @@ CHECK_INIT = choice(get_args(Init))
 LOG_CPB_HIDDEN = 32
 
 
+class _Derived:
+    """Default of a field that follows from other fields. It is replaced, so that no configuration contains it."""
+
+    def __repr__(self) -> str:
+        return "<follows from other fields>"
+
+
+_DERIVED: Any = _Derived()
+
+
+def default_kernel_size(stride: int) -> int:
+    """Return the default kernel of the offset network: 5, or the smallest odd number above a larger stride.
+
+    A kernel larger than the stride sees every pixel of a key cell, and an odd one has a center pixel.
+
+    >>> [default_kernel_size(stride) for stride in (1, 2, 4, 5, 8, 10)]
+    [5, 5, 5, 7, 9, 11]
+    """
+    return max(5, stride + 1 + stride % 2)
+
+
 @dataclass(frozen=True)
 class DeformableAttentionConfig:
     """Configuration of a deformable-attention layer.
@@ -108,10 +129,12 @@ class DeformableAttentionConfig:
         heads: number of attention heads M, a multiple of `groups`.
         groups: number of offset groups G. Each group has its own sampling points and samples its own C/G channels.
         stride: r, map pixels per key cell on each axis.
-        kernel_size: kernel size k of the offset network's depthwise convolution.
+        kernel_size: kernel size k of the offset network's depthwise convolution. By default it follows the stride,
+            see `default_kernel_size`.
         offset_bound: bound on the offsets, see `OffsetBound`.
         offset_range: s of ``TANH_CELLS``, at least 0. A point moves at most s/2 key cells in each direction.
-        bias: kind of position bias, see `BiasKind`.
+        bias: kind of position bias, see `BiasKind`. By default ``TABLE`` if `size` is given. Without a size the default
+            is ``DEPTHWISE``, which needs none, costs little and is fast at every size.
         size: (H, W) of the map for which the bias is built; needed by ``TABLE`` and ``FIXED``.
         convention: coordinate convention.
         bias_resolution: unit of displacement on a map of another size: ``"fractions"`` of the map, or ``"pixels"``.
@@ -122,16 +145,20 @@ class DeformableAttentionConfig:
     Raises:
         ConfigError: if a value is invalid, the sizes are not divisible, or the options are incompatible. The message
             names the field, the rule and the value.
+
+    >>> config = DeformableAttentionConfig(dim=64, heads=4, stride=8)
+    >>> config.kernel_size, config.bias
+    (9, <BiasKind.DEPTHWISE: 'depthwise'>)
     """
 
     dim: int
     heads: int
     groups: int = 1
     stride: int = 1
-    kernel_size: int = 5
+    kernel_size: int = _DERIVED
     offset_bound: OffsetBound = OffsetBound.TANH_CELLS
     offset_range: float = 2.0
-    bias: BiasKind = BiasKind.TABLE
+    bias: BiasKind = _DERIVED
     size: tuple[int, int] | None = None
     convention: Convention = Convention.CELL_CENTER
     bias_resolution: BiasResolution = "fractions"
@@ -142,17 +169,20 @@ class DeformableAttentionConfig:
     kind = "deformable"
 
     def __post_init__(self) -> None:
+        check_fields(self, stride=integer(1), size=optional(size_pair))
+        if self.kernel_size is _DERIVED:
+            object.__setattr__(self, "kernel_size", default_kernel_size(self.stride))
+        if self.bias is _DERIVED:
+            object.__setattr__(self, "bias", BiasKind.DEPTHWISE if self.size is None else BiasKind.TABLE)
         check_fields(
             self,
             dim=integer(1),
             heads=integer(),
             groups=integer(),
-            stride=integer(1),
             kernel_size=integer(1),
             offset_bound=member(OffsetBound),
             offset_range=real(0, rule="a width in key cells"),
             bias=member(BiasKind),
-            size=optional(size_pair),
             convention=CHECK_CONVENTION,
             bias_resolution=CHECK_RESOLUTION,
             average_pool=boolean,
@@ -180,6 +210,44 @@ class DeformableAttentionConfig:
     def scale(self) -> float:
         """Factor on the dot products, d^(-1/2)."""
         return self.head_dim**-0.5
+
+    @property
+    def max_offset_px(self) -> float | None:
+        """Largest distance in pixels and on each axis from a key's reference point to its sampling point.
+
+        0 without offsets, s/2 key cells with ``TANH_CELLS``, None without a limit in pixels (the other bounds). If the
+        stride does not divide the map, cells are slightly smaller or larger than `stride` pixels.
+        """
+        if self.offset_bound is OffsetBound.NONE:
+            return 0.0
+        return self.offset_range / 2 * self.stride if self.offset_bound is OffsetBound.TANH_CELLS else None
+
+    @classmethod
+    def from_keywords(
+        cls, config: DeformableAttentionConfig | None, options: Mapping[str, Any]
+    ) -> DeformableAttentionConfig:
+        """Return `config`, or the configuration with the fields `options` if `config` is None.
+
+        Raises:
+            ConfigError: if both or neither are given, `config` has another type, or an option is not a field.
+        """
+        known = [each.name for each in fields(cls)]
+        if config is not None:
+            if not isinstance(config, DeformableAttentionConfig):
+                raise ConfigError(
+                    f"config: expected a DeformableAttentionConfig, or its fields by name, got {config!r}"
+                )
+            if options:
+                names = ", ".join(options)
+                raise ConfigError(f"config: expected either a configuration or its fields, got both (fields: {names})")
+            return config
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"{name}: expected a field of DeformableAttentionConfig, one of {', '.join(known)}")
+        for name in ("dim", "heads"):
+            if name not in options:
+                raise ConfigError(f"{name}: expected an integer, got no value (dim and heads have no default)")
+        return cls(**options)
 
     @classmethod
     def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DeformableAttentionConfig:

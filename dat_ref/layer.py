@@ -130,7 +130,7 @@ def deformable_layer(x: Array, params: Tree, config: DeformableAttentionConfig) 
 
     Raises:
         ShapeError: if `x` has another number of channels, or a fixed bias table is for another map size.
-        ConfigError: if the stride is larger than the map.
+        ConfigError: if a map smaller than the offset network's kernel has no padding, see `key_grid_size`.
     """
     x = check_map("x", x, config.dim)
     size: Size = x.shape[2:]

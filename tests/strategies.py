@@ -4,7 +4,8 @@ Array elements come from a seed, so that a failure shrinks to a small shape and 
 single points are drawn one by one.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from dat_ref import (
 )
 from dat_ref.block import ATTENTIONS
 from dat_ref.ops.grid import key_grid_size
+from dat_ref.testing.op_spec import show_shapes
 from dat_ref.testing.strategies import anywhere, map_sizes, non_contiguous, points_in, seeds
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "numbers",
     "points_px",
     "seeds",
+    "shown_by_shape",
     "window_cases",
 ]
 
@@ -50,6 +53,23 @@ def numbers(seed: int, *shape: int, dtype: Any = np.float64) -> np.ndarray:
 def points_px(size: tuple[int, int], count: int) -> st.SearchStrategy[np.ndarray]:
     """Draw pixel positions (count, 2): integers, next to integers, between them, just outside and far outside."""
     return points_in(size, anywhere, (count,))
+
+
+class Drawn(tuple[Any, ...]):
+    """A drawn tuple. Its representation has the shapes of arrays: Hypothesis warns about one with all elements."""
+
+    def __repr__(self) -> str:
+        return show_shapes(tuple(self))
+
+
+def shown_by_shape(make: Callable[..., st.SearchStrategy[Any]]) -> Callable[..., st.SearchStrategy[Any]]:
+    """Decorate the function of a composite strategy whose values are tuples with arrays."""
+
+    @functools.wraps(make)
+    def strategy(*arguments: Any, **options: Any) -> st.SearchStrategy[Any]:
+        return make(*arguments, **options).map(Drawn)
+
+    return strategy
 
 
 @dataclass(frozen=True)

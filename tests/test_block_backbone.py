@@ -1,5 +1,7 @@
 """Transformer blocks and whole backbones at any size, and their cost."""
 
+import importlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +38,7 @@ from dat_ref.backbone import dat_macs, dat_shapes, embed, embed_macs
 from dat_ref.block import ATTENTIONS, MLPTrace, block, block_macs, block_shapes, mlp
 from dat_ref.layer import deformable_layer, deformable_layer_macs
 from dat_ref.ops import basic
+from dat_ref.ops.grid import key_grid_size
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_macs
 from dat_ref.params import flatten
 
@@ -130,6 +133,35 @@ def test_any_image_size(release, size):
     logits = model(x)
     assert logits.shape == (2, 5)
     assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", dat_ref.presets.PRESETS)
+def test_every_preset_has_keys_for_every_small_image(name):
+    """At least one key in every deformable layer, for images of 1 to 40 pixels."""
+    config = dat_ref.config(name)
+    for side in range(1, 41):
+        for blocks, reduction in zip(config.stages, config.reductions, strict=True):
+            size = (math.ceil(side / reduction), math.ceil(40 / reduction))
+            for each in (part.attention for part in blocks):
+                if isinstance(each, DeformableAttentionConfig):
+                    keys = key_grid_size(size, each.kernel_size, each.stride, each.convention)
+                    assert keys == tuple(math.ceil(length / each.stride) for length in size)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("size", [(1, 1), (7, 40), (28, 5), (29, 29)])
+def test_small_images(release, size):
+    """Images smaller than the strides 8, 4, 2, 1 of DAT++: finite logits, the same in NumPy and torch."""
+    strides = {"strides": [8, 4, 2, 1], "ksizes": [9, 7, 5, 3]} if release == "datpp2023" else {}
+    config = tiny(release, **strides)
+    params = tiny_params(config, 0)
+    x = numbers(0, 2, 3, *size)
+    logits = DAT(config, params)(x)
+    assert np.isfinite(logits).all()
+    torch = pytest.importorskip("torch")
+    module = importlib.import_module("dat_ref.torch").DAT(config).double().eval()
+    module.load_numpy(params)
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach().numpy(), logits, atol=1e-9)
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -1,5 +1,8 @@
 """The four coordinate conventions: key positions, pixel coordinates, sampling at zero offset."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from helpers.agreement import assert_agree
@@ -102,14 +105,23 @@ def test_datpp2023_reference_grid_is_shifted(keys):
 @given(conventions, map_sizes(), st.integers(1, 9), st.integers(1, 4))
 def test_key_grid_and_padding_equal_scalar_count(convention, size, kernel, stride):
     """Padding and number of windows equal a count of the windows that fit."""
-    if stride > min(size):
-        return
+    if convention is PP and kernel == stride > min(size):
+        return  # no padding, and a kernel larger than the map
     name = convention.name.lower()
     assert offset_padding(size, kernel, stride, convention) == geometry.padding_2d(name, size, kernel, stride)
     counts = tuple(geometry.key_count(name, length, kernel, stride) for length in size)
     assert key_grid_size(size, kernel, stride, convention) == counts
     if convention in (CC, PAPER):
         assert counts == tuple(-(-length // stride) for length in size)
+
+
+@pytest.mark.parametrize("convention", Convention)
+def test_every_odd_kernel_gives_one_key_for_each_started_cell(convention):
+    """⌈H/r⌉ keys, also on a map smaller than the stride, unless the 2023 code drops the padding (k = r)."""
+    for kernel, stride, side in itertools.product(range(1, 12, 2), range(1, 12), range(1, 41)):
+        if not (convention is Convention.DATPP2023 and kernel == stride):
+            count = math.ceil(side / stride)
+            assert key_grid_size((side, 1), kernel, stride, convention) == (count, 1)
 
 
 @given(st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.sampled_from([1, 3, 5, 7, 9]))

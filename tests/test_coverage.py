@@ -33,6 +33,11 @@ def test_coverage_by_stride(convention):
         assert 100 * coverage.coverage((48, 48), stride, convention) == pytest.approx(percent, abs=0.01)
 
 
+def test_a_map_smaller_than_the_stride_has_one_key():
+    """One key reads the two middle rows of four; two keys read four columns of nine."""
+    assert coverage.coverage((4, 9), 5) == pytest.approx((2 / 4) * (4 / 9))
+
+
 @given(CONVENTIONS, st.integers(1, 9), st.integers(0, 14), st.integers(0, 14))
 def test_read_pixels_against_loops(convention, stride, more_rows, more_columns):
     size = (stride + more_rows, stride + more_columns)
@@ -185,7 +190,7 @@ def test_the_capture_radius_is_the_smallest_one(side):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: coverage.coverage((4, 9), 5),
+        lambda: coverage.coverage((4, 9), 0),
         lambda: coverage.hit_rate((8, 8), 4, (9, 1)),
         lambda: coverage.hit_rate((8, 8), 4, (0, 1)),
         lambda: coverage.fixed_grid_bound(1.1, 3),

@@ -204,16 +204,14 @@ def test_images():
         model(np.zeros((1, 3, 64, 64), np.uint8))
 
 
-def test_stride_larger_than_the_map():
-    """A stride without room for a key is rejected with a remedy; so is an image that is too small for a backbone."""
-    layer = replace(LAYER, stride=6)
-    with pytest.raises(
-        ConfigError, match=r"stride: expected at most the map's height and width, got stride=6 on a map of 5×7"
-    ):
+def test_kernel_larger_than_an_unpadded_map():
+    """The 2023 code with kernel = stride has no padding; the error names the smallest map."""
+    layer = replace(LAYER, stride=6, kernel_size=6, convention="datpp2023", offset_bound="clamp")
+    message = r"kernel_size: expected at most the padded map, got 6 on a map of 5×7; .* the smallest map is 6×6"
+    with pytest.raises(ConfigError, match=message):
         deformable_layer(numbers(0, 1, 12, 5, 7), init_params(layer, 0, dtype=np.float64), layer)
-    backbone = DATConfig.from_official({**TINY_2023, "strides": [8, 4, 2, 1]}, release="datpp2023")
-    with pytest.raises(ConfigError, match=r"stride=8 on a map of 5×25 \(feed a larger input"):
-        DAT(backbone, init_params(backbone, 0))(numbers(0, 1, 3, 20, 100, dtype=np.float32))
+    y, _ = deformable_layer(numbers(0, 1, 12, 6, 6), init_params(layer, 0, dtype=np.float64), layer)
+    assert np.isfinite(y).all()
 
 
 def test_average_pooling_needs_whole_cells():

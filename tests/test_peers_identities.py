@@ -8,7 +8,7 @@ from helpers.agreement import assert_agree
 from helpers.layers import random_params
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import consistent_conventions, map_sizes, numbers, seeds
+from strategies import consistent_conventions, map_sizes, numbers, seeds, shown_by_shape
 
 from dat_ref import (
     BiasKind,
@@ -243,6 +243,7 @@ def test_per_query_attention_without_offsets_is_neighborhood_attention_away_from
 # ------------------------------------------------------------------------------------------------ convolutions
 
 
+@shown_by_shape
 @st.composite
 def convolutions(draw):
     """Draw arguments of a convolution with a square kernel: x, weight, bias, cotangent, geometry, points per tap."""
@@ -377,6 +378,7 @@ def test_the_convolution_that_is_not_deformable_detr():
     assert np.abs(left - right).max() > 0.1
 
 
+@shown_by_shape
 @st.composite
 def locations_on_one_map(draw):
     """Draw value, size, locations (B, Q, heads, 1, P, 2) and weights on a single level; P is even."""

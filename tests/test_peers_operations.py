@@ -8,7 +8,7 @@ from helpers.layers import lattice_distance, random_params
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import peers as loops
-from strategies import map_sizes, numbers, seeds
+from strategies import map_sizes, numbers, seeds, shown_by_shape
 
 from dat_ref import ShapeError
 from dat_ref.peers import MultiScaleDeformableConfig, deform_conv2d, multi_scale_deformable_attention
@@ -21,6 +21,7 @@ HEADS = st.sampled_from([(2, 3), (4, 1), (1, 3), (3, 2)])
 # ------------------------------------------------------------------------------------------ deformable convolution
 
 
+@shown_by_shape
 @st.composite
 def convolutions(draw):
     """Draw the arguments of `deform_conv2d`, with all axes different."""
@@ -99,6 +100,7 @@ def test_deform_conv2d_rejects_invalid_arguments(changes, message):
 # ------------------------------------------------------------------------------------------------ Deformable DETR
 
 
+@shown_by_shape
 @st.composite
 def multi_scale_inputs(draw):
     """Draw the arguments of `multi_scale_deformable_attention`; some locations are outside."""

@@ -6,7 +6,7 @@ from helpers.agreement import assert_agree
 from helpers.layers import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import map_sizes, numbers, seeds
+from strategies import map_sizes, numbers, seeds, shown_by_shape
 
 from dat_ref import NeighborhoodAttentionConfig
 from dat_ref.params import flatten, unflatten
@@ -68,6 +68,7 @@ def torch_deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask
     return F.conv2d(columns_of_taps, weight.reshape(len(weight), -1, 1, 1), bias, groups=channels // weight.shape[1])
 
 
+@shown_by_shape
 @st.composite
 def convolutions(draw):
     """Draw arguments of `deform_conv2d` and its geometry."""
@@ -107,7 +108,8 @@ def test_deformable_convolution_against_torchvision(drawn):
     ops = pytest.importorskip("torchvision.ops")
     arrays, geometry, cotangent = drawn
     tensors = leaves(arrays)
-    y = ops.deform_conv2d(**tensors, **geometry)
+    x, offset, weight, bias = (tensors[name] for name in ("x", "offset", "weight", "bias"))
+    y = ops.deform_conv2d(x, offset, weight, bias, **geometry, mask=tensors.get("mask"))  # x is its `input`
     assert_agree(deform_conv2d(**arrays, **geometry), y.detach().numpy(), 1e-11)
     same_gradients(y, cotangent, tensors, deform_conv2d_vjp(cotangent, **arrays, **geometry)._asdict())
 
@@ -278,6 +280,7 @@ def test_modules_against_torch(config):
 # ------------------------------------------------------------------------------------------------ other packages
 
 
+@shown_by_shape
 @st.composite
 def multi_scale_inputs(draw):
     """Draw value, shapes, locations and weights."""

@@ -7,11 +7,12 @@ from helpers.checks import SAMPLER_CHECKS, sampling_matches_loops, sampling_matc
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import sampling as loops
-from strategies import map_sizes, non_contiguous, numbers, points_px, seeds
+from strategies import map_sizes, non_contiguous, numbers, points_px, seeds, shown_by_shape
 
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 
 
+@shown_by_shape
 @st.composite
 def samplings(draw, maps=2, points=4):
     """Draw maps (N, C, H, W) and points (N, P, 2)."""

@@ -175,6 +175,33 @@ def test_names_and_near_matches():
         dt.create_model("dat_tiny", global_pool="max")
 
 
+@pytest.mark.parametrize(
+    ("out_indices", "message"),
+    [
+        (-1, r"a number of stages from 1 to 4, or indices, got -1"),
+        (0, r"a number of stages from 1 to 4, or indices, got 0"),
+        (5, r"a number of stages from 1 to 4, or indices, got 5"),
+        ((4,), r"stages from -4 to 3, got \(4,\)"),
+        ((0, -5), r"stages from -4 to 3, got \(0, -5\)"),
+        ((-1, 3), r"each stage once, got \(-1, 3\)"),
+        ((), r"at least one stage, got \(\)"),
+    ],
+)
+def test_stages_that_do_not_exist_are_refused(out_indices, message):
+    with torch.device("meta"), pytest.raises(dat_ref.ConfigError, match=f"out_indices: expected {message}"):
+        dt.create_model("dat_tiny", features_only=True, out_indices=out_indices)
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "stages"), [(2, (2, 3)), ((-1,), (3,)), ((2, 0), (0, 2)), (None, (0, 1, 2, 3))]
+)
+def test_stages_are_counted_from_both_ends(out_indices, stages):
+    with torch.device("meta"):
+        model = dt.create_model("dat_tiny", features_only=True, out_indices=out_indices)
+    assert model.out_indices == stages
+    assert len(model.stages) == stages[-1] + 1
+
+
 def test_overrides_reach_the_configuration():
     with torch.device("meta"):
         model = dt.create_model(

@@ -1,5 +1,6 @@
 """Layers and blocks in torch against the NumPy and released ones: outputs, traces and gradients."""
 
+import math
 import re
 from dataclasses import fields, replace
 
@@ -507,9 +508,24 @@ def test_errors_equal_those_of_the_spec(config, shape):
     assert str(caught.value) == str(expected.value)
 
 
-def test_a_map_smaller_than_the_stride_is_refused():
-    with pytest.raises(dat_ref.ConfigError, match="stride: expected at most the map's height and width, got stride=2"):
-        small_layer()(torch.zeros(1, 24, 1, 9))
+@pytest.mark.parametrize("convention", Convention)
+@pytest.mark.parametrize("size", [(1, 9), (9, 3), (3, 2), (1, 1)])
+def test_a_map_smaller_than_the_stride_has_one_key(convention, size):
+    """Output, points and gradients equal those of the specification."""
+    bound = "clamp" if convention is Convention.DATPP2023 else "tanh_cells"
+    layer = dt.DeformableAttention(
+        dim=24, heads=6, groups=3, stride=8, convention=convention, offset_bound=bound, bias="none"
+    ).double()
+    spec = dat_ref.DeformableAttention(layer.config, layer.to_numpy())
+    x = torch.randn(2, 24, *size, dtype=torch.float64, requires_grad=True)
+    y, trace = layer(x, return_trace=True)
+    expected, expected_trace = spec(x.detach().numpy(), return_trace=True)
+    assert trace.points.shape == (2, 3, math.ceil(size[0] / 8), math.ceil(size[1] / 8), 2)
+    np.testing.assert_allclose(trace.points_px.detach(), expected_trace.points_px, atol=1e-12)
+    np.testing.assert_allclose(y.detach(), expected, atol=1e-12)
+    cotangent = torch.randn_like(y)
+    grad_x, _ = spec.vjp(x.detach().numpy())[1](cotangent.numpy())
+    np.testing.assert_allclose(torch.autograd.grad(layer(x), x, cotangent)[0], grad_x, atol=1e-12)
 
 
 def test_as_numpy_turns_a_whole_trace_into_arrays():

@@ -43,9 +43,6 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     Returns:
         (H, W) bool.
 
-    Raises:
-        ConfigError: if the stride is larger than the map.
-
     >>> read_pixels((3, 9), stride=3).astype(int).tolist()
     [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0]]
     """
@@ -67,7 +64,7 @@ def _read_on_axis(points_px: Array, length: int) -> Array:
 def coverage(size: Size, stride: int, convention: Convention = Convention.CELL_CENTER) -> float:
     """Return the share of a map's pixels that the reference points read.
 
-    Arguments and errors as for `read_pixels`.
+    Arguments as for `read_pixels`.
 
     >>> [coverage((48, 48), stride) for stride in (1, 2, 4, 8)]
     [1.0, 1.0, 0.25, 0.0625]
@@ -85,7 +82,7 @@ def hit_rate(size: Size, stride: int, target: Size, convention: Convention = Con
         convention: coordinate convention.
 
     Raises:
-        ConfigError: if the stride or the target is larger than the map, or the target is empty.
+        ConfigError: if the target is empty or larger than the map.
 
     >>> hit_rate((16, 16), 8, (1, 1)), hit_rate((16, 16), 8, (7, 7)), hit_rate((16, 16), 2, (1, 1))
     (0.0625, 1.0, 1.0)

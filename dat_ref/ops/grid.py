@@ -136,20 +136,20 @@ def _centered_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
 def key_grid_size(size: Size, kernel: int, stride: int, convention: Convention) -> Size:
     """Return the size (Hk, Wk) of the key grid over a map of (H, W).
 
-    Raises:
-        ConfigError: if the stride or the kernel is larger than the map.
+    It is ⌈H/r⌉ for an odd kernel, under every convention, so that a map smaller than the stride has one key.
 
-    >>> key_grid_size((7, 12), 5, 2, Convention.CELL_CENTER)
-    (4, 6)
+    Raises:
+        ConfigError: if the kernel is larger than the map and there is no padding (2023 code with k = r).
+
+    >>> key_grid_size((7, 12), 5, 2, Convention.CELL_CENTER), key_grid_size((3, 12), 9, 8, Convention.DATPP2023)
+    ((4, 6), (1, 2))
     """
     check_convention(convention)
     size, kernel, stride = size_pair("size", size), integer(1)("kernel", kernel), integer(1)("stride", stride)
-    if stride > min(size):
-        raise ConfigError(
-            f"stride: expected at most the map's height and width, got stride={stride} on a map of {size[0]}×{size[1]} "
-            "(feed a larger input, or build the layer with a smaller stride)"
-        )
     key_size = conv_size(size, kernel, stride, offset_padding(size, kernel, stride, convention))
     if min(key_size) < 1:
-        raise ConfigError(f"kernel_size: expected at most the padded map, got {kernel} on a map of {size[0]}×{size[1]}")
+        raise ConfigError(
+            f"kernel_size: expected at most the padded map, got {kernel} on a map of {size[0]}×{size[1]}; with "
+            f"kernel_size = stride the 2023 code has no padding, and the smallest map is {kernel}×{kernel}"
+        )
     return key_size

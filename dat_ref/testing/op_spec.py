@@ -55,12 +55,23 @@ class Skip(Exception):
     """Raised by a check that does not apply, e.g. under this convention. The message gives the reason."""
 
 
+def pretty_repr(self: object, printer: Any, cycle: bool) -> None:
+    """Print the representation. Hypothesis and IPython would print every field of a dataclass instead."""
+    printer.text(repr(self))
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of one call, in order: arrays and dicts of arrays in float64, sizes, and options."""
 
     arguments: Mapping[str, Any]
     name: str = ""
+
+    def __repr__(self) -> str:
+        """Return name and arguments, with shapes instead of elements: Hypothesis and pytest print cases."""
+        return f"Case({show_shapes(self.arguments)}, name={self.name!r})"
+
+    _repr_pretty_ = pretty_repr
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays among the arguments. The entry of a dict is named ``argument.name``."""
@@ -73,6 +84,23 @@ class Case:
             argument, _, key = name.partition(".")
             arguments[argument] = {**arguments[argument], key: array} if key else array
         return replace(self, arguments=arguments)
+
+
+def show_shapes(value: Any) -> str:
+    """Return a representation with the dtype and shape of each array instead of its elements.
+
+    >>> show_shapes({"x": np.zeros((2, 3)), "stride": (1, 2)})
+    "{'x': <float64 (2, 3)>, 'stride': (1, 2)}"
+    """
+    if isinstance(value, np.ndarray):
+        return f"<{value.dtype} {value.shape}>"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {show_shapes(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
+        return opening + ", ".join(map(show_shapes, value)) + comma + closing
+    return repr(value)
 
 
 def named_arrays(values: Mapping[str, Any]) -> dict[str, Array]:
@@ -130,6 +158,12 @@ class Check:
     strategy: Callable[[Setting], SearchStrategy[Case]] | None = None
     test: Callable[[CheckContext, Case], None] = matches_reference
     degenerate: bool = False
+
+    def __repr__(self) -> str:
+        """Return the name; the examples would print all their elements."""
+        return f"Check({self.name!r})"
+
+    _repr_pretty_ = pretty_repr
 
     def cases(self, setting: Setting) -> Sequence[Case]:
         """Return the examples under a setting."""
@@ -237,6 +271,12 @@ class OpSpec:
     describe_difference: Callable[[Case, Array, Array], str] | None = None
     checks: Sequence[Check] = field(default=())
     mutants: Sequence[Mutant] = field(default=())
+
+    def __repr__(self) -> str:
+        """Return the name; checks and mutants would print all their examples."""
+        return f"OpSpec({self.name!r})"
+
+    _repr_pretty_ = pretty_repr
 
     @property
     def signature(self) -> str:

@@ -5,7 +5,7 @@ Function names, coordinate conventions and parameter names are the same as in th
     import dat_ref.torch
 
     model = dat_ref.torch.create_model("dat_tiny", num_classes=10)
-    layer = dat_ref.torch.DeformableAttention(dat_ref.DeformableAttentionConfig(dim=96, heads=3, size=(14, 14)))
+    layer = dat_ref.torch.DeformableAttention(dim=96, heads=3, stride=2)
 
 ==============  =========================================================================================
 `functional`    tensor operations

@@ -232,14 +232,21 @@ class DAT(SpecModule):
             maps = [each.permute(0, 2, 3, 1) for each in maps]
         return maps if intermediates_only else (self.norm(x), maps)
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+    def _stage_indices(self, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+        """Return the selected stages in order of depth; an integer n selects the last n, as in timm."""
         count = len(self.stages)
         if indices is None:
             return list(range(count))
-        selected = list(range(count - indices, count)) if isinstance(indices, int) else list(indices)
-        if any(not -count <= index < count for index in selected):
-            raise ConfigError(f"indices: expected stages from {-count} to {count - 1}, got {indices}")
-        return sorted(index % count for index in selected)
+        if isinstance(indices, int):
+            if not 1 <= indices <= count:
+                raise ConfigError(f"{name}: expected a number of stages from 1 to {count}, or indices, got {indices}")
+            return list(range(count - indices, count))
+        if any(not -count <= index < count for index in indices):
+            raise ConfigError(f"{name}: expected stages from {-count} to {count - 1}, got {indices}")
+        selected = sorted(index % count for index in indices)
+        if len(set(selected)) < len(selected):
+            raise ConfigError(f"{name}: expected each stage once, got {indices}")
+        return selected
 
     def _embed(self, x: Tensor) -> Tensor:
         check_map("x", x, self.in_chans)

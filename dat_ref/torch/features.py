@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import ConfigError
 from .backbone import DAT
 
 
@@ -50,10 +51,17 @@ class DATFeatures(DAT):
 
     out_indices: tuple[int, ...]
 
-    def keep_stages(self, out_indices: Sequence[int]) -> None:
-        """Select the stages whose maps are returned, and remove everything that those maps do not need."""
+    def keep_stages(self, out_indices: int | Sequence[int]) -> None:
+        """Select the stages whose maps are returned, and remove everything that those maps do not need.
+
+        Raises:
+            ConfigError: if a stage does not exist or is named twice, or none is selected.
+        """
+        selected = self._stage_indices(out_indices, "out_indices")
+        if not selected:
+            raise ConfigError(f"out_indices: expected at least one stage, got {out_indices}")
         entries = self.feature_info
-        self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True, prune_head=True))
+        self.out_indices = tuple(self.prune_intermediate_layers(selected, prune_norm=True, prune_head=True))
         self.feature_info = FeatureInfo(tuple(entries[index] for index in self.out_indices), self.out_indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]

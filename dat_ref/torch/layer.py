@@ -117,17 +117,29 @@ _BIASES = {
 class DeformableAttention(SpecModule):
     """Deformable attention on a map: (B, C, H, W) → (B, C, H, W), for any H and W per call.
 
+    Build it from a configuration, ``DeformableAttention(config)``, or from the fields of one,
+    ``DeformableAttention(dim=64, heads=4, stride=2)``.
+
     Args:
-        config: layer configuration.
+        config: layer configuration, or None if its fields are given as keywords.
         backend: backend that computes the attention core, one of `dat_ref.torch.backends()`, or ``"auto"``.
         sampler: sampling method, ``"gather"`` or ``"grid_sample"``, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
+        options: fields of `DeformableAttentionConfig`: `dim` and `heads`, and those that differ from their defaults.
+
+    Raises:
+        ConfigError: if both or neither of `config` and `options` are given, or a field is unknown or invalid.
+
+    Without `size` the layer has a depthwise bias. With `size` it has a bias table, which can hold most of its
+    parameters (84 % for ``dim=64, heads=4, size=(80, 80)``; the representation of the layer shows the share).
+    Alternatives: ``bias="log_cpb"`` (a small network of the displacement, more memory), ``bias="depthwise"`` (a
+    convolution of the queries) and ``bias="none"``; or a table for a smaller `size`, which is read in fractions of the
+    map.
 
     If the size of the map differs from ``config.size``, ``config.bias_resolution`` sets the unit of displacements in
     the bias table: ``"fractions"`` of the map, or ``"pixels"``.
 
-    >>> config = DeformableAttentionConfig(dim=12, heads=4, groups=2, size=(5, 7))
-    >>> layer = DeformableAttention(config)
+    >>> layer = DeformableAttention(dim=12, heads=4, groups=2, size=(5, 7))
     >>> y, trace = layer(torch.ones(2, 12, 9, 6), return_trace=True)
     >>> y.shape, trace.points.shape
     (torch.Size([2, 12, 9, 6]), torch.Size([2, 2, 9, 6, 2]))
@@ -135,13 +147,15 @@ class DeformableAttention(SpecModule):
 
     def __init__(
         self,
-        config: DeformableAttentionConfig,
+        config: DeformableAttentionConfig | None = None,
         *,
         backend: str = "auto",
         sampler: Sampler = "gather",
         init: Init = "released",
+        **options: Any,
     ) -> None:
         super().__init__()
+        config = DeformableAttentionConfig.from_keywords(config, options)
         check_backend(backend)
         check_sampler(sampler)
         CHECK_INIT("init", init)
@@ -158,6 +172,24 @@ class DeformableAttention(SpecModule):
         self.position_bias = _BIASES[config.bias](config) if config.bias in _BIASES else None
         self.projection_dropout = nn.Dropout(config.projection_dropout)
 
+    def extra_repr(self) -> str:
+        """Return the main options, the keys, the largest offset in pixels, and the number of parameters."""
+        config = self.config
+        parts = [f"dim={config.dim}, heads={config.heads}, groups={config.groups}, bias={config.bias.value}"]
+        keys = f"one per {config.stride}×{config.stride} pixels"
+        if config.size is not None:
+            rows, columns = functional.key_grid_size(config.size, config.kernel_size, config.stride, config.convention)
+            keys += f" ({rows * columns:,} on a map of {config.size[0]}×{config.size[1]})"
+        parts.append(f"keys: {keys}")
+        limit = config.max_offset_px
+        parts.append(f"largest offset: {'no limit in pixels' if limit is None else f'{limit:g} pixels on each axis'}")
+        count = sum(each.numel() for each in self.parameters())
+        share = ""
+        if isinstance(self.position_bias, TableBias):
+            share = f" ({self.position_bias.table.numel() / count:.0%} in the bias table)".replace("%", " %")
+        parts.append(f"parameters: {count:,}{share}")
+        return "\n".join(parts)
+
     # -------------------------------------------------------------------------------------------- forward
 
     @overload
@@ -173,7 +205,7 @@ class DeformableAttention(SpecModule):
 
         Raises:
             ShapeError: if `x` does not have the configured number of channels, or the size of a fixed bias table.
-            ConfigError: if the stride is larger than the map.
+            ConfigError: if a map smaller than the offset network's kernel has no padding, see `key_grid_size`.
         """
         config = self.config
         check_map("x", x, config.dim)

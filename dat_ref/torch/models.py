@@ -53,7 +53,7 @@ def create_model(
     num_classes: int = 1000,
     in_chans: int = 3,
     features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     drop_path_rate: float | None = None,
     global_pool: str | None = None,
     attention: str | None = None,
@@ -69,7 +69,8 @@ def create_model(
         num_classes: of the head; 0 for none.
         in_chans: channels of the images.
         features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
-        out_indices: which stages those come from, all four if None.
+        out_indices: stages of those maps, counted from 0, or from the end if negative; a number n for the last n; all
+            four if None.
         drop_path_rate: stochastic depth at the last block, the preset's if None.
         global_pool: ``"avg"``, or ``""`` to classify every position; the preset's if None.
         attention: another kind in the place of every deformable one, see `dat_ref.peers.matching`: ``"multi_head"``,
@@ -82,7 +83,8 @@ def create_model(
             nothing.
 
     Raises:
-        ConfigError: for an unknown name, kind of attention or override, naming near matches.
+        ConfigError: for an unknown name, kind of attention or override, naming near matches; or for stages that do not
+            exist.
         CheckpointError: if the file does not fit, but for its head.
 
     >>> model = create_model("dat_tiny", num_classes=10, drop_path_rate=0.1)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
+from strategies import shown_by_shape
 
 from dat_ref import Convention
 from dat_ref.ops import attention as np_attention
@@ -36,6 +37,7 @@ def _values(
     }
 
 
+@shown_by_shape
 @st.composite
 def cores(draw):
     """Draw the arguments of the core: (inputs by name, geometry); all sizes different, tables of any size."""
@@ -63,6 +65,7 @@ _EXACT_LENGTHS = {
 }
 
 
+@shown_by_shape
 @st.composite
 def exact_cores(draw, smallest_batch=0, fewest_samples=1):
     """Draw cores whose points are on the lattice of the table, between its cells, outside, and coincident."""

@@ -11,6 +11,16 @@ is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compili
 EXPORT_IS_KNOWN = hasattr(torch.compiler, "is_exporting")
 
 
+def is_recording() -> bool:
+    """Return whether `torch.export` or `torch.jit.trace` (also in the older ONNX exporter) records this call.
+
+    A recorded program has plain operations only: it can run without this package.
+    """
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
     """Return softmax(q kᵀ · scale + mask) v, by `F.scaled_dot_product_attention` outside of export.
 

@@ -33,7 +33,7 @@ from ...ops.attention import check_core, check_options
 from .. import kernels
 from .._checks import check_tensor, check_tensors
 from . import blockwise
-from ._sdpa import is_exporting, masked_attention
+from ._sdpa import is_recording, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
@@ -241,8 +241,8 @@ def _unsupported_by_kernels(call: Call) -> str:
     """Return the reason why no kernel module supports a call, or ``""``."""
     if call.dropout:
         return "it has no dropout of attention weights"
-    if is_exporting():
-        return "an exported program has plain operations only"
+    if is_recording():
+        return "an exported or traced program has plain operations only"
     if is_transformed(*call[:5]):
         return "torch.func and forward-mode derivatives need plain operations"
     return ""

@@ -265,7 +265,7 @@ def predict_log_bias(
         bias = out(F.relu(projected))  # (B, G, H·W, Ns, heads/G)
     fields = {"displacement": displacement, "scaled": scaled, "hidden": projected}
     trace = {name: part.flatten(2, 3).flatten(0, 1).transpose(1, 2) for name, part in fields.items()}
-    return bias.movedim(-1, 2).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples), trace
+    return bias.permute(0, 1, 4, 2, 3).reshape(batch, groups * bias.shape[-1], scaled.shape[2], samples), trace
 
 
 def _log_displacement(points: Tensor, query_size: Size, convention: Convention) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_tensors
-from ._sdpa import masked_attention
+from ._sdpa import is_recording, masked_attention
 from ._symbolic import ceil_div, crop, statically_zero
 from .attention import attend
 from .grid import Size
@@ -25,8 +25,8 @@ def window_cells(size: Size, window: int, shift: int, device: torch.device | Non
     Padding positions have pixels outside the map.
     """
     down, across = (ceil_div(length, window) for length in size)
-    rows = torch.arange(down * window, device=device).roll(-shift).view(down, 1, window, 1)
-    columns = torch.arange(across * window, device=device).roll(-shift).view(1, across, 1, window)
+    rows = torch.arange(down * window, device=device).roll(-shift, dims=0).view(down, 1, window, 1)
+    columns = torch.arange(across * window, device=device).roll(-shift, dims=0).view(1, across, 1, window)
     shape = (down, across, window, window)
     cells = torch.stack((rows.expand(shape), columns.expand(shape)), dim=-1)
     return (down, across), cells.reshape(down * across, window * window, 2)
@@ -170,6 +170,8 @@ def attend_in_windows(qkv: Tensor, mask: Tensor, *, scale: float, dropout: float
 def _by_image(qkv: Tensor, mask: Tensor) -> bool:
     """Return whether to attend image by image. This avoids a copy of q, k and v if torch's fused CPU kernel runs."""
     if torch.compiler.is_compiling() or qkv.device.type != "cpu":
+        return False
+    if is_recording():  # a trace must not depend on whether its example needs gradients
         return False
     return not (torch.is_grad_enabled() and (qkv.requires_grad or mask.requires_grad))
 
