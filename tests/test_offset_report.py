@@ -71,7 +71,7 @@ ILL = {
     "does nothing": layer_with(),
     "a hundredth of a pixel": layer_with(0.01 / 4 * torch.ones(FULL)),
     "outside the map": layer_with(IMAGE + 50, offset_bound="raw"),
-    "at the bound, tanh": layer_with(10 * IMAGE.sign()),
+    "at the bound, tanh": layer_with(10 * IMAGE.sign(), offset_range=1.0),  # with s = 2 border points leave the map
     "at the bound, clamp": layer_with(10 * IMAGE.sign(), offset_bound="clamp"),
     "one shift": layer_with(SHIFT + 0.01 * IMAGE),
     "fixed pattern": layer_with(PATTERN + 0.01 * IMAGE),
