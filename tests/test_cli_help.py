@@ -10,7 +10,7 @@ from lint import language
 from dat_ref.cli import build_parser, main
 
 WIDTH = 100
-COMMANDS = ("explain", "agree", "check", "complexity", "claims", "bench", "convert", "train", "evaluate")
+COMMANDS = ("explain", "agree", "check", "complexity", "claims", "bench", "convert", "train", "evaluate", "diagnose")
 ARGPARSE_TITLES = ("positional arguments", "options", "optional arguments")  # titles of groups without one
 
 

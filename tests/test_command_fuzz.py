@@ -402,6 +402,11 @@ def test_arguments(command, cheap, tmp_path):
         (["complexity", "--out", "made"], "--out: matplotlib is needed"),
         (["convert", "no.npz", "out.txt"], "out.txt: expected a file name that ends in"),
         (["evaluate", "none.safetensors"], "none.safetensors"),
+        (["diagnose", "none.safetensors"], "none.safetensors"),
+        (["diagnose", "--images", "1"], "--images: expected 2 or more, got 1"),
+        (["diagnose", "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["diagnose", "--config", "none.json"], "--config: expected WEIGHTS as well"),
+        (["diagnose", "--data", "none"], "none/val: expected a folder"),
     ],
 )
 def test_messages_name_the_argument(arguments, message, cheap, tmp_path):

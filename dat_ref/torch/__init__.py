@@ -7,18 +7,19 @@ Function names, coordinate conventions and parameter names are the same as in th
     model = dat_ref.torch.create_model("dat_tiny", num_classes=10)
     layer = dat_ref.torch.DeformableAttention(dim=96, heads=3, stride=2)
 
-==============  =========================================================================================
-`functional`    tensor operations
-`layer`         the deformable-attention layer
-`peers`         the attention modules it is compared with: ``create_model("dat_tiny", attention="pyramid")``
-`block`         the Transformer block
-`backbone`      `DAT`
-`features`      `DATFeatures`, a backbone that returns feature maps
-`checkpoints`   loading and saving of weights; a file is loaded completely or not at all
-`models`        `create_model` and `list_models`
-`inference`     `optimize_for_inference`, for CPUs
-`bridge`        conversion to and from NumPy parameters and released names
-==============  =========================================================================================
+===============  ========================================================================================
+`functional`     tensor operations
+`layer`          the deformable-attention layer
+`peers`          the attention modules it is compared with: ``create_model("dat_tiny", attention="pyramid")``
+`block`          the Transformer block
+`backbone`       `DAT`
+`features`       `DATFeatures`, a backbone that returns feature maps
+`checkpoints`    loading and saving of weights; a file is loaded completely or not at all
+`models`         `create_model` and `list_models`
+`inference`      `optimize_for_inference`, for CPUs
+`offset_report`  size, bound and use of a model's offsets, with a verdict
+`bridge`         conversion to and from NumPy parameters and released names
+===============  ========================================================================================
 
 Run programs in `dat_ref` with ``python -m`` only. A file in ``dat_ref/`` that is run as a script imports this folder as
 ``torch``.
@@ -33,6 +34,7 @@ from .functional import backends, deformable_attention
 from .inference import optimize_for_inference
 from .layer import DeformableAttention
 from .models import create_model, list_models
+from .offset_report import LayerOffsets, OffsetReport, offset_report
 from .peers import NeighborhoodAttention, WindowAttention
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "Block",
     "DATFeatures",
     "DeformableAttention",
+    "LayerOffsets",
     "NeighborhoodAttention",
+    "OffsetReport",
     "WindowAttention",
     "as_numpy",
     "backends",
@@ -48,6 +52,7 @@ __all__ = [
     "deformable_attention",
     "functional",
     "list_models",
+    "offset_report",
     "optimize_for_inference",
     "peers",
 ]
