@@ -32,12 +32,13 @@ from ...conventions import Convention
 from ...ops.attention import check_core, check_options
 from .. import kernels
 from .._checks import check_tensor
+from ..kernels import triton_support
 from . import blockwise
 from ._sdpa import is_exporting, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
-from .registry import Call, CoreFunction, choose_backend, register_backend
+from .registry import Call, CoreFunction, choose_backend, constant, register_backend
 
 # ------------------------------------------------------------------------------------------------ building blocks
 
@@ -110,6 +111,7 @@ def deformable_attention(
     Raises:
         ShapeError, ConfigError: if the shapes do not match.
         ValueError: for an unknown backend.
+        BackendError: if the requested backend cannot compute the call on this machine.
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
@@ -263,6 +265,33 @@ def _unsupported_by_triton(call: Call) -> str:
     return _unsupported_by_kernels(call)
 
 
+def _triton_failure(call: Call, *, always_float32: bool = False) -> str:
+    """Return the reason why the Triton kernels cannot compute a call on its device, or ``""``."""
+    if call.bias_table is None:
+        return ""  # torch's own attention runs instead
+    q, k, v = (_dtype_under_autocast(each.dtype, each.device.type) for each in (call.q, call.k, call.v))
+    if q is not k or q is not v:
+        return f"q, k and v have different dtypes, {q}, {k} and {v}"
+    # A compiled graph is for one depth, as the kernels are.
+    return _unsupported_by_triton_kernels(q, int(call.q.shape[-1]), call.q.device, always_float32)
+
+
+@constant
+def _dtype_under_autocast(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Return the dtype that `autocast_rule` gives q, k and v."""
+    if dtype is torch.float64 or not torch.is_autocast_enabled(device_type):
+        return dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+@constant
+def _unsupported_by_triton_kernels(dtype: torch.dtype, depth: int, device: torch.device, always_float32: bool) -> str:
+    if triton_support.absent_reason():
+        return ""  # the backend is missing
+    facts = (triton_support.capability(device), torch.version.hip, triton_support.installed_version())
+    return triton_support.unsupported_reason(dtype, depth, *facts, always_float32=always_float32)
+
+
 register_kernels("blockwise", lambda: blockwise)
 register_kernels("cpu", partial(kernels.load, "cpu"))
 register_kernels("triton", partial(kernels.load, "triton"))
@@ -293,4 +322,5 @@ register_backend(
     priority=40,
     missing=partial(kernels.missing, "triton"),
     refuses=_unsupported_by_triton,
+    fails=_triton_failure,
 )

@@ -28,7 +28,7 @@ from ...peers.neighborhood import axis_kernel
 from .. import kernels
 from .._checks import check_tensor
 from . import neighborhood_tiles
-from .attention import _unsupported_by_cpu, _unsupported_by_kernels, _unsupported_by_triton, attend
+from .attention import _triton_failure, _unsupported_by_cpu, _unsupported_by_kernels, _unsupported_by_triton, attend
 from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import first_key, submap_length, tiled_attention
@@ -96,6 +96,7 @@ def neighborhood_attention(
     Raises:
         ShapeError: if the shapes do not match.
         ValueError: for an unknown backend.
+        BackendError: if the requested backend cannot compute the call on this machine.
     """
     _check(qkv, table)
     if return_weights:
@@ -225,9 +226,19 @@ def _unsupported_by_triton_neighborhood(call: Call) -> str:
     return _unsupported_by_triton(call)
 
 
-def _backend(name: str, run: NeighborhoodFunction, priority: int, refuses: Callable[[Call], str]) -> Backend:
+def _triton_neighborhood_failure(call: Call) -> str:
+    return _triton_failure(call, always_float32=True)  # the sums of the table's gradient
+
+
+def _backend(
+    name: str,
+    run: NeighborhoodFunction,
+    priority: int,
+    refuses: Callable[[Call], str],
+    fails: Callable[[Call], str] = lambda call: "",
+) -> Backend:
     """Return a backend with the name of a backend of `deformable_attention`, which has the same requirements."""
-    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses)
+    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses, fails)
 
 
 _BACKENDS = {
@@ -237,7 +248,13 @@ _BACKENDS = {
         _backend("matmul", tiled_attention, 10, _unsupported_by_matmul),
         _backend("blockwise", _kernel_backend("blockwise"), 20, _unsupported_by_kernels),
         _backend("cpu", _kernel_backend("cpu"), 30, _unsupported_by_cpu),
-        _backend("triton", _kernel_backend("triton"), 40, _unsupported_by_triton_neighborhood),
+        _backend(
+            "triton",
+            _kernel_backend("triton"),
+            40,
+            _unsupported_by_triton_neighborhood,
+            _triton_neighborhood_failure,
+        ),
     )
 }
 

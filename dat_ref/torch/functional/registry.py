@@ -20,6 +20,10 @@ class BackendWarning(UserWarning):
     """Warning that another backend runs a call than the requested one. It appears once for each reason."""
 
 
+class BackendError(RuntimeError):
+    """Requested backend whose kernels cannot compute the call on this machine. The message contains the reason."""
+
+
 class CoreFunction(Protocol):
     """Function of a backend. The arguments are the checked arguments of `deformable_attention`, with `scale` set.
 
@@ -64,6 +68,7 @@ class Backend:
     priority: int  # "auto" prefers higher values
     missing: Callable[[], str]  # returns the reason why this machine cannot run it, or ""
     refuses: Callable[[Call], str]  # returns the reason why it does not support a call, or ""
+    fails: Callable[[Call], str] = lambda call: ""  # the same, but `BackendError` instead of a fallback if requested
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -79,6 +84,7 @@ def register_backend(
     priority: int = 0,
     missing: Callable[[], str] = lambda: "",
     refuses: Callable[[Call], str] = lambda call: "",
+    fails: Callable[[Call], str] = lambda call: "",
 ) -> None:
     """Add a backend, or replace the backend with the same name.
 
@@ -93,13 +99,16 @@ def register_backend(
             cache the result.
         refuses: returns the reason why it does not support a call (device, dtype, dropout, …), or ``""``.
             `torch.compile` traces it, so it must not depend on values of tensors.
+        fails: returns the reason why its kernels cannot compute a call that it does not refuse, or ``""``. ``"auto"``
+            selects another backend; if it was requested by name, `BackendError` is raised. Called after `refuses`,
+            also if `missing` has a reason.
 
     Raises:
         ValueError: for the name ``"auto"``.
     """
     if name == "auto":
         raise ValueError("name: expected any name but 'auto', which selects one of the others")
-    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses)
+    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses, fails)
 
 
 def backends(*, missing: bool = False) -> dict[str, str]:
@@ -123,6 +132,8 @@ def check_backend(name: str, candidates: Mapping[str, Backend] = _BACKENDS) -> N
 def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
     """Return the named backend if it supports the call, otherwise the best one that does.
 
+    A backend that would fail is never returned.
+
     Args:
         name: name of a backend, or ``"auto"``.
         call: the arguments of the call.
@@ -130,12 +141,16 @@ def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _B
 
     Raises:
         ValueError: for an unknown name.
+        BackendError: if the named backend would fail.
     """
     if name == "auto":
         return _best_supported(call, candidates)
     check_backend(name, candidates)
     requested = candidates[name]
-    reason = _unsupported_reason(requested, call)
+    reason = requested.refuses(call)
+    if not reason and (failure := requested.fails(call)):
+        raise BackendError(f"backend={name!r} cannot compute this call: {failure}")
+    reason = reason or _missing_reason(name)
     if not reason:
         return requested
     fallback = _best_supported(call, candidates)
@@ -155,10 +170,10 @@ def _best_supported(call: Call, candidates: Mapping[str, Backend]) -> Backend:
 
 
 def _unsupported_reason(backend: Backend, call: Call) -> str:
-    return backend.refuses(call) or _missing_reason(backend.name)
+    return backend.refuses(call) or backend.fails(call) or _missing_reason(backend.name)
 
 
-def _constant(function: Any) -> Any:
+def constant(function: Any) -> Any:
     """Make compilers run a function once instead of tracing it, as `torch.compiler.assume_constant_result` does.
 
     `assume_constant_result` would import the compiler, which doubles the import time.
@@ -167,12 +182,12 @@ def _constant(function: Any) -> Any:
     return function
 
 
-@_constant
+@constant
 def _missing_reason(name: str) -> str:
     return _BACKENDS[name].missing()
 
 
-@_constant
+@constant
 def warn_once(message: str) -> None:
     """Warn the caller of `deformable_attention`, once per message."""
     if message not in _WARNED:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Maximum head dimension. With more channels the tiles do not fit into the registers.
-MAX_DEPTH = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+from ..triton_support import MAX_DEPTH
+
 LOG2_E = 1.4426950408889634  # the kernels compute exponentials as powers of 2
 LN_2 = 0.6931471805599453
 
