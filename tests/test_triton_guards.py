@@ -7,11 +7,12 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from dat_ref import Convention  # noqa: E402
 from dat_ref.bench import implementations  # noqa: E402
 from dat_ref.bench.cases import NeighborhoodCase  # noqa: E402
 from dat_ref.torch import functional, kernels  # noqa: E402
-from dat_ref.torch.functional import neighborhood, registry  # noqa: E402
-from dat_ref.torch.kernels import triton_support  # noqa: E402
+from dat_ref.torch.functional import attention, blockwise, neighborhood, neighborhood_tiles, registry  # noqa: E402
+from dat_ref.torch.kernels import self_check, triton_support  # noqa: E402
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
@@ -19,6 +20,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
     monkeypatch.setattr(registry, "_WARNED", set())
+    monkeypatch.setattr(self_check, "_FAILURES", {})
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -62,20 +64,15 @@ def cuda(monkeypatch):
     """Pretend that this machine has a CUDA device with the given capability, and return the setter."""
     monkeypatch.setattr(triton_support, "absent_reason", lambda: "")
     monkeypatch.setattr(triton_support, "installed_version", lambda: "3.7.1")
-    monkeypatch.setattr(kernels, "missing", lambda name: "")
-    for candidates in (registry._BACKENDS, neighborhood._BACKENDS):
-        forged = {**candidates, "triton": with_no_reason_to_miss(candidates["triton"])}
-        monkeypatch.setattr(registry if candidates is registry._BACKENDS else neighborhood, "_BACKENDS", forged)
+    monkeypatch.setattr(self_check, "failure", lambda *arguments: "")
+    present = replace(registry._BACKENDS["triton"], missing=lambda: "")
+    monkeypatch.setitem(registry._BACKENDS, "triton", present)
 
     def set_capability(*capability):
         monkeypatch.setattr(triton_support, "capability", lambda device: capability)
 
     set_capability(9, 0)
     return set_capability
-
-
-def with_no_reason_to_miss(backend):
-    return replace(backend, missing=lambda: "")
 
 
 def chosen(dtype, depth=32, *, name="auto", k_dtype=None, table=True, neighborhoods=False):
@@ -172,3 +169,237 @@ def test_a_broken_installation_is_listed_as_missing(error, monkeypatch):
     finally:
         for each in (kernels.missing, kernels.load, triton_support.installed_version):
             each.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------ self-check
+
+SIZE = (4, 5)
+
+
+class Kernels:
+    """Stand-in for the Triton kernels: plain PyTorch, with a fault that a test sets.
+
+    Args:
+        name: of the operation.
+        plain: its kernels in plain PyTorch.
+    """
+
+    def __init__(self, name, plain):
+        self.name, self.plain, self.calls, self.fault = name, plain, [], None
+        setattr(self, f"{name}_forward", self.forward)
+        setattr(self, f"{name}_backward", self.backward)
+
+    def forward(self, *tensors, **geometry):
+        self.calls.append("forward")
+        out, lse = getattr(self.plain, f"{self.name}_forward")(*tensors, **geometry)
+        return self.faulty("forward", [out, lse])
+
+    def backward(self, *tensors, **geometry):
+        self.calls.append("backward")
+        return self.faulty("backward", list(getattr(self.plain, f"{self.name}_backward")(*tensors, **geometry)))
+
+    def faulty(self, where, results):
+        """Apply the fault: (pass, exception) or (pass, number of the wrong result, factor)."""
+        if self.fault and self.fault[0] == where:
+            if isinstance(self.fault[1], BaseException):
+                raise self.fault[1]
+            results[self.fault[1]] = results[self.fault[1]] * self.fault[2]
+        return tuple(results)
+
+
+@pytest.fixture(params=["deformable", "neighborhood"])
+def faulty(request, monkeypatch):
+    """Let plain PyTorch stand in for the Triton kernels, on the CPU, and return it with a function that runs it."""
+    module, plain = (attention, blockwise) if request.param == "deformable" else (neighborhood, neighborhood_tiles)
+    stand_in = Kernels(request.param, plain)
+    monkeypatch.setattr(module._TRITON, "load", lambda: stand_in)
+    monkeypatch.setattr(triton_support, "absent_reason", lambda: "")
+    monkeypatch.setattr(triton_support, "installed_version", lambda: "3.7.1")
+    monkeypatch.setattr(kernels, "triton_is_interpreted", lambda: True)
+    monkeypatch.setitem(registry._BACKENDS, "triton", replace(registry._BACKENDS["triton"], missing=lambda: ""))
+    absent = replace(registry._BACKENDS["cpu"], missing=lambda: "not in this test")
+    monkeypatch.setitem(registry._BACKENDS, "cpu", absent)
+    stand_in.step = step if request.param == "deformable" else neighborhood_step
+    stand_in.checked = module._TRITON
+    return stand_in
+
+
+def step(backend, compiled=False):
+    """Take the forward and the backward pass of a training step and return the output and the gradients."""
+    torch.manual_seed(0)
+    shapes = ((1, 2, 20, 4), (1, 2, 6, 4), (1, 2, 6, 4), (1, 1, 6, 2), (2, 7, 9))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def attend(*leaves):
+        return functional.deformable_attention(
+            *leaves, query_size=SIZE, convention=Convention.DATPP2023, backend=backend
+        )
+
+    return gradients(attend, leaves, compiled)
+
+
+def neighborhood_step(backend, compiled=False):
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, *SIZE, 24, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)]
+
+    def attend(*leaves):
+        return functional.neighborhood_attention(*leaves, scale=0.5, backend=backend)[0]
+
+    return gradients(attend, leaves, compiled)
+
+
+def gradients(attend, leaves, compiled):
+    if compiled:
+        torch._dynamo.reset()
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out = attend(*leaves)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def assert_right(stand_in, results):
+    """Compare with a backend that was requested by name."""
+    for one, other in zip(results, stand_in.step("matmul"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class OutOfResources(Exception):
+    """Stand-in for an exception of Triton's own."""
+
+
+FAULTS = [
+    *(
+        (where, error("no way"))
+        for where in ("forward", "backward")
+        for error in (ImportError, RuntimeError, OSError, AssertionError, OutOfResources)
+    ),
+    ("forward", 0, 1.01),
+    ("forward", 0, float("nan")),
+    ("forward", 1, 1.01),
+    *(("backward", number, 1.01) for number in range(-1, 4)),
+]
+
+
+def test_sound_kernels_are_checked_once(faulty):
+    assert_right(faulty, faulty.step("auto"))
+    checks = len(faulty.checked.draw())
+    assert faulty.calls == ["forward", "backward"] * (checks + 1)
+    assert_right(faulty, faulty.step("triton"))
+    assert len(faulty.calls) == 2 * checks + 4
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_auto_hands_over_with_one_warning(faulty, fault):
+    """Every kind of failure, and wrong results, are found before the first call, and remembered."""
+    faulty.fault = fault
+    with pytest.warns(
+        RuntimeWarning, match=f"The Triton kernels of {faulty.name} attention fail in torch.float32"
+    ) as told:
+        results = faulty.step("auto")
+    assert len(told) == 1
+    assert "Please report" in str(told[0].message)
+    assert ("no way" if isinstance(fault[1], Exception) else "the self-check found") in str(told[0].message)
+    assert_right(faulty, results)
+    calls = len(faulty.calls)
+    assert_right(faulty, faulty.step("auto"))  # a second warning would be an error
+    assert len(faulty.calls) == calls
+    with pytest.raises(functional.BackendError, match="backend='triton' cannot compute this call"):
+        faulty.step("triton")
+
+
+@pytest.mark.parametrize("fault", FAULTS[::5], ids=str)
+def test_a_request_by_name_raises_the_cause(faulty, fault):
+    faulty.fault = fault
+    with pytest.raises(functional.BackendError, match=r"no way|the self-check found"):
+        faulty.step("triton")
+
+
+def test_kernels_that_cannot_be_imported(faulty, monkeypatch):
+    def fail():
+        raise OSError("libcuda.so: cannot open")
+
+    monkeypatch.setattr(faulty.checked, "load", fail)
+    with pytest.warns(RuntimeWarning, match=r"OSError: libcuda\.so: cannot open"):
+        assert_right(faulty, faulty.step("auto"))
+    with pytest.raises(functional.BackendError, match="libcuda"):
+        faulty.step("triton")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, OutOfResources])
+def test_a_failure_in_the_middle_of_a_training_step(faulty, where, error):
+    """After a passed self-check, a launch that fails, also in the backward pass, is replaced in the same step."""
+    faulty.step("auto")
+    faulty.fault = (where, error("later"))
+    with pytest.warns(RuntimeWarning, match=f"{error.__name__}: later") as told:
+        results = faulty.step("auto")
+    assert len(told) == 1
+    assert_right(faulty, results)
+    calls = len(faulty.calls)
+    assert_right(faulty, faulty.step("auto"))
+    assert len(faulty.calls) == calls
+    with pytest.raises(functional.BackendError, match="later"):
+        faulty.step("triton")
+
+
+def test_a_later_failure_of_a_request_by_name_is_raised(faulty):
+    faulty.step("triton")
+    faulty.fault = ("backward", OutOfResources("later"))
+    with pytest.raises(OutOfResources, match="later"):
+        faulty.step("triton")
+
+
+def test_exhausted_memory_is_no_failure(faulty):
+    faulty.fault = ("forward", torch.OutOfMemoryError("full"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            faulty.step("auto")
+    faulty.fault = None
+    faulty.step("auto")
+    faulty.fault = ("backward", torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        faulty.step("auto")
+    faulty.fault = None
+    calls = len(faulty.calls)
+    faulty.step("auto")
+    assert len(faulty.calls) == calls + 2
+
+
+def test_the_check_leaves_modes_and_random_numbers_alone(faulty):
+    """Autocast, deterministic algorithms, inference mode and the random state neither change nor disturb the check."""
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=BF16), torch.inference_mode():
+        assert self_check.failure(faulty.checked, torch.device("cpu"), F32) == ""
+    assert torch.equal(torch.get_rng_state(), expected)
+    with FakeTensorMode():
+        assert self_check.failure(faulty.checked, torch.device("cpu"), BF16) == ""
+    torch.use_deterministic_algorithms(True)
+    try:
+        calls = len(faulty.calls)
+        assert self_check.failure(faulty.checked, torch.device("cpu"), F32) == ""
+        assert len(faulty.calls) > calls  # other kernels
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_check_during_the_capture_of_a_graph(faulty, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device = torch.device("cuda", 0)
+    assert self_check.failure(faulty.checked, device, F32) is self_check.CAPTURING
+    self_check._FAILURES[faulty.name, device, F32, False] = ""
+    assert self_check.failure(faulty.checked, device, F32) == ""
+
+
+@pytest.mark.parametrize("fault", [None, ("backward", 0, 1.1)], ids=str)
+def test_a_compiler_runs_the_check_while_it_traces(faulty, fault):
+    """The first use may be under `torch.compile`: the verdict is a constant of the graph, which stays whole."""
+    faulty.fault = fault
+    if fault is None:
+        assert_right(faulty, faulty.step("auto", compiled=True))
+        faulty.fault = ("backward", RuntimeError("later"))
+        with pytest.warns(RuntimeWarning, match="later"):
+            assert_right(faulty, faulty.step("auto", compiled=True))
+    else:
+        with pytest.warns(RuntimeWarning, match="the self-check found"):
+            assert_right(faulty, faulty.step("auto", compiled=True))
+    assert next(iter(self_check._FAILURES))[:3] == (faulty.name, torch.device("cpu"), F32)
