@@ -251,7 +251,7 @@ def neighborhood_step(backend, compiled=False):
 def gradients(attend, leaves, compiled):
     if compiled:
         torch._dynamo.reset()
-        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        attend = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
     out = attend(*leaves)
     return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 

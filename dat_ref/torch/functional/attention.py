@@ -303,10 +303,18 @@ def triton_failure(checked: Checked, *, always_float32: bool = False) -> Callabl
         q, k, v = (_dtype_under_autocast(each.dtype, each.device.type) for each in (call.q, call.k, call.v))
         if q is not k or q is not v:
             return f"q, k and v have different dtypes, {q}, {k} and {v}"
-        # A compiled graph is for one depth, as the kernels are.
-        return reason(q, int(call.q.shape[-1]), call.q.device, requested)
+        depth = call.q.shape[-1]
+        if torch.compiler.is_compiling():  # a symbolic depth is no constant, its comparison is
+            limit = _max_depth(q)
+            depth = limit + 1 if depth > limit else limit
+        return reason(q, depth, call.q.device, requested)
 
     return fails
+
+
+@constant
+def _max_depth(dtype: torch.dtype) -> int:
+    return triton_support.MAX_DEPTH.get(dtype, 0)
 
 
 def warn_of_kernels(message: str) -> None:
