@@ -24,9 +24,11 @@ from dat_ref.ops.attention import attend, attend_vjp, deformable_attention, defo
 from dat_ref.ops.basic import scatter_add  # noqa: E402
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp  # noqa: E402
 from dat_ref.peers.neighborhood import neighbor_index, scatter_neighbors  # noqa: E402
+from dat_ref.torch.functional import attention  # noqa: E402
+from dat_ref.torch.functional import neighborhood as functional_neighborhood  # noqa: E402
 from dat_ref.torch.functional.bias import table_index  # noqa: E402
-from dat_ref.torch.kernels import gpu  # noqa: E402
-from dat_ref.torch.kernels.gpu import deformable, neighborhood, table_gradient, tile_config  # noqa: E402
+from dat_ref.torch.kernels import gpu, self_check  # noqa: E402
+from dat_ref.torch.kernels.gpu import common, deformable, lookup, neighborhood, table_gradient, tile_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 FEW = settings(max_examples=max(settings().max_examples // 3, 1))  # the interpreter needs half a second per case
@@ -346,6 +348,7 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     monkeypatch.setattr(tile_config, "_AUTOTUNED", {})
     monkeypatch.setattr(tile_config, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     usual = tile_config.default_config("grad_queries", 32, torch.bfloat16)
     search = ("grad_queries", Elsewhere, 196, True, None)
     assert tile_config.autotune(*search) == usual
@@ -353,8 +356,120 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     assert measured == [usual, tile_config.TileConfig(128, 32), tile_config.TileConfig(128, 32, 8)]
+    # Timing would end the capture of a CUDA graph.
+    monkeypatch.setattr(tile_config, "_AUTOTUNED", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tile_config.autotune(*search) == usual
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert tile_config.autotune(*search) == usual
+
+
+# ------------------------------------------------------------------------------------------------ device
+
+
+class Recorder:
+    """Stand-in for a kernel that records its launches, and whether the device guard was active."""
+
+    def __init__(self, kernel, guards, launches):
+        self.kernel, self.guards, self.launches = kernel, guards, launches
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **named):
+            self.launches.append((self.kernel.__name__, list(self.guards)))
+            return self.kernel[grid](*arguments, **named)
+
+        return launch
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_launch_is_on_the_device_of_the_tensors(deterministic, monkeypatch):
+    """Triton launches on the current device: forward and backward of both attentions make it the tensors' device."""
+    guards, launches = [], []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        guards.append(tensor.device)
+        yield
+        guards.pop()
+
+    monkeypatch.setattr(common, "device_guard", guard)
+    for module in (lookup, deformable, table_gradient, neighborhood):
+        for name in ("_fill_cells", "_locate_keys", "_forward", "_grad_queries", "_collect", "_grad_keys"):
+            if name in vars(module):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name), guards, launches))
+    case = draw_case(1, (3, 4), 5)
+    device = tensors(case)[0].device
+    run(case, deterministic=deterministic)
+    collected = {"_collect"} if deterministic else set()
+    kernels = {"_fill_cells", "_locate_keys", "_forward", "_grad_queries", "_grad_keys"} | collected
+    assert {name for name, _ in launches} == kernels
+    *inputs, cotangent = (torch.from_numpy(part).float().to(DEVICE) for part in draw_neighborhood(0, (3, 4), 3))
+    geometry = {"size": (3, 4), "kernel": 3, "dilation": 1, "scale": 1.0}
+    out, lse = neighborhood.neighborhood_forward(*inputs, **geometry)
+    neighborhood.neighborhood_backward(cotangent, *inputs, out, lse, **geometry)
+    assert [name for name, _ in launches[-3:]] == ["_forward", "_grad_queries", "_grad_keys"]
+    assert all(active == [device] for _, active in launches)
+
+
+def test_the_device_guard_is_that_of_torch():
+    """The guard selects the tensor's device, and none for a CPU tensor."""
+
+    class Elsewhere:
+        is_cuda = True
+
+        def get_device(self):
+            return 3
+
+    assert common.device_guard(Elsewhere()).idx == 3
+    with common.device_guard(torch.zeros(1)) as nothing:
+        assert nothing is None
+
+
+# ------------------------------------------------------------------------------------------------ self-check
+
+
+@pytest.fixture
+def no_verdict(monkeypatch):
+    """Forget the self-checks of this process."""
+    monkeypatch.setattr(self_check, "_FAILURES", {})
+
+
+CHECKED = [attention._TRITON, functional_neighborhood._TRITON]
+
+
+@pytest.mark.usefixtures("no_verdict")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("checked", CHECKED, ids=lambda checked: checked.name)
+def test_the_kernels_pass_their_self_check(checked, dtype, monkeypatch):
+    """The errors are within the budget, with room: a fourth of it is enough here."""
+    monkeypatch.setattr(self_check, "BUDGET", {each: limit / 4 for each, limit in self_check.BUDGET.items()})
+    device = tensors(draw_case(0, (1, 1), 1))[0].device
+    assert self_check.failure(checked, device, getattr(torch, dtype)) == ""
+
+
+@pytest.mark.usefixtures("no_verdict")
+def test_the_self_check_covers_the_deterministic_kernels():
+    """Under deterministic algorithms the self-check runs the kernels of that mode."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert self_check.failure(CHECKED[0], tensors(draw_case(0, (1, 1), 1))[0].device, torch.float32) == ""
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("no_verdict")
+def test_the_self_check_finds_a_wrong_launch(monkeypatch):
+    """A kernel that reads a table of a neighboring row fails the self-check."""
+    right = deformable.prepare_lookup
+
+    def wrong(origin, *arguments, **options):
+        return right(origin + 1, *arguments, **options)
+
+    monkeypatch.setattr(deformable, "prepare_lookup", wrong)
+    found = self_check.failure(CHECKED[0], tensors(draw_case(0, (1, 1), 1))[0].device, torch.float32)
+    assert "the output wrong by" in found
 
 
 # ------------------------------------------------------------------------------------------------ neighborhood

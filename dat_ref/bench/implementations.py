@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..torch import functional
 from ..torch.functional import neighborhood
-from ..torch.functional.registry import Backend, Call, choose_backend
+from ..torch.functional.registry import Backend, BackendError, Call, choose_backend
 from .agreement import Results
 from .cases import CoreCase, NeighborhoodCase
 
@@ -168,7 +168,10 @@ def unsupported_reason(name: str, case: AttentionCase, data: Inputs) -> str:
         return ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        backend = _chosen_backend(name, case, data)
+        try:
+            backend = _chosen_backend(name, case, data)
+        except BackendError as error:
+            return str(error)
     if backend.name == name:
         return ""
     return str(caught[0].message) if caught else f"falls back to {backend.name}"
@@ -177,7 +180,8 @@ def unsupported_reason(name: str, case: AttentionCase, data: Inputs) -> str:
 def _chosen_backend(name: str, case: AttentionCase, data: Inputs) -> Backend:
     if isinstance(case, NeighborhoodCase):
         qkv, table = data.inputs.values()
-        return choose_backend(name, Call(qkv, qkv, qkv, None, table, 0.0), neighborhood._BACKENDS)
+        q = qkv[..., : case.depth]  # only its dtype, device and depth matter
+        return choose_backend(name, Call(q, q, q, None, table, 0.0), neighborhood._BACKENDS)
     q, k, v, points, table = data.inputs.values()
     return choose_backend(name, Call(q, k, v, points, table, 0.0))
 

@@ -31,7 +31,7 @@ from .multi_scale import level_sizes, location_pixels, multi_scale_deformable_at
 from .neighborhood import axis_neighbors, neighbor_index, neighborhood_attention
 from .offsets import bound_offsets, depthwise_conv2d, offset_limit, offset_network
 from .per_query import attend_at_points
-from .registry import Backend, BackendWarning, Call, backends, register_backend
+from .registry import Backend, BackendError, BackendWarning, Call, backends, register_backend
 from .sampling import bilinear_sample, sample_tokens
 from .windows import (
     attend_in_windows,
@@ -48,6 +48,7 @@ from .windows import (
 __all__ = [
     "AffineIndex",
     "Backend",
+    "BackendError",
     "BackendWarning",
     "Call",
     "SeparableInterp",

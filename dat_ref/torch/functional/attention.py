@@ -19,6 +19,7 @@ The first three implement one PyTorch operation, `operation.fused_attention`, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -32,12 +33,14 @@ from ...conventions import Convention
 from ...ops.attention import check_core, check_options
 from .. import kernels
 from .._checks import check_tensor, check_tensors
+from ..kernels import self_check, triton_support
+from ..kernels.self_check import Checked
 from . import blockwise
 from ._sdpa import is_recording, masked_attention
 from .bias import SeparableInterp, sampled_table_bias, table_index
 from .grid import Size
 from .operation import fused_attention, is_transformed, register_kernels
-from .registry import Call, CoreFunction, choose_backend, register_backend
+from .registry import Call, CoreFunction, choose_backend, constant, register_backend, warn_once
 
 # ------------------------------------------------------------------------------------------------ building blocks
 
@@ -113,12 +116,13 @@ def deformable_attention(
     Raises:
         ShapeError, ConfigError: if the shapes do not match.
         ValueError: for an unknown backend.
+        BackendError: if the requested backend cannot compute the call on this machine.
     """
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
         check_options(convention, resolution)
     selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
-    return selected.run(
+    return selected.function(backend)(
         q,
         k,
         v,
@@ -266,9 +270,72 @@ def _unsupported_by_triton(call: Call) -> str:
     return _unsupported_by_kernels(call)
 
 
+@constant
+def _dtype_under_autocast(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Return the dtype that `autocast_rule` gives q, k and v."""
+    if dtype is torch.float64 or not torch.is_autocast_enabled(device_type):
+        return dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def triton_failure(checked: Checked, *, always_float32: bool = False) -> Callable[[Call, bool], str]:
+    """Return the function `fails` of Triton kernels: see `register_backend`.
+
+    Args:
+        checked: the operation.
+        always_float32: whether it has float32 products for every dtype.
+    """
+
+    # A constant of compiled graphs: the self-check runs while the compiler traces, on real tensors.
+    @constant
+    def reason(dtype: torch.dtype, depth: int, device: torch.device, requested: bool) -> str:
+        if triton_support.absent_reason():
+            return ""  # the backend is missing
+        facts = (triton_support.capability(device), torch.version.hip, triton_support.installed_version())
+        unsupported = triton_support.unsupported_reason(dtype, depth, *facts, always_float32=always_float32)
+        if unsupported:
+            return unsupported
+        cause = self_check.failure(checked, device, dtype)
+        if cause and not requested and cause is not self_check.CAPTURING:
+            warn_of_kernels(self_check.report(checked, device, dtype, cause))
+        return cause
+
+    def fails(call: Call, requested: bool) -> str:
+        if call.bias_table is None:
+            return ""  # torch's own attention runs instead
+        q, k, v = (_dtype_under_autocast(each.dtype, each.device.type) for each in (call.q, call.k, call.v))
+        if q is not k or q is not v:
+            return f"q, k and v have different dtypes, {q}, {k} and {v}"
+        depth = call.q.shape[-1]
+        if torch.compiler.is_compiling():  # a symbolic depth is no constant, its comparison is
+            limit = _max_depth(q)
+            depth = limit + 1 if depth > limit else limit
+        return reason(q, depth, call.q.device, requested)
+
+    return fails
+
+
+@constant
+def _max_depth(dtype: torch.dtype) -> int:
+    return triton_support.MAX_DEPTH.get(dtype, 0)
+
+
+def warn_of_kernels(message: str) -> None:
+    """Warn that kernels fail, once per message."""
+    warn_once(message, RuntimeWarning)
+
+
+_TRITON = Checked(
+    "deformable",
+    partial(kernels.load, "triton"),
+    blockwise,
+    self_check.deformable_examples,
+    ("q", "k", "v", "origin", "table"),
+)
 register_kernels("blockwise", lambda: blockwise)
 register_kernels("cpu", partial(kernels.load, "cpu"))
-register_kernels("triton", partial(kernels.load, "triton"))
+register_kernels("triton", lambda: _TRITON.load())
+register_kernels("triton_or_blockwise", partial(self_check.with_fallback, _TRITON, warn_of_kernels))
 
 register_backend("eager", _eager, "formulation of the released code: table sampled at all displacements, einsum")
 register_backend(
@@ -296,4 +363,6 @@ register_backend(
     priority=40,
     missing=partial(kernels.missing, "triton"),
     refuses=_unsupported_by_triton,
+    fails=triton_failure(_TRITON),
+    safe_run=kernel_backend("triton_or_blockwise"),
 )

@@ -27,8 +27,17 @@ from ..._checks import ShapeError
 from ...peers.neighborhood import axis_kernel
 from .. import kernels
 from .._checks import check_tensor
+from ..kernels import self_check
+from ..kernels.self_check import Checked
 from . import neighborhood_tiles
-from .attention import _unsupported_by_cpu, _unsupported_by_kernels, _unsupported_by_triton, attend
+from .attention import (
+    _unsupported_by_cpu,
+    _unsupported_by_kernels,
+    _unsupported_by_triton,
+    attend,
+    triton_failure,
+    warn_of_kernels,
+)
 from .grid import Size
 from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import first_key, submap_length, tiled_attention
@@ -96,13 +105,14 @@ def neighborhood_attention(
     Raises:
         ShapeError: if the shapes do not match.
         ValueError: for an unknown backend.
+        BackendError: if the requested backend cannot compute the call on this machine.
     """
     _check(qkv, table)
     if return_weights:
         return _gather_attention(qkv, table, scale, dilation)
     heads, kernel, size = table.shape[0], (table.shape[1] + 1) // 2, (qkv.shape[1], qkv.shape[2])
     q, k, v = (_split_heads(part, heads) for part in qkv.split(qkv.shape[3] // 3, dim=3))
-    run = choose_backend(backend, Call(q, k, v, None, table, dropout), _BACKENDS).run
+    run = choose_backend(backend, Call(q, k, v, None, table, dropout), _BACKENDS).function(backend)
     attended = run(q, k, v, table, size=size, kernel=kernel, dilation=dilation, scale=scale, dropout=dropout)
     return attended.transpose(1, 2).flatten(2).unflatten(1, size), {}
 
@@ -204,9 +214,17 @@ def _load_kernels(name: str) -> ModuleType:
     return importlib.import_module(f"{kernels.load(name).__name__}.neighborhood")
 
 
+_TRITON = Checked(
+    "neighborhood",
+    partial(_load_kernels, "triton"),
+    neighborhood_tiles,
+    self_check.neighborhood_examples,
+    ("q", "k", "v", "table"),
+)
 register_neighborhood_kernels("blockwise", lambda: neighborhood_tiles)
 register_neighborhood_kernels("cpu", partial(_load_kernels, "cpu"))
-register_neighborhood_kernels("triton", partial(_load_kernels, "triton"))
+register_neighborhood_kernels("triton", lambda: _TRITON.load())
+register_neighborhood_kernels("triton_or_blockwise", partial(self_check.with_fallback, _TRITON, warn_of_kernels))
 
 
 def _unsupported_by_matmul(call: Call) -> str:
@@ -225,9 +243,16 @@ def _unsupported_by_triton_neighborhood(call: Call) -> str:
     return _unsupported_by_triton(call)
 
 
-def _backend(name: str, run: NeighborhoodFunction, priority: int, refuses: Callable[[Call], str]) -> Backend:
+def _backend(
+    name: str,
+    run: NeighborhoodFunction,
+    priority: int,
+    refuses: Callable[[Call], str],
+    fails: Callable[[Call, bool], str] = lambda call, requested: "",
+    safe_run: NeighborhoodFunction | None = None,
+) -> Backend:
     """Return a backend with the name of a backend of `deformable_attention`, which has the same requirements."""
-    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses)
+    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses, fails, safe_run)
 
 
 _BACKENDS = {
@@ -237,7 +262,14 @@ _BACKENDS = {
         _backend("matmul", tiled_attention, 10, _unsupported_by_matmul),
         _backend("blockwise", _kernel_backend("blockwise"), 20, _unsupported_by_kernels),
         _backend("cpu", _kernel_backend("cpu"), 30, _unsupported_by_cpu),
-        _backend("triton", _kernel_backend("triton"), 40, _unsupported_by_triton_neighborhood),
+        _backend(
+            "triton",
+            _kernel_backend("triton"),
+            40,
+            _unsupported_by_triton_neighborhood,
+            triton_failure(_TRITON, always_float32=True),  # the sums of the table's gradient
+            _kernel_backend("triton_or_blockwise"),
+        ),
     )
 }
 

@@ -20,6 +20,10 @@ class BackendWarning(UserWarning):
     """Warning that another backend runs a call than the requested one. It appears once for each reason."""
 
 
+class BackendError(RuntimeError):
+    """Requested backend whose kernels cannot compute the call on this machine. The message contains the reason."""
+
+
 class CoreFunction(Protocol):
     """Function of a backend. The arguments are the checked arguments of `deformable_attention`, with `scale` set.
 
@@ -64,6 +68,12 @@ class Backend:
     priority: int  # "auto" prefers higher values
     missing: Callable[[], str]  # returns the reason why this machine cannot run it, or ""
     refuses: Callable[[Call], str]  # returns the reason why it does not support a call, or ""
+    fails: Callable[[Call, bool], str] = lambda call, requested: ""  # see `register_backend`
+    safe_run: Callable[..., Tensor] | None = None
+
+    def function(self, requested: str) -> Callable[..., Tensor]:
+        """Return the function for a call that requested a backend or ``"auto"``."""
+        return self.run if self.safe_run is None or requested == self.name else self.safe_run
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -79,6 +89,8 @@ def register_backend(
     priority: int = 0,
     missing: Callable[[], str] = lambda: "",
     refuses: Callable[[Call], str] = lambda call: "",
+    fails: Callable[[Call, bool], str] = lambda call, requested: "",
+    safe_run: CoreFunction | None = None,
 ) -> None:
     """Add a backend, or replace the backend with the same name.
 
@@ -93,13 +105,17 @@ def register_backend(
             cache the result.
         refuses: returns the reason why it does not support a call (device, dtype, dropout, …), or ``""``.
             `torch.compile` traces it, so it must not depend on values of tensors.
+        fails: called after `refuses`, also if `missing` has a reason, with the call and whether the backend was
+            requested by name. Returns the reason why its kernels cannot compute the call here, or ``""``. ``"auto"``
+            selects another backend; a request by name raises `BackendError`.
+        safe_run: the computation if the backend was not requested by name: where `run` would fail, it does not.
 
     Raises:
         ValueError: for the name ``"auto"``.
     """
     if name == "auto":
         raise ValueError("name: expected any name but 'auto', which selects one of the others")
-    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses)
+    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses, fails, safe_run)
 
 
 def backends(*, missing: bool = False) -> dict[str, str]:
@@ -123,6 +139,8 @@ def check_backend(name: str, candidates: Mapping[str, Backend] = _BACKENDS) -> N
 def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
     """Return the named backend if it supports the call, otherwise the best one that does.
 
+    A backend that would fail is never returned.
+
     Args:
         name: name of a backend, or ``"auto"``.
         call: the arguments of the call.
@@ -130,12 +148,16 @@ def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _B
 
     Raises:
         ValueError: for an unknown name.
+        BackendError: if the named backend would fail.
     """
     if name == "auto":
         return _best_supported(call, candidates)
     check_backend(name, candidates)
     requested = candidates[name]
-    reason = _unsupported_reason(requested, call)
+    reason = requested.refuses(call)
+    if not reason and (failure := requested.fails(call, True)):
+        raise BackendError(f"backend={name!r} cannot compute this call: {failure}")
+    reason = reason or _missing_reason(name)
     if not reason:
         return requested
     fallback = _best_supported(call, candidates)
@@ -147,18 +169,14 @@ def _best_supported(call: Call, candidates: Mapping[str, Backend]) -> Backend:
     best = None
     for backend in candidates.values():
         better = best is None or backend.priority > best.priority
-        if better and not _unsupported_reason(backend, call):
+        if better and not (backend.refuses(call) or backend.fails(call, False) or _missing_reason(backend.name)):
             best = backend
     if best is None:
         raise ValueError("backend: no registered backend supports this call")
     return best
 
 
-def _unsupported_reason(backend: Backend, call: Call) -> str:
-    return backend.refuses(call) or _missing_reason(backend.name)
-
-
-def _constant(function: Any) -> Any:
+def constant(function: Any) -> Any:
     """Make compilers run a function once instead of tracing it, as `torch.compiler.assume_constant_result` does.
 
     `assume_constant_result` would import the compiler, which doubles the import time.
@@ -167,14 +185,14 @@ def _constant(function: Any) -> Any:
     return function
 
 
-@_constant
+@constant
 def _missing_reason(name: str) -> str:
     return _BACKENDS[name].missing()
 
 
-@_constant
-def warn_once(message: str) -> None:
+@constant
+def warn_once(message: str, category: type[Warning] = BackendWarning) -> None:
     """Warn the caller of `deformable_attention`, once per message."""
     if message not in _WARNED:
         _WARNED.add(message)
-        warnings.warn(message, BackendWarning, stacklevel=4)
+        warnings.warn(message, category, stacklevel=4)

@@ -22,11 +22,10 @@ has the memory layout of q, and each gradient that of its input.
 from __future__ import annotations
 
 import importlib
-import os
 from functools import cache
 from types import ModuleType
 
-import torch
+from . import triton_support
 
 _MODULES = {"cpu": "cpu", "triton": "gpu"}
 
@@ -47,15 +46,15 @@ def load(name: str) -> ModuleType:
 @cache
 def missing(name: str) -> str:
     """Return the reason why this machine cannot run the named kernels, or ``""`` if it can."""
-    if name == "triton" and not (torch.cuda.is_available() or triton_is_interpreted()):
-        return "no CUDA device"
+    if name == "triton":
+        reason = triton_support.absent_reason() or triton_support.old_version_reason(triton_support.installed_version())
+        if reason:
+            return reason if reason == "no CUDA device" else f"{reason}; pip install 'dat-ref[triton]'"
     try:
         load(name)
-    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
+    except Exception as error:  # a shared library or a driver that cannot be loaded raises more than ImportError
         return f"{error}; pip install 'dat-ref[{name}]'"
     return ""
 
 
-def triton_is_interpreted() -> bool:
-    """Return whether Triton interprets kernels in Python. The interpreter accepts CPU tensors; tests use it."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+triton_is_interpreted = triton_support.is_interpreted

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Maximum head dimension. With more channels the tiles do not fit into the registers.
-MAX_DEPTH = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+from ..triton_support import MAX_DEPTH
+
 LOG2_E = 1.4426950408889634  # the kernels compute exponentials as powers of 2
 LN_2 = 0.6931471805599453
+
+# ------------------------------------------------------------------------------------------------ device
+
+
+def device_guard(tensor: Tensor) -> torch.cuda.device:
+    """Return a context in which the tensor's device is the current one. For CPU tensors it has no effect."""
+    return torch.cuda.device_of(tensor)
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function run with the device of its first tensor as the current device.
+
+    Triton launches kernels on the current device and its stream, wherever the tensors are.
+    """
+
+    @wraps(function)
+    def guarded(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        with device_guard(tensor):
+            return function(tensor, *arguments, **options)
+
+    return guarded
+
 
 # ------------------------------------------------------------------------------------------------ inputs
 

@@ -30,6 +30,7 @@ from .common import (
     contiguous_last_dim,
     load_rows,
     match_strides,
+    on_its_device,
     online_softmax_step,
     restore_layout,
     store_rows,
@@ -44,6 +45,7 @@ _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 _NOT_SPECIALIZED = ("heads", "group_heads", "queries", "map_width", "samples", "width", "plane")
 
 
+@on_its_device
 def deformable_forward(
     q: Tensor,
     k: Tensor,
@@ -95,6 +97,7 @@ def deformable_forward(
     return restore_layout(out, inputs), lse
 
 
+@on_its_device
 def deformable_backward(
     grad_out: Tensor,
     q: Tensor,

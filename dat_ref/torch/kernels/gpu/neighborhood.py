@@ -31,6 +31,7 @@ from .common import (
     contiguous_last_dim,
     load_rows,
     match_strides,
+    on_its_device,
     online_softmax_step,
     restore_layout,
     store_rows,
@@ -43,6 +44,7 @@ _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 _NOT_SPECIALIZED = ("heads", "map_height", "map_width", "dilation", "num_keys_y", "num_keys_x")  # one binary for all
 
 
+@on_its_device
 def neighborhood_forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, size: tuple[int, int], kernel: int, dilation: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,7 @@ def neighborhood_forward(
     return restore_layout(out, inputs), lse
 
 
+@on_its_device
 def neighborhood_backward(
     grad_out: Tensor,
     q: Tensor,

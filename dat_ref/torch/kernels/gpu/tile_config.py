@@ -72,7 +72,7 @@ def autotune(kernel: Kernel, q: Tensor, samples: int, unit: bool, launch: Callab
 
     Candidates are timed only with ``torch.backends.cudnn.benchmark = True``, once for each device, dtype, depth and
     order of magnitude of the work. They are never timed with deterministic algorithms, because the tile size determines
-    the order of summation.
+    the order of summation, nor while a CUDA graph is captured.
 
     Args:
         kernel: name of the kernel.
@@ -84,6 +84,8 @@ def autotune(kernel: Kernel, q: Tensor, samples: int, unit: bool, launch: Callab
     default = default_config(kernel, q.shape[-1], q.dtype)
     enabled = torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
     if not enabled or q.device.type != "cuda":
+        return default
+    if torch.cuda.is_current_stream_capturing():  # timing synchronizes, which ends the capture of a CUDA graph
         return default
     magnitudes = (size.bit_length() for size in (q.shape[0] * q.shape[1], q.shape[2], samples))
     key = (kernel, torch.cuda.get_device_name(q.device), q.dtype, q.shape[3], unit, *magnitudes)
