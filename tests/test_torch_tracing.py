@@ -133,9 +133,8 @@ def test_a_requested_kernel_gives_way_with_a_warning():
 # ------------------------------------------------------------------------------------------------ older ONNX exporter
 
 
-@pytest.mark.parametrize("name", ["table", "depthwise", "DATPP2023", "NeighborhoodAttentionConfig pad", "datpp2023"])
+@pytest.mark.parametrize("name", ["table", "depthwise", "DATPP2023", "NeighborhoodAttentionConfig pad", *RELEASES])
 def test_onnx_from_a_trace_agrees(name):
-    """A backbone of 2022 is missing: after its windows this exporter does not know the number of channels."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     backbone = name in RELEASES
     module = (dt.DAT(tiny(name)) if backbone else ATTENTIONS[name]()).eval()
