@@ -42,9 +42,10 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/dat-ref explain --out $(OUT)
 
-# pytest comes last, so that its closing line is the last one printed. It takes the site from `docs`, which has executed
-# the notebooks, and neither builds nor executes them again.
-test: lint types docs
+# The site is built beside lint and types. pytest comes last, so that its closing line is the last one printed. It takes
+# the site from `docs`, which has executed the notebooks, and neither builds nor executes them again.
+test: .venv/test.stamp
+	@$(MAKE) --no-print-directory -j$(JOBS) docs lint types
 	@echo "== pytest"
 	@BUILT_SITE=site $(PYTEST) -m "not slow"
 

@@ -1,5 +1,7 @@
 """Shared fixtures and settings: Hypothesis profiles, the golden fixtures, the rule for GPU tests."""
 
+import gc
+import multiprocessing
 import os
 
 import pytest
@@ -12,6 +14,17 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=400, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def data_loading_processes_end_with_their_test():
+    """Collect garbage if processes are left: an error's traceback keeps those that load data.
+
+    They hold the pipes of the browser's driver open, which then waits for them at the end of the session.
+    """
+    yield
+    if multiprocessing.active_children():
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

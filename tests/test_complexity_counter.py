@@ -266,7 +266,7 @@ def published_and_odd_sizes():
         yield pytest.param(name, (187, 250), marks=[pytest.mark.slow] * (not name.endswith("tiny")))
 
 
-@pytest.mark.parametrize(("name", "size"), published_and_odd_sizes())
+@pytest.mark.parametrize(("name", "size"), list(published_and_odd_sizes()))
 def test_matrix_products_and_convolutions_are_those_that_torch_counts(torch_counter, name, size):
     cost = backbone_cost(1, size, dat_ref.config(name)).total
     assert torch_counter.torch_macs_of_shapes(torch_model(name), (1, 3, *size)) == cost.products

@@ -96,7 +96,7 @@ def test_network_that_ships_is_seed_0(found):
 
 def test_results_are_of_the_present_training_configuration(found):
     assert found["config"] == asdict(objects.config_of("offsets", 0))
-    assert all(set(runs) <= set(map(str, range(objects.SEEDS))) for arm, runs in found["runs"].items())
+    assert all(set(runs) <= set(map(str, range(objects.SEEDS[arm]))) for arm, runs in found["runs"].items())
     assert set(found["runs"]) == set(objects.ARMS)
 
 

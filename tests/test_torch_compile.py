@@ -159,7 +159,8 @@ def test_one_traced_graph_serves_every_size(name):
             assert_same(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("release", ["cvpr2022", pytest.param("datpp2023", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
 def test_one_graph_of_a_backbone_serves_every_size(release):
     model, counter = dt.DAT(tiny(release)).eval(), Counter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)

@@ -119,7 +119,8 @@ def test_exported_layer_has_the_layers_gradients(name):
         assert (grads[0][each] - grad).abs().max() <= ROUNDING * scale, each
 
 
-@pytest.mark.parametrize("release", slow(RELEASES, "datpp2023"))
+@pytest.mark.slow
+@pytest.mark.parametrize("release", RELEASES)
 def test_exported_backbone_takes_any_size(release):
     """The exported program accepts maps larger than a window and rejects smaller ones."""
     model = dt.DAT(tiny(release)).eval()
@@ -160,7 +161,7 @@ def test_onnx_layer_agrees(sampler, backend):
     assert ("GridSample" in operators) == ((sampler, backend) != ("gather", "auto"))
 
 
-@pytest.mark.parametrize("name", slow(LAYERS, "CELL_CENTER", "padding", "shrinking"))
+@pytest.mark.parametrize("name", slow(LAYERS, "CELL_CENTER", "padding", "shrinking", "window"))
 def test_onnx_layer_takes_any_size(name):
     layer = LAYERS[name]().eval()
     batch, height, width = SIZES[0]

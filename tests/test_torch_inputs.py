@@ -40,7 +40,9 @@ def tensor_arguments():
     pairs = []
     for name in functional.__all__:
         function = getattr(functional, name)
-        if name in ("AffineIndex", "Backend", "Call") or (inspect.isclass(function) and issubclass(function, Warning)):
+        if name in ("AffineIndex", "Backend", "Call") or (
+            inspect.isclass(function) and issubclass(function, Exception)
+        ):
             continue
         parameters = inspect.signature(function).parameters.values()
         pairs += [(name, each.name) for each in parameters if str(each.annotation) in ("Tensor", "Tensor | None")]

@@ -11,7 +11,7 @@ from helpers.backbones import RELEASES, tiny  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import dat_ref.torch as dt  # noqa: E402
-from dat_ref.torch.functional import offsets  # noqa: E402
+from dat_ref.torch.functional import _dtypes  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_points_under_autocast(name):
 
 
 def test_narrow_geometry_is_detected(monkeypatch):
-    monkeypatch.setattr(offsets, "autocast_disabled", lambda tensor: nullcontext())
+    monkeypatch.setattr(_dtypes, "autocast_disabled", lambda tensor: nullcontext())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, _, narrowest = points_of(dt.DAT(tiny("cvpr2022")).eval(), torch.randn(1, 3, 67, 98))
     assert narrowest is torch.bfloat16

@@ -288,6 +288,7 @@ def test_a_few_epochs_already_read_most_digits():
     assert len(result.losses) == 3 * 22
 
 
+@pytest.mark.slow
 def test_digits_are_learned_from_scratch():
     pytest.importorskip("sklearn")
     result = train.run_digits()

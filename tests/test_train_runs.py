@@ -337,6 +337,8 @@ def test_a_picture_that_cannot_be_read_by_another_process_is_named_in_one_line(t
     path.write_bytes(path.read_bytes()[:-700])
     data = ImageFolder(tmp_path, 32)
     for workers in (0, 1):
+        model = tiny_model().train()
         with pytest.raises(ConfigError, match=r"^cannot read \S*cat/short\.png: [^\n]*truncated[^\n]*$") as error:
-            evaluate(tiny_model(), data, workers=workers)
+            evaluate(model, data, workers=workers)
+        assert model.training
         assert "\n" not in str(error.value)

@@ -89,13 +89,15 @@ def evaluate(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=context.device)
     loader = DataLoader(data, batch_sampler=padded_batches, num_workers=workers)
-    with worker_errors():
-        for (images, targets), batch in zip(loader, batches):
-            logits = model(images.to(context.device))
-            targets = targets.to(context.device)
-            sums[0] += per_sample_loss(logits, targets).double()[: len(batch)].sum()
-            sums[1] += correct_predictions(logits, targets)[: len(batch)].sum()
-            sums[2] += len(batch)
-    model.train(was_training)
+    try:
+        with worker_errors():
+            for (images, targets), batch in zip(loader, batches):
+                logits = model(images.to(context.device))
+                targets = targets.to(context.device)
+                sums[0] += per_sample_loss(logits, targets).double()[: len(batch)].sum()
+                sums[1] += correct_predictions(logits, targets)[: len(batch)].sum()
+                sums[2] += len(batch)
+    finally:
+        model.train(was_training)
     loss, correct, images = context.all_reduce_sum(sums).tolist()
     return Scores(loss / images, correct / images, int(images))
