@@ -200,7 +200,7 @@ print(f"a target of {side} positions pulls points within {radius:g} positions of
 # and four times the keys.
 #
 # **Claim** (`dat_ref.peers.replace_attention`). With offsets every seed is far more accurate than without, and more
-# accurate than with four times the keys, at half their cost. Average pooling is as accurate as offsets: it
+# accurate than with four times the keys, at half their cost. Average pooling is nearly as accurate as offsets: it
 # reads every position, so it misses nothing either, and an object of this size shows in the mean of its cell.
 
 # %%
@@ -225,5 +225,5 @@ assert abs(np.mean(accuracies["offsets"]) - np.mean(accuracies["average pooling"
 # - Offsets matter where the fixed grid misses the target. Compute the bound before you train.
 # - At strides 1 and 2 it misses nothing: there a layer without offsets equals average pooling.
 # - Compare with networks trained without offsets: with nothing in their place, with more keys, with average pooling.
-#   The last one misses nothing either, and here it is as good.
+#   The last one misses nothing either, and here it is nearly as good.
 # - Start with zero offsets where the stride is large.
