@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 
 from dat_ref.data import network_card
 from dat_ref.scenes import Scenes
-from experiments import load_results, objects
+from experiments import discs, load_results, objects
 from experiments.statistics import interval, welch_difference
 
 # ------------------------------------------------------------------------------------------------ intervals
@@ -114,3 +114,40 @@ def test_results_meet_what_the_pages_say_of_them(found):
         assert run["points"]["any_reference"] <= 0.3
     bound = found["views"]["no offsets"]["touching"]
     assert accuracies(found, "no offsets").max() <= bound + (1 - bound) / 9
+
+
+# ------------------------------------------------------------------------------------------------ coloured discs
+
+
+def test_arms_of_the_discs_differ_in_their_attention_alone():
+    plain = asdict(discs.network("offsets"))
+    for arm in discs.ARMS:
+        other = asdict(discs.network(arm))
+        attention, others = plain["stages"][0][1]["attention"], other["stages"][0][1]["attention"]
+        changed = {name for name in attention if others[name] != attention[name]}
+        assert changed <= {"stride", "kernel_size", "offset_bound", "average_pool"}
+        assert bool(changed) == bool(discs.ARMS[arm].kind)
+        other["stages"][0][1]["attention"] = attention
+        assert other == plain
+
+
+def test_results_of_the_discs_meet_what_the_page_says_of_them():
+    found = load_results("discs")
+    found["runs"] = {arm: found["runs"][arm] for arm in discs.ARMS}
+    accuracy = {arm: accuracies(found, arm) for arm in discs.ARMS}
+    assert {arm: len(values) for arm, values in accuracy.items()} == {
+        arm: each.seeds for arm, each in discs.ARMS.items()
+    }
+    for longer in ("", " long"):
+        ours, pooled = (accuracy[f"{arm}{longer}"] for arm in ("offsets", "average pooling"))
+        assert (ours > pooled).all()
+    assert accuracy["offsets long"].min() > max(accuracy["more keys long"].max(), 0.9)
+    assert (accuracy["average pooling long"] - accuracy["average pooling"][:4]).min() > 0.2
+    assert (accuracy["offsets"] < 0.6).sum() == 2  # not converged after one pass
+    for arm in ("no offsets", "more keys"):
+        bound = found["views"][arm]["touching"]
+        assert max(accuracy[arm].max(), accuracy.get(f"{arm} long", accuracy[arm]).max()) <= bound + (1 - bound) / 7
+    for run in found["runs"]["offsets long"].values():
+        assert all(run["with_object"] - ablated >= 0.3 for ablated in run["ablations"].values())
+        assert run["points"]["any_on_object"] >= 0.8
+        assert run["points"]["any_reference"] <= 0.3
