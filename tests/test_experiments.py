@@ -138,18 +138,20 @@ def test_results_of_the_discs_meet_what_the_page_says_of_them():
     assert {arm: len(values) for arm, values in accuracy.items()} == {
         arm: each.seeds for arm, each in discs.ARMS.items()
     }
-    for longer in ("", " long"):
-        ours, pooled = (accuracy[f"{arm}{longer}"] for arm in ("offsets", "average pooling"))
-        assert (ours > pooled).all()
-    assert accuracy["offsets long"].min() > 0.98 > accuracy["more keys long"].max() + 0.1
-    assert accuracy["average pooling long"].max() > 0.95
-    assert accuracy["average pooling long"].min() < 0.6
+    assert (accuracy["offsets"] > accuracy["average pooling"]).all()
+    ours, pooled = accuracy["offsets long"], accuracy["average pooling long"]
+    assert ((ours > 0.98).sum(), (ours < 0.6).sum()) == (4, 1)
+    assert ((pooled > 0.89).sum(), (pooled < 0.6).sum()) == (2, 3)
+    assert (ours > pooled)[ours > 0.98].all()
+    assert accuracy["more keys long"].max() < 0.88
+    assert (accuracy["offsets"] < 0.6).sum() == 2
     assert accuracy["average pooling"].max() < 0.7
-    assert (accuracy["offsets"] < 0.6).sum() == 2  # not converged after one pass
     for arm in ("no offsets", "more keys"):
         bound = found["views"][arm]["touching"]
         assert max(accuracy[arm].max(), accuracy.get(f"{arm} long", accuracy[arm]).max()) <= bound + (1 - bound) / 7
     for run in found["runs"]["offsets long"].values():
+        if run["accuracy"] < 0.6:
+            continue
         assert all(run["with_object"] - ablated >= 0.3 for ablated in run["ablations"].values())
         assert run["points"]["any_on_object"] >= 0.8
         assert run["points"]["any_reference"] <= 0.3
