@@ -1,4 +1,4 @@
-"""Two processes that share a batch take the same step as one process with the whole batch."""
+"""Two processes that share a batch or the weights: the same step as one process, every layer sharded on its own."""
 
 import pytest
 
@@ -85,3 +85,33 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             assert (shared[name] - alone).abs().max() <= 1e-11, name
             moved = max(moved, float((alone - each["state"][name]).abs().max()))
         assert moved > 1e-3  # the weights have changed
+
+
+# Script for `torchrun`: every layer is sharded on its own, so that its weights are whole only while it is called.
+SHARD = """
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import dat_ref.torch as dt
+from dat_ref.torch.train import init_distributed
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+with init_distributed() as context:
+    for config in torch.load({configs!r}, weights_only=False):
+        torch.manual_seed(0)
+        model = dt.DAT(config)
+        for layer in [each for each in model.modules() if isinstance(each, LAYERS)] + [model]:
+            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (context.world_size,)))
+        model(torch.randn(2, 3, 67, 98)).square().mean().backward()
+        assert all(leaf.grad is None or leaf.grad.full_tensor().isfinite().all() for leaf in model.parameters())
+"""
+
+
+@pytest.mark.slow
+def test_every_layer_can_be_sharded_on_its_own(tmp_path):
+    """A weight that is read without calling its layer would be a DTensor among tensors."""
+    torch.save([tiny(release) for release in RELEASES], tmp_path / "configs.pt")
+    script = tmp_path / "shard.py"
+    script.write_text(SHARD.format(configs=str(tmp_path / "configs.pt")), encoding="utf-8")
+    torchrun(script)
