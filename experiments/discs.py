@@ -42,7 +42,7 @@ from dat_ref.torch import DAT
 from dat_ref.torch.train import SceneImages
 
 from . import save_results
-from .objects import ablation_accuracies, correct_shares, grid_views, points_and_attention, provenance
+from .objects import grid_views, measure, provenance
 
 PASS = 2000  # steps in which every scene is shown once
 
@@ -104,8 +104,9 @@ def run(runs: Path, seed: int, steps: int) -> None:
     images, targets = training_set(seed)
     for arm in todo:
         model = train(arm, seed, images, targets)
+        result = measure(model, held_out_scenes(), ARMS[arm].kind, RADII, LOOKED_AT)
         with atomic_write(place_of(runs, arm, seed)) as path:
-            path.write_text(json.dumps(measure(model, arm), indent=1), encoding="utf-8")
+            path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"{arm}, seed {seed}: done", flush=True)
 
 
@@ -145,31 +146,7 @@ def train(arm: str, seed: int, images: Tensor, targets: Tensor) -> DAT:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------ measurements
-
-
-def measure(model: DAT, arm: str) -> dict[str, Any]:
-    """Return what is measured of one run, on held-out scenes."""
-    scenes = held_out_scenes()
-    made = list(scenes)
-    data = SceneImages(scenes, reduction=PATCH, on_objects=0.0)
-    images, targets = map(torch.stack, zip(*(data[number] for number in range(len(data)))))
-    shares = correct_shares(model, images, targets)
-    some = np.array([bool(scene.objects) for scene in made])
-    radius = np.array([scene.objects[0].radius / SIDE if scene.objects else 0.0 for scene in made])
-    result: dict[str, Any] = {
-        "accuracy": float(shares.mean()),
-        "with_object": float(shares[some].mean()),
-        "empty": float(shares[~some].mean()),
-        "by_radius": [float(shares[some & (low <= radius) & (radius < high)].mean()) for low, high in RADII],
-        "parameters": sum(leaf.numel() for leaf in model.parameters()),
-    }
-    if not ARMS[arm].kind:
-        result["ablations"] = ablation_accuracies(model, images[some], targets[some])
-    if ARMS[arm].kind != "average_pool":
-        looked_at = np.flatnonzero(some)[:LOOKED_AT]
-        result["points"] = points_and_attention(model, images[looked_at], [made[number] for number in looked_at])
-    return result
+# ------------------------------------------------------------------------------------------------ collection
 
 
 def layer_macs(arm: str) -> int:

@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -86,14 +87,15 @@ def run(runs: Path, arm: str, seed: int, compiled: bool) -> None:
     model = build_model(config, len(held_out.classes))
     fit(config, train, held_out, folder, model=model, quiet=True)
     with atomic_write(folder / "measured.json") as path:
-        path.write_text(json.dumps(measure(folder, arm), indent=1), encoding="utf-8")
+        result = measure(load_run(folder), held_out_scenes(), ARMS[arm], RADII, LOOKED_AT)
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"{arm}, seed {seed}: done", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ measurements
 
 
-def load_run(folder: Path, arm: str) -> DAT:
+def load_run(folder: Path) -> DAT:
     """Return the network of a run, with its best weights."""
     config = TrainConfig.from_json((folder / "train_config.json").read_text(encoding="utf-8"))
     scenes = Scenes(config.task, objects=config.objects)
@@ -116,9 +118,18 @@ def correct_shares(model: DAT, images: Tensor, targets: Tensor) -> Array:
     return np.asarray(torch.cat([correct_predictions(model(x), t) for x, t in batches]))
 
 
-def measure(folder: Path, arm: str) -> dict[str, Any]:
-    """Return what is measured of one run, on held-out scenes."""
-    model, scenes = load_run(folder, arm), held_out_scenes()
+def measure(
+    model: DAT, scenes: Scenes, kind: str, radii: Sequence[tuple[float, float]], looked_at: int
+) -> dict[str, Any]:
+    """Return what is measured of one run, on held-out scenes.
+
+    Args:
+        model: network of the run, in eval mode.
+        scenes: one object or none on each.
+        kind: kind of attention in the place of the deformable one; empty for the deformable one itself.
+        radii: bins of the object's radius, in sides of the image.
+        looked_at: number of scenes whose points and attention are measured.
+    """
     made = list(scenes)
     data = SceneImages(scenes, reduction=model.config.reductions[-1], on_objects=0.0)
     images, targets = map(torch.stack, zip(*(data[number] for number in range(len(data)))))
@@ -130,15 +141,15 @@ def measure(folder: Path, arm: str) -> dict[str, Any]:
         "accuracy": float(shares.mean()),
         "with_object": float(shares[some].mean()),
         "empty": float(shares[~some].mean()),
-        "by_radius": [float(shares[some & (low <= radius) & (radius < high)].mean()) for low, high in RADII],
+        "by_radius": [float(shares[some & (low <= radius) & (radius < high)].mean()) for low, high in radii],
         "by_class": {name: float(shares[labels == number].mean()) for number, name in enumerate(scenes.classes)},
         "parameters": sum(leaf.numel() for leaf in model.parameters()),
     }
-    if arm == "offsets":
+    if not kind:
         result["ablations"] = ablation_accuracies(model, images[some], targets[some])
-    if arm != "average pooling":
-        looked_at = [number for number in range(len(made)) if some[number]][:LOOKED_AT]
-        result["points"] = points_and_attention(model, images[looked_at], [made[number] for number in looked_at])
+    if kind != "average_pool":
+        chosen = np.flatnonzero(some)[:looked_at]
+        result["points"] = points_and_attention(model, images[chosen], [made[number] for number in chosen])
     return result
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .._checks import ConfigError
 from ..data import network_path
-from ..train_config import config_path, preset
-from .evaluate import classes_of, read_config
+from ..train_config import preset
+from .evaluate import build_run, config_file, read_config
 from .output import HelpFormatter
 from .train import import_torch
 
@@ -52,29 +51,19 @@ def run(options: argparse.Namespace) -> int:
     weights = network_path() if ships else options.weights
     if ships and options.config:
         raise ConfigError("--config: expected WEIGHTS as well, got a config without a checkpoint")
-    if not weights.is_file():
-        raise ConfigError(f"WEIGHTS: expected the checkpoint of a run, found no file {weights}")
-    path = options.config or config_path(weights.parent)
-    if not ships and not path.is_file():
-        raise ConfigError(f"--config: expected the training config of the run, found no file {path}")
+    path = None if ships else config_file(weights, options.config)
     for name, minimum in (("images", 2), ("batch_size", 1)):
         value = getattr(options, name)
         if value < minimum:
             raise ConfigError(f"--{name.replace('_', '-')}: expected {minimum} or more, got {value}")
-    config = preset("dat_spot") if ships else read_config(path)
+    config = preset("dat_spot") if path is None else read_config(path)
     torch = import_torch()
     from ..torch.checkpoints import load_checkpoint
     from ..torch.offset_report import check_deformable, offset_report
-    from ..torch.train import ImageFolder, build_datasets, build_model
 
-    if options.data:
-        config = replace(config, data=options.data)  # a folder has one class per image
-        held_out: Any = ImageFolder(Path(options.data) / "val", config.image_size, classes=classes_of(weights))
-    else:
-        _, held_out = build_datasets(config)
-    model = build_model(config, len(held_out.classes))
+    model, held_out = build_run(config, weights, options.data)
     check_deformable(model)
-    load_checkpoint(model, weights)  # type: ignore[arg-type]
+    load_checkpoint(model, weights)
     # In random order: neighbors in a folder have the same class, and so would "another image".
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[: options.images].tolist()
     if len(order) < 2:

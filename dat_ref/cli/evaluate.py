@@ -42,27 +42,44 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    if not options.weights.is_file():
-        raise ConfigError(f"WEIGHTS: expected the checkpoint of a run, found no file {options.weights}")
-    path = options.config or config_path(options.weights.parent)
-    if not path.is_file():
-        raise ConfigError(f"--config: expected the training config of the run, found no file {path}")
+    path = config_file(options.weights, options.config)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected 1 or more, got {options.batch_size}")
     config = read_config(path)
     import_torch()
     from ..torch.checkpoints import load_checkpoint
-    from ..torch.train import ImageFolder, build_datasets, build_model, evaluate
+    from ..torch.train import evaluate
 
-    if options.data:
-        config = replace(config, data=options.data)  # a folder has one class per image
-        held_out = ImageFolder(Path(options.data) / "val", config.image_size, classes=classes_of(options.weights))
-    else:
-        _, held_out = build_datasets(config)
-    model = build_model(config, len(held_out.classes))
-    load_checkpoint(model, options.weights)  # type: ignore[arg-type]
+    model, held_out = build_run(config, options.weights, options.data)
+    load_checkpoint(model, options.weights)
     print(format_scores(evaluate(model, held_out, batch_size=options.batch_size)))
     return 0
+
+
+def config_file(weights: Path, config: Path | None) -> Path:
+    """Return the training config of a checkpoint: the given file, or the one in its folder.
+
+    Raises:
+        ConfigError: if there is no checkpoint or no config.
+    """
+    if not weights.is_file():
+        raise ConfigError(f"WEIGHTS: expected the checkpoint of a run, found no file {weights}")
+    path = config or config_path(weights.parent)
+    if not path.is_file():
+        raise ConfigError(f"--config: expected the training config of the run, found no file {path}")
+    return path
+
+
+def build_run(config: TrainConfig, weights: Path, data: str | None) -> tuple[Any, Any]:
+    """Return the model of a run, with its initial weights, and its held-out data set or the one in a folder."""
+    from ..torch.train import ImageFolder, build_datasets, build_model
+
+    if data:
+        config = replace(config, data=data)  # a folder has one class per image
+        held_out: Any = ImageFolder(Path(data) / "val", config.image_size, classes=classes_of(weights))
+    else:
+        _, held_out = build_datasets(config)
+    return build_model(config, len(held_out.classes)), held_out
 
 
 def read_config(path: Path) -> TrainConfig:
