@@ -121,7 +121,7 @@ def test_no_kernel_needs_more_than_recorded(capability, dtype, tmp_path, monkeyp
             assert_no_worse(measured, ROWS[case], case)
 
 
-GOOD = gpu_compile.Resources(128, 0, 0, 1000, 1024, "mma bf16")
+GOOD = gpu_compile.Resources(128, 0, 0, 1000, 12.5, 1024, "mma bf16")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_check_rejects_poor_machine_code(poor, message):
 @pytest.mark.parametrize("worse", [{"spills": 3}, {"stack": 8}, {"shared": 2048}, {"products": "mma f16"}])
 def test_the_comparison_rejects_more_than_recorded(worse):
     """More spills, local memory or shared memory than recorded, or other products, are rejected."""
-    assert_no_worse(replace(GOOD, registers=255, instructions=999), GOOD, "case")
+    assert_no_worse(replace(GOOD, registers=255, instructions=999, per_pair=99.0), GOOD, "case")
     assert rejects(lambda: assert_no_worse(replace(GOOD, **worse), GOOD, "case"))
 
 
@@ -157,6 +157,13 @@ def test_the_machine_code_is_read():
     listing = "\n".join(f"        /*{16 * place:04x}*/                   {line} ;" for place, line in enumerate(lines))
     assert gpu_compile.count_spills(listing) == (3, 93)
     assert gpu_compile.count_spills("") == (0, 0)
+    loop = "before:", "FADD", ".L_x_1:", "FMUL", ".L_x_2:", "FFMA", "@P1 BRA `(.L_x_2)", "@P0 BRA `(.L_x_1)", "EXIT"
+    listing = "\n".join(
+        line if line.endswith(":") else f"        /*{16 * place:04x}*/                   {line} ;"
+        for place, line in enumerate(loop)
+    )
+    assert gpu_compile.longest_loop(listing) == 4
+    assert gpu_compile.longest_loop("") == 0
     assert gpu_compile.products("fma.rn.f32 %f1, %f2, %f3, %f4;") == ""
     ampere = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }"
     hopper = "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 { %r1 }"

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,18 @@ class Compiler:
         source = ASTSource(self.kernel, signature, constants, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         target = GPUTarget("cuda", self.capability, 32)
-        self.compiled[self.kernel.__name__] = compile_source(source, target=target, options=options)
+        compiled = compile_source(source, target=target, options=options)
+        self.compiled[self.kernel.__name__] = Compiled(compiled, num_warps, values.get("BLOCK_M"), values.get("BLOCK_N"))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Compiled kernel and its tile."""
+
+    kernel: Any
+    num_warps: int
+    block_m: int | None  # queries; None for a kernel without pairs of queries and keys
+    block_n: int | None  # keys
 
 
 def type_name(value):
@@ -61,13 +73,14 @@ def compile_kernels(attention, dtype, capability, *, depth=32, step=(1.0, 1.0), 
         attention: ``"deformable"`` or ``"neighborhood"``.
         only: the kernels to compile; the others are skipped.
     """
-    from dat_ref.torch.kernels.gpu import deformable, lookup, neighborhood, table_gradient
+    from dat_ref.torch.kernels.gpu import deformable, lookup, neighborhood, table_gradient, tile_config
 
     size, heads = (14, 15), 4
     q, k, v, out, cotangent = (torch.zeros(2, heads, size[0] * size[1], depth, dtype=dtype) for _ in range(5))
     lse = torch.zeros(q.shape[:3])
     compiled = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_config, "has_wgmma", lambda q: capability >= 90)
         for module in (lookup, deformable, table_gradient, neighborhood):
             for name in KERNELS:
                 if hasattr(module, name):
@@ -129,17 +142,20 @@ class Resources:
     stack: int  # bytes of local memory per thread
     spills: int  # instructions that access local memory
     instructions: int
-    loop: int  # instructions of the longest loop, per warp
+    per_pair: float  # instructions of the longest loop for each pair of a query and a key, 0 without pairs
     shared: int  # bytes per program
     products: str  # instruction family and dtype of the matrix products on tensor cores, or ""
 
 
-def resources(kernel):
+def resources(compiled):
     """Return the resources of a compiled kernel."""
+    kernel = compiled.kernel
     usage = run_tool("cuobjdump", kernel, "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     listing = disassemble(kernel)
-    counted = (*count_spills(listing), longest_loop(listing))
+    pairs = (compiled.block_m or 0) * (compiled.block_n or 0)
+    per_pair = round(32 * compiled.num_warps * longest_loop(listing) / pairs, 1) if pairs else 0.0
+    counted = (*count_spills(listing), per_pair)
     return Resources(registers, stack, *counted, kernel.metadata.shared, products(kernel.asm["ptx"]))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .gpu_compile import compile_kernels, resources
 
-PATH = Path(__file__).parents[2] / "docs" / "performance" / "gpu_resources.json"
+PATH = Path(__file__).parents[2] / "docs" / "performance" / "triton" / "resources.json"
 CAPABILITIES = (80, 89, 90, 100)
 DEPTHS = {torch.bfloat16: (32, 64, 128), torch.float16: (32, 64, 128), torch.float32: (32, 64)}
 STEPS = {"unit": (1.0, 1.0), "other": (13 / 14, 14 / 15)}

@@ -38,7 +38,7 @@ from .common import (
 )
 from .lookup import Lookup, cells_of_positions, keys_of_head, locate, next_positions, prepare_lookup, query_cells, read_bias
 from .table_gradient import AtomicTableGradient, DeterministicTableGradient, add_atomically
-from .tile_config import TileConfig, autotune, default_config
+from .tile_config import Kernel, TileConfig, autotune, default_config
 
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 # Kernels are compiled once for all values of these arguments. Triton specializes strides, which affect memory access.
@@ -228,7 +228,7 @@ def _launch_grad_queries(
     batch, heads, queries, depth = q.shape
     table_gradient: AtomicTableGradient | DeterministicTableGradient
     if deterministic:
-        block_n = default_config("grad_queries", depth, q.dtype).block_n
+        block_n = default_config("grad_queries", q).block_n
         table_gradient = DeterministicTableGradient(table, lookup, q, query_size, block_n)
     else:
         table_gradient = AtomicTableGradient(table, lookup)
@@ -250,7 +250,8 @@ def _launch_grad_queries(
             **config.arguments(depth, q.dtype),
         )
 
-    config = autotune("grad_queries", q, lookup.samples, lookup.unit, lambda candidate: launch(candidate, *key_runs[0]))
+    kernel: Kernel = "grad_queries" if deterministic else "grad_queries_atomic"
+    config = autotune(kernel, q, lookup.samples, lookup.unit, lambda candidate: launch(candidate, *key_runs[0]))
     table_gradient.reset()
     for start, stop in key_runs:
         launch(config, start, stop)
@@ -350,7 +351,7 @@ def _launch_grad_keys(
     """Compute `grad_k` and `grad_v` in place; return the gradient of `origin`."""
     q, k = tensors[:2]
     batch, heads, samples, depth = k.shape
-    config = default_config("grad_keys", depth, q.dtype)
+    config = default_config("grad_keys", q)
     grad_by_head = torch.empty((batch, heads, samples, 2), dtype=torch.float32, device=q.device)
     _grad_keys[(triton.cdiv(samples, config.block_n) * batch * heads,)](
         *tensors,
