@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs docs-serve notebooks deep clean
+.PHONY: help demo test lint types kernels docs docs-serve notebooks deep clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test        lint, types, site, tests"
 	@echo "make lint        ruff, and the words of docstrings, comments and pages"
 	@echo "make types       mypy"
+	@echo "make kernels     compile the CPU kernels"
 	@echo "make docs        build the site into site/"
 	@echo "make docs-serve  serve the site locally and rebuild it on every change"
 	@echo "make notebooks   execute every notebook"
@@ -42,10 +43,10 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/dat-ref explain --out $(OUT)
 
-# The site is built beside lint and types. pytest comes last, so that its closing line is the last one printed. It takes
-# the site from `docs`, which has executed the notebooks, and neither builds nor executes them again.
+# The site is built beside lint, types and the CPU kernels. pytest comes last, so that its closing line is the last one
+# printed. It takes the site from `docs`, which has executed the notebooks, and neither builds nor executes them again.
 test: .venv/test.stamp
-	@$(MAKE) --no-print-directory -j$(JOBS) docs lint types
+	@$(MAKE) --no-print-directory -j$(JOBS) docs lint types kernels
 	@echo "== pytest"
 	@BUILT_SITE=site $(PYTEST) -m "not slow"
 
@@ -59,6 +60,11 @@ lint: .venv/test.stamp
 types: .venv/test.stamp
 	@echo "== mypy"
 	@$(BIN)/mypy
+
+# Compiled once, so that the workers of pytest need not compile them at the same time.
+kernels: .venv/test.stamp
+	@echo "== CPU kernels"
+	@OMP_NUM_THREADS=1 $(BIN)/dat-ref bench --warm --device cpu --backends cpu --dtypes float32 float64 2>&1 | tail -n 3
 
 # Not --quiet: that hides warnings from --strict as well, and a broken link would pass.
 docs: .venv/test.stamp

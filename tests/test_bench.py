@@ -292,7 +292,9 @@ def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsy
     [
         (["--shapes", "Z"], "--shapes: expected some of A, A22, B"),
         (["--backends", "fast"], "--backends: expected some of eager"),
-        (["--dtypes", "int8"], "--dtypes: expected float32, bfloat16 or float16, got 'int8'"),
+        (["--dtypes", "int8"], "--dtypes: expected one of float32, bfloat16, float16, got 'int8'"),
+        (["--dtypes", "float64"], "--dtypes: expected one of float32, bfloat16, float16, got 'float64'"),
+        (["--warm", "--dtypes", "int8"], "--dtypes: expected one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--read", "no/such.json"], "no/such.json: No such file"),
     ],
 )

@@ -161,7 +161,8 @@ def test_onnx_layer_agrees(sampler, backend):
     assert ("GridSample" in operators) == ((sampler, backend) != ("gather", "auto"))
 
 
-@pytest.mark.parametrize("name", slow(LAYERS, "CELL_CENTER", "padding", "shrinking", "window"))
+@pytest.mark.slow  # 10 to 30 seconds each
+@pytest.mark.parametrize("name", LAYERS)
 def test_onnx_layer_takes_any_size(name):
     layer = LAYERS[name]().eval()
     batch, height, width = SIZES[0]
@@ -182,7 +183,8 @@ def test_onnx_layer_with_a_learned_mask_agrees(name, gradients):
     assert_same(run(x), layer(x))
 
 
-@pytest.mark.parametrize("release", slow(RELEASES, "cvpr2022"))
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("release", RELEASES)
 def test_onnx_backbone_agrees(release):
     model = dt.DAT(tiny(release)).eval()
     x = torch.randn(2, 3, 67, 98)
