@@ -238,7 +238,10 @@ def test_images_are_small():
 # ------------------------------------------------------------------------------------------------ notebooks as pages
 
 
-CELL = '<div class="jp-CodeCell"><div class="jp-Cell-inputWrapper">code</div>{}</div>'
+CELL = (
+    '<div class="jp-Cell jp-CodeCell"><div class="jp-Cell jp-CodeCell">'
+    '<div class="jp-Cell-inputWrapper">code</div>{}</div></div>'
+)
 IMAGE = '<img alt="No description has been provided for this image" src="data:,"/>'
 
 

@@ -85,7 +85,8 @@ def on_page_content(html: str, *, page: Any, config: Any, **_: Any) -> str:
 def present(html: str, notebook: Any, name: str) -> str:
     """Return the page of a notebook with folded code, described figures and live figures."""
     soup = BeautifulSoup(html, "html.parser")
-    elements = soup.select("div.jp-CodeCell")
+    # The template writes each cell twice, one inside the other.
+    elements = soup.select("div.jp-CodeCell:not(div.jp-CodeCell div.jp-CodeCell)")
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if len(elements) != len(cells):
         raise Abort(f"{name}: expected a part of the page for each of {len(cells)} code cells, got {len(elements)}")
