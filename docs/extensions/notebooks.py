@@ -133,11 +133,11 @@ def summary(cell: Any, first: bool) -> str:
 
 
 def fold(soup: BeautifulSoup, element: Tag, line: str) -> None:
-    """Move the code of a cell into a closed `<details>`."""
+    """Move the code of a cell into a closed `<details>`, which the search does not read."""
     code = element.select_one("div.jp-Cell-inputWrapper")
     if not line or code is None:
         return
-    details = soup.new_tag("details", attrs={"class": "fold"})
+    details = soup.new_tag("details", attrs={"class": "fold", "data-search-exclude": "true"})
     code.wrap(details)
     label = soup.new_tag("summary")
     label.string = line
