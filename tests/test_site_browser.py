@@ -148,7 +148,7 @@ HIT = """(places, [left, reach]) => places.map((place) => {
 
 @pytest.mark.parametrize("path", ["spec/sampling/", "cost/"])
 def test_handles_are_large_enough_for_fingers(phone, served, path):
-    """A handle is hit up to 21 pixels from its center, and not 27 pixels from it."""
+    """A handle is hit up to 21 pixels from its center, and not 40 pixels from it."""
     root, _ = served
     phone.goto(root + path)
     handles = phone.locator("[data-figure].live .live-handle")
@@ -156,7 +156,7 @@ def test_handles_are_large_enough_for_fingers(phone, served, path):
     one = phone.locator("[data-figure].live").first.locator(".live-handle").locator("nth=0")
     for left in (False, True):
         assert one.evaluate(f"(place) => ({HIT})([place], [{str(left).lower()}, 21])") == [True]
-    assert one.evaluate(f"(place) => ({HIT})([place], [false, 27])") == [False]
+    assert one.evaluate(f"(place) => ({HIT})([place], [false, 40])") == [False]
     controls = phone.locator(".live-button:visible, .live-choice span:visible").all()
     assert all(control.bounding_box()["height"] >= 44 for control in controls)
 
@@ -190,7 +190,7 @@ def test_wide_tables_keep_their_first_column(phone, served):
           return place.scrollLeft;
         }"""
     )
-    assert moved > 100
+    assert moved > 60
     assert abs(cell.bounding_box()["x"] - before) < 25
 
 
