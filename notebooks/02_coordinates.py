@@ -374,7 +374,7 @@ assert (halves == 0.5).mean() == 6 / 7  # six of seven points on an axis are not
 # release, on any map. On a square map no test detects the division by the wrong side.
 
 
-# %% alt="Table of dots, six ways to read a map by six tests: filled where the test detects the error" plot=true
+# %% alt="Dots, six ways to read a map by three tests on two maps: filled where the error is detected" plot=true
 def swapped(maps):
     positions = read_positions(maps.shape[2:], Convention.CELL_CENTER)[..., ::-1]
     return bilinear_sample(maps, positions.reshape(1, -1, 2)).reshape(maps.shape)

@@ -252,7 +252,7 @@ assert 0.7 < ratio < 1.5
 # through the features. Only the bias still gives a gradient, and it does not depend on the image.
 
 
-# %% alt="Points after training for small, medium and large s; the error against s rises where points leave the map"
+# %% alt="Points after training for s = 1, 8, 16: more and more outside the map; the error of six values of s"
 def painter(s, seed=0, beta=60.0, near=21.0):
     """Return the configuration and the parameters of the layer of the first notebook, for a given s."""
     layer = replace(config, offset_range=s)

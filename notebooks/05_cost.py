@@ -136,7 +136,7 @@ for name, term in terms.items():
 # **Claim.** The first number is correct. The second is too large by a factor of ten:
 # $27 \cdot 49 \cdot 384 = 508\,032$. Moving the points is nearly free, and the paper understates this advantage.
 
-# %% alt="Areas of the worked example's costs: next to 79.63 million, the offsets are tiny: 0.51, not 5.08" plot=true
+# %% alt="Squares with areas of the costs: 79.63 million, 5.08 as published, and 0.51, the correct one" plot=true
 three = sum(terms[name].macs for name in ("attention", "query and output", "key and value"))
 network = terms["offset network"].macs
 figure, axes = plt.subplots(figsize=(6.4, 2.5))
@@ -326,7 +326,7 @@ for stride in (2, 4, 7):
 # stage 1 of DAT++, and more than a gigabyte for one layer. (A kernel that does not store the pairs needs only the
 # rest: see [the backends](../08_in_your_own_model/).)
 
-# %% alt="Bytes stored for the backward pass of three layers: pairs dominate at detection size" plot=true
+# %% alt="Bytes stored by a layer for backward at three image sizes: pairs dominate the largest" plot=true
 stage1 = dat_ref.config("dat_pp_tiny").stages[0][1].attention
 IMAGES = {"224 × 224": (56, 56), "448 × 448": (112, 112), "800 × 1333": (200, 334)}
 saved_bytes = {

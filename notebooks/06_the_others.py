@@ -225,7 +225,7 @@ for both in effects.values():
 # predict the weight of a point without its features.
 
 
-# %% alt="Ten systems by three properties, filled dots for yes; only two rows are filled throughout" plot=true
+# %% alt="Ten systems by three properties, filled dots for yes: only deformable attention has all three" plot=true
 def weights_of(config, trace, query):
     """Return the weights of a query for its keys or taps, flat."""
     number = query[0] * SIDE + query[1]
@@ -300,7 +300,7 @@ assert {name for name, answer in answers.items() if all(answer)} == {"deformable
 # That of one neighborhood layer of 7 × 7 and one deformable layer is four fifths. That of two window layers, or of two
 # neighborhood layers, is a fifth. The released models alternate local and deformable layers.
 
-# %% alt="The share of the map seen after one to four layers: window layers grow slowly, mixed ones fast"
+# %% alt="The share of the map seen after one to four layers of four stacks; two layers on a photograph"
 WIDE = 28
 wide = as_map(photo, WIDE)
 STACKS = {
