@@ -32,9 +32,7 @@ def test_a_figure_that_opens_alone_loads_nothing():
 
 def test_the_site_has_the_page_of_every_figure(site_folder):
     for name, content in load(BUNDLE).outputs().items():
-        assert (site_folder / name).read_text(encoding="utf-8") == content, (
-            f"{name}: another version"
-        )
+        assert (site_folder / name).read_text(encoding="utf-8") == content, f"{name}: another version"
 
 
 def test_modules_are_joined_in_the_order_of_their_imports(tmp_path):

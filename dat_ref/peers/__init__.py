@@ -10,9 +10,9 @@ Each peer has a forward pass, a hand-written gradient (VJP), a cost formula and 
 `dat_ref.peers.deform_conv`      deformable convolution v1 and v2
 `dat_ref.peers.multi_scale`      multi-scale deformable sampling (Deformable DETR), in its usual signature
 `dat_ref.peers.ms_deform_attn`   Deformable DETR's attention module, and a variant with dot products
+`dat_ref.peers.ms_deform_layer`  the same attention in a block
 `dat_ref.peers.per_query`        separate sampled keys for every query, the design that DAT avoids
 `dat_ref.peers.dat_dcn`          Deformable DETR's attention as a block of DAT
-`dat_ref.peers.ms_deform_layer`  the same attention in a block
 `dat_ref.peers.attention`        row of an attention: its functions, cost, receptive field, module, …
 `dat_ref.peers.memory`           memory formulas: record of the allocations of a forward pass
 `dat_ref.peers.deformable`       row of the deformable layer itself
