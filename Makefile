@@ -17,6 +17,7 @@ PYTEST  := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python
 
 help:
 	@echo "make demo        the trained network on scenes, a backbone on a photograph: figures in $(OUT)/"
+	@echo "make check       lint, types, tests of the spec and of the kernels on small shapes: within 90 s on two cores"
 	@echo "make test        lint, types, site, tests"
 	@echo "make lint        ruff, and the words of docstrings, comments and pages"
 	@echo "make types       mypy"
@@ -49,6 +50,20 @@ test: .venv/test.stamp
 	@$(MAKE) --no-print-directory -j$(JOBS) docs lint types kernels
 	@echo "== pytest"
 	@BUILT_SITE=site $(PYTEST) -m "not slow"
+
+# The inner loop: the spec with its oracles and golden fixtures, the rows of the peers, the kernels on small shapes.
+# Each name is tests/test_NAME.py, or a file of that name in a folder of tests/.
+CHECK := attention backends backends_neighborhood bias block_backbone conventions coverage deprecated_names golden \
+         gradients kernels_cpu kernels_cpu_parts layer layering offsets oracle params_official peers_golden \
+         peers_registry sampling torch_functional windows
+CHECK_FILES = $(foreach name,$(CHECK),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+
+.PHONY: check
+check: .venv/test.stamp
+	@test $(words $(CHECK)) -eq $(words $(CHECK_FILES)) || { echo "CHECK: expected one file for each name, got $(CHECK_FILES)"; exit 1; }
+	@$(MAKE) --no-print-directory -j$(JOBS) lint types
+	@echo "== pytest"
+	@$(PYTEST) -m "not slow and not notebook" $(CHECK_FILES)
 
 lint: .venv/test.stamp
 	@echo "== ruff"

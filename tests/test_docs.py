@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 # docs/figures and docs/performance contain parts of pages. Notebooks have their own test.
 PARTS = ("figures", "performance")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in PARTS]
-README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
+README = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
 
 
 def name_of(path):

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import ConfigError
 from ..block import BlockTrace, MLPTrace
-from ..config import CHECK_INIT, AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
+from ..config import CHECK_INIT, AttentionConfig, BlockConfig, Init
+from ..peers.registry import row_of
 from ._checks import check_tensors
 from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
-from .layer import DeformableAttention
-from .peers import (
-    PEER_MODULES,
-    DATDCNAttention,
-    DeformableConv,
-    MultiScaleDeformableAttention,
-    NeighborhoodAttention,
-    PerQueryAttention,
-)
+from .peers.registry import attentions_with as attentions_with  # re-exported
+from .peers.registry import module_class, module_options
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -96,29 +88,6 @@ class MLP(nn.Module):
         return y, MLPTrace(inputs, *maps)
 
 
-# Attention module for each type of configuration. Other modules may be added.
-ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
-    DeformableAttentionConfig: DeformableAttention,
-    **PEER_MODULES,
-}
-
-
-# Arguments of a module besides its configuration.
-_OPTIONS: dict[Any, tuple[str, ...]] = {
-    DeformableAttention: ("backend", "sampler", "init"),
-    NeighborhoodAttention: ("backend",),
-    DeformableConv: ("sampler",),
-    MultiScaleDeformableAttention: ("sampler",),
-    PerQueryAttention: ("sampler", "init"),
-    DATDCNAttention: ("sampler",),
-}
-
-
-def attentions_with(option: str) -> tuple[Any, ...]:
-    """Return the attention modules that have an option, such as ``"sampler"``."""
-    return tuple(module for module, options in _OPTIONS.items() if option in options)
-
-
 def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
     """Build the attention module for a configuration.
 
@@ -126,17 +95,14 @@ def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
         options: `backend`, `sampler` and `init`. A module receives only the options that it has.
 
     Raises:
-        ConfigError: if the value of an option is unknown, or there is no module for this type of configuration.
+        ConfigError: if the value of an option is unknown, or there is no row for this type of configuration.
     """
     check_backend(options.get("backend", "auto"))
     check_sampler(options.get("sampler", "gather"))
     CHECK_INIT("init", options.get("init", "released"))
-    if type(config) not in ATTENTION_MODULES:
-        known = ", ".join(each.__name__ for each in ATTENTION_MODULES)
-        raise ConfigError(f"attention: expected one of {known}, got {type(config).__name__}")
-    module = ATTENTION_MODULES[type(config)]
-    known_options = _OPTIONS.get(module, ())
-    return module(config, **{name: value for name, value in options.items() if name in known_options})
+    row = row_of(config)
+    known = module_options(row)
+    return module_class(row)(config, **{name: value for name, value in options.items() if name in known})
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 from .._checks import ConfigError
-from ..config import BlockConfig, DATConfig
+from ..config import DATConfig
 from ..peers.matching import CONTROLS, REPLACEMENTS, Match, replace_attention, resolve_kind
 from ..presets import OFFSET_INIT, PRESETS
 from .backbone import DAT
@@ -137,14 +137,8 @@ def _override(config: DATConfig, changes: dict[str, Any]) -> DATConfig:
     if size is not None:
         config = config.resized((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
     if attention:
-        stages = tuple(tuple(_with_attention(block, attention) for block in blocks) for blocks in config.stages)
-        config = replace(config, stages=stages)
+        config = config.map_attention(lambda layer, stage: replace(layer, **attention))
     return replace(config, **changes)
-
-
-def _with_attention(block: BlockConfig, changes: dict[str, Any]) -> BlockConfig:
-    attention: Any = block.attention
-    return replace(block, attention=replace(attention, **changes))
 
 
 def _suggest(name: str, known: list[str]) -> str:

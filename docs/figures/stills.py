@@ -2,7 +2,8 @@
 
     python docs/figures/stills.py
 
-It opens the bundled figures (docs/figures-live) in Chromium through playwright. Run it after bundle.py.
+It opens the figures that the site has as files of their own (site/figures-live) in Chromium through playwright. Run it
+after `make docs`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox", "--disable-gpu"])
         options = {"viewport": {"width": 800, "height": 900}, "device_scale_factor": 1.5, "reduced_motion": "reduce"}
         page = browser.new_context(**options).new_page()
-        for path in sorted((DOCS / "figures-live").glob("*.html")):
+        for path in sorted((DOCS.parent / "site" / "figures-live").glob("*.html")):
             page.goto(path.as_uri())
             figure = page.locator("[data-figure].live")
             picture = Image.open(io.BytesIO(figure.screenshot())).convert("RGB")
