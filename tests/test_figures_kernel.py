@@ -275,8 +275,8 @@ def coverage_cases(rng):
 
 
 def painting_cases(rng):
-    size = draw_size(rng, smallest=3, largest=8)
-    drawn = rng.uniform(size=(int(rng.integers(1, 6)), 2)) * (np.array(size) - 1)
+    size = draw_size(rng, smallest=3, largest=5)
+    drawn = rng.uniform(-0.1, 1.1, size=(int(rng.integers(1, 6)), 2)) * (np.array(size) - 1)  # some outside the map
     spec = Painting(rng.integers(0, 256, size=(*size, 3)), rng.uniform(5, 60), rng.uniform(3, 30))
     (queries, read, _, points, table), painted = spec.paint(drawn)
     arguments = (spec.bytes.ravel(), size, spec.sharpness, spec.near)
@@ -373,8 +373,9 @@ WRONG = {  # changes of the kernel: (before, after, a function whose cases must 
     "seam forgotten": ("&& pixel < shift === query < shift", "", "receptiveField"),
     "coverage beyond the footprint": ("< 1 - 1e-9", "<= 1", "readAxis"),
     "guessing always": ("hits + (1 - hits) / classes", "hits + 1 / classes", "fixedGridBound"),
-    "bias stays on entries": ("share * (2 * below + 1)", "0", "painted"),
-    "bias path negated": ("slope[query] = scale", "slope[query] = -scale", "gradientOf"),
+    "bias stays on entries": ("[share, -1] : [1 - share, 1]", "[0, -1] : [1, 1]", "painted"),
+    "bias path negated": ("found.slope += sign * bias", "found.slope -= sign * bias", "gradientOf"),
+    "table without a border": ("if (Math.abs(entry) > length - 1) continue;", "", "painted"),
     "reading as value only": (
         "weight * wrong[channel] + 2 * sharpness * onLogit * planes[channel][m]",
         "weight * wrong[channel]",

@@ -473,31 +473,46 @@ export function readings({ planes, size }, points) {
   });
 }
 
-/** The bias on one axis, interpolated between whole displacements, for all queries: {value, slope at the point}. */
-export function axisBias({ near }, length, place) {
-  const [value, slope] = [new Float64Array(length), new Float64Array(length)];
-  const scale = 1 / (2 * near * near);
-  for (let query = 0; query < length; query += 1) {
-    const below = Math.floor(query - place);
-    const share = query - place - below;
-    value[query] = -scale * (below * below + share * (2 * below + 1));
-    slope[query] = scale * (2 * below + 1);
+/**
+ * The two table entries next to a displacement on one axis of the map: {value, mass, slope, massSlope}.
+ *
+ * `value` is the weighted sum of their -d²/(2 near²), `mass` the sum of the weights: 1 inside the table, less at its
+ * border, where entries outside are zero. Slopes are with respect to the point, which is the displacement subtracted
+ * from the query. The bias of a query and a point is value_y mass_x + mass_y value_x.
+ */
+export function axisBias({ near }, length, displacement) {
+  const below = Math.floor(displacement);
+  const share = displacement - below;
+  const found = { value: 0, mass: 0, slope: 0, massSlope: 0 };
+  for (let step = 0; step < 2; step += 1) {
+    const entry = below + step;
+    if (Math.abs(entry) > length - 1) continue;
+    const [weight, sign] = step ? [share, -1] : [1 - share, 1];
+    const bias = -(entry * entry) / (2 * near * near);
+    found.value += weight * bias;
+    found.mass += weight;
+    found.slope += sign * bias;
+    found.massSlope += sign;
   }
-  return { value, slope };
+  return found;
+}
+
+/** `axisBias` of all points and all queries on both axes: [rows, columns], each [point][query]. */
+function biasAxes(picture, points) {
+  return picture.size.map((length, axis) =>
+    points.map((point) => Array.from({ length }, (_, query) => axisBias(picture, length, query - point[axis]))),
+  );
 }
 
 /** The weights of one query, a pixel [row, column], over the points, by softmax. */
 export function queryWeights(picture, points, read, [row, column]) {
   const { size, planes, sharpness } = picture;
   const [r, g, b] = planes.map((plane) => plane[row * size[1] + column]);
-  const scale = 1 / (2 * picture.near ** 2);
-  const line = (distance) => {
-    const below = Math.floor(distance);
-    return -scale * (below * below + (distance - below) * (2 * below + 1));
-  };
   const logits = points.map(([y, x], n) => {
     const [red, green, blue, norm] = read[n].value;
-    return sharpness * (2 * (r * red + g * green + b * blue) - norm) + line(row - y) + line(column - x);
+    const [down, across] = [axisBias(picture, size[0], row - y), axisBias(picture, size[1], column - x)];
+    const bias = down.value * across.mass + down.mass * across.value;
+    return sharpness * (2 * (r * red + g * green + b * blue) - norm) + bias;
   });
   const largest = Math.max(...logits);
   const weights = logits.map((logit) => Math.exp(logit - largest));
@@ -515,7 +530,7 @@ export function paint(picture, points, read = readings(picture, points)) {
   const { size, sharpness } = picture;
   const [reds, greens, blues] = picture.planes;
   const [queries, keys] = [size[0] * size[1], points.length];
-  const [down, across] = [0, 1].map((axis) => points.map((point) => axisBias(picture, size[axis], point[axis]).value));
+  const [down, across] = biasAxes(picture, points);
   const values = Float64Array.from(read.flatMap(({ value }) => value));
   const weights = new Float64Array(queries * keys);
   const colors = [0, 1, 2].map(() => new Float64Array(queries));
@@ -531,7 +546,9 @@ export function paint(picture, points, read = readings(picture, points)) {
     for (let n = 0; n < keys; n += 1) {
       const at = 4 * n;
       const content = 2 * (r * values[at] + g * values[at + 1] + b * values[at + 2]) - values[at + 3];
-      logits[n] = sharpness * content + down[n][row] + across[n][column];
+      const y = down[n][row];
+      const x = across[n][column];
+      logits[n] = sharpness * content + y.value * x.mass + y.mass * x.value;
       if (logits[n] > largest) largest = logits[n];
     }
     let total = 0;
@@ -563,7 +580,7 @@ export function paintGradient(picture, points) {
   const [queries, keys] = [size[0] * size[1], points.length];
   const read = readings(picture, points);
   const { colors, weights } = paint(picture, points, read);
-  const slopes = points.map((point) => point.map((place, axis) => axisBias(picture, size[axis], place).slope));
+  const [down, across] = biasAxes(picture, points);
   const onRead = points.map(() => [0, 0, 0, 0]); // ∂L/∂ what each point reads
   const bias = points.map(() => [0, 0]);
   for (let m = 0; m < queries; m += 1) {
@@ -577,8 +594,9 @@ export function paintGradient(picture, points) {
       for (let channel = 0; channel < 3; channel += 1)
         onRead[n][channel] += weight * wrong[channel] + 2 * sharpness * onLogit * planes[channel][m];
       onRead[n][3] -= sharpness * onLogit;
-      bias[n][0] += onLogit * slopes[n][0][row];
-      bias[n][1] += onLogit * slopes[n][1][column];
+      const [y, x] = [down[n][row], across[n][column]];
+      bias[n][0] += onLogit * (y.slope * x.mass + y.massSlope * x.value);
+      bias[n][1] += onLogit * (y.value * x.massSlope + y.mass * x.slope);
     }
   }
   const features = read.map(({ slope }, n) =>
