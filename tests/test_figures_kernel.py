@@ -344,7 +344,17 @@ WITHIN = {"coordinate", "pitch", "places", "corners", "biasWindows", "symbols", 
 WITHIN |= {"axisKernel", "axisNeighbors", "axisWindow", "sampledPixels"}
 WITHIN |= {"pictureOf", "readings", "axisBias", "queryWeights", "paint", "paintGradient"}
 # The network in the page has tests of its own: test_figures_network.py.
-WITHIN |= {"parameters", "gelu", "linear", "layerNorm", "convolve", "convolveChannels", "spot"}
+WITHIN |= {
+    "parameters",
+    "gelu",
+    "linear",
+    "layerNorm",
+    "convolve",
+    "convolveChannels",
+    "spotFeatures",
+    "changedFeatures",
+    "spotAnswers",
+}
 
 
 def test_no_function_of_the_kernel_is_left_out(cases):

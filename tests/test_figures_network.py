@@ -38,10 +38,17 @@ def test_weights_and_pictures_are_those_of_the_package():
 
 
 def images():
-    """Return an empty scene, scenes with one object and with many, and a smaller image of noise."""
+    """Return an empty scene, scenes with one object and with many, small changes of the last one, and noise."""
     scenes = Scenes("find_all", "held_out", 160, objects="pictures")
-    noise = np.random.default_rng(0).integers(0, 256, size=(80, 80, 3), dtype=np.uint8)
-    return [scenes[number].image for number in (12, 58, 33)] + [noise]
+    rng = np.random.default_rng(0)
+    drawn = [scenes[number].image for number in (12, 58, 33)]
+    for top, left in ((0, 70), (61, 37), (150, 151), (77, 0)):  # at borders and inside
+        changed = drawn[-1].copy()
+        changed[top : top + 9, left : left + 9] = rng.integers(
+            0, 256, size=changed[top : top + 9, left : left + 9].shape
+        )
+        drawn.append(changed)
+    return [*drawn, rng.integers(0, 256, size=(80, 80, 3), dtype=np.uint8)]
 
 
 def by_spec(image, zero_offsets):
@@ -54,6 +61,7 @@ def by_spec(image, zero_offsets):
         "points": trace.points_px[0].ravel(),
         "references": trace.reference_px[0, 0].ravel(),
         "received": received(trace).ravel(),
+        "change": 0.0,  # from features that are computed anew
     }
 
 
@@ -89,6 +97,7 @@ def test_network_in_the_page_equals_the_spec(cases):
 
 
 WRONG = {
+    "changes without their surroundings": ("const HALO = 2", "const HALO = 1"),
     "norm without epsilon": ("variance / dim + 1e-5", "variance / dim + 1e-3"),
     "offsets of the other group": ("group * share, pair, params", "0, pair, params"),
     "range twice as large": ("range: 2, heads", "range: 4, heads"),

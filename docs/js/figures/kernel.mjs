@@ -608,7 +608,7 @@ export function paintGradient(picture, points) {
 // ------------------------------------------------------------------------------------------------ the network
 
 /*
- * `dat_spot`, the network of the package, on one image. A map is {data, size, dim}: a Float32Array, pixel by pixel, the
+ * `dat_spot`, the network of the package. A map is {data, size, dim}: a Float32Array, pixel by pixel, the
  * channels of a pixel next to each other. `params` maps the names of the package's file to Float32Arrays.
  */
 
@@ -786,51 +786,96 @@ function add(x, y) {
 
 const SPOT = { stride: 10, kernel: 11, range: 2, heads: 4, groups: 2 }; // of the deformable layer of `dat_spot`
 
+/** A function that returns weight and bias of a part of the network by its name. */
+const pairsOf = (params) => (name) => [params[`${name}.weight`], params[`${name}.bias`]];
+
+function mlp(x, pair, name) {
+  const hidden = linear(x, ...pair(`${name}.linear1`));
+  gelu(hidden.data);
+  return linear(hidden, ...pair(`${name}.linear2`));
+}
+
 /**
- * Run `dat_spot` on an image of red, green and blue in 0 … 255, four bytes a pixel as a canvas returns them.
+ * The first half of `dat_spot`: the map after the stem and the first block, where a position sees 15 × 15 pixels.
  *
- * Returns {size, classes, probabilities, points, references, received}: for each position the classes' probabilities;
- * points and references of each group in pixels of the map; the attention that each point receives (mean over heads
- * and queries), by group. With `moving` false all offsets are zero.
+ * `pixels` are red, green, blue and alpha in 0 … 255, as a canvas returns them. `box` = [top, left, bottom, right] is
+ * the part of the image to use, multiples of 4.
  */
-export function spot(pixels, side, params, { mean, deviation }, moving = true) {
-  const image = { data: new Float32Array(side * side * 3), size: [side, side], dim: 3 };
-  for (let pixel = 0; pixel < side * side; pixel += 1)
-    for (let channel = 0; channel < 3; channel += 1)
-      image.data[3 * pixel + channel] = (pixels[4 * pixel + channel] / 255 - mean[channel]) / deviation[channel];
-
-  const pair = (name) => [params[`${name}.weight`], params[`${name}.bias`]];
-  const embed = (x, name) => layerNorm(convolve(x, ...pair(`${name}.projection`), 3, 2, 1), ...pair(`${name}.norm`));
-  const mlp = (x, name) => {
-    const hidden = linear(x, ...pair(`${name}.linear1`));
-    gelu(hidden.data);
-    return linear(hidden, ...pair(`${name}.linear2`));
+export function spotFeatures(pixels, side, params, { mean, deviation }, box = [0, 0, side, side]) {
+  const [top, left, bottom, right] = box;
+  const image = {
+    data: new Float32Array((bottom - top) * (right - left) * 3),
+    size: [bottom - top, right - left],
+    dim: 3,
   };
+  for (let y = top, to = 0; y < bottom; y += 1)
+    for (let x = left; x < right; x += 1)
+      for (let channel = 0; channel < 3; channel += 1, to += 1)
+        image.data[to] = (pixels[4 * (y * side + x) + channel] / 255 - mean[channel]) / deviation[channel];
 
+  const pair = pairsOf(params);
+  const embed = (x, name) => layerNorm(convolve(x, ...pair(`${name}.projection`), 3, 2, 1), ...pair(`${name}.norm`));
   const halved = embed(image, "patch_embedding.0");
   gelu(halved.data);
   let x = embed(halved, "patch_embedding.1");
 
-  const first = "stages.0.blocks.0";
-  x = add(
-    x,
-    convolveChannels(x, ...pair(`${first}.local_perception`), { kernel: 3, stride: 1, pad: 1, target: x.size }),
-  );
-  const normed = layerNorm(x, ...pair(`${first}.norm1`));
+  const name = "stages.0.blocks.0";
+  const local = { kernel: 3, stride: 1, pad: 1, target: x.size };
+  x = add(x, convolveChannels(x, ...pair(`${name}.local_perception`), local));
+  const normed = layerNorm(x, ...pair(`${name}.norm1`));
   // A window of one position has one key, whose weight is 1: only its value counts.
-  const [qkv, shift] = pair(`${first}.attention.qkv`);
+  const [qkv, shift] = pair(`${name}.attention.qkv`);
   const value = linear(normed, qkv.subarray((2 * qkv.length) / 3), shift.subarray((2 * shift.length) / 3));
-  x = add(x, linear(value, ...pair(`${first}.attention.output`)));
-  x = add(x, mlp(layerNorm(x, ...pair(`${first}.norm2`)), `${first}.mlp`));
+  x = add(x, linear(value, ...pair(`${name}.attention.output`)));
+  return add(x, mlp(layerNorm(x, ...pair(`${name}.norm2`)), pair, `${name}.mlp`));
+}
 
-  const second = "stages.0.blocks.1";
-  const layer = deformable(layerNorm(x, ...pair(`${second}.norm1`)), pair, params, `${second}.attention`, moving);
-  x = add(x, layer.output);
-  x = add(x, mlp(layerNorm(x, ...pair(`${second}.norm2`)), `${second}.mlp`));
+const CELL = 4; // pixels of the image for one position of the map
+const HALO = 2; // positions around a changed pixel's that can change, and around those that are needed to compute them
 
+/**
+ * `spotFeatures` of an image, where only the part that differs from another image is computed.
+ *
+ * `before` is {pixels, features} of that image, and the result is {pixels, features} of this one.
+ */
+export function changedFeatures(before, pixels, side, params, statistics) {
+  const length = side / CELL;
+  let [top, left, bottom, right] = [length, length, 0, 0]; // of the changed positions
+  for (let n = 0; n < pixels.length; n += 1) {
+    if (pixels[n] === before.pixels[n]) continue;
+    const [y, x] = [Math.floor(n / 4 / side / CELL), Math.floor(((n >> 2) % side) / CELL)];
+    [top, left, bottom, right] = [Math.min(top, y), Math.min(left, x), Math.max(bottom, y + 1), Math.max(right, x + 1)];
+  }
+  if (top >= bottom) return before;
+  const grown = (by) => [top - by, left - by, bottom + by, right + by].map((edge) => clip(edge, 0, length));
+  const [inner, outer] = [grown(HALO), grown(2 * HALO)];
+  const box = outer.map((edge) => edge * CELL);
+  const part = spotFeatures(pixels, side, params, statistics, box);
+  const { dim } = part;
+  const data = before.features.data.slice();
+  for (let y = inner[0]; y < inner[2]; y += 1) {
+    const from = ((y - outer[0]) * part.size[1] + inner[1] - outer[1]) * dim;
+    const row = part.data.subarray(from, from + (inner[3] - inner[1]) * dim);
+    data.set(row, (y * length + inner[1]) * dim);
+  }
+  return { pixels, features: { ...before.features, data } };
+}
+
+/**
+ * The second half of `dat_spot`: {size, classes, logits, probabilities, points, references, received}.
+ *
+ * For each position the classes' probabilities; points and references of each group in pixels of the map; the attention
+ * that each point receives (mean over heads and queries), by group. With `moving` false all offsets are zero.
+ */
+export function spotAnswers(features, params, moving = true) {
+  const pair = pairsOf(params);
+  const name = "stages.0.blocks.1";
+  const normed = layerNorm(features, ...pair(`${name}.norm1`));
+  const { output, points, references, received } = deformable(normed, pair, params, `${name}.attention`, moving);
+  let x = add(features, output);
+  x = add(x, mlp(layerNorm(x, ...pair(`${name}.norm2`)), pair, `${name}.mlp`));
   const logits = linear(layerNorm(x, ...pair("norm")), ...pair("head"));
   const probabilities = softmaxRows(logits.data, logits.dim);
-  const { points, references, received } = layer;
   return { size: logits.size, classes: logits.dim, logits: logits.data, probabilities, points, references, received };
 }
 

@@ -2,7 +2,7 @@
 
 import { NETWORK } from "./data/network.mjs";
 import { SCENERY } from "./data/scenery.mjs";
-import { clip, parameters, spot } from "./kernel.mjs";
+import { changedFeatures, clip, parameters, spotAnswers, spotFeatures } from "./kernel.mjs";
 import { button, choice, fixed, frame, handle, html, panel, slider, surface, svg } from "./ui.mjs";
 
 export const title = "A trained network in the page";
@@ -109,6 +109,8 @@ export function mount(element) {
     ),
   );
   const state = { kind: "ladybug", place: [80, 80], radius: 13, offsets: "own", photograph: "chelsea" };
+  const dark = new Uint8ClampedArray(4 * SIDE * SIDE);
+  let last = { pixels: dark, features: spotFeatures(dark, SIDE, params, NETWORK) };
   let background;
   const pictures = {};
   const spent = []; // milliseconds of the last passes
@@ -172,7 +174,8 @@ export function mount(element) {
     compose(input, 1);
     const pixels = context.getImageData(0, 0, SIDE, SIDE).data;
     const begin = performance.now();
-    const result = spot(pixels, SIDE, params, NETWORK, state.offsets === "own");
+    last = changedFeatures(last, pixels, SIDE, params, NETWORK);
+    const result = spotAnswers(last.features, params, state.offsets === "own");
     spent.push(performance.now() - begin);
     if (spent.length > 10) spent.shift();
     const milliseconds = [...spent].sort((a, b) => a - b)[Math.floor(spent.length / 2)];
@@ -206,7 +209,7 @@ export function mount(element) {
       Object.entries(SCENERY.objects).map(async ([name, address]) => [name, cut(await picture(address))]),
     );
     Object.assign(pictures, Object.fromEntries(loaded));
-    for (let n = 0; n < 3; n += 1) spot(new Uint8ClampedArray(4 * SIDE * SIDE), SIDE, params, NETWORK); // compiled by then
+    for (let n = 0; n < 3; n += 1) spotAnswers(spotFeatures(dark, SIDE, params, NETWORK), params); // compiled by then
     background = middle(await picture(SCENERY.photographs[state.photograph]));
     draw();
   })();
