@@ -77,7 +77,8 @@ def test_every_page_opens_without_problems(chromium, served):
 
 
 @pytest.mark.parametrize(
-    "path", ["index.html", "conventions/", "spec/sampling/", "spec/offsets/", "spec/bias/", "cost/", "peers/"]
+    "path",
+    ["index.html", "introduction/", "conventions/", "spec/sampling/", "spec/offsets/", "spec/bias/", "cost/", "peers/"],
 )
 def test_figures_respond_to_arrow_keys_on_their_pages(chromium, served, path):
     """Figures respond to arrow keys on their pages, also on a narrow screen; other tests check the values."""
