@@ -134,3 +134,17 @@ def capture_radius(target: float) -> float:
     if not target > 0:
         raise ConfigError(f"target: expected a side above 0, got {target}")
     return target / 2 + 1
+
+
+def share_of_cell(kernel_size: int, stride: int) -> float:
+    """Return the share of a key cell of r × r pixels that the offset network's kernel sees, min(1, k/r)².
+
+    Args:
+        kernel_size: k.
+        stride: r, map pixels per key cell.
+
+    >>> share_of_cell(5, 4), round(share_of_cell(5, 8), 2)
+    (1.0, 0.39)
+    """
+    kernel_size, stride = integer(1)("kernel_size", kernel_size), integer(1)("stride", stride)
+    return float(min(1, kernel_size / stride) ** 2)
