@@ -10,6 +10,7 @@ from .offset_adapters import Intercept, OffsetLayer
 from .offset_findings import OffsetReport
 from .offset_report import Measurement, check_deformable
 
+PREFIX = "offsets/"  # of the names of scalars
 SCALARS = ("mean", "at_bound", "outside", "image")  # fields of `LayerOffsets` that a log shows
 
 
@@ -59,6 +60,11 @@ class OffsetLog:
 
         return record
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all scalars."""
+        return [_scalar(layer, name) for layer in self._layers for name in SCALARS]
+
     def report(self) -> OffsetReport:
         """Return the report of the last forward pass in training mode: its images, and the layers that it ran."""
         layers, images = [], 0
@@ -77,7 +83,7 @@ class OffsetLog:
         """
         report = self.report()
         return {
-            f"offsets/{layer.name or 'layer'}/{name}": float(getattr(layer, name))
+            _scalar(layer.name, name): float(getattr(layer, name))
             for layer in report.layers
             for name in SCALARS
             if name != "image" or report.images > 1
@@ -94,3 +100,7 @@ class OffsetLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _scalar(layer: str, name: str) -> str:
+    return f"{PREFIX}{layer or 'layer'}/{name}"

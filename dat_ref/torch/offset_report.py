@@ -68,7 +68,7 @@ class Measurement:
         image = self.squares / count - mean.square()
         parts = [float(part.mean()) for part in (shift.square(), pattern, image.clamp(min=0))]
         whole = sum(parts)
-        shares = [part / whole if whole else 0.0 for part in parts]
+        shift_share, pattern_share, image_share = (part / whole if whole else 0.0 for part in parts)
         height, width = self.sizes[0]
         size = (int(height), int(width))
         return LayerOffsets(
@@ -80,7 +80,9 @@ class Measurement:
             self.longest,
             self.at_bound / count,
             self.outside / count,
-            *shares,
+            shift_share,
+            pattern_share,
+            image_share,
             **self.layer.settings(size),
         )
 
