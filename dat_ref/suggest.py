@@ -147,7 +147,8 @@ def _groups(dim: int, heads: int) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+    small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)})
 
 
 def _stride(size: Size, max_keys: int) -> int:
@@ -187,13 +188,13 @@ def _macs(size: Size, config: Any) -> int:
 
 def _stride_reason(config: DeformableAttentionConfig, size: Size, max_keys: int, target: int | None) -> str:
     stride, (rows, columns) = config.stride, _key_size(size, config.stride)
-    reason = f"{rows} × {columns} = {rows * columns} keys; they read {coverage(size, stride):.0%} of the map"
+    read = coverage(size, stride)
+    reason = f"{rows} × {columns} = {rows * columns} keys; without offsets they read {read:.0%} of the map"
     if target is not None:
-        reason += (
-            f", and a target of {target} × {target} at {hit_rate(size, stride, (target, target)):.0%} of its places"
-        )
+        hits = hit_rate(size, stride, (target, target))
+        reason += f", and a target of {target} × {target} at {hits:.0%} of its positions"
     before = stride - 1
-    if before and _keys(size, before) <= max_keys and coverage(size, before) < coverage(size, stride):
+    if before and _keys(size, before) <= max_keys and coverage(size, before) < read:
         reason += f" ({_keys(size, before)} keys of stride {before} would read {coverage(size, before):.0%})"
     return reason
 

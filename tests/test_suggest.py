@@ -76,7 +76,7 @@ def test_reasons_have_the_counted_numbers():
     found = suggest_attention(128, (40, 48), max_keys=30, target=3)
     config = found.config
     assert (config.stride, config.kernel_size, config.groups, config.heads) == (8, 9, 2, 4)
-    assert f"5 × 6 = 30 keys; they read {coverage((40, 48), 8):.0%}" in reason(found, "stride")
+    assert f"5 × 6 = 30 keys; without offsets they read {coverage((40, 48), 8):.0%}" in reason(found, "stride")
     assert f"{hit_rate((40, 48), 8, (3, 3)):.0%} of its positions" in reason(found, "stride")
     assert f"kernel 5: {share_of_cell(5, 8):.0%}" in reason(found, "kernel_size")
     terms = attention_terms(1, (40, 48), config)
@@ -111,7 +111,7 @@ def test_released_models_have_the_channels_that_the_reasons_state():
 def test_bias_is_a_table_of_the_map_or_of_the_key_grid_or_a_convolution():
     sizes = [suggest_attention(*arguments).config.size for arguments in ((128, (14, 14), 20), (64, (56, 56), 200))]
     assert sizes == [(14, 14), (14, 14)]
-    assert suggest_attention(64, (112, 112), 112 * 112 // 9).config.bias is dat_ref.BiasKind.DEPTHWISE
+    assert suggest_attention(8, (112, 112), 112 * 112 // 9).config.bias is dat_ref.BiasKind.DEPTHWISE
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,10 @@ def test_command(capsys):
     assert main([*command, "--target", "3", "--heads", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == suggest_attention(64, (56, 56), 100, heads=4, target=3).to_dict()
+    assert main(["suggest", "--dim", "9" * 9, "--size", "8", "8", "--keys", "4"]) == 2
+    assert "--dim: expected at most 65536" in capsys.readouterr().err
+    assert main(["suggest", "--dim", "8", "--size", "8", "99999", "--keys", "4"]) == 2
+    assert "--size: expected at most 4096" in capsys.readouterr().err
     assert main([*command, "--target", "57"]) == 2
     assert "target: expected at most the map" in capsys.readouterr().err
 

@@ -6,8 +6,11 @@ import argparse
 import json
 from typing import Any
 
+from .._checks import ConfigError
 from ..suggest import suggest_attention
 from .output import HelpFormatter
+
+MAX_DIM, MAX_SIDE = 65536, 4096
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,6 +38,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    for name, values, limit in (("dim", [options.dim], MAX_DIM), ("size", options.size, MAX_SIDE)):
+        if max(values) > limit:
+            raise ConfigError(f"--{name}: expected at most {limit}, got {max(values)}")
     found = suggest_attention(
         options.dim, tuple(options.size), options.keys, heads=options.heads, target=options.target
     )

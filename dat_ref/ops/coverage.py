@@ -50,7 +50,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     kernel = stride // 2 * 2 + 3  # every odd kernel larger than the stride gives the same grid
     points = reference_points(key_grid_size(size, kernel, stride, convention), convention)
     points_px = to_pixels(np.clip(points, -1, 1), size, convention)
-    rows, columns = (_read_on_axis(points_px[..., axis].ravel(), length) for axis, length in enumerate(size))
+    rows, columns = _read_on_axis(points_px[:, 0, 0], size[0]), _read_on_axis(points_px[0, :, 1], size[1])
     return rows[:, None] & columns
 
 

@@ -235,7 +235,7 @@ class MultiScaleOffsets(OffsetLayer):
             if not calls:
                 raise ConfigError(f"model: expected forward calls of layer {self.name!r}, got a call of another method")
             raw = output.unflatten(2, (heads * levels * points, 2)).permute(0, 2, 3, 1)[..., None]  # (B, G, 2, Q, 1)
-            new = intercept(raw, calls[0])
+            new = intercept(raw, calls.pop())
             return None if new is None else new[..., 0].permute(0, 3, 1, 2).flatten(2)
 
         predictor = getattr(self.module, self.offset_layer)
@@ -253,9 +253,9 @@ class MultiScaleOffsets(OffsetLayer):
         if references.shape[-1] == 4:
             moved = moved * references[..., 2:] * ends / (2 * points)
         positions = references[..., :2] * ends - 0.5 + moved
-        flat = (each.flatten(2, 4).transpose(1, 2)[:, :, :, None].flip(-1) for each in (moved, positions))
+        moved, positions = (each.flatten(2, 4).transpose(1, 2)[:, :, :, None].flip(-1) for each in (moved, positions))
         sizes = [size for _ in range(heads) for size in call.shapes for _ in range(points)]
-        return Points(*flat, _sizes(sizes, moved))
+        return Points(moved, positions, _sizes(sizes, moved))
 
 
 class OwnMultiScaleOffsets(MultiScaleOffsets):
