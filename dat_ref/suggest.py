@@ -241,8 +241,11 @@ def _cost_reason(config: DeformableAttentionConfig, size: Size) -> str:
 
 
 def _short(count: int) -> str:
-    """Return a count in millions or billions."""
-    return f"{count / 1e9:.3g} G" if count >= 1e9 else f"{count / 1e6:.3g} M"
+    """Return a count in millions, billions (G) or trillions (T)."""
+    power, unit = next(
+        (power, unit) for power, unit in ((12, "T"), (9, "G"), (6, "M")) if count >= 10**power or power == 6
+    )
+    return f"{count / 10**power:.3g} {unit}"
 
 
 def _text(value: Any) -> str:

@@ -132,7 +132,7 @@ def test_taps_of_a_convolution_equal_loops_by_hand():
 
 
 def test_offsets_of_a_convolution_are_replaced():
-    """Accuracy without offsets is that of the plain convolution, and with another image's of that image's offsets."""
+    """Accuracies with other offsets equal the accuracies of convolutions that get these offsets."""
     torch.manual_seed(0)
     offsets = 2 * random(8, CHANNELS, *SIZE, seed=1)
     model, images = ConvNet(DeformConv2d(4), offsets), random(8, 4, *SIZE, seed=2)

@@ -307,6 +307,16 @@ def test_an_edited_log_that_can_be_read_is_repaired(edit, stopped):
     assert b"\r" not in path.read_bytes()
 
 
+def test_the_initialization_is_part_of_the_config(stopped):
+    """Another one is refused, and a run of a version without the field goes on."""
+    with pytest.raises(ConfigError, match="init: '', 'zero_offset'"):
+        run(stopped, replace(CONFIG, init="zero_offset"))
+    state = checkpoint.load_latest(stopped)
+    del state["config"]["init"]
+    assert checkpoint.save(stopped, state["step"], state)
+    assert run(stopped).steps == 9
+
+
 def test_the_log_has_the_offsets_of_each_layer(tmp_path, monkeypatch):
     """Every 50 steps, here 2, and after each epoch; a resumed run writes the same."""
     monkeypatch.setattr(loop, "OFFSET_STEPS", 2)

@@ -137,7 +137,7 @@ def offset_report(
 
     >>> import dat_ref
     >>> config = dat_ref.DeformableAttentionConfig(8, 2, stride=4, kernel_size=5, bias="none")
-    >>> layer = DeformableAttention(config, init="zero_offset")
+    >>> layer = dat_ref.torch.DeformableAttention(config, init="zero_offset")
     >>> report = offset_report(layer, torch.randn(4, 8, 16, 16))
     >>> [finding.name for finding in report.layers[0].findings]
     ['does nothing']
