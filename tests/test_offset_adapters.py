@@ -10,11 +10,18 @@ from torch import nn  # noqa: E402
 
 from dat_ref import DeformableAttentionConfig  # noqa: E402
 from dat_ref._checks import ConfigError  # noqa: E402
+from dat_ref.peers.dat_dcn import DATDCNAttentionConfig  # noqa: E402
 from dat_ref.peers.deform_conv import DeformableConvConfig  # noqa: E402
 from dat_ref.peers.ms_deform_attn import MultiScaleDeformableConfig  # noqa: E402
+from dat_ref.peers.per_query import PerQueryAttentionConfig  # noqa: E402
 from dat_ref.torch import DeformableAttention, OffsetLog, create_model, functional, offset_report  # noqa: E402
 from dat_ref.torch.offset_adapters import offset_layers  # noqa: E402
-from dat_ref.torch.peers import DeformableConv, MultiScaleDeformableAttention  # noqa: E402
+from dat_ref.torch.peers import (  # noqa: E402
+    DATDCNAttention,
+    DeformableConv,
+    MultiScaleDeformableAttention,
+    PerQueryAttention,
+)
 
 SIZE, KERNEL, GROUPS = (12, 16), (3, 5), 2
 
@@ -160,6 +167,29 @@ def test_convolutions_of_the_peers_are_found():
     assert found.mean == pytest.approx(float(lengths.mean()))
 
 
+@pytest.mark.parametrize(
+    ("attention", "kind"),
+    [
+        ("deform_conv", "deformable convolution"),
+        ("ms_deform", "multi-scale deformable attention"),
+        ("per_query", "attention with keys of each query"),
+        ("dat_dcn", "DAT-DCN attention"),
+    ],
+)
+def test_backbones_with_a_peer_in_the_place_of_deformable_attention(attention, kind):
+    """The measures are those of each layer, and all offsets are replaced together."""
+    torch.manual_seed(0)
+    model = create_model("dat_nano", num_classes=4, attention=attention)
+    images = random(4, 3, 64, 64)
+    labels = model.eval()(images).argmax(1)
+    report = offset_report(model, images, labels, batch_size=2)
+    assert [layer.kind for layer in report.layers] == [kind] * 3
+    assert [layer.size for layer in report.layers] == [(8, 8), (8, 8), (4, 4)]
+    assert set(report.accuracies) == {"own", "zero", "shift", "other"}
+    assert report.accuracies["own"] == 1
+    assert " -  " in str(report).splitlines()[3]  # neither stride nor coverage
+
+
 # ------------------------------------------------------------------------------------------------ multi-scale
 
 
@@ -219,18 +249,35 @@ def test_points_of_multi_scale_attention_equal_loops_by_hand(boxes):
     assert 0 < layer.outside < 1
 
 
-def test_own_multi_scale_points_are_those_of_its_trace():
+def points_of(layer, images):
+    """Return the points of a call, and the points in the layer's trace."""
+    found, (adapter,) = [], offset_layers(layer).values()
+    with torch.no_grad(), adapter.intercepted(lambda raw, call: found.append(adapter.points(raw, call))):
+        _, trace = layer(images, return_trace=True)
+    return found[0], trace.points_px.double()
+
+
+def test_points_of_our_layers_are_those_of_their_traces():
+    """Multi-scale attention, DAT-DCN, keys of each query; offsets are measured from the points with zero offsets."""
     torch.manual_seed(0)
+    images = random(2, 8, *SIZE)
     layer = MultiScaleDeformableAttention(MultiScaleDeformableConfig(dim=8, heads=2))
     set_offsets(layer.offset, 0.5, 1.0)
-    images = random(2, 8, *SIZE)
-    _, trace = layer(images, return_trace=True)
-    points, calls = [], offset_layers(layer)[""]
-    with calls.intercepted(lambda raw, call: points.append(calls.points(raw, call))):
-        layer(images)
-    expected = trace.points_px.flatten(2, 4).transpose(1, 2)[:, :, :, None]  # (B, h·L·P, Q, 1, 2)
-    expected = expected.detach().double()
-    torch.testing.assert_close(points[0].points, expected, rtol=0, atol=1e-5)
+    found, expected = points_of(layer, images)
+    torch.testing.assert_close(found.points, expected.flatten(2, 4).transpose(1, 2)[:, :, :, None], rtol=0, atol=1e-5)
+    layer = DATDCNAttention(DATDCNAttentionConfig(dim=8, heads=2))
+    set_offsets(layer.offset, 0.1, 0.1)
+    found, expected = points_of(layer, images)
+    torch.testing.assert_close(found.points, expected.flatten(2, 4).transpose(1, 2)[:, :, :, None], rtol=0, atol=1e-5)
+    set_offsets(layer.offset, 0, 0)
+    torch.testing.assert_close(found.points - found.moved, points_of(layer, images)[0].points, rtol=0, atol=1e-5)
+    layer = PerQueryAttention(PerQueryAttentionConfig(dim=8, heads=4, groups=2))
+    found, expected = points_of(layer, images)  # (B, G, H·W, N, 2)
+    torch.testing.assert_close(
+        found.points, expected.transpose(2, 3).flatten(1, 2).unflatten(2, SIZE), rtol=0, atol=1e-5
+    )
+    nn.init.zeros_(layer.offset_network.pointwise.weight)
+    torch.testing.assert_close(found.points - found.moved, points_of(layer, images)[0].points, rtol=0, atol=1e-5)
 
 
 def test_offsets_of_multi_scale_attention_are_replaced():

@@ -3,7 +3,7 @@
 An adapter intercepts the raw offsets of a layer in the forward pass, and computes from them the sampling points in
 pixels. Layers of other packages are recognized by their interface:
 
-- deformable convolution: ``forward(x, offset, …)`` with the offsets as an argument, as in torchvision's and mmcv's
+- deformable convolution: ``forward(x, offset, …)`` with the offsets as an argument, as in torchvision's
   ``DeformConv2d``. Channels are in the order group, tap, (dy, dx), in pixels.
 - multi-scale deformable attention: a linear layer ``sampling_offsets``, and ``forward`` with reference points and the
   sizes of the levels, as in Deformable DETR and in transformers. Channels are in the order head, level, point, (x, y).
@@ -29,8 +29,11 @@ from .bridge import as_numpy
 from .functional.deform_conv import deform_points
 from .functional.grid import Size
 from .functional.multi_scale import level_sizes
+from .functional.per_query import lattice
 from .layer import DeformableAttention
+from .peers.dat_dcn import DATDCNAttention
 from .peers.ms_deform_attn import MultiScaleDeformableAttention, cell_centers
+from .peers.per_query import PerQueryAttention
 
 # (raw offsets (B, G, 2, Hk, Wk), geometry of the call) → offsets to use instead, or None to leave them
 Intercept = Callable[[Tensor, Any], Tensor | None]
@@ -98,7 +101,28 @@ class OffsetLayer:
                 handle.remove()
 
 
-class DeformableAttentionOffsets(OffsetLayer):
+class NetworkOffsets(OffsetLayer):
+    """Offsets that an offset network predicts, (B·G, 2·N, Hk, Wk) with N points of a group at each position."""
+
+    @property
+    def count(self) -> int:
+        """Number of points at each position, G·N."""
+        raise NotImplementedError
+
+    def register(self, intercept: Intercept) -> list[Any]:
+        """Intercept the output of the offset network; the geometry is the size of the map."""
+        count, network = self.count, self.module.offset_network
+        assert isinstance(network, nn.Module)
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
+            raw = output[0].reshape(-1, count, 2, *output[0].shape[2:])
+            new = intercept(raw, (inputs[0].shape[2], inputs[0].shape[3]))
+            return None if new is None else (new.reshape(output[0].shape), output[1])
+
+        return [network.register_forward_hook(hook)]
+
+
+class DeformableAttentionOffsets(NetworkOffsets):
     """Offsets of `DeformableAttention`."""
 
     kind = "deformable attention"
@@ -109,17 +133,10 @@ class DeformableAttentionOffsets(OffsetLayer):
         """Return whether a module is ours and has an offset network."""
         return isinstance(module, DeformableAttention) and module.offset_network is not None
 
-    def register(self, intercept: Intercept) -> list[Any]:
-        """Intercept the output of the offset network; the geometry is the size of the map."""
-        groups = self.module.config.groups
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
-            raw = output[0].view(-1, groups, *output[0].shape[1:])
-            new = intercept(raw, (inputs[0].shape[2], inputs[0].shape[3]))
-            return None if new is None else (new.flatten(0, 1), output[1])
-
-        assert self.module.offset_network is not None
-        return [self.module.offset_network.register_forward_hook(hook)]
+    @property
+    def count(self) -> int:
+        """One point for each group."""
+        return self.module.config.groups
 
     def points(self, raw: Tensor, call: Size) -> Points:
         """Compute the points as the layer does, in float64."""
@@ -145,6 +162,31 @@ class DeformableAttentionOffsets(OffsetLayer):
             "offset_range": config.offset_range,
             "coverage": coverage(size, config.stride, config.convention),
         }
+
+
+class PerQueryOffsets(NetworkOffsets):
+    """Offsets of `PerQueryAttention`, in pixels."""
+
+    kind = "attention with keys of each query"
+    module: PerQueryAttention
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether a module is ours."""
+        return isinstance(module, PerQueryAttention)
+
+    @property
+    def count(self) -> int:
+        """Keys of each group."""
+        return self.module.config.groups * self.module.config.keys
+
+    def points(self, raw: Tensor, call: Size) -> Points:
+        """Compute the position of each key of each pixel."""
+        config = self.module.config
+        moved = raw.double().permute(0, 1, 3, 4, 2)  # (B, G·N, H, W, 2)
+        around = lattice(call, config.kernel_size, dtype=moved.dtype, device=raw.device)  # (H·W, N, 2)
+        around = around.transpose(0, 1).unflatten(1, call).repeat(config.groups, 1, 1, 1)
+        return Points(moved, moved + around, _sizes([call], moved))
 
 
 class DeformableConvOffsets(OffsetLayer):
@@ -213,7 +255,7 @@ class MultiScaleOffsets(OffsetLayer):
         module: Any = self.module
         return module.n_heads, module.n_levels, module.n_points
 
-    def call(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> MultiScaleCall:
+    def call(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """Return the geometry of a call from its arguments."""
         given = inspect.signature(self.module.forward).bind(*arguments, **options).arguments
         for name in ("spatial_shapes_list", "spatial_shapes", "input_spatial_shapes"):
@@ -226,7 +268,7 @@ class MultiScaleOffsets(OffsetLayer):
     def register(self, intercept: Intercept) -> list[Any]:
         """Intercept the output of the linear layer that predicts the offsets."""
         heads, levels, points = self.axes
-        calls: list[MultiScaleCall] = []
+        calls: list[Any] = []
 
         def before(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             calls[:] = [self.call(arguments, options)]
@@ -244,7 +286,7 @@ class MultiScaleOffsets(OffsetLayer):
             predictor.register_forward_hook(hook),
         ]
 
-    def points(self, raw: Tensor, call: MultiScaleCall) -> Points:
+    def points(self, raw: Tensor, call: Any) -> Points:
         """Compute the points of each query: pixels of their level, or shares of a reference box."""
         heads, levels, points = self.axes
         moved = raw.double()[..., 0].unflatten(1, (heads, levels, points)).movedim((4, 5), (5, 1))  # (B, Q, h, L, P, 2)
@@ -277,14 +319,47 @@ class OwnMultiScaleOffsets(MultiScaleOffsets):
 
     def call(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> MultiScaleCall:
         """Return the pixel centers as reference points."""
-        x = inspect.signature(self.module.forward).bind(*arguments, **options).arguments["x"]
-        size = (x.shape[2], x.shape[3])
-        centers = cell_centers(size, dtype=torch.float64, device=x.device)
-        return MultiScaleCall(centers.expand(x.shape[0], *centers.shape), [size])
+        size = _map_size(self.module, arguments, options)
+        return MultiScaleCall(
+            cell_centers(size, dtype=torch.float64, device=self.module.offset.weight.device)[None], [size]
+        )
+
+
+class DATDCNOffsets(MultiScaleOffsets):
+    """Offsets of `DATDCNAttention`, in units of half a map."""
+
+    kind = "DAT-DCN attention"
+    module: DATDCNAttention
+    offset_layer = "offset"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether a module is ours."""
+        return isinstance(module, DATDCNAttention)
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """Heads, levels, points."""
+        return self.module.config.heads, 1, self.module.config.points
+
+    def call(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Size:
+        """Return the size of the map."""
+        return _map_size(self.module, arguments, options)
+
+    def points(self, raw: Tensor, call: Size) -> Points:
+        """Compute the points of each pixel."""
+        convention = self.module.config.convention
+        offsets = raw.double().permute(0, 1, 3, 4, 2)  # (B, heads·P, H·W, 1, 2), (y, x)
+        reference = functional.reference_points(call, convention, dtype=offsets.dtype, device=raw.device)
+        reference = reference.reshape(-1, 1, 2)
+        points, unmoved = (functional.to_pixels(each, call, convention) for each in (reference + offsets, reference))
+        return Points(points - unmoved, points, _sizes([call], offsets))
 
 
 ADAPTERS: tuple[type[OffsetLayer], ...] = (
     DeformableAttentionOffsets,
+    PerQueryOffsets,
+    DATDCNOffsets,
     OwnMultiScaleOffsets,
     MultiScaleOffsets,
     DeformableConvOffsets,
@@ -300,6 +375,12 @@ def offset_layers(model: nn.Module) -> dict[str, OffsetLayer]:
                 found[name] = adapter(name, module)
                 break
     return found
+
+
+def _map_size(module: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Size:
+    """Return the size of the map x in a call of a peer."""
+    x = inspect.signature(module.forward).bind(*arguments, **options).arguments["x"]
+    return x.shape[2], x.shape[3]
 
 
 def _sizes(sizes: Sequence[Size], like: Tensor) -> Tensor:

@@ -168,8 +168,8 @@ class LayerOffsets:
 
     Args:
         name: name of the module in the model; empty for the model itself.
-        kind: ``"deformable attention"``, ``"deformable convolution"`` or ``"multi-scale deformable attention"``. In a
-            convolution each tap counts as a group, in multi-scale attention each point of each level and head.
+        kind: ``"deformable attention"``, ``"deformable convolution"``, ``"multi-scale deformable attention"``, or the
+            kind of a peer. In a convolution each tap counts as a group, in the others each point of a head and level.
         size: (H, W) of the map, of the first level if there are several.
         key_size: (Hk, Wk), positions of a group: key cells, output pixels, or (queries, 1).
         stride, kernel_size, offset_bound, offset_range, coverage: fields of the configuration of deformable attention,

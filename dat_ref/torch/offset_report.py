@@ -124,8 +124,8 @@ def offset_report(
     own offsets and with the three ablations of `dat_ref.torch.offset_ablation`.
 
     Args:
-        model: `DAT`, `DeformableAttention`, or a module that contains deformable layers: ours, `DeformConv2d` of
-            torchvision or mmcv, or multi-scale deformable attention of Deformable DETR or transformers.
+        model: `DAT`, `DeformableAttention`, or a module that contains deformable layers: ours,
+            torchvision's `DeformConv2d`, or multi-scale deformable attention of Deformable DETR or transformers.
         images: inputs of the model (N, C, H, W), N ≥ 2, in random order: "another image" is the previous one.
         labels: class indices (N,), or other targets of `dat_ref.torch.train.evaluate`: zeros and ones (N, classes),
             weights (N, classes, H, W) for a model that classifies every position.
