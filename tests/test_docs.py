@@ -102,6 +102,7 @@ def run_commands(commands):
     return run.stdout
 
 
+@pytest.mark.filterwarnings("error:DeformableAttention:UserWarning")
 @pytest.mark.parametrize("page", PAGES + README, ids=name_of)
 def test_python_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -66,7 +66,8 @@ def layers() -> dict[str, nn.Module]:
 
 def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
     config = {"dim": 12, "heads": 4, "groups": 2, "stride": 2, "size": (6, 9)}
-    return dt.DeformableAttention(DeformableAttentionConfig(**config, convention=convention, **changes))
+    layer = DeformableAttentionConfig(**config, convention=convention, **changes)
+    return dt.DeformableAttention(layer, init="released")
 
 
 # ------------------------------------------------------------------------------------------------ one size

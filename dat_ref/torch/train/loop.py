@@ -30,6 +30,8 @@ from ..._deprecation import deprecated_keywords
 from ...train import scheduled_rate
 from ...train_config import CONFIG_FILE, TrainConfig
 from .. import models
+from ..offset_adapters import offset_layers
+from ..offset_log import OffsetLog
 from . import checkpoint, sharding
 from .data import worker_errors
 from .distributed import DistributedContext
@@ -40,6 +42,7 @@ from .optimizer import ModelEma, create_optimizer
 from .run_folder import check_folder, locked_folder
 
 BEST_FILE = "best.safetensors"  # in the folder of a run
+OFFSET_STEPS = 50  # steps between rows of the log with the offsets, besides the last of each epoch
 MAX_CHANGES = 8  # differences that a message lists
 # Fields of a checkpoint and their types.
 STATE_FIELDS = {
@@ -133,11 +136,18 @@ def fit(
         stack.enter_context(worker_errors())
         _resume(run, folder)
         _prepare_folder(folder, run)
-        log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if context.is_main else None
+        log, offsets = None, None
+        if context.is_main:
+            if offset_layers(run.model):
+                offsets = stack.enter_context(OffsetLog(run.model))
+            names = offsets.names if offsets else []
+            log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard, names)))
         report = stack.enter_context(_progress_bar(run, quiet or not context.is_main))
         while run.step < run.steps:
             for row, scores in _epoch(run, train, held_out):
                 if log is not None:
+                    if offsets is not None and (scores is not None or row["step"] % OFFSET_STEPS == 0):
+                        row |= offsets.scalars()
                     log.add(**row)
                 report(row["loss"], scores)
                 if on_step is not None:
