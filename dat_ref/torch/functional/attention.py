@@ -121,8 +121,7 @@ def deformable_attention(
     selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
     implementation = selected.operations["deformable"]
     if implementation.run is not None:
-        safe = implementation.safe_run is not None and backend != selected.name
-        run = implementation.safe_run if safe else implementation.run
+        run = implementation.run if backend == selected.name else implementation.safe_run or implementation.run
         return run(q, k, v, points, bias_table, CoreGeometry(query_size, convention, scale, resolution, dropout))
     if bias_table is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)

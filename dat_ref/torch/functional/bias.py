@@ -79,9 +79,9 @@ def table_index(
     """
     check_tensors(points=points)
     wide = points.to(wide_dtype(points))
-    geometry = (tuple(table_size), tuple(query_size), convention, resolution)
+    geometry = (table_size[0], table_size[1]), (query_size[0], query_size[1]), convention, resolution
     is_symbolic = torch.compiler.is_compiling() or is_recording() or {*map(type, geometry[0] + geometry[1])} != {int}
-    if wide.device.type != "cpu" or is_symbolic:
+    if is_symbolic or wide.device.type != "cpu":
         firsts, cells, step = _affine_coefficients(*geometry)
         axes = zip(wide.unbind(-1), firsts, cells, strict=True)
         return AffineIndex(torch.stack([torch.rsub(axis, first, alpha=cell) for axis, first, cell in axes], -1), step)

@@ -193,7 +193,7 @@ def _autograd_rule(operation: FusedAttention) -> Callable[..., Any]:
                 grads = operation.backward(grad_out, *saved, *ctx.geometry)
             return tuple(grad if is_needed else None for grad, is_needed in zip(grads, needed)) + no_grads
 
-    return Differentiable.apply  # type: ignore[no-untyped-call]
+    return Differentiable.apply
 
 
 def _autocast_rule(operation: Callable[..., Any], device: str) -> Callable[..., Any]:

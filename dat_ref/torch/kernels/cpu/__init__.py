@@ -89,7 +89,7 @@ def deformable_forward(
     tensors = _prepare(dtype, q=q, k=k, v=v, origin=origin, table=table)
     tensors["out"], tensors["lse"] = out, lse
     launch.run(deformable.forward, deformable.FIELDS, dtype, packed, tensors, threads)
-    return out if out.dtype is v.dtype else out.to(v.dtype), lse
+    return _cast(out, v.dtype), lse
 
 
 def deformable_backward(
@@ -135,7 +135,7 @@ def deformable_backward(
             torch.sum(partial.unflatten(0, (batch, splits)), 1, out=grad)
     grads.append(grad_origin.sum(dim=(1, 3)).transpose(0, 1))  # sum over the heads of a group and splits
     grads.append(grad_table.sum(dim=1) if batch * splits > 1 else grad_table.squeeze(1))  # sum over images and splits
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v, origin, table)))  # type: ignore[return-value]
+    return tuple(_cast(grad, x.dtype) for grad, x in zip(grads, (q, k, v, origin, table)))  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -188,7 +188,7 @@ def _prepare(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
     """
     for name, tensor in tensors.items():
         storage = dtype if name in _CONTIGUOUS else _storage_dtype(tensor.dtype, dtype)
-        x = tensor if tensor.dtype == storage else tensor.to(storage)
+        x = _cast(tensor, storage)
         tensors[name] = x.contiguous() if name in _CONTIGUOUS or x.stride(-1) != 1 else x
     return tensors
 
@@ -196,6 +196,11 @@ def _prepare(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
 def _storage_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of an operand in memory: bfloat16 stays bfloat16 when the kernels compute in float32."""
     return dtype if dtype == torch.bfloat16 and compute_dtype == torch.float32 else compute_dtype
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a dtype; `Tensor.to` takes a microsecond also where nothing changes."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -142,28 +142,28 @@ _NO_OPERAND = (0, 0, 0, 0, 0)
 _MAX_ARRAYS = 19
 
 
-def array_reader(kind: type[NamedTuple]) -> Any:  # type: ignore[valid-type]
-    """Return a compiled function that cuts scratch memory into named arrays: (memory, array_offsets) → `kind`.
+def array_reader(kind: Any) -> Any:
+    """Return a compiled function that cuts scratch memory into arrays: (memory, array_offsets) → `kind`, a named tuple.
 
     The fields of `kind` are the only list of the arrays: a caller passes an instance with their sizes to
     `pack_arguments`, and a kernel reads an instance with the arrays.
     """
-    count = len(kind._fields)  # type: ignore[attr-defined]
+    count = len(kind._fields)
     assert count <= _MAX_ARRAYS
     arrays = [f"memory[offsets[{index}] : offsets[{index + 1}]]" for index in range(count)]
     return _compile_constructor(kind, "arrays", "memory, offsets", arrays)
 
 
-def field_reader(kind: type[NamedTuple]) -> Any:  # type: ignore[valid-type]
-    """Return a compiled function that copies the fields of a record to local values: record → `kind`."""
-    fields = [f"record.{name}" for name in kind._fields]  # type: ignore[attr-defined]
+def field_reader(kind: Any) -> Any:
+    """Return a compiled function that copies fields of a record to local values: record → `kind`, a named tuple."""
+    fields = [f"record.{name}" for name in kind._fields]
     return _compile_constructor(kind, "fields", "record", fields)
 
 
 def _compile_constructor(kind: Any, what: str, parameters: str, values: list[str]) -> Any:
     # Numba cannot unpack a sequence of computed length into a named tuple, so the values are written out here.
     name = f"{kind.__name__.lower()}_{what}"
-    namespace = {"kind": kind, "__name__": kind.__module__}
+    namespace: dict[str, Any] = {"kind": kind, "__name__": kind.__module__}
     exec(f"def {name}({parameters}):\n    return kind({', '.join(values)})", namespace)
     return compiled(namespace[name])
 
