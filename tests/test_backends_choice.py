@@ -284,3 +284,11 @@ def test_a_registered_backend_is_chosen_by_its_priority():
     assert functional.backends(missing=True)["absent"] == "not here"
     with pytest.raises(ValueError, match="name: expected any name but 'auto'"):
         functional.register_backend("auto", double, "")
+
+
+def test_a_replaced_backend_keeps_its_other_operations():
+    before = registry._BACKENDS["blockwise"].operations["neighborhood"]
+    functional.register_backend("blockwise", lambda q, *args, **kwargs: 2 * q, "twice q", priority=99)
+    args = leaves()
+    assert torch.equal(attend(*args), 2 * args[0])
+    assert registry._BACKENDS["blockwise"].operations["neighborhood"] is before

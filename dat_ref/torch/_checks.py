@@ -27,7 +27,7 @@ def check_tensors(**values: Any) -> None:
         raise ShapeError(f"{name}: expected torch.Tensor, got {got}; convert it with torch.as_tensor({name})")
 
 
-def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule: str = "") -> None:
+def check_tensor(name: str, value: Any, axes: Mapping[str, int | None], rule: str = "") -> None:
     """Raise unless `value` is a floating-point tensor whose shape fits `axes` (``None`` fits any length).
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -124,6 +124,7 @@ def _warn_of_kernels(message: str) -> None:
 # ------------------------------------------------------------------------------------------------ kernels
 
 
+@cache
 def _load_neighborhood(name: str) -> ModuleType:
     return importlib.import_module(f"{kernels.load(name).__name__}.neighborhood")
 

@@ -128,7 +128,7 @@ def register_backend(
     fails: Callable[[Call, bool], str] = lambda call, requested: "",
     safe_run: CoreFunction | None = None,
 ) -> None:
-    """Add a backend, or replace the backend with the same name.
+    """Add a backend of `deformable_attention`, or replace the backend with the same name.
 
     Args:
         name: value of ``backend=``.
@@ -157,7 +157,8 @@ def register_backend(
         refuses=refuses,
         fails=fails,
     )
-    add_backend(Backend(name, description, priority, {"deformable": implementation}, missing))
+    others = _BACKENDS[name].operations if name in _BACKENDS else {}
+    add_backend(Backend(name, description, priority, {**others, "deformable": implementation}, missing))
 
 
 def _with_keywords(run: CoreFunction) -> Callable[..., Tensor]:
