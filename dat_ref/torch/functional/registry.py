@@ -235,13 +235,18 @@ def choose_backend(name: str, call: Call) -> Backend:
 
 
 def _best_supported(call: Call) -> Backend:
-    for backend in sorted(_BACKENDS.values(), key=lambda each: each.priority, reverse=True):
-        implementation = backend.operations.get(call.operation)
-        if implementation is None or implementation.refuses(call) or implementation.fails(call, False):
+    best = None
+    # The built-in rows are in ascending order. In descending order most of them need not be asked.
+    for backend in reversed(list(_BACKENDS.values())):
+        if call.operation not in backend.operations or (best is not None and backend.priority < best.priority):
             continue
-        if not _missing_reason(backend.name):
-            return backend
-    raise ValueError("backend: no registered backend supports this call")
+        implementation = backend.operations[call.operation]
+        reason = implementation.refuses(call) or implementation.fails(call, False) or _missing_reason(backend.name)
+        if not reason:
+            best = backend  # of equal priorities the one that was registered first
+    if best is None:
+        raise ValueError("backend: no registered backend supports this call")
+    return best
 
 
 def constant(function: Any) -> Any:
