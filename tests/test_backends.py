@@ -30,7 +30,6 @@ from dat_ref.ops import attention as np_attention  # noqa: E402
 from dat_ref.torch import functional, kernels  # noqa: E402
 from dat_ref.torch.functional import attention as torch_attention  # noqa: E402
 from dat_ref.torch.functional import blockwise, registry  # noqa: E402
-from dat_ref.torch.functional.operation import register_kernels  # noqa: E402
 
 PLAIN = ["eager", "matmul", "blockwise", "auto"]
 needs_numba = pytest.mark.skipif(bool(kernels.missing("cpu")), reason=kernels.missing("cpu"))
@@ -287,8 +286,9 @@ def wrong_kernels():
 
 @pytest.mark.parametrize("name", wrong_kernels())
 def test_wrong_kernels_are_rejected(name, monkeypatch):
-    register_kernels("wrong", lambda: wrong_kernels()[name])
-    wrong = replace(registry._BACKENDS["blockwise"], name="wrong", run=torch_attention.kernel_backend("wrong"))
+    row = registry._BACKENDS["blockwise"]
+    kernels = replace(row.operations["deformable"], kernels=lambda: wrong_kernels()[name])
+    wrong = replace(row, name="wrong", operations={"deformable": kernels})
     monkeypatch.setitem(registry._BACKENDS, "wrong", wrong)
     inputs, geometry = one_core()
     assert_core(inputs, geometry, "blockwise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def check_tensors(**values: Any) -> None:
         raise ShapeError(f"{name}: expected torch.Tensor, got {got}; convert it with torch.as_tensor({name})")
 
 
-def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule: str = "") -> None:
+def check_tensor(name: str, value: Any, axes: Mapping[str, int | None], rule: str = "") -> None:
     """Raise unless `value` is a floating-point tensor whose shape fits `axes` (``None`` fits any length).
 
     Raises:
@@ -35,17 +35,24 @@ def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule:
     """
     if torch.compiler.is_compiling():
         return  # a comparison would specialize the graph to this size
-    check_tensors(**{name: value})
-    shape = tuple(value.shape)
-    fits = len(shape) == len(axes) and all(
-        size is None or size == actual for size, actual in zip(axes.values(), shape, strict=True)
-    )
+    if not isinstance(value, Tensor):
+        check_tensors(**{name: value})
+    fits = _fits(value.shape, axes)
     if fits and value.is_floating_point():
         return
     expected = pattern(axes) + (f" with {rule}" if rule else "")
     if not fits:
-        raise ShapeError(f"{name}: expected {expected}, got {shape}")
+        raise ShapeError(f"{name}: expected {expected}, got {tuple(value.shape)}")
     raise ShapeError(f"{name}: expected floating-point numbers {expected}, got {value.dtype}")
+
+
+def _fits(shape: Sequence[int], axes: Mapping[str, int | None]) -> bool:
+    if len(shape) != len(axes):
+        return False
+    for size, actual in zip(axes.values(), shape):  # noqa: SIM110 (a generator costs as much as the whole check)
+        if size is not None and size != actual:
+            return False
+    return True
 
 
 def check_map(name: str, x: Tensor, channels: int) -> None:
