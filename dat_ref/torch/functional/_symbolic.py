@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# `torch.compile` traces `statically_known_true` since torch 2.7. In 2.6 a guard takes its place, so that a graph with
+# symbolic sizes holds for the sizes of one branch only.
+_TEST = "statically_known_true" if hasattr(torch.compiler, "is_exporting") else "guard_size_oblivious"
+
 
 def statically_zero(*values: int) -> bool:
     """Return whether all values are 0. Symbolic values must be 0 for all inputs.
@@ -18,9 +22,10 @@ def statically_zero(*values: int) -> bool:
     """
     if not torch.compiler.is_compiling():
         return not any(values)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from torch.fx.experimental import symbolic_shapes
 
-    return all(statically_known_true(value == 0) for value in values)
+    test = getattr(symbolic_shapes, _TEST)
+    return all(test(value == 0) for value in values)
 
 
 def ceil_div(length: int, cell: int) -> int:

@@ -247,7 +247,7 @@ def _unsupported_by_kernels(call: Call) -> str:
         return "it has no dropout of attention weights"
     if is_recording():
         return "an exported or traced program has plain operations only"
-    if is_transformed(*call[:5]):
+    if is_transformed(call.q, call.k, call.v, call.points, call.bias_table):
         return "torch.func and forward-mode derivatives need plain operations"
     return ""
 

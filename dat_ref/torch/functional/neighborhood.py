@@ -228,7 +228,7 @@ register_neighborhood_kernels("triton_or_blockwise", partial(self_check.with_fal
 
 
 def _unsupported_by_matmul(call: Call) -> str:
-    if is_transformed(*call[:5]):
+    if is_transformed(call.q, call.k, call.v, call.points, call.bias_table):
         return "torch.func and forward-mode derivatives need plain operations, and torch's fused attention is not one"
     return ""
 
