@@ -47,7 +47,6 @@ def create_feature_extractor(model, return_nodes, tracer_kwargs):
     nodes = {node.target: node for node in graph.nodes if node.op == "call_module"}
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = ({name: nodes[target] for target, name in return_nodes.items()},)
-    graph.eliminate_dead_code()
     return fx.GraphModule(model, graph)
 
 

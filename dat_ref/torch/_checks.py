@@ -31,9 +31,13 @@ def check_tensors(**values: Any) -> None:
         raise ShapeError(f"{name}: expected torch.Tensor, got {got}; convert it with torch.as_tensor({name})")
 
 
-def is_requested(option: Any) -> bool:
-    """Return the value of an option. `torch.fx` makes a proxy of it, which takes its default, no."""
-    return not isinstance(option, Proxy) and bool(option)
+def is_requested(option: object) -> bool:
+    """Return the value of an option that is off by default. A proxy, which `torch.fx` makes of it, counts as off."""
+    return not _is_proxy(option) and bool(option)
+
+
+def _is_proxy(value: object) -> bool:
+    return isinstance(value, Proxy)
 
 
 def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule: str = "") -> None:
@@ -42,7 +46,7 @@ def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule:
     Raises:
         ShapeError: with the name of the argument, the expected pattern, the rule, and the actual shape or dtype.
     """
-    if torch.compiler.is_compiling() or isinstance(value, Proxy):
+    if torch.compiler.is_compiling() or _is_proxy(value):
         return  # a comparison would specialize the graph to this size
     check_tensors(**{name: value})
     shape = tuple(value.shape)
@@ -59,7 +63,7 @@ def check_tensor(name: str, value: Tensor, axes: Mapping[str, int | None], rule:
 
 def check_map(name: str, x: Tensor, channels: int) -> None:
     """Raise unless `x` is a floating-point feature map ``(B, C=channels, H, W)`` with at least one pixel."""
-    if torch.compiler.is_compiling() or isinstance(x, Proxy):
+    if torch.compiler.is_compiling() or _is_proxy(x):
         return
     check_tensor(name, x, {"B": None, "C": channels, "H": None, "W": None})
     if 0 in x.shape[2:]:
