@@ -24,6 +24,7 @@ from dat_ref.torch.peers import MultiHeadAttention  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # relative to the largest output
 ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+symbolic = pytest.mark.skipif(torch.__version__ < "2.7", reason="strict export, the default, specializes before 2.7")
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first one is exported
 
 
@@ -90,6 +91,7 @@ def test_exported_backbone_agrees_and_survives_a_file(backbone):
     assert_same(torch.export.load(file).module()(x), model(x))
 
 
+@symbolic
 @pytest.mark.parametrize("name", slow(LAYERS, "padding", "DATPP2023"))
 def test_exported_layer_takes_any_size(name):
     layer = LAYERS[name]().eval()
@@ -120,6 +122,7 @@ def test_exported_layer_has_the_layers_gradients(name):
         assert (grads[0][each] - grad).abs().max() <= ROUNDING * scale, each
 
 
+@symbolic
 @pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_exported_backbone_takes_any_size(release):

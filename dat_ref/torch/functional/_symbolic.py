@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# `torch.compile` traces `statically_known_true` since torch 2.7. In 2.6 a guard takes its place, so that a graph with
-# symbolic sizes holds for the sizes of one branch only.
-_TEST = "statically_known_true" if hasattr(torch.compiler, "is_exporting") else "guard_size_oblivious"
+# `torch.compile` and strict export cannot trace `statically_known_true` before torch 2.8. There a guard takes its place,
+# so that a graph with symbolic sizes holds for the sizes of one branch only.
+_IS_TRACEABLE = torch.__version__ >= "2.8"
 
 
 def statically_zero(*values: int) -> bool:
@@ -24,8 +24,9 @@ def statically_zero(*values: int) -> bool:
         return not any(values)
     from torch.fx.experimental import symbolic_shapes
 
-    test = getattr(symbolic_shapes, _TEST)
-    return all(test(value == 0) for value in values)
+    if _IS_TRACEABLE or not torch.compiler.is_dynamo_compiling():
+        return all(symbolic_shapes.statically_known_true(value == 0) for value in values)
+    return all(symbolic_shapes.guard_size_oblivious(value == 0) for value in values)
 
 
 def ceil_div(length: int, cell: int) -> int:
