@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# `torch.compile` and strict export cannot trace `statically_known_true` before torch 2.8. There a guard takes its place,
-# so that a graph with symbolic sizes holds for the sizes of one branch only.
+# Before torch 2.8, `torch.compile` and strict export cannot trace `statically_known_true`. A guard takes its place, so
+# that a graph with symbolic sizes holds for the sizes of one branch only.
 _IS_TRACEABLE = torch.__version__ >= "2.8"
 
 
