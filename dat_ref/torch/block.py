@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..block import BlockTrace, MLPTrace
+from ..checkpoints import resize_table
 from ..config import CHECK_INIT, AttentionConfig, BlockConfig, Init
 from ..peers.registry import row_of
 from ._checks import check_tensors
+from .bridge import as_numpy
 from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
 from .peers.registry import attentions_with as attentions_with  # re-exported
@@ -154,6 +156,16 @@ class Block(nn.Module):
             x = x + self.local_perception(x)
         x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x))))
         return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+    def resize(self, config: BlockConfig) -> None:
+        """Take over a configuration that differs in the map size of the position bias, and resize its table."""
+        self.config = config
+        self.attention.config = config.attention  # type: ignore[assignment]
+        bias: Any = getattr(self.attention, "position_bias", None)
+        if hasattr(bias, "table"):
+            rows, columns = (2 * side - 1 for side in config.attention.size)  # type: ignore[union-attr]
+            resized = torch.from_numpy(resize_table(as_numpy(bias.table), (rows, columns)))
+            bias.table = nn.Parameter(resized.to(bias.table), requires_grad=bias.table.requires_grad)
 
     def _traced(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
         lpu_out = x if self.local_perception is None else x + self.local_perception(x)

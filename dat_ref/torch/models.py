@@ -5,10 +5,13 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any
+
+import torch
 
 from .._checks import ConfigError
 from ..config import DATConfig
@@ -34,7 +37,12 @@ def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's name
     return sorted(name for name in PRESETS if not filter or fnmatch.fnmatch(name, filter))
 
 
-def _load(model: DAT, checkpoint: str | PathLike[str]) -> None:
+def load_weights(model: DAT, checkpoint: str | PathLike[str]) -> None:
+    """Load a checkpoint completely, except for a head of another size, which keeps its values, with a warning.
+
+    Raises:
+        CheckpointError: if the file does not fit; with a report.
+    """
     report = load_checkpoint(model, checkpoint, strict=False)
     heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
     if report.missing or report.unexpected or len(heads) < len(report.misshaped):
@@ -58,6 +66,9 @@ def create_model(
     global_pool: str | None = None,
     attention: str | None = None,
     match: Match = "keys",
+    output_stride: int | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
     **overrides: Any,
 ) -> DAT:
     """Build a released backbone by name.
@@ -72,12 +83,15 @@ def create_model(
         out_indices: stages of those maps, counted from 0, or from the end if negative; a number n for the last n; all
             four if None.
         drop_path_rate: stochastic depth at the last block, the preset's if None.
-        global_pool: ``"avg"``, or ``""`` to classify every position; the preset's if None.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` to classify every position; the
+            preset's if None.
         attention: another kind in the place of every deformable one, see `dat_ref.peers.matching`: ``"multi_head"``,
             ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; or a control, the same layers without offsets:
             ``"no_offsets"``, ``"average_pool"``, ``"more_keys"``. None leaves them.
         match: what the other kind is brought as near to the deformable one as it can be in, ``"keys"`` or ``"macs"``,
             at the size that bias tables are built for.
+        output_stride: stride of the last map, for timm's callers; it has one value, since stages cannot be dilated.
+        device, dtype: of the parameters, torch's defaults if None.
         overrides: ``backend``, ``sampler``, ``init`` of `DAT`; ``drop_rate``, ``attn_drop_rate``, ``proj_drop_rate``;
             ``img_size`` (what bias tables are built for; any size can be fed); or a field of `DATConfig`. None changes
             nothing.
@@ -105,9 +119,14 @@ def create_model(
         config = replace_attention(config, attention, match)
     if out_indices is not None and not features_only:
         raise ConfigError("out_indices: expected features_only=True with it")
-    model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
+    stride = config.reductions[-1]
+    if output_stride not in (None, stride):
+        raise ConfigError(f"output_stride: expected {stride}, got {output_stride}; the stages cannot be dilated")
+    with nullcontext() if device is None else torch.device(device):
+        model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
+    model = model.to(dtype=dtype)
     if checkpoint is not None:
-        _load(model, checkpoint)
+        load_weights(model, checkpoint)
     if isinstance(model, DATFeatures):
         model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
     return model

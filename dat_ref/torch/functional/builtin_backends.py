@@ -30,13 +30,13 @@ def _unsupported_by_kernels(call: Call) -> str:
         return "it has no dropout of attention weights"
     if is_recording():
         return "an exported or traced program has plain operations only"
-    if is_transformed(*call[:5]):
+    if is_transformed(call.q, call.k, call.v, call.points, call.bias_table):
         return "torch.func and forward-mode derivatives need plain operations"
     return ""
 
 
 def _untransformable(call: Call) -> str:
-    if is_transformed(*call[:5]):
+    if is_transformed(call.q, call.k, call.v, call.points, call.bias_table):
         return "torch.func and forward-mode derivatives need plain operations, and torch's fused attention is not one"
     return ""
 
