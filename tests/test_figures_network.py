@@ -61,7 +61,7 @@ def by_spec(image, zero_offsets):
         "points": trace.points_px[0].ravel(),
         "references": trace.reference_px[0, 0].ravel(),
         "received": received(trace).ravel(),
-        "change": 0.0,  # from features that are computed anew
+        "change": 0.0,  # from features that are computed again
     }
 
 
