@@ -32,7 +32,7 @@ HEAD = "/** {about} Written by docs/figures/network.py; do not edit. */\n"
 
 def network() -> dict[str, Any]:
     """Return the classes, the statistics of the input, and all weights as one row of little-endian float32."""
-    state = {name: np.asarray(leaf) for name, leaf in read_state(network_path()).items()}
+    state = {name: np.asarray(leaf) for name, leaf in sorted(read_state(network_path()).items())}
     flat = np.concatenate([leaf.ravel() for leaf in state.values()]).astype("<f4")
     return {
         "classes": network_card()["classes"],

@@ -1,7 +1,7 @@
 // node run_network.mjs IMAGES.json KERNEL.mjs NETWORK.mjs
 //
 // Run the network of the page on every image {pixels, side, moving}, each as a change of the one before if it has the
-// same size. Print a JSON list of its outputs, flat, and the largest difference from features that are computed anew.
+// same size. Print a JSON list of its outputs, flat, and the largest difference from features that are computed again.
 
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
