@@ -77,7 +77,7 @@ def bare(axes, **settings):
 # a photograph as each convention reads it with zero offsets, and the color error of each pixel.
 
 
-# %% alt="A photograph as the four conventions read it at zero offset; below, the error: none, none, a ring, all edges"
+# %% alt="A photograph as the four conventions read it at zero offset; below, the error: none twice, then along edges"
 def read_positions(size, convention, keys=None):
     """Return the positions that the keys of a zero-offset layer read: (Hk, Wk, 2), in pixels."""
     reference = reference_points(keys or size, convention)
@@ -242,7 +242,7 @@ assert at_14[Convention.DATPP2023] > 0.4
 # half a pixel. In the 2023 geometry half of the windows are more than a whole cell away from their points, and 13 of
 # 49 points are clamped to the border.
 
-# %% alt="Points of a 7 × 7 grid, tied to the windows of the offset network: together, or apart by up to a cell"
+# %% alt="Points of a 7 × 7 grid, tied to the windows of the offset network: together, or apart by more than a cell"
 SIZE, KERNEL, STRIDE = (56, 56), 9, 8  # stage 1 of dat_pp_tiny
 
 

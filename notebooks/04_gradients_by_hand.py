@@ -132,7 +132,7 @@ for p in (inside, outside, corner):
 # map). Its height is the largest deviation from `bilinear_sample_vjp`.
 
 
-# %% alt="Deviations from the gradient by hand: loops and autograd near 1e-16, differences near 1e-9" plot=true
+# %% alt="Deviations from the gradient by hand: loops and autograd near 1e-16, differences near 1e-11" plot=true
 def finite_differences(function, at, step=1e-5):
     """Return the gradient of a scalar function by central differences."""
     gradient = np.zeros_like(at)

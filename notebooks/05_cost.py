@@ -78,7 +78,7 @@ photo = load_photo(photograph_path("astronaut"))
 #
 # **Claim.** The recorded operations equal the formula exactly, term by term.
 
-# %% alt="Multiply-adds of a layer, by part, at stride 2 and at stride 1: attention grows most" plot=true
+# %% alt="Multiply-adds of a layer, by part: 80.7 million at stride 2, 149.3 million at stride 1" plot=true
 backbone = dat_ref.config("dat_tiny")
 features = dat_ref.DAT(backbone, dat_ref.init_params(backbone, seed=0)).forward_intermediates(
     normalise(resize(photo, (224, 224)))

@@ -59,7 +59,7 @@ BLUE, ORANGE, GREEN, PINK = style.GROUP_COLORS[:4]
 # **Claim** (`dat_ref.viz.to_image_px`). Take a dark photograph with one bright patch, and a map of its local means.
 # The brightest pixel of the map is marked on the patch, to within half a cell.
 
-# %% alt="A dark picture with one bright patch; the mark of to_image_px is on it, two naive marks are not"
+# %% alt="One bright patch and three marks: to_image_px within half a cell, the one with exchanged axes far off"
 night = np.zeros((96, 160))
 patch = (70, 33)  # y, x
 night[patch[0] - 3 : patch[0] + 4, patch[1] - 3 : patch[1] + 4] = 1

@@ -183,7 +183,7 @@ assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:3])
 # and the same points.
 
 
-# %% alt="Reference points and moved points of the U-Net's bottleneck on what it removes from a photograph"
+# %% alt="Reference points of the U-Net's bottleneck on a denoised eye, with an arrow of each group to the moved points"
 def bottleneck(x):
     """Return the input of the attention layer."""
     return net.norm(torch.relu(net.down2(torch.relu(net.down1(torch.relu(net.enter(x)))))))

@@ -45,7 +45,7 @@ BLUE, ORANGE, GREEN, PINK = style.GROUP_COLORS[:4]
 # **Claim** (`dat_ref.scenes.Scenes`). The position of the object is uniform, and each kind is as frequent as *nothing*.
 # So a network cannot know where to look before it has looked.
 
-# %% alt="Six scenes: photographs with a small drawn object somewhere, or with none, and their labels"
+# %% alt="Six scenes: photographs with one small drawn object each, somewhere, and its name"
 scenes = Scenes("find", "held_out", size=160, objects="pictures")
 shown = [scenes[number] for number in (0, 1, 2, 4, 8, 9)]
 
