@@ -24,7 +24,7 @@ from dat_ref.torch.peers import MultiHeadAttention  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # relative to the largest output
 ANY_SIZE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-symbolic = pytest.mark.skipif(torch.__version__ < "2.7", reason="strict export, the default, specializes before 2.7")
+symbolic = pytest.mark.skipif(torch.__version__ < "2.8", reason="strict export, the default, specializes before 2.8")
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20)]  # the first one is exported
 
 
@@ -105,6 +105,8 @@ def test_exported_layer_takes_any_size(name):
 @pytest.mark.parametrize("name", ["window", "padding", "CELL_CENTER", *MASKED])
 def test_exported_layer_has_the_layers_gradients(name):
     """Gradients of the input and of every parameter, including the learned mask."""
+    if name == "mhsa" and torch.__version__ < "2.8":
+        pytest.skip("strict export before torch 2.8 cannot trace the conventions of this peer")
     layer = (LAYERS | MASKED)[name]().eval()
     x = torch.randn(2, 12, 16, 24)
     exported = export(layer, (x,)).module()
