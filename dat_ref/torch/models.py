@@ -23,7 +23,6 @@ from .features import DATFeatures
 
 # Options of `create_model` that are passed to the module. All others change the configuration.
 _MODULE_OPTIONS = ("backend", "sampler", "init")
-_HEADS = ("head.", "cls_head.")  # our name and the released one
 _ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
 _CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
 
@@ -37,22 +36,18 @@ def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's name
     return sorted(name for name in PRESETS if not filter or fnmatch.fnmatch(name, filter))
 
 
-def load_weights(model: DAT, checkpoint: str | PathLike[str]) -> None:
-    """Load a checkpoint completely, except for a head of another size, which keeps its values, with a warning.
+def load_weights(model: DAT, checkpoint: str | PathLike[str], prefix: str | None = None) -> None:
+    """Load a checkpoint completely, except for a missing head or one of another size, with a warning.
 
     Raises:
         CheckpointError: if the file does not fit; with a report.
     """
-    report = load_checkpoint(model, checkpoint, strict=False)
-    heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
-    if report.missing or report.unexpected or len(heads) < len(report.misshaped):
-        load_checkpoint(model, checkpoint)  # raises an error with the report
-    if heads:
-        warnings.warn(
-            f"checkpoint: {', '.join(heads)} are for another number of classes and were not loaded; the head keeps "
-            "its random initialization",
-            stacklevel=3,
-        )
+    initialized = load_checkpoint(model, checkpoint, new_head=True, prefix=prefix).initialized
+    if initialized:
+        names = ", ".join(name for name, _, _ in initialized)
+        in_file = any(shape for _, _, shape in initialized)
+        reason = "for another number of classes and were not loaded" if in_file else "not in the file"
+        warnings.warn(f"checkpoint: {names} are {reason}; the head keeps its random initialization", stacklevel=3)
 
 
 def create_model(
@@ -69,6 +64,7 @@ def create_model(
     output_stride: int | None = None,
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
+    prefix: str | None = None,
     **overrides: Any,
 ) -> DAT:
     """Build a released backbone by name.
@@ -76,7 +72,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random initialization if None. A
-            head for another number of classes is left out, with a warning: for fine-tuning.
+            head for another number of classes is left out, and a file without a head is accepted, with a warning: for
+            fine-tuning.
         num_classes: of the head; 0 for none.
         in_chans: channels of the images.
         features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
@@ -92,6 +89,8 @@ def create_model(
             at the size that bias tables are built for.
         output_stride: stride of the last map, for timm's callers; it has one value, since stages cannot be dilated.
         device, dtype: of the parameters, torch's defaults if None.
+        prefix: prefix of the backbone's names in `checkpoint`, such as ``student.backbone.``; found automatically if
+            None.
         overrides: ``backend``, ``sampler``, ``init`` of `DAT`; ``drop_rate``, ``attn_drop_rate``, ``proj_drop_rate``;
             ``img_size`` (what bias tables are built for; any size can be fed); or a field of `DATConfig`. None changes
             nothing.
@@ -126,7 +125,7 @@ def create_model(
         model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
     model = model.to(dtype=dtype)
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        load_weights(model, checkpoint, prefix)
     if isinstance(model, DATFeatures):
         model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
     return model
