@@ -25,6 +25,7 @@ Modules outside the reading order. Each is imported on first access:
 
 ==========================  ====================================================================================
 `dat_ref.complexity`        cost of each part, by formula and by counting
+`dat_ref.suggest`           hyperparameters of a layer for a map and a number of keys, with reasons
 `dat_ref.claims`            claims of the papers, with checks and verdicts
 `dat_ref.checkpoints`       checkpoint files of both releases and of `dat_ref`
 `dat_ref.train`             training in NumPy
@@ -78,7 +79,7 @@ __all__ = [
     "init_params",
 ]
 
-_LAZY_MODULES = ("bench", "checkpoints", "claims", "complexity", "testing", "torch", "train", "viz")
+_LAZY_MODULES = ("bench", "checkpoints", "claims", "complexity", "suggest", "testing", "torch", "train", "viz")
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,10 @@ class CheckpointError(ValueError):
     """Parameter tree or state dict that does not fit the model. The message contains the full report."""
 
 
+class HyperparameterWarning(UserWarning):
+    """Hyperparameters with which offsets are hard to learn. The message names the value to use instead."""
+
+
 def pattern(axes: Mapping[str, int | None]) -> str:
     """Format named axes as a shape: ``{"B": None, "C": 96}`` becomes ``(B, C=96)``."""
     return "(" + ", ".join(name if size is None else f"{name}={size}" for name, size in axes.items()) + ")"

@@ -55,14 +55,14 @@ def deprecated_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, 
     return decorator
 
 
-def warn_caller(message: str) -> None:
-    """Emit a `DeprecationWarning` at the first caller outside this package, `enum` and `dataclasses`."""
+def warn_caller(message: str, category: type[Warning] = DeprecationWarning) -> None:
+    """Emit a warning at the first caller outside this package, `enum` and `dataclasses`."""
     stacklevel = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INTERNAL:
         stacklevel += 1
         frame = frame.f_back
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+    warnings.warn(message, category, stacklevel=stacklevel)
 
 
 _INTERNAL = (__name__.split(".")[0], "enum", "dataclasses")

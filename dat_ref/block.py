@@ -28,7 +28,7 @@ from .ops.basic import (
 )
 from .ops.grid import Size
 from .peers.registry import ATTENTIONS as ATTENTIONS  # re-exported
-from .peers.registry import AttentionTrace
+from .peers.registry import row_of
 
 SAME_3X3 = ((1, 1), (1, 1))
 
@@ -40,7 +40,7 @@ def block_shapes(config: BlockConfig) -> Tree:
     if config.local_perception:
         shapes["local_perception"] = {"weight": (dim, 1, 3, 3), "bias": (dim,)}
     shapes["norm1"] = {"weight": (dim,), "bias": (dim,)}
-    shapes["attention"] = ATTENTIONS[type(config.attention)].shapes(config.attention)
+    shapes["attention"] = row_of(config.attention).shapes(config.attention)
     shapes["norm2"] = {"weight": (dim,), "bias": (dim,)}
     shapes["mlp"] = {
         "linear1": {"weight": (hidden, dim), "bias": (hidden,)},
@@ -121,7 +121,7 @@ class BlockTrace:
 
     x: Array
     lpu_out: Array  # after the local perception unit; equal to `x` without one
-    attention: AttentionTrace
+    attention: object  # the trace of its attention, such as `LayerTrace`
     attn_out: Array  # output of the attention, before layer scale and residual
     residual1: Array  # after the attention branch
     mlp: MLPTrace
@@ -133,7 +133,7 @@ def block(x: Array, params: Tree, config: BlockConfig) -> tuple[Array, BlockTrac
     lpu_out = x
     if config.local_perception:
         lpu_out = x + depthwise_conv2d(x, **params["local_perception"], padding=SAME_3X3)
-    attention_forward = ATTENTIONS[type(config.attention)].forward
+    attention_forward = row_of(config.attention).forward
     attn_out, attention_trace = attention_forward(
         layer_norm(lpu_out, **params["norm1"]), params["attention"], config.attention
     )
@@ -157,7 +157,7 @@ def block_vjp(cotangent: Array, trace: BlockTrace, params: Tree, config: BlockCo
     grad_residual1 = cotangent + norm2.x
 
     grad_attn_out = _scaled_vjp(grad_residual1, trace.attn_out, params, grads, "layer_scale1")
-    attention_vjp = ATTENTIONS[type(config.attention)].vjp
+    attention_vjp = row_of(config.attention).vjp
     grad_normed, grads["attention"] = attention_vjp(
         grad_attn_out, trace.attention, params["attention"], config.attention
     )
@@ -181,6 +181,6 @@ def _scaled_vjp(cotangent: Array, branch: Array, params: Tree, grads: dict[str, 
 def block_macs(batch: int, size: Size, config: BlockConfig) -> int:
     """Multiply-adds of one block on a map of `size`."""
     pixels = batch * size[0] * size[1]
-    attention = ATTENTIONS[type(config.attention)].macs(batch, size, config.attention)
+    attention = row_of(config.attention).macs(batch, size, config.attention)
     perception = depthwise_conv2d_macs(pixels, config.dim, 3) if config.local_perception else 0
     return perception + attention + mlp_macs(pixels, config.dim, config.mlp_ratio, config.mlp)

@@ -2,14 +2,14 @@
 
 Release and model are detected from the names and shapes in the file. Bias tables of another size are resized as in the
 released loader. The first convolution of an RGB model is converted to another number of image channels. A `LoadReport`
-lists every array: loaded, resized, converted, missing, unexpected, mis-shaped or ignored.
+lists every array: loaded, resized, converted, newly initialized, missing, unexpected, mis-shaped or ignored.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,10 @@ from .official import (
 from .params import flatten, unflatten
 from .peers.window import relative_index, window_cells, window_visibility
 from .presets import PRESETS
-from .state_files import read_arrays, read_state, save_state, select_backbone
+from .state_files import backbone_prefix, read_arrays, read_state, save_state, select_backbone
 
 __all__ = [
+    "Checkpoint",
     "Fit",
     "LoadReport",
     "convert_image_channels",
@@ -44,6 +45,7 @@ __all__ = [
     "load_params",
     "official_buffers",
     "official_state",
+    "read_checkpoint",
     "read_state",
     "resize_table",
     "save_state",
@@ -129,14 +131,74 @@ def with_channels_and_classes(config: DATConfig, state: Mapping[str, Array]) -> 
 
 def _is_norm_or_head(name: str) -> bool:
     """Return True for a parameter of the final norm or the classifier, under our name or its released name."""
-    return name.startswith(("norm.", "head.", "cls_norm.", "cls_head."))
+    return _is_head(name) or name.startswith(("norm.", "cls_norm."))
+
+
+def _is_head(name: str) -> bool:
+    """Return True for a parameter of the classifier, under our name or its released name."""
+    return name.startswith(("head.", "cls_head."))
 
 
 # ------------------------------------------------------------------------------------------------ fitting
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Backbone in a checkpoint.
+
+    Attributes:
+        source: file name, for error messages.
+        state: named arrays of the backbone, without their prefix.
+        prefix: prefix of the backbone's names in the file.
+        others: names of the other arrays in the file.
+    """
+
+    source: str
+    state: dict[str, Array]
+    prefix: str
+    others: tuple[str, ...]
+
+    def fit(
+        self, config: DATConfig, *, strict: bool = True, new_head: bool = False, wanted: Collection[str] | None = None
+    ) -> Fit:
+        """Return the arrays that fit a configuration, and the report on the whole file; see `fit_state`."""
+        fit = fit_state(self.state, config, strict=strict, new_head=new_head, wanted=wanted, source=self.source)
+        return Fit(fit.arrays, replace(fit.report, prefix=self.prefix, ignored=fit.report.ignored + self.others))
+
+    def params(
+        self, config: DATConfig, *, strict: bool = True, new_head: bool = False, start: Tree | None = None
+    ) -> tuple[Tree, LoadReport]:
+        """Return the parameter tree of a configuration, and the report; see `load_params`."""
+        fit = self.fit(config, strict=strict, new_head=new_head)
+        arrays = {name: _at_least_float32(array) for name, array in fit.arrays.items()}
+        names = flatten(dat_shapes(config))
+        if len(arrays) < len(names):
+            arrays = {**flatten(init_params(config, seed=0) if start is None else start), **arrays}
+        return unflatten({name: arrays[name] for name in names}), fit.report
+
+
+def read_checkpoint(path: str | os.PathLike[str], prefix: str | None = None) -> Checkpoint:
+    """Read the backbone in a checkpoint of either release or of ours.
+
+    Args:
+        path, prefix: as in `read_state`.
+
+    Raises:
+        CheckpointError, OSError: as in `read_state`.
+    """
+    source, arrays = os.fspath(path), read_arrays(path)
+    state, others = select_backbone(arrays, source, prefix)
+    return Checkpoint(source, state, backbone_prefix(arrays, source, prefix), others)
+
+
 def load_params(
-    path: str | os.PathLike[str], config: DATConfig, *, strict: bool = True, start: Tree | None = None
+    path: str | os.PathLike[str],
+    config: DATConfig,
+    *,
+    strict: bool = True,
+    start: Tree | None = None,
+    new_head: bool = False,
+    prefix: str | None = None,
 ) -> tuple[Tree, LoadReport]:
     """Return the parameter tree of `config` from a checkpoint of either release or of ours, and the report.
 
@@ -147,21 +209,17 @@ def load_params(
         path: checkpoint, see `read_state`.
         config: configuration of the backbone.
         strict: whether a missing, unexpected or mis-shaped array is an error. If False, parameters without a fitting
-            array keep their value in `start`; use it for fine-tuning with another number of classes, or for the
-            backbone of a detector.
+            array keep their value in `start`; use it for the backbone of a detector.
         start: parameter tree (default: ``init_params(config, seed=0)``).
+        new_head: whether a head that the file lacks, or has for another number of classes, keeps its value in `start`;
+            for fine-tuning.
+        prefix: prefix of the backbone's names in the file, see `backbone_prefix`.
 
     Raises:
         CheckpointError: if the file cannot be read, belongs to another model, or contains NaN or infinity; with the
             report.
     """
-    state, others = select_backbone(read_arrays(path), os.fspath(path))
-    fit = fit_state(state, config, strict=strict, source=os.fspath(path))
-    report = replace(fit.report, ignored=fit.report.ignored + others)
-    arrays = {name: _at_least_float32(array) for name, array in fit.arrays.items()}
-    if not report.complete:
-        arrays = {**flatten(init_params(config, seed=0) if start is None else start), **arrays}
-    return unflatten({name: arrays[name] for name in flatten(dat_shapes(config))}), report
+    return read_checkpoint(path, prefix).params(config, strict=strict, new_head=new_head, start=start)
 
 
 def _at_least_float32(array: Array) -> Array:
@@ -173,6 +231,7 @@ def fit_state(
     config: DATConfig,
     *,
     strict: bool = True,
+    new_head: bool = False,
     wanted: Collection[str] | None = None,
     source: str = "state",
 ) -> Fit:
@@ -182,6 +241,7 @@ def fit_state(
         state: named arrays.
         config: configuration of the backbone.
         strict: as in `load_params`. If False, more than half of the wanted parameters must still be found.
+        new_head: as in `load_params`.
         wanted: our names of the parameters to load; all if None.
         source: name of the state dict for error messages.
 
@@ -192,9 +252,10 @@ def fit_state(
         fit = _compare(state, config, wanted)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {str(error).removeprefix('state: ')}") from error
-    report = replace(fit.report, hints=fit.report.hints + _hints(fit.report, state, config))
-    if not report.complete and strict:
-        raise CheckpointError(f"{source}: expected the parameters of this configuration\n{report}")
+    report = _with_new_head(fit.report, config) if new_head else fit.report
+    report = replace(report, hints=report.hints + _hints(report, state, config))
+    if strict:
+        report.check(source)
     if len(report.loaded) <= len(report.missing) + len(report.misshaped):
         raise CheckpointError(f"{source}: expected this configuration, most of it is missing\n{report}")
     for name, array in fit.arrays.items():
@@ -204,6 +265,20 @@ def fit_state(
                 f"{source}: expected finite numbers, got {wrong} NaN or inf of {array.size} in {name}"
             )
     return Fit(fit.arrays, report)
+
+
+def _with_new_head(report: LoadReport, config: DATConfig) -> LoadReport:
+    """Return the report with a missing or mis-shaped head as newly initialized."""
+    shapes: dict[str, Shape] = {name: shape for name, shape, _ in report.misshaped}
+    in_file: dict[str, Shape] = {name: shape for name, _, shape in report.misshaped}
+    own = flatten(dat_shapes(config))
+    shapes |= {name: own[f"head.{name.rpartition('.')[2]}"] for name in report.missing if _is_head(name)}
+    return replace(
+        report,
+        missing=tuple(name for name in report.missing if not _is_head(name)),
+        misshaped=tuple(each for each in report.misshaped if not _is_head(each[0])),
+        initialized=tuple((name, shape, in_file.get(name)) for name, shape in shapes.items() if _is_head(name)),
+    )
 
 
 def _compare(state: Mapping[str, Array], config: DATConfig, wanted: Collection[str] | None = None) -> Fit:
@@ -261,7 +336,8 @@ def _hints(report: LoadReport, state: Mapping[str, Array], config: DATConfig) ->
     if any(name.startswith("norms.") for name in report.unexpected):
         hints.append("a detector's backbone: it has a norm for each stage (norms.*), no final norm and no classifier")
     if all(_is_norm_or_head(name) for name in _mismatched(report)):
-        hints.append("strict=False loads all other arrays; the listed parameters keep their values (fine-tuning)")
+        loose = "new_head=True" if all(map(_is_head, _mismatched(report))) else "strict=False"
+        hints.append(f"{loose} loads all other arrays; the listed parameters keep their values (fine-tuning)")
     return tuple(hints)
 
 

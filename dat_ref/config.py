@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -518,19 +518,38 @@ class DATConfig:
         """
         image_size = size_pair("image_size", image_size)
 
-        def resize(block: BlockConfig, reduction: int) -> BlockConfig:
-            attention: Any = block.attention
+        def resize(attention: Any, stage: int) -> AttentionConfig:
             if getattr(attention, "size", None) is None:
-                return block
+                return attention
+            reduction = self.reductions[stage]
             if min(image_size) < reduction:
                 raise ConfigError(f"image_size: expected at least {reduction} (the stage's stride), got {image_size}")
-            return replace(block, attention=replace(attention, size=tuple(side // reduction for side in image_size)))
+            return replace(attention, size=tuple(side // reduction for side in image_size))
 
+        return replace(self.map_attention(resize), image_size=image_size)
+
+    def map_attention(self, change: Callable[[AttentionConfig, int], AttentionConfig]) -> DATConfig:
+        """Return the same backbone with other attention layers.
+
+        Args:
+            change: function (attention, stage) → attention that replaces it; `stage` counts from 0.
+
+        Raises:
+            ConfigError: if a stage has several dims then.
+
+        >>> from dataclasses import replace
+        >>> from dat_ref import config
+        >>> wide = config("dat_tiny").map_attention(
+        ...     lambda layer, stage: replace(layer, stride=2) if layer.kind == "deformable" else layer
+        ... )
+        >>> [layer.stride for stage in wide.stages for layer in (stage[1].attention,) if layer.kind == "deformable"]
+        [2, 2]
+        """
         stages = tuple(
-            tuple(resize(block, reduction) for block in blocks)
-            for blocks, reduction in zip(self.stages, self.reductions, strict=True)
+            tuple(replace(block, attention=change(block.attention, stage)) for block in blocks)
+            for stage, blocks in enumerate(self.stages)
         )
-        return replace(self, stages=stages, image_size=image_size)
+        return replace(self, stages=stages)
 
     @classmethod
     def from_official(cls, mapping: Mapping[str, Any], *, release: str) -> DATConfig:

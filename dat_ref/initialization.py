@@ -18,7 +18,7 @@ from scipy.stats import truncnorm
 from ._checks import Array, Tree
 from .backbone import dat_shapes
 from .config import CHECK_INIT, AttentionConfig, DATConfig, Init
-from .peers.registry import ATTENTIONS
+from .peers.registry import row_of
 
 
 def init_params(
@@ -47,7 +47,7 @@ def init_params(
     CHECK_INIT("offsets", offsets)
     rng = np.random.default_rng(seed)
     if not isinstance(config, DATConfig):
-        params = _init_tree(rng, ATTENTIONS[type(config)].shapes(config), (), offsets, dtype)
+        params = _init_tree(rng, row_of(config).shapes(config), (), offsets, dtype)
         _init_special(params, config, rng)
         return params
     params = _init_tree(rng, dat_shapes(config), (), offsets, dtype)
@@ -62,7 +62,7 @@ def init_params(
 
 def _init_special(params: Tree, config: AttentionConfig, rng: np.random.Generator) -> None:
     """Apply the attention's own initialization rule in place, if it has one."""
-    init = ATTENTIONS[type(config)].init
+    init = row_of(config).init
     if init is not None:
         init(params, config, rng)
 

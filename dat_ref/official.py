@@ -159,6 +159,9 @@ class LoadReport:
             number of image channels.
         ignored: names that are skipped by rule: buffers, other parts of a detector, a head if none is wanted.
         hints: possible causes of a mismatch, with remedies.
+        initialized: (name, shape, shape in the file or None) of a new head: the file has no head, or one for another
+            number of classes. These parameters keep their initialization.
+        prefix: prefix of the names in the file, which the other fields omit.
     """
 
     release: str
@@ -170,21 +173,36 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     converted: tuple[tuple[str, Shape, Shape], ...] = ()
+    initialized: tuple[tuple[str, Shape, Shape | None], ...] = ()
+    prefix: str = ""
 
     @property
     def complete(self) -> bool:
-        """True if the file and the configuration have the same parameters, up to resized and converted arrays."""
+        """True if the file and the configuration have the same parameters, up to resized tables, a converted first
+        convolution and a new head.
+        """
         return not (self.missing or self.unexpected or self.misshaped)
+
+    def check(self, source: str) -> None:
+        """Raise `CheckpointError` with the report unless it is complete."""
+        if not self.complete:
+            raise CheckpointError(f"{source}: expected the parameters of this configuration\n{self}")
 
     def __str__(self) -> str:
         misshaped = [f"{name}: expected {want}, got {got}" for name, want, got in self.misshaped]
         resized, converted = (
             [f"{name}: {old} → {new}" for name, old, new in changed] for changed in (self.resized, self.converted)
         )
-        lines = [f"{self.release} names: {len(self.loaded)} arrays loaded"]
+        initialized = [
+            f"{name}: {shape}, " + ("not in the file" if old is None else f"{old} in the file")
+            for name, shape, old in self.initialized
+        ]
+        under_prefix = f" under the prefix {self.prefix!r}" if self.prefix else ""
+        lines = [f"{self.release} names{under_prefix}: {len(self.loaded)} arrays loaded"]
         lines += _section("missing", self.missing) + _section("unexpected", self.unexpected)
         lines += _section("mis-shaped", misshaped) + _section("resized", resized)
         lines += _section("converted from RGB to the channels of the images", converted)
+        lines += _section("newly initialized", initialized)
         lines += _section("ignored", self.ignored, most=3)
         return "\n".join(lines + [f"  hint: {hint}" for hint in self.hints])
 
@@ -303,9 +321,7 @@ def to_ours(state: Mapping[str, Any], names: NameMapping, shapes: Tree) -> Tree:
     if not any(".pointwise." in name or name.startswith("offset_network") for name in names):
         ignored.append(_UNUSED_WITHOUT_OFFSETS)
     fit = match_state(state, names, flatten(shapes), ignored=ignored)
-    if not fit.report.complete:
-        report = replace(fit.report, ignored=())
-        raise CheckpointError(f"state: expected the released parameters of this configuration\n{report}")
+    replace(fit.report, ignored=()).check("state")
     return unflatten({name: fit.arrays[name] for name in names})
 
 

@@ -11,6 +11,7 @@ checksums is refused. ``.safetensors`` files and ``.pth`` files written by torch
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -34,31 +35,35 @@ WRITABLE_SUFFIXES = (".safetensors", ".npz", ".pth")
 # Names of the weights inside a training checkpoint, in order of preference: averaged weights come before raw ones.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model")
 
-# Wrappers of a backbone (parallel training, a detector, a trainer, a compiler) add a prefix to every key.
+RUN_MAGIC = b"dat_ref run 1\n"  # first bytes of the training state of a run, see `dat_ref.torch.train.checkpoint`
 _MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
-_BACKBONE_KEY = re.compile(r"((?:(?:module|backbone|model|_orig_mod)\.)*)(?:patch_proj|patch_embedding|stages)\.")
+# Modules that contain a backbone (a detector, a trainer, a compiler) add a prefix to its names. The first layer marks
+# the backbone. Stages do so only in a file without a first layer, because other networks have stages, too.
+_MARKERS = tuple(re.compile(rf"((?:.*?\.)?){layer}\.") for layer in (r"(?:patch_proj|patch_embedding)\.\d+", "stages"))
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Array]:
+def read_state(path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Array]:
     """Return the backbone's arrays in a checkpoint by name, without wrappers and prefixes.
 
-    The weights are searched under the names in `WRAPPERS`. Prefixes such as ``module.`` and ``backbone.`` are removed.
-    If the backbone has such a prefix, arrays without it (a detector's neck and head) are left out. bfloat16 arrays,
+    The weights are searched under the names in `WRAPPERS`. The prefix of the backbone, such as ``module.`` or
+    ``student.backbone.``, is removed, and arrays without it (a detector's neck and head) are left out. bfloat16 arrays,
     which NumPy does not have, become float32 arrays of the same values.
 
     Args:
         path: ``.safetensors`` file (needs safetensors), ``.npz`` file, or a file with one of `TORCH_SUFFIXES` (needs
             torch).
+        prefix: prefix of the backbone, see `backbone_prefix`.
 
     Raises:
-        CheckpointError: if the content does not match the suffix, is damaged, or would have to be executed.
+        CheckpointError: if the content does not match the suffix, is damaged, or would have to be executed; or if the
+            file has several backbones, or none under `prefix`.
         OSError: if the file cannot be opened or read.
     """
-    return select_backbone(read_arrays(path), os.fspath(path))[0]
+    return select_backbone(read_arrays(path), os.fspath(path), prefix)[0]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -77,37 +82,85 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Array]:
     except MemoryError as error:  # also raised for a damaged header that declares a huge array
         raise MemoryError(f"{file}: needs more memory than is available: {_first_line(error)}") from error
     except OSError as error:
+        if error.errno == errno.EINVAL:  # torch seeks before the start of a file that is cut short
+            raise _damaged(file, error) from error
         if error.errno is not None and error.filename is None:
             raise OSError(error.errno, error.strerror, str(file)) from error
         raise
     except Exception as error:  # a damaged file can raise any exception in the reader of its format
-        raise CheckpointError(
-            f"{file}: cannot be read as {file.suffix}: damaged, cut short, or another format; download it again"
-            f" ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+        raise _damaged(file, error) from error
     if not arrays:
         raise CheckpointError(f"{file}: expected named arrays, found none")
     return arrays
 
 
-def select_backbone(state: Mapping[str, Array], source: str = "state") -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Return the backbone's arrays without their prefix, and the names of the other arrays.
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot be read as {file.suffix}: damaged, cut short, or another format; download it again"
+        f" ({type(error).__name__}: {_first_line(error)})"
+    )
 
-    If the backbone has no prefix, there are no other arrays.
+
+def backbone_prefix(state: Mapping[str, Array], source: str = "state", prefix: str | None = None) -> str:
+    """Return the prefix of the backbone's names in a state dict: empty, or with a dot at the end.
+
+    Args:
+        state: named arrays.
+        source: name of the state dict for error messages.
+        prefix: expected prefix, with or without its last dot; None: the only one.
 
     Raises:
-        CheckpointError: if there is more than one backbone.
+        CheckpointError: if there are several backbones and no prefix is given, or none has the given prefix.
+
+    >>> backbone_prefix({"student.backbone.stages.0.x": 1, "student.head.y": 2})
+    'student.backbone.'
+    """
+    found = _prefixes(state)
+    listed = ", ".join(repr(each) for each in found) or "none"
+    if prefix is None:
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{source}: expected one backbone, found {len(found)}, under the prefixes {listed}; select one with "
+                "the option prefix"
+            )
+        return found[0] if found else ""
+    dotted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    if dotted not in found:
+        raise CheckpointError(f"{source}: prefix: expected the prefix of a backbone ({listed}), got {prefix!r}")
+    return dotted
+
+
+def _prefixes(state: Mapping[str, Array]) -> list[str]:
+    """Return the prefixes of all backbones."""
+    for marker in _MARKERS:
+        found = sorted({match[1] for name in state if (match := marker.match(name))})
+        if found:
+            return found
+    return []
+
+
+def select_backbone(
+    state: Mapping[str, Array], source: str = "state", prefix: str | None = None
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """Return the backbone's arrays without their prefix, and the names of the other arrays.
+
+    If the only backbone has no prefix, there are no other arrays.
+
+    Args:
+        state, source, prefix: as in `backbone_prefix`.
+
+    Raises:
+        CheckpointError: as in `backbone_prefix`.
 
     >>> select_backbone({"backbone.stages.0.x": 1, "neck.y": 2})
     ({'stages.0.x': 1}, ('neck.y',))
     """
-    prefixes = sorted({match[1] for name in state if (match := _BACKBONE_KEY.match(name))})
-    if len(prefixes) > 1:
-        found = ", ".join(repr(prefix) for prefix in prefixes)
-        raise CheckpointError(f"{source}: expected one backbone, found {len(prefixes)}, under the prefixes {found}")
-    prefix = prefixes[0] if prefixes else ""
-    backbone = {name[len(prefix) :]: array for name, array in state.items() if name.startswith(prefix)}
-    return backbone, tuple(name for name in state if not name.startswith(prefix))
+    prefix = backbone_prefix(state, source, prefix)
+    # Names of another backbone can begin with the same prefix: `` and `ema.`, or `model.` and `model.teacher.`.
+    inner = tuple(each for each in _prefixes(state) if each != prefix and each.startswith(prefix))
+    own = {name: name.startswith(prefix) and not name.startswith(inner) for name in state}
+    backbone = {name[len(prefix) :]: array for name, array in state.items() if own[name]}
+    return backbone, tuple(name for name in state if not own[name])
 
 
 def _check_content(file: Path) -> None:
@@ -126,6 +179,10 @@ def _check_content(file: Path) -> None:
         raise CheckpointError(f"{file}: is a web page, not weights; open the link in a browser and download the file")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: is a Git LFS pointer, not weights; fetch the file itself with `git lfs pull`")
+    if head.startswith(RUN_MAGIC):
+        raise CheckpointError(
+            f"{file}: is the training state of a run; the weights are in best.safetensors in the same folder"
+        )
 
 
 def _read_npz(file: Path) -> dict[str, Array]:

@@ -39,6 +39,12 @@ class TrainConfig:
         "", "attention in place of deformable attention (default: none), see dat_ref.peers.matching"
     )
     init: str = option("", "offset initialization: released or zero_offset (default: the model's)")
+    init_from: str = option(
+        "", "checkpoint of initial weights; a head for other classes is newly initialized", group="Fine-tuning"
+    )
+    init_prefix: str = option("", "prefix of the backbone's names in init_from (default: the only one)")
+    layer_decay: float = option(1.0, "factor on the learning rate per layer, from the head to the image; 1: off")
+    frozen_stages: int = option(0, "stages frozen from the first on, with the patch embedding; 0: none")
     data: str = option("scenes", "'scenes', or a folder with train/CLASS/* and val/CLASS/*", group="Data")
     task: str = option("which", "task on scenes: which, which_all, where, count, find or find_all")
     objects: str = option("shapes", "objects on scenes: pictures, discs or shapes")
@@ -77,12 +83,19 @@ class TrainConfig:
         ):
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{name}: expected {minimum} or more, got {getattr(self, name)}")
-        for name in ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs", "mixup", "cutmix"):
+        not_negative = ("seed", "workers", "save_every", "weight_decay", "clip", "warmup_epochs", "mixup", "cutmix")
+        for name in (*not_negative, "frozen_stages"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("label_smoothing", "drop_path", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 0 ≤ {name} < 1, got {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay: expected 0 < layer_decay ≤ 1, got {self.layer_decay}")
+        if self.init_prefix and not self.init_from:
+            raise ConfigError(f"init_prefix: expected init_from as well, got {self.init_prefix!r} alone")
+        if self.init and self.init_from:
+            raise ConfigError(f"init: expected '' with init_from, which contains the offsets, got {self.init!r}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ConfigError(
                 f"learning_rate: expected 0 ≤ min_learning_rate ≤ learning_rate, got {self.min_learning_rate} and "

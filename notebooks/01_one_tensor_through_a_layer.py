@@ -89,7 +89,7 @@ def star(axes, pixel):
 # are: section 10 measures a larger error than full attention for 24 keys on a grid, and a smaller one for 24 keys that
 # have moved.
 
-# %%
+# %% alt="A cat three times, lit where an eye, the nose and the fur attend; a curve reaches 98 % at 24 directions"
 BETA, NEAR = 60.0, 30.0  # sharpness; standard deviation of the distance bias, pixels
 flat = colors.reshape(3, -1).T  # (2400, 3)
 positions = np.stack(np.divmod(np.arange(HEIGHT * WIDTH), WIDTH), axis=1)  # (2400, 2)
@@ -151,7 +151,7 @@ assert eye[0] // 10 != QUERIES["the nose"][0] // 10  # so is the nose
 # **Claim.** With these four channels, the dot products of the queries and keys of `dat_ref.ops.basic.linear` give the
 # attention of section 1.
 
-# %%
+# %% alt="The 16 query channels as pictures: three colors, one constant, twelve random mixtures of the colors"
 DIM, STRIDE = 16, 10
 config = dat_ref.DeformableAttentionConfig(
     dim=DIM, heads=1, groups=1, stride=STRIDE, kernel_size=STRIDE, offset_range=2.0, size=SIZE
@@ -205,7 +205,7 @@ np.testing.assert_allclose(compared, full, atol=1e-12)
 # **Claim.** `dat_ref.ops.grid.reference_points` are the centers of the cells. They do not depend on the photograph,
 # and they read 4 % of its pixels.
 
-# %%
+# %% alt="The cat under a grid of 4 × 6 cells, with one reference point at the center of each cell"
 keys = key_grid_size(SIZE, config.kernel_size, STRIDE, config.convention)
 reference = reference_points(keys, config.convention)  # (4, 6, 2), from -1 to 1
 reference_px = to_pixels(reference, SIZE, config.convention)  # in pixels of the map
@@ -278,7 +278,7 @@ raw, network = offset_network(query, params["offset_network"], stride=STRIDE, pa
 # **Claim.** `dat_ref.ops.offsets.offset_network` computes the offset of a point from the queries in its own cell, and
 # from nothing else. The figure shows the cell with the nose.
 
-# %%
+# %% alt="The cell with the nose; its 16 filter outputs as bars; their running sums, which end at the two offsets"
 CELL = (3, 3)  # row, column: the cell with the nose
 filters = params["offset_network"]
 normed, activated = (part[0, :, CELL[0], CELL[1]] for part in (network.normed, network.activated))
@@ -323,7 +323,7 @@ np.testing.assert_allclose(by_hand, raw[0, :, CELL[0], CELL[1]])
 # **Claim** (`dat_ref.ops.offsets.bound_offsets`). No component of an offset exceeds $s/2$ cells. The squares of
 # $s = 1$ cover each pixel once, those of $s = 2$ cover each inner pixel four times.
 
-# %%
+# %% alt="The cat with the squares that points may reach: separate at s = 0.5, tiling at 1, overlapping at 2"
 raw_offsets = raw.reshape(1, 1, 2, *keys).transpose(0, 1, 3, 4, 2)  # (1, 1, 4, 6, 2), (y, x) last
 updated = {}
 followed = CELL[0] * keys[1] + CELL[1]  # index of the point with the orange square
@@ -370,7 +370,7 @@ assert (within[2].sum(axis=1)[inner] == 4).all()
 # **Claim** (`dat_ref.ops.sampling.bilinear_sample`). A reading is a weighted mean of four pixels, and its slope is not
 # zero. The right panels show the palettes: the colors at the reference points and at the moved points.
 
-# %%
+# %% alt="A point and the weights of four pixels; the 24 colors read on the grid, and after moving" live="sampling"
 points_px = updated[2.0]
 readings = {
     "reference points": bilinear_sample(x, reference_px.reshape(1, -1, 2)),  # (1, 16, 24)
@@ -436,7 +436,7 @@ for name in ("an eye", "the nose"):  # only moved points read the pupil's black 
 # **Claim.** Sharing reduces the number of fetched values by a factor of $HW = 2400$. It does not change the operation:
 # if every query gets a copy of the shared points, `dat_ref.peers.per_query` returns the same output.
 
-# %%
+# %% alt="The cat three times with the same 24 points; circles, larger for more attention, differ by the query"
 sampled = readings["moved points"].reshape(1, DIM, *keys)  # (1, 16, 4, 6): no query axis
 k, v = (split_heads(linear(sampled, **params[name]), 1) for name in ("key", "value"))  # (1, 1, 24, 16)
 points = from_pixels(points_px[None, None], SIZE, config.convention)  # (1, 1, 24, 2), from -1 to 1
@@ -482,7 +482,7 @@ np.testing.assert_allclose(same, merge_heads(unbiased, (HEIGHT * WIDTH,)), atol=
 # **Claim** (`dat_ref.ops.bias.table_bias`). Between entries the bias is continuous and has a slope. At whole pixels it
 # equals an entry, so the table of window attention is a special case.
 
-# %%
+# %% alt="Positions that the nose reads in the bias table; one close up; two curves" plot=true live="bias"
 table = params["position_bias"]["table"]
 nose = QUERIES["the nose"]
 reading_at = table_positions(points, table.shape[1:], SIZE, config.convention)[0, 0, nose[0] * WIDTH + nose[1]]
@@ -534,7 +534,7 @@ assert (np.diff(rounded) == 0).mean() > 0.98  # ... with rounding, a small step 
 # one, and both terms, color and position, affect them. The figure shows the terms for the query at the nose, each key
 # in the color of its reading.
 
-# %%
+# %% alt="Bars for 24 keys, each in the color that it reads: color term, position term, weight; then the mixture"
 number = nose[0] * WIDTH + nose[1]
 content = (q @ k.swapaxes(2, 3))[0, 0, number] * config.scale
 terms = {"color: $q\\tilde k^\\top\\!/\\sqrt{d}$": content - content.max(), "position: $B$": bias[0, 0, number]}
@@ -574,7 +574,7 @@ for name, alone in {"color only": softmax(content), "position only": softmax(bia
 # With zero offsets the 24 keys are clearly worse than all 2400. So the number of keys alone decides little; their
 # positions matter when the grid reads only 4 % of the map.
 
-# %%
+# %% alt="The cat and three repaintings with their errors: from all pixels, from the grid, from the moved points"
 layer = dat_ref.DeformableAttention(config, params)
 y, trace = layer(x, return_trace=True)
 pictures = {
@@ -619,7 +619,7 @@ assert variety["from 2400 keys: every pixel"] < variety["from 24 moved keys"] < 
 # 07](../07_where_it_looks/) trains a layer on many pictures and tests it on new ones, next to a control without
 # offsets.
 
-# %%
+# %% alt="Paths of the 24 points over the cat from the grid to their final positions; the error falls with the steps"
 figure, (axes, fall) = plt.subplots(1, 2, figsize=(8.8, 3.1), width_ratios=[1.35, 1])
 on_photo(axes, "paths of 24 points in 200 steps")
 for point in range(24):

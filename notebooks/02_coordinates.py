@@ -77,7 +77,7 @@ def bare(axes, **settings):
 # a photograph as each convention reads it with zero offsets, and the color error of each pixel.
 
 
-# %%
+# %% alt="A photograph as the four conventions read it at zero offset; below, the error: none twice, then along edges"
 def read_positions(size, convention, keys=None):
     """Return the positions that the keys of a zero-offset layer read: (Hk, Wk, 2), in pixels."""
     reference = reference_points(keys or size, convention)
@@ -141,7 +141,7 @@ for convention in Convention:
 # **Claim.** On a checkerboard the 2023 convention reads zero everywhere except in the corner that is clamped on both
 # axes. The 2022 convention keeps a factor of $|1 - 2f_y|\,|1 - 2f_x|$: one at the center, almost zero at the corners.
 
-# %%
+# %% alt="A checkerboard read by the four conventions: unchanged twice, then faded to the corners, then flat gray"
 checkers = np.indices((15, 21)).sum(axis=0) % 2 * 2.0 - 1  # -1 and 1
 figure, panels = plt.subplots(1, 4, figsize=(8.8, 1.9))
 for axes, convention in zip(panels, Convention):
@@ -172,7 +172,7 @@ assert max(factor[0, 0], factor[-1, -1]) < 0.01
 # nearly half. At 7 × 7 both are larger.
 
 
-# %%
+# %% alt="The error of both releases falls with the side of the map, and a small photograph as they read it"
 def contrast_lost(maps, convention):
     """Return the error of reading a map with zero offsets, relative to the standard deviation of the map."""
     deviation = np.sqrt(np.square(maps - maps.mean(axis=(2, 3), keepdims=True)).mean())
@@ -242,7 +242,7 @@ assert at_14[Convention.DATPP2023] > 0.4
 # half a pixel. In the 2023 geometry half of the windows are more than a whole cell away from their points, and 13 of
 # 49 points are clamped to the border.
 
-# %%
+# %% alt="Points of a 7 × 7 grid, tied to the windows of the offset network: together, or apart by more than a cell"
 SIZE, KERNEL, STRIDE = (56, 56), 9, 8  # stage 1 of dat_pp_tiny
 
 
@@ -295,7 +295,7 @@ np.testing.assert_allclose(points[Convention.CELL_CENTER].mean(axis=(0, 1)), 27.
 # **Claim.** Only under `CELL_CENTER` the position of a key on the photograph does not depend on the resolution of the
 # map.
 
-# %%
+# %% alt="Positions of seven keys for growing maps: level lines for CELL_CENTER, bent ones for the others" plot=true
 DOUBLES = [7 * 2**power for power in range(7)]
 positions = {
     convention: np.array([(read_positions((side, side), convention, (7, 7))[:, 0, 0] + 0.5) / side for side in DOUBLES])
@@ -330,7 +330,7 @@ assert min(travel[convention] for convention in Convention if convention is not 
 # all of them. The 2022 convention does not reach the border of the table. The 2023 convention reads halfway between
 # entries, except for clamped points.
 
-# %%
+# %% alt="Positions in the bias table at zero offset: on all entries twice, contracted, between entries" plot=true
 MAP = (7, 7)
 figure, panels = plt.subplots(1, 4, figsize=(8.8, 2.5))
 read_at = {}
@@ -374,7 +374,7 @@ assert (halves == 0.5).mean() == 6 / 7  # six of seven points on an axis are not
 # release, on any map. On a square map no test detects the division by the wrong side.
 
 
-# %%
+# %% alt="Dots, six ways to read a map by three tests on two maps: filled where the error is detected" plot=true
 def swapped(maps):
     positions = read_positions(maps.shape[2:], Convention.CELL_CENTER)[..., ::-1]
     return bilinear_sample(maps, positions.reshape(1, -1, 2)).reshape(maps.shape)
@@ -436,7 +436,7 @@ assert not any(caught["CVPR2022", test, shape] for test in ("flip", "transpositi
 # dtype.
 
 
-# %%
+# %% alt="The error of a rounded coordinate grows with the map: bfloat16 to a third of a pixel" plot=true
 def as_bfloat16(values):
     """Round to the 8 significant bits of bfloat16, which NumPy does not have."""
     bits = values.astype(np.float32).view(np.uint32)

@@ -89,7 +89,7 @@ def bounded_px(raw, bound, s=2.0):
 # keep it on the map, and the last does not limit it. The third moves a point even if $\Delta = 0$, because
 # $\tanh p \neq p$.
 
-# %%
+# %% alt="Points pulled in all directions under four bounds: in squares, to the border, without end" live="offsets"
 STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
 KEYS = (2, 3)
 angle = np.linspace(0, 2 * np.pi, 241)
@@ -128,7 +128,7 @@ for bound, image in images.items():
 # **Claim.** For $s \le 1$ no offsets can change the order of two points. For $s > 1$ they can. In the figure, the mesh
 # cells that random offsets have folded are filled.
 
-# %%
+# %% alt="A mesh of points over a photograph for four values of s: no cell is folded up to 1, many are at 2 and 4"
 rng = np.random.default_rng(3)
 GRID = (8, 12)
 raw = rng.normal(scale=1.2, size=(1, 1, *GRID, 2))
@@ -188,7 +188,7 @@ assert 0 < folded[2.0].sum() < folded[4.0].sum()
 # Omitting the last bias does not prevent a compulsory shift. Initializing $W_2$ to zero does
 # (`init_params(..., offsets="zero_offset")`).
 
-# %%
+# %% alt="Offsets on a photograph and on a blank map, where all are equal; their lengths for 20 seeds are alike"
 small = resize(photo, SIZE).transpose(2, 0, 1)[None]
 DIM = 16
 config = DeformableAttentionConfig(dim=DIM, heads=1, stride=7, kernel_size=7, size=SIZE)
@@ -252,7 +252,7 @@ assert 0.7 < ratio < 1.5
 # through the features. Only the bias still gives a gradient, and it does not depend on the image.
 
 
-# %%
+# %% alt="Points after training for s = 1, 8, 16: more and more outside the map; the error of six values of s"
 def painter(s, seed=0, beta=60.0, near=21.0):
     """Return the configuration and the parameters of the layer of the first notebook, for a given s."""
     layer = replace(config, offset_range=s)
@@ -349,7 +349,7 @@ assert all((lost[s][error[s] > 1] > 0).all() for s in RANGES)  # runs worse than
 # (`dat_ref.ops.coverage.capture_radius`). So use `offsets="zero_offset"` when $s/2$ times the stride is more than one
 # pixel.
 
-# %%
+# %% alt="Initial offsets of DAT and of DAT++ on a portrait; bars by stage: below half a cell, above one cell"
 portrait = load_photo(photograph_path("astronaut"))
 image = normalise(resize(portrait, (224, 224)))
 
@@ -409,7 +409,7 @@ assert all(mean_offset(trace) == 0 for trace in initial_traces("dat_tiny", offse
 # the other groups do not. The figure shows the three grids of a layer of dat_tiny with random weights. It shows
 # geometry, nothing is learned.
 
-# %%
+# %% alt="A portrait with the three point grids of a layer of dat_tiny, one color for each group"
 layer = next(block.attention for block in dat_ref.config("dat_tiny").stages[2] if block.attention.kind == "deformable")
 layer = replace(layer, stride=2)  # 7 × 7 points, few enough to see
 params = dat_ref.init_params(layer, seed=0, dtype=np.float64)
@@ -443,7 +443,7 @@ assert difference[0] == difference[2] == 0
 # group, only the keys of its own heads would change. The position bias changes only in its own heads, in both cases.
 
 
-# %%
+# %% alt="Change of the heads when one group moves: in all heads as released, in its own with separate keys" plot=true
 def keys_and_bias(key, points):
     """Return k (heads, Ns, d) and the bias (heads, H·W, Ns) for a key projection and points (1, G, Hk, Wk, 2)."""
     groups, flat = layer.groups, points.reshape(1, layer.groups, -1, 2)
@@ -498,7 +498,7 @@ for found in (block_diagonal, bias_changes):
 # on $G$, exactly. The number of points grows in proportion to $G$. The number of parameters decreases a little,
 # because one small network serves all groups.
 
-# %%
+# %% alt="Against the number of groups: multiply-adds are constant, points rise, parameters fall slightly" plot=true
 GROUPS = (1, 2, 3, 4, 6, 12)
 grouped = {groups: replace(layer, groups=groups) for groups in GROUPS}
 costs = {groups: total(attention_terms(1, (14, 14), config)) for groups, config in grouped.items()}

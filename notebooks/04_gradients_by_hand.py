@@ -76,7 +76,7 @@ SIGNED = LinearSegmentedColormap.from_list("signed", ["#0B4F7F", "#7FB4D8", "#FB
 # **Claim.** `dat_ref.ops.sampling.bilinear_sample_vjp` computes these two sums. First, the equations as loops:
 
 
-# %%
+# %% alt="The hat function of a pixel, and its slope: +1, then −1, with the right-hand value at the kinks" plot=true
 def g(a, b):
     return max(0.0, 1.0 - abs(a - b))
 
@@ -132,7 +132,7 @@ for p in (inside, outside, corner):
 # map). Its height is the largest deviation from `bilinear_sample_vjp`.
 
 
-# %%
+# %% alt="Deviations from the gradient by hand: loops and autograd near 1e-16, differences near 1e-11" plot=true
 def finite_differences(function, at, step=1e-5):
     """Return the gradient of a scalar function by central differences."""
     gradient = np.zeros_like(at)
@@ -220,7 +220,7 @@ for name in methods:
 # The example is a small attention core: a map of 5 × 5 pixels, four keys sampled from it (with $W_k = W_v = 1$), one
 # head, and the squared distance of the output from a random target.
 
-# %%
+# %% alt="Four points with arrows from features and from bias; only their sum meets the measured slope" plot=true
 SIZE, DEPTH, CONVENTION = (5, 5), 3, Convention.CELL_CENTER
 rng = np.random.default_rng(5)
 x = rng.standard_normal((1, DEPTH, *SIZE))
@@ -305,7 +305,7 @@ print("without the bias path the directions are wrong by", ", ".join(f"{angle:.0
 # **Claim.** Inside a cell of the pixel lattice the loss is smooth. On the rows and columns of pixel centers it is
 # continuous but has a crease.
 
-# %%
+# %% alt="The loss over the positions of one point, as a relief with creases; its slope jumps at every row" plot=true
 FINE = 240
 axis = -0.5 + (np.arange(FINE) + 0.5) * 5 / FINE  # never on the lattice
 moved = np.broadcast_to(positions, (FINE, FINE, 4, 2)).copy()
@@ -368,7 +368,7 @@ for y, size in jump.items():
 # slope of the loss, and it is not always between the two.
 
 
-# %%
+# %% alt="The loss along y with left-hand, right-hand and computed slopes, without and with a bias" plot=true
 def hand_slope(y, table=table):
     points = positions.copy()
     points[0] = y, 1.35
@@ -435,7 +435,7 @@ assert not all(between)
 # *below* their pixel, in the previous cell, and get the left-hand slope.
 
 
-# %%
+# %% alt="Shares of points on the lattice at zero offset, by convention; shares that rounding moves" plot=true
 def starts_px(side, convention, dtype):
     """Return the points of a zero-offset layer of stride 1 along one axis, in pixels."""
     return to_pixels(reference_points((side, side), convention).astype(dtype), (side, side), convention)[:, 0, 0]
@@ -499,7 +499,7 @@ for side, share in zip(SIDES, below[Convention.CELL_CENTER], strict=True):
 # projection adds $q \cdot b_k$ to all logits of a query, so **its gradient is zero**. It is never trained, in the
 # released models either.
 
-# %%
+# %% alt="The Jacobians of softmax and layer norm as matrices of numbers; in both, every row sums to zero" plot=true
 logits, cells = np.array([0.2, 1.4, -0.6, 2.0, 0.9]), np.array([0.4, -1.2, 2.0, 0.3, -0.8])
 units = np.eye(5)
 softmax_jacobian = np.stack([softmax_vjp(unit, softmax(logits)) for unit in units])
@@ -564,7 +564,7 @@ assert np.abs(grads["key"]["bias"]).max() < 1e-13 < 1e-3 < np.abs(grads["value"]
 # **Claim** (`bound_offsets_vjp`, `share_at_bound`). With the released initialization of DAT++, a fifth to a quarter of
 # all offset components have a gradient of exactly zero in the first step. With tanh, no component has.
 
-# %%
+# %% alt="Tanh and clamp with their slopes; points without a gradient along the border; a fifth to a quarter" plot=true
 STAGES = [
     next(block.attention for block in blocks if block.attention.kind == "deformable")
     for blocks in dat_ref.config("dat_pp_tiny").stages

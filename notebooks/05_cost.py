@@ -78,7 +78,7 @@ photo = load_photo(photograph_path("astronaut"))
 #
 # **Claim.** The recorded operations equal the formula exactly, term by term.
 
-# %%
+# %% alt="Multiply-adds of a layer, by part: 80.7 million at stride 2, 149.3 million at stride 1" plot=true
 backbone = dat_ref.config("dat_tiny")
 features = dat_ref.DAT(backbone, dat_ref.init_params(backbone, seed=0)).forward_intermediates(
     normalise(resize(photo, (224, 224)))
@@ -136,7 +136,7 @@ for name, term in terms.items():
 # **Claim.** The first number is correct. The second is too large by a factor of ten:
 # $27 \cdot 49 \cdot 384 = 508\,032$. Moving the points is nearly free, and the paper understates this advantage.
 
-# %%
+# %% alt="Squares with areas of the costs: 79.63 million, 5.08 as published, and 0.51, the correct one" plot=true
 three = sum(terms[name].macs for name in ("attention", "query and output", "key and value"))
 network = terms["offset network"].macs
 figure, axes = plt.subplots(figsize=(6.4, 2.5))
@@ -168,7 +168,7 @@ assert round(5_080_000 / network) == 10
 # read fetches all channels.
 
 
-# %%
+# %% alt="Pixels that 49 shared points read, and that 49 points for each query read; the values gathered, in bars"
 def readings(points_px):
     """Return the number of reads of each pixel of a 14 × 14 map by points (..., 2); a point reads four pixels."""
     times = np.zeros((16, 16), dtype=int)  # with a border for points outside
@@ -214,7 +214,7 @@ assert passes[layer].sum() <= 4 * 49 < 4 * 49 * 196  # fewer at the border
 # *with a fixed stride*. The exponents of the attention term are from executed layers. Dots are executed layers, lines
 # are formulas.
 
-# %%
+# %% alt="Multiply-adds of attention against the side of the map: slopes of linear and quadratic growth" plot=true
 SMALL = DeformableAttentionConfig(dim=12, heads=2, groups=1, stride=2, kernel_size=3, size=(8, 8))
 SIDES = doubling(8, 2)
 systems = {
@@ -275,7 +275,7 @@ assert {name: round(exponent, 9) for name, exponent in exponents.items()} == {
 # points can neither save operations nor recover pixels that were missed. At stride 4 the points read 25 % of the map,
 # and at stride 7 about 2 %. There the layer is much cheaper, and the offsets can matter.
 
-# %%
+# %% alt="Multiply-adds relative to plain attention: 102 % at stride 1, less at larger strides" plot=true
 plain = MultiHeadAttentionConfig(384, 12, size=(14, 14))
 
 MAPS = (14, 28, 56, 112)
@@ -326,7 +326,7 @@ for stride in (2, 4, 7):
 # stage 1 of DAT++, and more than a gigabyte for one layer. (A kernel that does not store the pairs needs only the
 # rest: see [the backends](../08_in_your_own_model/).)
 
-# %%
+# %% alt="Bytes stored by a layer for backward at three image sizes: pairs dominate the largest" plot=true
 stage1 = dat_ref.config("dat_pp_tiny").stages[0][1].attention
 IMAGES = {"224 × 224": (56, 56), "448 × 448": (112, 112), "800 × 1333": (200, 334)}
 saved_bytes = {
@@ -379,7 +379,7 @@ assert abs(peak / block_cost(1, (56, 56), whole).peak - 1) < 0.03  # measured pe
 # **Claim** (`dat_ref.complexity.backbone_cost`). The sums agree with the published values of all eight models to 1.5
 # %. The MLPs are six tenths of dat_tiny. Its four deformable layers, including sampling and bias, are an eighth.
 
-# %%
+# %% alt="Multiply-adds of dat_tiny and dat_pp_tiny, block by block, by part: the MLPs are the largest" plot=true
 PARTS = {"deformable": BLUE, "local attention": SKY, "mlp": style.HAIRLINE, "rest": GRAY}
 
 
@@ -432,7 +432,7 @@ assert sum(part.kind == "deformable" for part in backbone_cost(1, (224, 224), da
 # **Claim.** We compare ten systems with 49 keys per query, or the closest possible number. Deformable attention needs
 # the fewest multiply-adds. Of the systems that move points it needs the fewest gathers, by a factor of more than 25.
 
-# %%
+# %% alt="Ten systems by multiply-adds and gathered values: deformable attention is low in both" plot=true live="cost"
 NAMES = {
     "deformable": "DAT",
     "multi_head": "plain attention",

@@ -59,7 +59,7 @@ BLUE, ORANGE, GREEN, PINK = style.GROUP_COLORS[:4]
 # **Claim** (`dat_ref.viz.to_image_px`). Take a dark photograph with one bright patch, and a map of its local means.
 # The brightest pixel of the map is marked on the patch, to within half a cell.
 
-# %%
+# %% alt="One bright patch and three marks: to_image_px within half a cell, the one with exchanged axes far off"
 night = np.zeros((96, 160))
 patch = (70, 33)  # y, x
 night[patch[0] - 3 : patch[0] + 4, patch[1] - 3 : patch[1] + 4] = 1
@@ -99,7 +99,7 @@ np.testing.assert_allclose(
 # **Claim** (`dat_ref.viz.key_importance`). The importance of a key is the attention that it receives from all queries.
 # With random weights every key receives between half and one and a half times the attention of a uniform distribution.
 
-# %%
+# %% alt="A photograph with circles of nearly equal size at all points: random weights prefer no key"
 photo = load_photo(photograph_path("chelsea"))
 SIZE = input_size(photo.shape[:2], 224)
 image = normalise(resize(photo, SIZE))
@@ -134,7 +134,7 @@ assert (importance / uniform).min() > 0.5
 # which cover the map from border to border. In the window no key is more than six cells away, and none of the three
 # queries is in the window of another.
 
-# %%
+# %% alt="Three queries: the points that all of them read across the photograph, and their separate windows"
 map_size = deformable.x.shape[2:]
 cells = [(5, 6), (6, 14), (12, 19)]  # (y, x) of the map
 through_points = [viz.deformable_query_attention(deformable, cell) for cell in cells]
@@ -244,7 +244,7 @@ def learn(layer, steps=600, batch=24, rate=0.01, seed=0):
     return params
 
 
-# %%
+# %% alt="Small gray pictures with a colored and a white spot: fixed points miss it, moved points lie on it"
 control, learned = learn(without_offsets), learn(with_offsets)
 pictures, labels, corners = draw_pictures(np.random.default_rng(99), 1000)  # none of them used for training
 fixed_logits = classify(control, without_offsets, pictures)[0]
@@ -323,7 +323,7 @@ for spot, name in enumerate(("colored", "white")):
 # the size of the circles understates the effect. This is a measurement on one model, not a property of attention.
 
 
-# %%
+# %% alt="Accuracy falls steeply when important keys are removed first, hardly otherwise; attention by rank" plot=true
 def right_with(kept):
     """Return the accuracy on pictures with a colored spot when only some of the keys are kept, (B, Ns) bool."""
     weights = (attention * kept[:, None]).astype(np.float64)  # (B, M, Ns)
@@ -381,7 +381,7 @@ assert all(low <= high + 0.02 for low, high in zip(first, last))
 # it first writes the random weights under released names and reads them back, with the same result.
 
 
-# %%
+# %% alt="A photograph with a circle at each key of stage 4, larger for more attention, with random weights"
 def model_from(path):
     """Return the name of the released model in a file, and the model."""
     name, config = detect_preset(read_state(path))

@@ -76,7 +76,7 @@ def as_picture(x):
 # hand](../04_gradients_by_hand/), section 6.) The trained U-Net also works on a photograph of another size.
 
 
-# %%
+# %% alt="The loss of the U-Net falls; a noisy photograph next to the denoised one, with their decibels"
 class UNet(nn.Module):
     """U-Net of two levels with deformable attention in the bottleneck; predicts the noise."""
 
@@ -183,7 +183,7 @@ assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:3])
 # and the same points.
 
 
-# %%
+# %% alt="Reference points of the U-Net's bottleneck on a denoised eye, with an arrow of each group to the moved points"
 def bottleneck(x):
     """Return the input of the attention layer."""
     return net.norm(torch.relu(net.down2(torch.relu(net.down1(torch.relu(net.enter(x)))))))
@@ -215,7 +215,7 @@ assert np.abs(trace.points_px - trace.reference_px).max() > 0.1  # the points ha
 # figure shows the first principal component of each level: geometry, nothing learned.)
 
 
-# %%
+# %% alt="A photograph and three levels of its feature pyramid, from fine to coarse"
 class Pyramid(nn.Module):
     """Feature pyramid: three levels of a backbone, projected to one width and added from coarse to fine."""
 
@@ -277,7 +277,7 @@ for level, reduction in zip(levels, (8, 16, 32)):
 # large, fractions read the same values at three times the distance. Pixels read the same values at the same distance,
 # and zero at larger distances.
 
-# %%
+# %% alt="The bias against the distance: on its own map, stretched by fractions, and cut to zero by pixels" plot=true
 BUILT = (9, 9)
 table = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 17, 17)).cumsum(axis=2).astype(np.float32)) / 4
 
@@ -325,7 +325,7 @@ assert by_pixels[far.abs() >= 9].abs().max() < 1e-5
 # **Claim.** In the U-Net under autocast, points are float32, with an error below a hundredth of a pixel. The quality
 # of the denoised photograph changes by less than a tenth of a decibel.
 
-# %%
+# %% alt="Histograms of the points' errors: below a hundredth of a pixel, far below points kept in bfloat16" plot=true
 with torch.inference_mode():
     whole = bottleneck(noisy)  # (1, 64, 42, 63)
     _, exact = net.attend(whole, return_trace=True)
@@ -368,7 +368,7 @@ assert abs(psnr(half, unseen) - psnr(denoised, unseen)) < 0.1
 # **Claim.** The layer is one graph. It does not contain `grid_sample` and other operators that many exporters do not
 # support. Its output is the same.
 
-# %%
+# %% alt="Bars of the operators in the compiled graph, the most frequent first; grid_sample is not among them" plot=true
 graphs = []
 
 
@@ -412,7 +412,7 @@ torch.testing.assert_close(y_compiled, y_plain, atol=1e-5, rtol=1e-5)
 # `"eager"`, and with the second power for `"blockwise"`.
 
 
-# %%
+# %% alt="Deviations of all backends from NumPy; bytes for backward, steeper for eager than blockwise" plot=true
 def inputs(side, seed=0, dtype=torch.float32):
     """Return q, k, v, points and table for a map of side² with side² keys, two heads and one group."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,8 @@ from dat_ref import Convention  # noqa: E402
 from dat_ref.complexity.torch_counter import torch_macs  # noqa: E402
 from dat_ref.ops import attention as np_attention  # noqa: E402
 from dat_ref.torch import functional, kernels  # noqa: E402
-from dat_ref.torch.functional import operation, registry  # noqa: E402
+from dat_ref.torch.functional import registry  # noqa: E402
+from dat_ref.torch.functional.attention import DEFORMABLE  # noqa: E402
 
 needs_numba = pytest.mark.skipif(bool(kernels.missing("cpu")), reason=kernels.missing("cpu"))
 FUSED = ["blockwise", pytest.param("cpu", marks=needs_numba)]
@@ -63,11 +64,11 @@ def arguments(kernels_name, dtype=torch.float64):
 def test_opcheck(name):
     """Schema, fake tensors, registered gradients and AOT autograd pass `torch.library.opcheck`."""
     args = arguments(name)
-    torch.library.opcheck(operation._operation, args)
-    out, lse = operation._operation(*args)
+    torch.library.opcheck(DEFORMABLE.forward, args)
+    out, lse = DEFORMABLE.forward(*args)
     plain = [each.detach() if isinstance(each, torch.Tensor) else each for each in args]
     given = (torch.randn_like(out), *plain[:5], out.detach(), lse, *plain[5:])
-    torch.library.opcheck(operation._backward_operation, given)
+    torch.library.opcheck(DEFORMABLE.backward, given)
 
 
 @pytest.mark.parametrize("backend", ["eager", "matmul", *FUSED])
@@ -80,7 +81,8 @@ def test_gradcheck(backend):
 def test_autocast_leaves_geometry_alone(backend, monkeypatch):
     """Autocast narrows the values; points, table and their gradients keep their precision."""
     seen = {}
-    functions = operation._KERNELS[backend]()
+    row = registry._BACKENDS[backend]
+    functions = registry.kernel_module("deformable", backend)
 
     class Spy:
         def deformable_forward(self, *tensors, **geometry):
@@ -89,7 +91,8 @@ def test_autocast_leaves_geometry_alone(backend, monkeypatch):
 
         deformable_backward = staticmethod(functions.deformable_backward)
 
-    monkeypatch.setitem(operation._KERNELS, backend, Spy)
+    spied = replace(row.operations["deformable"], kernels=Spy)
+    monkeypatch.setitem(registry._BACKENDS, backend, replace(row, operations={"deformable": spied}))
     args = leaves(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = attend(*args, backend=backend)
@@ -154,7 +157,7 @@ def test_compiled_graphs_hold_the_operation_and_exported_ones_do_not():
 
     torch._dynamo.reset()
     torch.compile(Core(), fullgraph=True, backend=keep)(*args)
-    assert operation._operation in {node.target for node in graphs[0].graph.nodes}
+    assert DEFORMABLE.forward in {node.target for node in graphs[0].graph.nodes}
     exported = torch.export.export(Core(), args)
     assert not any("dat_ref" in str(node.target) for node in exported.graph.nodes)
     assert_close(exported.module()(*args), attend(*args).numpy(), 1e-5)
@@ -281,3 +284,11 @@ def test_a_registered_backend_is_chosen_by_its_priority():
     assert functional.backends(missing=True)["absent"] == "not here"
     with pytest.raises(ValueError, match="name: expected any name but 'auto'"):
         functional.register_backend("auto", double, "")
+
+
+def test_a_replaced_backend_keeps_its_other_operations():
+    before = registry._BACKENDS["blockwise"].operations["neighborhood"]
+    functional.register_backend("blockwise", lambda q, *args, **kwargs: 2 * q, "twice q", priority=99)
+    args = leaves()
+    assert torch.equal(attend(*args), 2 * args[0])
+    assert registry._BACKENDS["blockwise"].operations["neighborhood"] is before

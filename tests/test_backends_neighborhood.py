@@ -180,6 +180,11 @@ def geometry(case):
     return {"size": case.size, "kernel": case.kernel, "dilation": case.dilation, "scale": case.scale}
 
 
+def fused(tensors, case, backend):
+    operation = torch.ops.dat_ref.neighborhood_attention
+    return operation(*tensors, case.size, case.kernel, case.dilation, case.scale, backend, False)[0]
+
+
 @each_fused
 def test_opcheck_of_neighborhood_attention(backend):
     case = Case((4, 5), 3, depth=2)
@@ -199,9 +204,7 @@ def test_gradients_equal_finite_differences(backend):
     case = Case((3, 4), 3, batch=1, depth=2)
 
     def function(*leaves):
-        return functional.neighborhood_operation.fused_neighborhood_attention(
-            *leaves, **geometry(case), kernels=backend
-        )
+        return fused(leaves, case, backend)
 
     assert torch.autograd.gradcheck(function, operands(case))
 
@@ -227,9 +230,7 @@ def test_only_requested_gradients_are_computed(backend):
     q, k, v, table = operands(Case())
     for leaf in (k, table):
         leaf.requires_grad_(False)
-    y = functional.neighborhood_operation.fused_neighborhood_attention(
-        q, k, v, table, **geometry(Case()), kernels=backend
-    )
+    y = fused((q, k, v, table), Case(), backend)
     y.sum().backward()
     assert q.grad is not None
     assert k.grad is None
@@ -430,7 +431,8 @@ def test_bad_arguments_are_named(qkv, table, message):
 
 def test_backends_are_those_of_the_core():
     named = set(functional.backends()) | set(functional.backends(missing=True))
-    assert set(functional.neighborhood._BACKENDS) <= named
+    rows = functional.registry._BACKENDS
+    assert {name for name, row in rows.items() if "neighborhood" in row.operations} == named
 
 
 # ------------------------------------------------------------------------------------------------ machine code

@@ -258,10 +258,12 @@ class CrookedGradient(torch.autograd.Function):
 def test_disagreeing_implementations_are_not_timed(tiny_cases, no_memory, mistake, monkeypatch, capsys, tmp_path):
     """A wrong implementation stops the whole benchmark: no timings, no files, exit code 1."""
 
-    def run(*arguments, **options):
-        return mistake(registry._BACKENDS["blockwise"].run(*arguments, **options))
+    def run(*arguments):
+        return mistake(registry._BACKENDS["eager"].operations["deformable"].run(*arguments))
 
-    monkeypatch.setitem(registry._BACKENDS, "crooked", replace(registry._BACKENDS["eager"], name="crooked", run=run))
+    operations = {"deformable": registry.Implementation(run=run)}
+    crooked = replace(registry._BACKENDS["eager"], name="crooked", operations=operations)
+    monkeypatch.setitem(registry._BACKENDS, "crooked", crooked)
     path = tmp_path / "numbers.json"
     assert bench("--shapes", "C", "--backends", "blockwise", "crooked", "--json", str(path)) == 1
     printed = capsys.readouterr()
@@ -273,7 +275,8 @@ def test_disagreeing_implementations_are_not_timed(tiny_cases, no_memory, mistak
 def test_runs_that_would_not_fit_are_skipped(tiny_cases, no_memory, monkeypatch, capsys):
     """If the released formulation does not fit, the blockwise one is the reference."""
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1000)
-    monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], run=None))
+    broken = {"deformable": registry.Implementation(run="not called")}
+    monkeypatch.setitem(registry._BACKENDS, "eager", replace(registry._BACKENDS["eager"], operations=broken))
     assert bench("--shapes", "C", "--backends", "blockwise") == 0
     assert "C, float32: eager: needs about 0.0 GB, 0.0 GB are free." in capsys.readouterr().out
 
@@ -292,7 +295,9 @@ def test_first_calls_are_timed_in_fresh_processes(tiny_cases, monkeypatch, capsy
     [
         (["--shapes", "Z"], "--shapes: expected some of A, A22, B"),
         (["--backends", "fast"], "--backends: expected some of eager"),
-        (["--dtypes", "int8"], "--dtypes: expected float32, bfloat16 or float16, got 'int8'"),
+        (["--dtypes", "int8"], "--dtypes: expected one of float32, bfloat16, float16, got 'int8'"),
+        (["--dtypes", "float64"], "--dtypes: expected one of float32, bfloat16, float16, got 'float64'"),
+        (["--warm", "--dtypes", "int8"], "--dtypes: expected one of float32, bfloat16, float16, float64, got 'int8'"),
         (["--read", "no/such.json"], "no/such.json: No such file"),
     ],
 )

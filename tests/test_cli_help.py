@@ -10,7 +10,19 @@ from lint import language
 from dat_ref.cli import build_parser, main
 
 WIDTH = 100
-COMMANDS = ("explain", "agree", "check", "complexity", "claims", "bench", "convert", "train", "evaluate", "diagnose")
+COMMANDS = (
+    "explain",
+    "agree",
+    "check",
+    "complexity",
+    "claims",
+    "bench",
+    "convert",
+    "train",
+    "evaluate",
+    "diagnose",
+    "suggest",
+)
 ARGPARSE_TITLES = ("positional arguments", "options", "optional arguments")  # titles of groups without one
 
 

@@ -1,15 +1,18 @@
 """Site: its Python runs and prints the shown output, its names exist, its links have targets."""
 
 import contextlib
+import doctest
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -20,7 +23,7 @@ DOCS = ROOT / "docs"
 # docs/figures and docs/performance contain parts of pages. Notebooks have their own test.
 PARTS = ("figures", "performance")
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in PARTS]
-README = [ROOT / "README.md"] if (ROOT / "README.md").exists() else []
+README = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
 
 
 def name_of(path):
@@ -99,6 +102,7 @@ def run_commands(commands):
     return run.stdout
 
 
+@pytest.mark.filterwarnings("error:DeformableAttention:UserWarning")
 @pytest.mark.parametrize("page", PAGES + README, ids=name_of)
 def test_python_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -232,9 +236,96 @@ def test_images_are_small():
     } == {}
 
 
+# ------------------------------------------------------------------------------------------------ notebooks as pages
+
+
+CELL = (
+    '<div class="jp-Cell jp-CodeCell"><div class="jp-Cell jp-CodeCell">'
+    '<div class="jp-Cell-inputWrapper">code</div>{}</div></div>'
+)
+IMAGE = '<img alt="No description has been provided for this image" src="data:,"/>'
+
+
+def notebook(*cells):
+    """Return a notebook of code cells: pairs of source and metadata."""
+    return SimpleNamespace(
+        cells=[SimpleNamespace(cell_type="code", source=source, metadata=metadata) for source, metadata in cells]
+    )
+
+
+@pytest.fixture
+def pages_of_notebooks():
+    pytest.importorskip("mkdocs")
+    return load(DOCS / "extensions" / "notebooks.py")
+
+
+def test_code_of_a_notebook_is_folded_and_its_figures_are_described(pages_of_notebooks):
+    cells = [("import a", {}), ("plot()", {"alt": "A line", "plot": True, "live": "bias"}), ("assert a", {}), ("a", {})]
+    html = CELL.format("") + CELL.format(IMAGE) + CELL.format("") + CELL.format("")
+    page = pages_of_notebooks.present(html, notebook(*cells), "a notebook")
+    assert re.findall("<summary>(.*?)</summary>", page) == [
+        "Setup: imports and helper functions",
+        "Code of the figure",
+        "Checked by 1 assertion",
+    ]
+    assert page.count('<details class="fold" data-search-exclude="true">') == 3  # the last cell is short
+    assert 'alt="A line"' in page
+    assert 'class="plot"' in page
+    assert page.index('alt="A line"') < page.index('data-figure="bias"') < page.index("Checked")
+
+
+def test_a_figure_without_a_description_stops_the_build(pages_of_notebooks):
+    present, html = pages_of_notebooks.present, CELL.format(IMAGE)
+    with pytest.raises(pages_of_notebooks.Abort, match="code cell 1 draws a figure: expected its description"):
+        present(html, notebook(("plot()", {})), "a notebook")
+    with pytest.raises(pages_of_notebooks.Abort, match="for each of 2 code cells, got 1"):
+        present(html, notebook(("plot()", {"alt": "A"}), ("a", {})), "a notebook")
+    with pytest.raises(pages_of_notebooks.Abort, match=r"live: expected one of .*, got 'none'"):
+        present(html, notebook(("plot()", {"alt": "A", "live": "none"})), "a notebook")
+
+
+def test_every_notebook_is_in_the_navigation(pages_of_notebooks):
+    config = SimpleNamespace(config_file_path=str(ROOT / "mkdocs.yml"), nav=[{"Learn": ["index.md"]}], watch=[])
+    with pytest.raises(pages_of_notebooks.Abort, match=r"09_what_it_learned\.py is missing"):
+        pages_of_notebooks.on_config(config)
+    named = pages_of_notebooks.named([{"Learn": ["a.md", "b.py"]}, {"c": "b.py"}], {"b.py": "Title"})
+    assert named == [{"Learn": ["a.md", {"Title": "b.py"}]}, {"c": "b.py"}]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.py")), ids=name_of)
+def test_figures_of_a_notebook_are_described(path):
+    """A cell that draws has a description, which differs from all others; other cells have none."""
+    jupytext = pytest.importorskip("jupytext")
+    cells = [cell for cell in jupytext.read(path).cells if cell.cell_type == "code"]
+    draws = [any(drawn in cell.source for drawn in ("plt.show()", "viz.draw_")) for cell in cells]
+    descriptions = [cell.metadata.get("alt", "") for cell in cells]
+    assert [bool(description) for description in descriptions] == draws
+    assert len(set(descriptions) - {""}) == sum(draws)
+    assert min(len(description) for description in descriptions if description) > 30
+
+
+def test_a_live_figure_gets_its_still_picture():
+    pytest.importorskip("mkdocs")
+    config = SimpleNamespace(docs_dir=str(DOCS))
+    replace = load(DOCS / "extensions" / "live.py").on_page_content
+    html = '<div data-figure="{}"><noscript>words</noscript></div>'
+    page = replace(html.format("bias"), page=SimpleNamespace(url="spec/bias/"), config=config)
+    assert '<noscript><img src="../../images/still_bias.png" alt="Still picture of the live figure.' in page
+    assert replace(html.format("none"), page=SimpleNamespace(url="a/"), config=config) == html.format("none")
+
+
+def test_entries_of_single_names_are_demoted_in_the_search():
+    pytest.importorskip("mkdocs")
+    search = load(DOCS / "extensions" / "search.py")
+    assert doctest.testmod(search).attempted == 2
+    assert doctest.testmod(search).failed == 0
+
+
 # ------------------------------------------------------------------------------------------------ the built site
 
 
+CODE = ("code", "pre", "script", "style")
+UNDESCRIBED = "No description has been provided for this image"  # nbconvert's
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 
 
@@ -244,6 +335,7 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.loads, self.links, self.anchors, self.classes = [], [], set(), set()
+        self.meta, self.undescribed, self.text, self._code = {}, [], [], 0
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -251,11 +343,23 @@ class Page(HTMLParser):
         if "id" in found:
             self.anchors.add(found["id"])
         self.classes.update((found.get("class") or "").split())
+        self._code += tag in CODE
+        if tag == "meta":
+            self.meta[found.get("property") or found.get("name")] = found.get("content")
+        if tag == "img" and found.get("alt", "").strip() in ("", UNDESCRIBED):
+            self.undescribed.append(found.get("src", "")[:60])
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
         loaded = found.get(LOADS.get(tag, ""))
         if loaded and found.get("rel") not in ("next", "prev"):
             self.loads.append(loaded)
+
+    def handle_endtag(self, tag):
+        self._code -= tag in CODE
+
+    def handle_data(self, data):
+        if not self._code:
+            self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +409,64 @@ def test_links_inside_the_site_have_targets(site):
             assert target.exists(), f"{path}: {link}"
             if parts.fragment and not parts.fragment.startswith("__") and target in site:
                 assert unquote(parts.fragment) in site[target].anchors, f"{path}: {link}"
+
+
+def test_images_are_described(site):
+    """Every image has a text alternative."""
+    assert {path: page.undescribed for path, page in site.items() if page.undescribed} == {}
+
+
+def test_no_markdown_link_is_left_as_text(site):
+    """A link inside HTML that Markdown does not enter stays as text."""
+    left = {path: re.findall(r"\]\([^)\s]+\)", "".join(page.text)) for path, page in site.items()}
+    assert {path: links for path, links in left.items() if links} == {}
+
+
+def test_defects_of_a_page_are_detected():
+    images = f'<img src="a"><img src="b" alt="{UNDESCRIBED}"><img src="c" alt="A cat">'
+    page = Page(f"{images}<code>[no](x)</code>[yes](y.md)")
+    assert page.undescribed == ["a", "b"]
+    assert page.text == ["[yes](y.md)"]
+
+
+def test_links_of_the_error_page_have_targets(site):
+    """The error page leads to pages that exist; it is served at any address, so its links start at the root."""
+    path = next(path for path in site if path.name == "404.html")
+    inside = [link for link in site[path].links if link.startswith("/") and not link.startswith("//")]
+    assert {"/index.html", "/faq/", "/quickstart-torch/", "/experiments/", "/spec/"} <= set(inside)
+    for link in inside:
+        target = path.parent / urlsplit(link).path.lstrip("/")
+        assert (target / "index.html" if target.is_dir() else target).exists(), link
+
+
+def test_previews_have_a_picture(site):
+    for path, page in site.items():
+        if "og:title" in page.meta:
+            root = path.parent if path.name != "404.html" else None
+            picture = page.meta["og:image"]
+            assert root is None or urlsplit(picture).scheme or (root / picture).resolve().exists(), path
+    with_picture = [path for path, page in site.items() if page.meta.get("og:image")]
+    assert len(with_picture) > 40
+
+
+def test_live_figures_have_a_still_picture(site):
+    """Without JavaScript, each live figure is a picture."""
+    names = {path.stem for path in (DOCS / "figures-live").glob("*.html")}
+    assert names <= {path.stem.removeprefix("still_") for path in (DOCS / "images").glob("still_*")}
+    html = {path: path.read_text(encoding="utf-8") for path in site if "figures-live" not in path.parts}
+    for path, text in html.items():
+        for name in names & set(re.findall(r'data-figure="(\w+)"', text)):
+            assert re.search(rf'<noscript><img src="[^"]*still_{name}\.', text), f"{path}: {name}"
+
+
+def test_search_ranks_explanations_before_single_names(site_folder):
+    """Entries of functions and classes rank low and are short: they are less than a fifth of the index."""
+    index = json.loads((site_folder / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    names = [entry for entry in index if "#dat_ref." in entry["location"]]
+    assert len(names) > 200
+    assert {entry["boost"] for entry in names} == {0.05}
+    characters = sum(len(entry["text"]) for entry in index)
+    assert sum(len(entry["text"]) for entry in names) < characters / 5
 
 
 def test_formulas_are_marked_for_the_renderer(site):

@@ -76,7 +76,9 @@ def test_a_run_with_cut_weights_that_was_stopped_is_that_of_one_process(tmp_path
     one.mkdir()
     two_processes(one)
     for row, other in zip(read_rows(folder / "log.csv"), read_rows(one / "log.csv"), strict=True):
-        assert row == pytest.approx(other, rel=1e-12)
+        # The offsets are those of the images of the first process.
+        ours, theirs = ({name: each[name] for name in each if "/" not in name} for each in (row, other))
+        assert ours == pytest.approx(theirs, rel=1e-12)
     ours, theirs = checkpoint.load_latest(folder), checkpoint.load_latest(one)
     assert_same_state(ours, theirs)
     two_processes(folder)  # the run is finished: it only loads and evaluates

@@ -440,7 +440,7 @@ def test_checkpoint_of_another_model():
     state = DAT(other, init_params(other, 0)).to_official(init_params(other, 0))
     with pytest.raises(
         CheckpointError,
-        match=r"(?s)state: expected the released.*missing \(\d+\):\n +.*stages.0.attns.0.proj_qkv.*more$",
+        match=r"(?s)state: expected the parameters.*missing \(\d+\):\n +.*stages.0.attns.0.proj_qkv.*more$",
     ):
         DAT.from_official(TINY_2022, state, release="cvpr2022")
     with pytest.raises(CheckpointError, match=r"missing \(\d+\):\n +proj_q.weight"):

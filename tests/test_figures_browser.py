@@ -1,14 +1,12 @@
 """Live figures in a headless browser: dragging and arrow keys give the values of the spec."""
 
-import importlib.util
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.browser import tab
+from helpers.figures import DOCS, load, standalone_pages
 
 from dat_ref import Convention, NeighborhoodAttentionConfig, OffsetBound, WindowAttentionConfig
 from dat_ref import DeformableAttentionConfig as Deformable
@@ -19,8 +17,6 @@ from dat_ref.ops.offsets import bound_offsets, bound_offsets_vjp, offset_limit
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
 from dat_ref.peers import MultiHeadAttentionConfig, PyramidAttentionConfig, receptive_field
 
-DOCS = Path(__file__).parents[1] / "docs"
-ALONE = DOCS / "figures-live"
 FIGURES = ("sampling", "offsets", "bias", "cost", "receptive_field")
 CELLS = Convention.CELL_CENTER
 
@@ -31,21 +27,12 @@ def browser(chromium):
 
 
 @contextmanager
-def figure(browser, name, folder=ALONE, **options):
+def figure(browser, name, folder=None, **options):
     """Open a figure alone; at the end, fail if its page had errors."""
     with tab(browser, **options) as opened:
-        opened.open(folder / f"{name}.html")
+        opened.open((folder or standalone_pages()) / f"{name}.html")
         yield opened
         assert opened.errors == []
-
-
-def load(name):
-    """Import a script of docs/figures, which is not a package."""
-    spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def assert_close(found, expected):
@@ -181,7 +168,7 @@ def test_offsets_in_every_convention_and_bound(browser, picture):
 
 def test_no_offsets_at_the_start_of_the_page_on_conventions(browser, picture, tmp_path):
     """A page may set the initial state of its figure."""
-    html = (ALONE / "offsets.html").read_text(encoding="utf-8")
+    html = (standalone_pages() / "offsets.html").read_text(encoding="utf-8")
     start = 'offsets.mount(document.querySelector("[data-figure]")'
     assert html.count(start) == 1
     options = '{"wish": "none", "convention": "DATPP2023"}'
@@ -279,7 +266,7 @@ def test_cost_by_mouse_and_keys(browser):
 @pytest.fixture(scope="module")
 def seen_by():
     """Return the receptive field of each system's query by the spec, with offsets multiplied by a factor."""
-    data = load("live_data")
+    data = load("figures/live_data.py")
     structural = {
         "multi_head": MultiHeadAttentionConfig(12, 3),
         "pyramid": PyramidAttentionConfig(12, 3, 4),
@@ -367,7 +354,7 @@ def test_every_focusable_element_has_a_name(browser, name):
     ],
 )
 def test_a_wrong_figure_is_detected(browser, tmp_path, name, right, wrong, check):
-    html = (ALONE / f"{name}.html").read_text(encoding="utf-8")
+    html = (standalone_pages() / f"{name}.html").read_text(encoding="utf-8")
     assert html.count(right) == 1
     (tmp_path / f"{name}.html").write_text(html.replace(right, wrong), encoding="utf-8")
     with figure(browser, name, tmp_path) as opened, pytest.raises(AssertionError):
@@ -375,7 +362,7 @@ def test_a_wrong_figure_is_detected(browser, tmp_path, name, right, wrong, check
 
 
 def test_a_request_or_an_error_on_the_page_is_detected(browser, tmp_path):
-    html = (ALONE / "bias.html").read_text(encoding="utf-8")
+    html = (standalone_pages() / "bias.html").read_text(encoding="utf-8")
     bad = '<img src="http://elsewhere.invalid/x.png"><script>missing();</script></body>'
     (tmp_path / "bias.html").write_text(html.replace("</body>", bad), encoding="utf-8")
     with tab(browser) as opened:

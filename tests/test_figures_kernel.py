@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.painting import Painting
 
 from dat_ref import Convention, DeformableAttentionConfig, NeighborhoodAttentionConfig, OffsetBound
 from dat_ref import WindowAttentionConfig as Window
 from dat_ref.complexity import attention_terms, total
+from dat_ref.ops.attention import attend
 from dat_ref.ops.bias import table_bias, table_positions, table_scale
+from dat_ref.ops.coverage import fixed_grid_bound, hit_rate, read_pixels
 from dat_ref.ops.grid import from_pixels, pixels_per_unit, query_points, reference_points, to_pixels
 from dat_ref.ops.offsets import bound_offsets, bound_offsets_vjp, offset_limit
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
@@ -133,6 +136,9 @@ def sampling_cases(rng):
         expected = {"value": bilinear_sample(picture, points)[0, 0, 0], "slope": gradients.points_px[0, 0]}
         yield case("sample", picture.ravel(), size, point, expected=expected)
         yield case("weightMap", point, size, expected=gradients.x.ravel())
+        rounded = np.floor(points + 0.5)  # as JavaScript rounds
+        expected = {"value": bilinear_sample(picture, rounded)[0, 0, 0], "slope": [0, 0]}
+        yield case("sampleNearest", picture.ravel(), size, point, expected=expected)
     nowhere = {"value": math.nan, "slope": [math.nan] * 2}
     yield case("sample", picture.ravel(), size, [math.nan, 0.5], expected=nowhere)
     for axis in range(2):
@@ -256,6 +262,41 @@ def receptive_field_cases(rng):
     yield case("receptiveField", {"kind": "points"}, query, size, points, expected=seen, exact=True)
 
 
+def coverage_cases(rng):
+    size, stride = draw_size(rng, smallest=4, largest=17), int(rng.integers(1, 5))
+    for axis in range(2):
+        seen = read_pixels((size[axis], size[axis]), stride).any(axis=1)
+        yield case("readAxis", size[axis], stride, expected=seen, exact=True)
+    target = tuple(int(rng.integers(1, length + 1)) for length in size)
+    hits = hit_rate(size, stride, target)
+    yield case("hitRate", size, stride, target, expected=hits)
+    classes = int(rng.integers(1, 10))
+    yield case("fixedGridBound", hits, classes, expected=fixed_grid_bound(hits, classes))
+
+
+def painting_cases(rng):
+    size = draw_size(rng, smallest=3, largest=5)
+    drawn = rng.uniform(-0.1, 1.1, size=(int(rng.integers(1, 6)), 2)) * (np.array(size) - 1)  # some outside the map
+    spec = Painting(rng.integers(0, 256, size=(*size, 3)), rng.uniform(5, 60), rng.uniform(3, 30))
+    (queries, read, _, points, table), painted = spec.paint(drawn)
+    arguments = (spec.bytes.ravel(), size, spec.sharpness, spec.near)
+    errors = spec.errors(painted)
+    bias = table_bias(table, points, **spec.options)
+    _, weights = attend(queries, read, read, bias, 0.5)
+    expected = {
+        "colors": painted[0, 0].T[:3],
+        "weights": weights[0, 0].ravel(),
+        "errors": errors,
+        "error": errors.mean(),
+    }
+    yield case("painted", *arguments, drawn, expected=expected)
+    pixel = tuple(int(rng.integers(length)) for length in size)
+    row = weights[0, 0, pixel[0] * size[1] + pixel[1]]
+    yield case("weightsOf", *arguments, drawn, pixel, expected=row)
+    features, through_bias = spec.gradient(drawn)
+    yield case("gradientOf", *arguments, drawn, expected={"features": features, "bias": through_bias})
+
+
 DRAWN = {  # rounds of each kind
     grid_cases: 120,
     bound_cases: 100,
@@ -264,17 +305,23 @@ DRAWN = {  # rounds of each kind
     window_cases: 120,
     cost_cases: 40,
     receptive_field_cases: 150,
+    coverage_cases: 100,
+    painting_cases: 100,
 }
+
+
+def write_cases(path, part=1):
+    """Write the cases to a file, or only every so many of them."""
+    rng = np.random.default_rng(0)
+    drawn = [one for draw, rounds in DRAWN.items() for _ in range(rounds // part) for one in draw(rng)]
+    path.write_text(json.dumps(drawn, allow_nan=False), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Write the cases to a file."""
-    rng = np.random.default_rng(0)
-    drawn = [one for draw, rounds in DRAWN.items() for _ in range(rounds) for one in draw(rng)]
-    path = tmp_path_factory.mktemp("kernel") / "cases.json"
-    path.write_text(json.dumps(drawn, allow_nan=False), encoding="utf-8")
-    return path
+    """Write all cases to a file."""
+    return write_cases(tmp_path_factory.mktemp("kernel") / "cases.json")
 
 
 def compare(cases, *kernels):
@@ -299,6 +346,19 @@ def test_kernel_of_the_figures_equals_the_spec(cases):
 # Functions that the cases call only indirectly.
 WITHIN = {"coordinate", "pitch", "places", "corners", "biasWindows", "symbols", "evaluate", "clip"}
 WITHIN |= {"axisKernel", "axisNeighbors", "axisWindow", "sampledPixels"}
+WITHIN |= {"pictureOf", "readings", "axisBias", "queryWeights", "paint", "paintGradient"}
+# The network in the page has tests of its own: test_figures_network.py.
+WITHIN |= {
+    "parameters",
+    "gelu",
+    "linear",
+    "layerNorm",
+    "convolve",
+    "convolveChannels",
+    "spotFeatures",
+    "changedFeatures",
+    "spotAnswers",
+}
 
 
 def test_no_function_of_the_kernel_is_left_out(cases):
@@ -325,15 +385,26 @@ WRONG = {  # changes of the kernel: (before, after, a function whose cases must 
     "bytes of one number": ("4 * evaluate(kept", "8 * evaluate(kept", "cost"),
     "neighborhood beyond the border": ("0, submapLength - keys", "0, submapLength", "receptiveField"),
     "seam forgotten": ("&& pixel < shift === query < shift", "", "receptiveField"),
+    "coverage beyond the footprint": ("< 1 - 1e-9", "<= 1", "readAxis"),
+    "guessing always": ("hits + (1 - hits) / classes", "hits + 1 / classes", "fixedGridBound"),
+    "bias stays on entries": ("[share, -1] : [1 - share, 1]", "[0, -1] : [1, 1]", "painted"),
+    "bias path negated": ("found.slope += sign * bias", "found.slope -= sign * bias", "gradientOf"),
+    "table without a border": ("if (Math.abs(entry) > length - 1) continue;", "", "painted"),
+    "reading as value only": (
+        "weight * wrong[channel] + 2 * sharpness * onLogit * planes[channel][m]",
+        "weight * wrong[channel]",
+        "gradientOf",
+    ),
+    "norm forgotten": ("onRead[n][3] -= sharpness * onLogit", "onRead[n][3] -= 0", "gradientOf"),
     "pixels without weight": ("Math.abs(y - row) < 1", "Math.abs(y - row) <= 1", "receptiveField"),
 }
 
 
-def test_wrong_kernels_of_the_figures_are_detected(cases, tmp_path):
+def test_wrong_kernels_of_the_figures_are_detected(tmp_path):
     text = KERNEL.read_text(encoding="utf-8")
     for name, (before, after, _) in WRONG.items():
         assert text.count(before) == 1, f"{name}: {before!r} is in the kernel {text.count(before)} times"
         (tmp_path / f"{name}.mjs").write_text(text.replace(before, after), encoding="utf-8")
-    reports = compare(cases, *(tmp_path / f"{name}.mjs" for name in WRONG))
+    reports = compare(write_cases(tmp_path / "cases.json", part=4), *(tmp_path / f"{name}.mjs" for name in WRONG))
     for (name, (_, _, function)), report in zip(WRONG.items(), reports, strict=True):
         assert function in report["functions"], f"{name}: detected by {report['functions']}"

@@ -74,6 +74,19 @@ def test_compiled_code_is_loaded_from_numba_cache_dir(directory):
     assert compiled(signature=FLOAT)
 
 
+def test_a_compilation_is_announced_once_per_process(directory, caplog, monkeypatch):
+    """The first call of a new installation waits for the compiler, and says so; a process that finds code does not."""
+    compiled_each()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert str(directory) in record.getMessage()
+    assert "dat-ref bench --warm" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setattr(code_cache, "_WARNED", set())
+    assert compiled_each() == [True, True, True]
+    assert not caplog.records
+
+
 def test_without_a_writable_directory_kernels_are_compiled_with_one_warning(monkeypatch, directory):
     monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", fail(errno.EROFS))
     with pytest.warns(RuntimeWarning, match="cannot cache function.* Set NUMBA_CACHE_DIR") as caught:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp
-from dat_ref.torch.kernels.cpu import bias, tiles, tiling, vectors
+from dat_ref.torch.kernels.cpu import bias, deformable, launch, tiles, tiling, vectors
 from dat_ref.torch.kernels.cpu.bias import GENERAL, NEAR_UNIT, UNIT, Step, Table, Tile
 from dat_ref.torch.kernels.cpu.strided_io import StridedTensor, load_rows, store_rows
 from dat_ref.torch.kernels.cpu.tiles import BLOCK_M, TILE_STRIDE
@@ -309,3 +309,28 @@ def test_tiles_fit_into_scratch_memory_and_threads_get_equal_parts(height, width
     assert 1 <= tiled.splits <= tiled.tiles
     equal = batch_heads * tiled.splits % threads == 0
     assert equal or batch_heads * tiled.splits >= 4 * threads or tiled.splits == tiled.tiles
+
+
+# ------------------------------------------------------------------------------------------------ scratch memory
+
+
+def test_scratch_arrays_are_found_by_name():
+    """Sizes by name become offsets, and the compiled reader cuts the memory into arrays of at least these sizes."""
+    sizes = tiling.Forward(table=70, keys=5, values=64, logits=1, queries=2, acc=3, query_rows=4, m=130, l=6)
+    packed = launch.pack_arguments(deformable.FIELDS, torch.float32, {}, sizes, 1)
+    record = np.frombuffer(packed.record, deformable.FIELDS.record_dtype(torch.float32))[0]
+    read = launch.array_reader(tiling.Forward)
+
+    @njit
+    def cut(memory, offsets):
+        return read(memory, offsets)
+
+    memory = np.arange(packed.scratch_elements)
+    arrays = cut(memory, record["array_offsets"])
+    assert type(arrays).__name__ == "Forward"
+    for size, array in zip(sizes, arrays, strict=True):
+        assert size <= len(array) < size + 64
+        assert array[0] % 64 == 0
+    assert np.array_equal(np.concatenate(arrays), memory)  # in this order, without a gap
+    assert arrays.m[0] == 128 + 64 * 6
+    assert record["scratch_size"] == 4 * len(memory)

@@ -14,8 +14,9 @@ ROOT = Path(dat_ref.__file__).parent
 TRAIL = [
     "_checks", "_deprecation", "conventions", "config", "presets", "params", "official",
     "ops", "ops.basic", "ops.grid", "ops.offsets", "ops.sampling", "ops.coverage", "ops.bias", "ops.attention", "layer",
+    "peers.memory", "peers.attention", "peers.deformable",
     "peers.window", "peers.neighborhood", "peers.mhsa", "peers.deform_conv", "peers.multi_scale",
-    "peers.ms_deform_attn", "peers.pyramid", "peers.per_query", "peers.dat_dcn",
+    "peers.ms_deform_attn", "peers.ms_deform_layer", "peers.pyramid", "peers.per_query", "peers.dat_dcn",
     "peers.registry", "peers.matching", "peers.receptive_field", "peers",
     "block", "backbone", "initialization",
 ]  # fmt: skip

@@ -5,7 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dat_ref.torch import create_model  # noqa: E402
-from dat_ref.torch.offset_ablation import ablated_offsets, deformable_layers, mean_offsets  # noqa: E402
+from dat_ref.torch.offset_ablation import ablated_offsets, mean_offsets  # noqa: E402
+from dat_ref.torch.offset_adapters import offset_layers  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def traced(model, images):
 
 
 def test_offsets_are_replaced_and_restored(model):
-    assert list(deformable_layers(model)) == [
+    assert list(offset_layers(model)) == [
         "stages.1.blocks.1.attention",
         "stages.1.blocks.3.attention",
         "stages.2.blocks.0.attention",
@@ -40,4 +41,4 @@ def test_offsets_are_replaced_and_restored(model):
 
 
 def test_layers_without_an_offset_network_are_left_out():
-    assert deformable_layers(create_model("dat_spot", attention="no_offsets")) == {}
+    assert offset_layers(create_model("dat_spot", attention="no_offsets")) == {}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +17,11 @@ from dat_ref.cli import main  # noqa: E402
 from dat_ref.data import network_path  # noqa: E402
 from dat_ref.scenes import Scenes  # noqa: E402
 from dat_ref.torch import DeformableAttention, OffsetReport, create_model, offset_report  # noqa: E402
+from dat_ref.torch import offset_findings as rules  # noqa: E402
 from dat_ref.torch.checkpoints import load_checkpoint  # noqa: E402
 from dat_ref.torch.train import build_datasets, build_model  # noqa: E402
 from dat_ref.train_config import preset  # noqa: E402
 
-rules = sys.modules["dat_ref.torch.offset_report"]  # the function has the name of its module
 SIZE, KEYS, GROUPS = (12, 16), (3, 4), 2
 CONFIG = DeformableAttentionConfig(8, 2, groups=GROUPS, stride=4, kernel_size=5, bias="none", offset_range=2.0)
 

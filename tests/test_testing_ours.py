@@ -154,8 +154,9 @@ print("passed")
 """
 
 
+@pytest.mark.slow  # half a minute each
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("convention", ["CELL_CENTER", pytest.param("CVPR2022", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("convention", ["CELL_CENTER", "CVPR2022"])
 def test_triton_in_its_interpreter(convention):
     """The CUDA kernels pass in the interpreter on tiny cases; it must be selected before Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -22,6 +22,7 @@ from dat_ref import (  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default", "ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 ROUNDING = 1e-5  # relative to the largest output
 TINY = ("dat_tiny", "dat_pp_tiny")
+symbolic = pytest.mark.skipif(torch.__version__ < "2.8", reason="before torch 2.8 a graph holds for one branch")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,8 @@ def layers() -> dict[str, nn.Module]:
 
 def deformable(convention: Convention, **changes) -> dt.DeformableAttention:
     config = {"dim": 12, "heads": 4, "groups": 2, "stride": 2, "size": (6, 9)}
-    return dt.DeformableAttention(DeformableAttentionConfig(**config, convention=convention, **changes))
+    layer = DeformableAttentionConfig(**config, convention=convention, **changes)
+    return dt.DeformableAttention(layer, init="released")
 
 
 # ------------------------------------------------------------------------------------------------ one size
@@ -136,6 +138,7 @@ def test_inductor_agrees(release):
 SIZES = [(2, 16, 24), (3, 13, 17), (2, 33, 20), (5, 12, 21)]
 
 
+@symbolic
 @pytest.mark.parametrize("name", list(layers()))
 def test_one_graph_serves_every_size(name):
     """One graph serves sizes that are multiples of windows, tiles and key cells, and sizes that are not."""
@@ -148,6 +151,7 @@ def test_one_graph_serves_every_size(name):
     assert counter.graphs == 1
 
 
+@symbolic
 @pytest.mark.parametrize("name", [pytest.param("window", marks=pytest.mark.slow), "CVPR2022"])
 def test_one_traced_graph_serves_every_size(name):
     """The same with AOTAutograd, which adds its own guards."""
@@ -159,6 +163,7 @@ def test_one_traced_graph_serves_every_size(name):
             assert_same(compiled(x), layer(x))
 
 
+@symbolic
 @pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_one_graph_of_a_backbone_serves_every_size(release):
@@ -171,6 +176,7 @@ def test_one_graph_of_a_backbone_serves_every_size(release):
     assert counter.graphs == 1
 
 
+@symbolic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_one_graph_of_a_preset_serves_every_size(name):

@@ -171,8 +171,10 @@ def test_names_and_near_matches():
         dt.create_model("dat_tiny", drop_paths=0.1)
     with pytest.raises(dat_ref.ConfigError, match="out_indices: expected features_only=True"):
         dt.create_model("dat_tiny", out_indices=(1,))
-    with pytest.raises(dat_ref.ConfigError, match="global_pool: expected 'avg' or '', got 'max'"):
-        dt.create_model("dat_tiny", global_pool="max")
+    with pytest.raises(dat_ref.ConfigError, match=r"global_pool: expected one of 'avg', 'max', .*, '', got 'mean'"):
+        dt.create_model("dat_tiny", global_pool="mean")
+    with pytest.raises(dat_ref.ConfigError, match="output_stride: expected 32, got 16; the stages cannot be dilated"):
+        dt.create_model("dat_tiny", output_stride=16)
 
 
 @pytest.mark.parametrize(
@@ -287,13 +289,105 @@ def test_features_only_and_pruning():
     info = features.feature_info
     assert isinstance(info, FeatureInfo)
     assert (info.channels(), info.reduction(), info.module_name()) == ([96, 384], [4, 16], ["stages.0", "stages.2"])
-    assert (len(info), info[1]["num_chs"], info.out_indices) == (2, 384, (0, 2))
-    assert info.get_dicts()[0] == {"num_chs": 96, "reduction": 4, "module": "stages.0"}
+    assert (len(info), info[1]["num_chs"], info.out_indices) == (4, 192, (0, 2))
+    assert info.get_dicts()[0] == {"num_chs": 96, "reduction": 4, "module": "stages.0", "index": 0}
     assert len(features.stages) == 3
     assert not any(name.startswith(("norm", "head", "stages.3")) for name in features.state_dict())
-    assert full.feature_info == [{"num_chs": 96 << i, "reduction": 4 << i, "module": f"stages.{i}"} for i in range(4)]
-    assert full.prune_intermediate_layers([1], prune_norm=True) == [1]
-    assert full.forward_features(x).shape == (1, 192, 8, 12)
+    assert full.feature_info == [
+        {"num_chs": 96 << i, "reduction": 4 << i, "module": f"stages.{i}", "index": i} for i in range(4)
+    ]
+    assert full.prune_intermediate_layers([1], prune_norm=False, prune_head=False) == [1]
+    assert torch.equal(full.forward_features(x), full.forward_intermediates(x, [1], intermediates_only=True)[0])
+    assert (full.num_features, full(x).shape) == (192, (1, 192, 8, 12))  # norm and head belong to the last stage
+    full.reset_classifier(5, "avg")
+    assert full(x).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avgmax", "catavgmax", ""])
+def test_pooling_of_timm(kind):
+    model, x = mini_model("model22_mini", global_pool=kind), torch.randn(2, 3, 64, 96)
+    maps = model.forward_features(x)
+    mean, peak = maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))
+    expected = {
+        "avg": mean,
+        "max": peak,
+        "avgmax": (mean + peak) / 2,
+        "catavgmax": torch.cat((mean, peak), dim=1),
+        "": maps,
+    }[kind]
+    pooled = model.forward_head(maps, pre_logits=True)
+    assert torch.equal(pooled, expected)
+    assert pooled.shape[1] == model.head_hidden_size
+    logits, trace = model(x, return_trace=True)
+    torch.testing.assert_close(trace.pooled, pooled)
+    torch.testing.assert_close(logits, model(x))
+    model.reset_classifier(5)
+    assert model(x).shape[:2] == (2, 5)
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (2, 5)
+
+
+def test_intermediate_layers_as_tokens():
+    """The interface of DINO: a number of last stages or a list, as tokens or as maps."""
+    model, x = mini_model("model23_mini"), torch.randn(2, 3, 64, 96)
+    maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(model.get_intermediate_layers(x, reshape=True, norm=True)[0], maps[3])
+    tokens = model.get_intermediate_layers(x, n=[0, 2])
+    assert [tuple(each.shape[:2]) for each in tokens] == [(2, 16 * 24), (2, 4 * 6)]
+    assert torch.equal(tokens[1].transpose(1, 2).unflatten(2, (4, 6)), maps[2])
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_tables_for_another_size(name, tmp_path):
+    """As if the checkpoint was loaded into a model of that size."""
+    from dat_ref.torch.checkpoints import load_checkpoint, save_checkpoint
+
+    model, x = mini_model(name), torch.randn(1, 3, 96, 64)
+    save_checkpoint(model, tmp_path / "weights.npz")
+    expected = dt.DAT(model.config.resized((96, 64))).eval()
+    load_checkpoint(expected, tmp_path / "weights.npz")
+    kept = {key: leaf for key, leaf in model.named_parameters() if not key.endswith("position_bias.table")}
+    before = model(x)
+    model.set_input_size((96, 64))
+    assert torch.equal(model(x), expected(x))
+    assert not torch.equal(model(x), before)
+    assert model.config == expected.config
+    after = dict(model.named_parameters())
+    assert all(after[key] is leaf for key, leaf in kept.items())  # an optimizer keeps its parameters
+    with pytest.raises(dat_ref.ConfigError, match="image_size: expected at least"):
+        model.set_input_size(8)
+    assert model.config == expected.config
+
+
+def test_a_fixed_bias_has_one_size():
+    attention = dat_ref.DeformableAttentionConfig(dim=8, heads=2, bias="fixed", size=(8, 8))
+    config = DATConfig(stages=((dat_ref.BlockConfig(attention),),), image_size=(32, 32))
+    model = dt.DAT(config)
+    with pytest.raises(dat_ref.ConfigError, match="img_size: expected a position bias that is a function"):
+        model.set_input_size(64)
+    assert model.config == config
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_chain_of_stages(name):
+    """Networks that collect the outputs of a model's children in order see every stage."""
+    model, x = mini_model(name), torch.randn(1, 3, 45, 70)
+    chain = model.sequential()
+    assert [key for key, _ in chain.named_children()] == ["stem", *(f"stage{i}" for i in range(4))]
+    maps = []
+    for child in chain:
+        maps.append(child(maps[-1] if maps else x))
+    for actual, expected in zip(maps[1:], model.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert torch.equal(actual, expected)
+    assert {id(leaf) for leaf in chain.parameters()} == {
+        id(leaf) for key, leaf in model.named_parameters() if not key.startswith(("norm.", "head."))
+    }
+
+
+def test_device_and_dtype():
+    model = dt.create_model("dat_nano", device="meta", dtype=torch.float16, output_stride=16)
+    assert {(leaf.device.type, leaf.dtype) for leaf in model.parameters()} == {("meta", torch.float16)}
+    assert {leaf.dtype for leaf in dt.create_model("dat_nano", dtype=torch.float64).parameters()} == {torch.float64}
 
 
 def test_no_weight_decay_lists_the_tables():

@@ -30,8 +30,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def stopped(tmp_path):
+def stopped_run(folder):
     """Return the folder of a run that was stopped after step 4, with checkpoints of steps 3 and 4."""
 
     def stop(step, loss):
@@ -39,8 +38,13 @@ def stopped(tmp_path):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        run(tmp_path / "run", on_step=stop)
-    return tmp_path / "run"
+        run(folder, on_step=stop)
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    return stopped_run(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ the lock
@@ -301,6 +305,44 @@ def test_an_edited_log_that_can_be_read_is_repaired(edit, stopped):
     run(stopped)
     assert [row["step"] for row in read_rows(path)][-5:] == [4, 5, 6, 7, 8]
     assert b"\r" not in path.read_bytes()
+
+
+def test_the_initialization_is_part_of_the_config(stopped):
+    """Another one is refused, and a run of a version without the field goes on."""
+    with pytest.raises(ConfigError, match="init: '', 'zero_offset'"):
+        run(stopped, replace(CONFIG, init="zero_offset"))
+    state = checkpoint.load_latest(stopped)
+    del state["config"]["init"]
+    assert checkpoint.save(stopped, state["step"], state)
+    assert run(stopped).steps == 9
+
+
+def test_the_log_has_the_offsets_of_each_layer(tmp_path, monkeypatch):
+    """Every 50 steps, here 2, and after each epoch; a resumed run writes the same."""
+    monkeypatch.setattr(loop, "OFFSET_STEPS", 2)
+    run(tmp_path / "whole")
+    rows = read_rows(tmp_path / "whole" / "log.csv")
+    names = [name for name in rows[0] if "/" in name]
+    layers = [f"offsets/stages.0.blocks.{block}.attention" for block in (0, 1)]
+    assert names == [f"{layer}/{name}" for layer in layers for name in ("mean", "at_bound", "outside", "image")]
+    assert [row["step"] for row in rows if names[0] in row] == [0, 2, 4, 5, 6, 8]  # epochs have three steps
+    assert all(0 < row[f"{layer}/mean"] < 3 for row in rows if names[0] in row for layer in layers)
+    assert len({row[names[0]] for row in rows if names[0] in row}) == 6
+    stopped_run(tmp_path / "two")
+    run(tmp_path / "two")
+    assert (tmp_path / "two" / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
+
+
+def test_a_run_goes_on_with_the_log_of_an_earlier_version(stopped):
+    """Logs had no columns for offsets: the rows stay, and later ones have offsets."""
+    path = stopped / "log.csv"
+    old = [line.split(",")[:6] for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(",".join(line) + "\n" for line in old), encoding="utf-8")
+    kept = [row for row in read_rows(path) if row["step"] < 4]
+    run(stopped)
+    rows = read_rows(path)
+    assert rows[: len(kept)] == kept
+    assert "offsets/stages.0.blocks.1.attention/mean" in rows[-1]
 
 
 # ------------------------------------------------------------------------------------------------ data loading

@@ -11,7 +11,8 @@ from dat_ref import Convention  # noqa: E402
 from dat_ref.bench import implementations  # noqa: E402
 from dat_ref.bench.cases import NeighborhoodCase  # noqa: E402
 from dat_ref.torch import functional, kernels  # noqa: E402
-from dat_ref.torch.functional import attention, blockwise, neighborhood, neighborhood_tiles, registry  # noqa: E402
+from dat_ref.torch.functional import blockwise, neighborhood_tiles, registry  # noqa: E402
+from dat_ref.torch.functional.builtin_backends import TRITON  # noqa: E402
 from dat_ref.torch.kernels import self_check, triton_support  # noqa: E402
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -80,8 +81,8 @@ def chosen(dtype, depth=32, *, name="auto", k_dtype=None, table=True, neighborho
     with FakeTensorMode():
         q, k = (torch.empty(1, 2, 12, depth, dtype=each, device="cuda") for each in (dtype, k_dtype or dtype))
         points, bias = torch.empty(1, 1, 12, 2, device="cuda"), torch.empty(2, 5, 7, device="cuda")
-    call = registry.Call(q, k, q, None if neighborhoods else points, bias if table else None, 0.0)
-    return registry.choose_backend(name, call, (neighborhood if neighborhoods else registry)._BACKENDS).name
+    points, operation = (None, "neighborhood") if neighborhoods else (points, "deformable")
+    return registry.choose_backend(name, registry.Call(q, k, q, points, bias if table else None, 0.0, operation)).name
 
 
 @pytest.mark.usefixtures("cuda")
@@ -210,9 +211,8 @@ class Kernels:
 @pytest.fixture(params=["deformable", "neighborhood"])
 def faulty(request, monkeypatch):
     """Let plain PyTorch stand in for the Triton kernels, on the CPU, and return it with a function that runs it."""
-    module, plain = (attention, blockwise) if request.param == "deformable" else (neighborhood, neighborhood_tiles)
-    stand_in = Kernels(request.param, plain)
-    monkeypatch.setattr(module._TRITON, "load", lambda: stand_in)
+    stand_in = Kernels(request.param, blockwise if request.param == "deformable" else neighborhood_tiles)
+    monkeypatch.setattr(TRITON[request.param], "load", lambda: stand_in)
     monkeypatch.setattr(triton_support, "absent_reason", lambda: "")
     monkeypatch.setattr(triton_support, "installed_version", lambda: "3.7.1")
     monkeypatch.setattr(kernels, "triton_is_interpreted", lambda: True)
@@ -220,7 +220,7 @@ def faulty(request, monkeypatch):
     absent = replace(registry._BACKENDS["cpu"], missing=lambda: "not in this test")
     monkeypatch.setitem(registry._BACKENDS, "cpu", absent)
     stand_in.step = step if request.param == "deformable" else neighborhood_step
-    stand_in.checked = module._TRITON
+    stand_in.checked = TRITON[request.param]
     return stand_in
 
 

@@ -24,9 +24,8 @@ from dat_ref.ops.attention import attend, attend_vjp, deformable_attention, defo
 from dat_ref.ops.basic import scatter_add  # noqa: E402
 from dat_ref.ops.sampling import bilinear_sample, bilinear_sample_vjp  # noqa: E402
 from dat_ref.peers.neighborhood import neighbor_index, scatter_neighbors  # noqa: E402
-from dat_ref.torch.functional import attention  # noqa: E402
-from dat_ref.torch.functional import neighborhood as functional_neighborhood  # noqa: E402
 from dat_ref.torch.functional.bias import table_index  # noqa: E402
+from dat_ref.torch.functional.builtin_backends import TRITON  # noqa: E402
 from dat_ref.torch.kernels import gpu, self_check  # noqa: E402
 from dat_ref.torch.kernels.gpu import common, deformable, lookup, neighborhood, table_gradient, tile_config  # noqa: E402
 
@@ -445,7 +444,7 @@ def no_verdict(monkeypatch):
     monkeypatch.setattr(self_check, "_FAILURES", {})
 
 
-CHECKED = [attention._TRITON, functional_neighborhood._TRITON]
+CHECKED = list(TRITON.values())
 
 
 @pytest.mark.usefixtures("no_verdict")

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch import functional
-from ..torch.functional import neighborhood
 from ..torch.functional.registry import Backend, BackendError, Call, choose_backend
 from .agreement import Results
 from .cases import CoreCase, NeighborhoodCase
@@ -181,7 +180,7 @@ def _chosen_backend(name: str, case: AttentionCase, data: Inputs) -> Backend:
     if isinstance(case, NeighborhoodCase):
         qkv, table = data.inputs.values()
         q = qkv[..., : case.depth]  # only its dtype, device and depth matter
-        return choose_backend(name, Call(q, q, q, None, table, 0.0), neighborhood._BACKENDS)
+        return choose_backend(name, Call(q, q, q, None, table, 0.0, "neighborhood"))
     q, k, v, points, table = data.inputs.values()
     return choose_backend(name, Call(q, k, v, points, table, 0.0))
 

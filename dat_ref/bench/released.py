@@ -30,7 +30,7 @@ class PointwiseConvolution(nn.Linear):
 class ExplicitWindowAttention(WindowAttention):
     """Window attention with explicit attention weights."""
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _plain(self, x: Tensor) -> Tensor:
         config, size = self.config, (x.shape[2], x.shape[3])
         windows = functional.window_partition(x.permute(0, 2, 3, 1), config.window_size, config.shift)
         qkv = self.qkv(windows).unflatten(3, (3, config.heads, config.dim // config.heads))

@@ -18,10 +18,10 @@ from ..ops.grid import Size
 from ..peers.deform_conv import ConvGeometry, deform_conv2d
 from ..peers.ms_deform_attn import (
     MultiScaleDeformableConfig,
-    cell_centers,
     multi_scale_deformable,
     multi_scale_deformable_shapes,
 )
+from ..peers.ms_deform_layer import cell_centers
 from ..peers.multi_scale import multi_scale_deformable_attention
 from ..peers.per_query import attend_at_points
 from ..peers.receptive_field import receptive_field

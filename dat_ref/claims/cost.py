@@ -12,7 +12,7 @@ from ..complexity.counter import Counts
 from ..complexity.counter import count as count_run
 from ..complexity.formulas import backbone_cost
 from ..complexity.published import PUBLISHED
-from ..config import DATConfig, DeformableAttentionConfig, WindowAttentionConfig
+from ..config import AttentionConfig, DATConfig, DeformableAttentionConfig, WindowAttentionConfig
 from ..conventions import Convention
 from ..initialization import init_params
 from ..layer import deformable_layer, deformable_layer_macs, deformable_shapes
@@ -199,15 +199,14 @@ def _samples(config: DATConfig) -> str:
 
 def _macs_with_stage3_stride(stride: int) -> float:
     """Return dat_tiny's multiply-adds, in billions, with another stride in the third stage."""
-    config = PRESETS["dat_tiny"]
-    blocks = tuple(
-        replace(block, attention=replace(block.attention, stride=stride))
-        if isinstance(block.attention, DeformableAttentionConfig)
-        else block
-        for block in config.stages[2]
-    )
-    new_config = replace(config, stages=(*config.stages[:2], blocks, config.stages[3]))
-    return backbone_cost(1, (224, 224), new_config).total.products / 1e9
+
+    def coarser(attention: AttentionConfig, stage: int) -> AttentionConfig:
+        if stage == 2 and isinstance(attention, DeformableAttentionConfig):
+            return replace(attention, stride=stride)
+        return attention
+
+    config = PRESETS["dat_tiny"].map_attention(coarser)
+    return backbone_cost(1, (224, 224), config).total.products / 1e9
 
 
 def measure_samples() -> Figures:

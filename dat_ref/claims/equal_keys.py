@@ -16,7 +16,7 @@ import numpy as np
 
 from ..complexity.counter import retained_bytes
 from ..complexity.formulas import Term, attention_terms, backbone_cost, total
-from ..config import DATConfig, DeformableAttentionConfig
+from ..config import AttentionConfig, DATConfig, DeformableAttentionConfig
 from ..ops.grid import Size, key_grid_size
 from ..ops.sampling import bilinear_sample_macs
 from ..params import count, map_tree
@@ -78,16 +78,13 @@ def _measured_cost(config: PerQuery, size: Size) -> Term:
 
 def _with_strides(strides: tuple[int, int]) -> DATConfig:
     """Return dat_tiny with other strides in stages 3 and 4, and therefore other numbers of keys."""
-    config = PRESETS["dat_tiny"]
-    stages = list(config.stages)
-    for index, stride in zip((2, 3), strides, strict=True):
-        stages[index] = tuple(
-            replace(block, attention=replace(block.attention, stride=stride))
-            if isinstance(block.attention, DeformableAttentionConfig)
-            else block
-            for block in stages[index]
-        )
-    return replace(config, stages=tuple(stages))
+
+    def restride(attention: AttentionConfig, stage: int) -> AttentionConfig:
+        if isinstance(attention, DeformableAttentionConfig):  # in stages 3 and 4 only
+            return replace(attention, stride=strides[stage - 2])
+        return attention
+
+    return PRESETS["dat_tiny"].map_attention(restride)
 
 
 def _deformable(config: DATConfig, stage: int) -> list[DeformableAttentionConfig]:

@@ -98,7 +98,7 @@ def judge_compulsory_shift(figures: Figures) -> Verdict:
     can_be_built = bool(figures["built_alike"].value) and float(figures["built"].value) > 0.1
     if without < 1e-3 and not can_be_built:
         return HOLDS
-    return holds_if("to alleviate is to lessen, not to prevent") if without < with_bias else REFUTED
+    return holds_if("a smaller shift is enough; it does not disappear") if without < with_bias else REFUTED
 
 
 # ------------------------------------------------------------------------------------------------ groups
@@ -226,7 +226,7 @@ CLAIMS = (
         ),
         measure=measure_compulsory_shift,
         judge=judge_compulsory_shift,
-        verdict=holds_if("to alleviate is to lessen, not to prevent"),
+        verdict=holds_if("a smaller shift is enough; it does not disappear"),
         reason=(
             "At initialization the points of dat_tiny's stage 3 have a mean shift of {without} pixels, and single "
             "points deviate from it by {own}. GELU's output is positive on average, so the last layer has a nonzero "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
-from .claim import Finding, Outcome
+from .claim import Finding, Outcome, SourceAccess
 
 WIDTH = 100
+SURPRISE = (Outcome.REFUTED, Outcome.CONDITIONAL, Outcome.UNTESTABLE, Outcome.HOLDS)  # order of the overview
 
 INTRODUCTION = """\
 # Claims, checked
@@ -26,9 +28,27 @@ figures. The command fails if the result differs from the recorded verdict. Ther
 - **not testable here**, with the reason.
 
 A refuted detail is no judgment of the whole work. Most of these claims hold, and the one wrong decimal point makes the
-method look more expensive than it is. The articles' sentences are paraphrased. If a sentence could not be read in the
-article itself, the source states how it is known.
+method look more expensive than it is. The articles' sentences are paraphrased.
 """
+
+
+def provenance(findings: Sequence[Finding]) -> str:
+    """Return a paragraph that counts the claims by how their statements are known."""
+    sources = [finding.claim.sources for finding in findings]
+    first_hand = {SourceAccess.READ, SourceAccess.COPIED}
+    mixed = [{source.access for source in claim} for claim in sources]
+    counts = Counter(
+        "all" if accesses <= first_hand else "some" if accesses & first_hand else "none" for accesses in mixed
+    )
+    single = sum(accesses == {SourceAccess.SUMMARY} for accesses in mixed)
+    return textwrap.fill(
+        f"**Most statements were not read in the articles themselves.** For {counts['all']} of {len(findings)} claims "
+        "every source was read in full (code of the releases, a facsimile of a table or figure, this project's own "
+        f"pages). For {counts['some']} one source was read and another is known through notes or a summary. For "
+        f"{counts['none']} all sources are known through notes that quote them or a summary, {single} of these through "
+        "one summary only. Each claim states which. If you read a sentence differently, please open an issue.",
+        118,
+    )
 
 
 def summary(findings: Sequence[Finding]) -> str:
@@ -72,14 +92,15 @@ def anchor(number: int) -> str:
 
 
 def markdown(findings: Sequence[Finding]) -> str:
-    """Return the page: an overview with links, then each claim with its source, verdict and figures."""
+    """Return the page: an overview with links, most surprising verdicts first; then each claim with its figures."""
     overview = ["| | claim | verdict |", "|--:|---|---|"]
     overview += [
         f"| {finding.claim.number} | [{finding.claim.title}](#{anchor(finding.claim.number)}) | {finding.verdict} |"
-        for finding in findings
+        for finding in sorted(findings, key=lambda finding: SURPRISE.index(finding.verdict.outcome))
     ]
     note = "<!-- Written by `dat-ref claims --markdown`; edit dat_ref/claims and run it again. -->\n"
-    return "\n".join([note + INTRODUCTION, *overview, "", summary(findings), "", *map(_section, findings)])
+    introduction = [note + INTRODUCTION, provenance(findings), ""]
+    return "\n".join([*introduction, *overview, "", summary(findings), "", *map(_section, findings)])
 
 
 def _section(finding: Finding) -> str:

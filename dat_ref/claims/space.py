@@ -16,12 +16,8 @@ from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample
 from ..params import map_tree
 from ..peers.deform_conv import DeformableConvConfig, deformable_conv, deformable_conv_shapes
-from ..peers.ms_deform_attn import (
-    MultiScaleDeformableConfig,
-    multi_scale_deformable_layer,
-    multi_scale_deformable_layer_macs,
-    multi_scale_deformable_shapes,
-)
+from ..peers.ms_deform_attn import MultiScaleDeformableConfig, multi_scale_deformable_shapes
+from ..peers.ms_deform_layer import multi_scale_deformable_layer, multi_scale_deformable_layer_macs
 from ..peers.per_query import attend_at_points
 from ..presets import PRESETS
 from .claim import HOLDS, REFUTED, Claim, Figure, Figures, Source, SourceAccess, Verdict

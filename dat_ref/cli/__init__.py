@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from .. import __version__
 from .._checks import printable
-from . import agree, bench, check, claims, complexity, convert, diagnose, evaluate, explain, train
+from . import agree, bench, check, claims, complexity, convert, diagnose, evaluate, explain, suggest, train
 from .output import CommandParser, HelpFormatter, any_encoding
 
 # Exceptions that bad input, a missing package or the machine can cause. All others are errors of ours.
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dat-ref {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (explain, agree, check, complexity, claims, bench, convert, train, evaluate, diagnose):
+    for command in (explain, agree, check, complexity, claims, bench, convert, train, evaluate, diagnose, suggest):
         command.add_parser(subparsers)
     return parser
 

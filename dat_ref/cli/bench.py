@@ -44,7 +44,8 @@ def add_parser(subparsers: Any) -> None:
         "--dtypes",
         nargs="+",
         metavar="NAME",
-        help="float32, bfloat16, float16 (default: float32; on CUDA bfloat16 and float32; for models both)",
+        help="float32, bfloat16, float16, with --warm also float64 (default: float32; on CUDA bfloat16 and float32; "
+        "for models both)",
     )
     what.add_argument(
         "--compile", nargs="+", default=[], metavar="MODEL", help="models to measure with torch.compile as well"
@@ -150,8 +151,9 @@ def _measure_options(options: argparse.Namespace, device: str) -> Options:
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         raise ConfigError(f"--threads: expected 1 to {MAX_THREADS}, got {options.threads}")
     backends = _select_backends(options.backends)
-    dtypes = _select_dtypes(options.dtypes or DTYPES[device])
-    model_dtypes = _select_dtypes(options.dtypes or ("float32", "bfloat16"))
+    allowed = ("float32", "bfloat16", "float16", *(["float64"] if options.warm else []))
+    dtypes = _select_dtypes(options.dtypes or DTYPES[device], allowed)
+    model_dtypes = _select_dtypes(options.dtypes or ("float32", "bfloat16"), allowed)
     models = _select_models(options.compile)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -199,12 +201,12 @@ def _select_models(requested: Sequence[str]) -> tuple[str, ...]:
     return tuple(requested)
 
 
-def _select_dtypes(requested: Sequence[str]) -> tuple[Any, ...]:
+def _select_dtypes(requested: Sequence[str], allowed: tuple[str, ...]) -> tuple[Any, ...]:
     import torch
 
     for name in requested:
-        if name not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"--dtypes: expected float32, bfloat16 or float16, got {name!r}")
+        if name not in allowed:
+            raise ConfigError(f"--dtypes: expected one of {', '.join(allowed)}, got {name!r}")
     return tuple(getattr(torch, name) for name in requested)
 
 

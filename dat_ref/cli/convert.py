@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from .._checks import Array, CheckpointError
-from ..checkpoints import LoadReport, detect_preset, fit_state, official_state, with_channels_and_classes
+from .._checks import CheckpointError
+from ..checkpoints import (
+    Checkpoint,
+    LoadReport,
+    detect_preset,
+    official_state,
+    read_checkpoint,
+    with_channels_and_classes,
+)
 from ..config import DATConfig
 from ..params import unflatten
 from ..presets import PRESETS
 from ..presets import config as preset
-from ..state_files import check_writable_suffix, read_arrays, save_state, select_backbone
+from ..state_files import check_writable_suffix, save_state
 from .output import HelpFormatter
+from .weights import add_prefix_option
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME",
         help="preset, such as dat_tiny (default: detected from shapes)",
     )
+    add_prefix_option(naming, "IN")
     naming.add_argument(
         "--to", choices=("dat_ref", "official"), default="dat_ref", help="naming scheme of OUT (default: dat_ref)"
     )
@@ -55,13 +62,15 @@ def run(options: argparse.Namespace) -> int:
     if target.exists() and (not options.force or target.samefile(source)):
         remedy = "choose another name" if target.samefile(source) else "choose another name, or --force to replace it"
         raise CheckpointError(f"{target}: exists already; {remedy}")
-    name, report = convert(source, target, options.model, options.to)
+    name, report = convert(source, target, options.model, options.to, options.prefix)
     print(f"{source}: {name}, {report}")
     print(f"{target}: written with {'the released' if options.to == 'official' else 'our'} names")
     return 0
 
 
-def convert(source: Path, target: Path, model: str | None, naming: str) -> tuple[str, LoadReport]:
+def convert(
+    source: Path, target: Path, model: str | None, naming: str, prefix: str | None = None
+) -> tuple[str, LoadReport]:
     """Convert a file. Return the model's name and the report.
 
     Raises:
@@ -70,22 +79,24 @@ def convert(source: Path, target: Path, model: str | None, naming: str) -> tuple
         OSError: if the target cannot be written. An existing target is unchanged.
     """
     check_writable_suffix(target)
-    state, ignored = select_backbone(read_arrays(source), str(source))
+    found = read_checkpoint(source, prefix)
     if model is not None:
-        config = with_channels_and_classes(preset(model), state)
+        config = with_channels_and_classes(preset(model), found.state)
     else:
-        model, config = _detect_model(state, source)
-    fit = fit_state(state, config, source=str(source))
+        model, config = _detect_model(found)
+    fit = found.fit(config)
     params = unflatten(fit.arrays)
     save_state(target, official_state(params, config) if naming == "official" else fit.arrays)
-    return model, replace(fit.report, ignored=fit.report.ignored + ignored)
+    return model, fit.report
 
 
-def _detect_model(state: Mapping[str, Array], source: Path) -> tuple[str, DATConfig]:
+def _detect_model(checkpoint: Checkpoint) -> tuple[str, DATConfig]:
     try:
-        detected = detect_preset(state)
+        detected = detect_preset(checkpoint.state)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {str(error).removeprefix('state: ')}") from error
+        raise CheckpointError(f"{checkpoint.source}: {str(error).removeprefix('state: ')}") from error
     if detected is None:
-        raise CheckpointError(f"{source}: its shapes fit none of {', '.join(PRESETS)}; name the preset with --model")
+        raise CheckpointError(
+            f"{checkpoint.source}: its shapes fit none of {', '.join(PRESETS)}; name the preset with --model"
+        )
     return detected

@@ -13,6 +13,7 @@ from ..train_config import preset
 from .evaluate import build_run, config_file, read_config
 from .output import HelpFormatter
 from .train import import_torch
+from .weights import add_prefix_option
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument(
         "--config", type=Path, metavar="FILE", help="training config of the run (default: as for dat-ref evaluate)"
     )
+    add_prefix_option(model, "WEIGHTS")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with val/CLASS/* (default: validation set of the run)")
     data.add_argument("--images", type=int, default=256, metavar="N", help="images to use at most (default: 256)")
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
     model, held_out = build_run(config, weights, options.data)
     check_deformable(model)
-    load_checkpoint(model, weights)
+    load_checkpoint(model, weights, prefix=options.prefix)
     # In random order: neighbors in a folder have the same class, and so would "another image".
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[: options.images].tolist()
     if len(order) < 2:

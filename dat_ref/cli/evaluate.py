@@ -13,6 +13,7 @@ from ..state_files import read_metadata
 from ..train_config import TrainConfig, config_path
 from .output import HelpFormatter, read_text
 from .train import format_scores, import_torch
+from .weights import add_prefix_option
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="training config of the run (default: train_config.json in the folder of WEIGHTS)",
     )
+    add_prefix_option(model, "WEIGHTS")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with val/CLASS/* (default: validation set of the run)")
     data.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per batch (default: 128)")
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from ..torch.train import evaluate
 
     model, held_out = build_run(config, options.weights, options.data)
-    load_checkpoint(model, options.weights)
+    load_checkpoint(model, options.weights, prefix=options.prefix)
     print(format_scores(evaluate(model, held_out, batch_size=options.batch_size)))
     return 0
 

@@ -202,7 +202,8 @@ def look_at_objects(options: argparse.Namespace) -> list[spot.Sighting]:
         return [spot.look_at_photo(_name(options), photo, options.place, options.seed)]
     if options.scene:
         return [spot.look_at_scene(number) for number in options.scene]
-    by_default = options.photo is None and options.checkpoint is None and options.model == DEFAULT_MODEL
+    by_default = options.photo is None and options.model == DEFAULT_MODEL
+    by_default = by_default and options.checkpoint is None and options.prefix is None
     return [spot.look_at_scene(number) for number in spot.SCENES] if by_default else []
 
 

@@ -11,6 +11,7 @@ from .._checks import Array, ConfigError
 from ..data import PIXEL_DEVIATION, PIXEL_MEAN, photograph_path
 from ..pictures import read_picture
 from ..presets import PRESETS
+from .weights import add_prefix_option
 
 DEFAULT_MODEL = "dat_tiny"
 MULTIPLE = 32  # the last stage has one pixel for 32 × 32 of the image
@@ -109,6 +110,7 @@ def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"model name, such as dat_tiny or dat_pp_tiny (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: random, untrained ones)")
+    add_prefix_option(parser, "--checkpoint")
     parser.add_argument(
         "--size",
         type=parse_size,

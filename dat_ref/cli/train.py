@@ -23,6 +23,7 @@ The defaults below are those of the laptop preset; another --preset or --config 
 EXAMPLE = """example:
   dat-ref train --out run --preset dat_spot              the network that ships, from nothing
   dat-ref train --out run --data pictures --model dat_tiny --image-size 224 --epochs 100 --workers 4
+  dat-ref train --out tuned --data pictures --model dat_tiny --init-from dat_tiny_in1k_224.pth
 """
 
 
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
                 held_out,
                 options.out,
                 context=context,
+                on_init=lambda report: print(f"initial weights: {config.init_from}\n{report}"),
                 quiet=options.quiet,
                 tensorboard=options.tensorboard,
             )

@@ -17,15 +17,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .._checks import ConfigError, Tree
+from .._checks import Tree
 from ..backbone import dat_shapes, embed_macs
-from ..block import ATTENTIONS, SAME_3X3, block_shapes, mlp_macs
+from ..block import SAME_3X3, block_shapes, mlp_macs
 from ..config import BlockConfig, DATConfig
 from ..ops.basic import depthwise_conv2d_macs, linear_macs
 from ..ops.grid import Size
 from ..params import count, flatten
-from .attentions import FORMULAS, TERM_OF_PARAMETER, Formula
-from .memory import Tape, depthwise_workspace
+from ..peers.attention import Attention
+from ..peers.memory import Tape, depthwise_workspace
+from ..peers.registry import row_of
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,13 @@ def total(terms: Mapping[str, Term] | Iterable[Term]) -> Term:
 # ------------------------------------------------------------------------------------------------ attentions
 
 
-def formula_of(config: Any) -> Formula:
-    """Return the closed forms of an attention.
-
-    Raises:
-        ConfigError: if there are none for this configuration type.
-    """
-    if type(config) not in FORMULAS:
-        known = ", ".join(known.__name__ for known in FORMULAS)
-        raise ConfigError(f"config: expected one of {known}, got {type(config).__name__}")
-    return FORMULAS[type(config)]
-
-
 def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -> Terms:
     """Return the cost of an attention layer by term.
 
     Args:
         batch: batch size B.
         size: map size (H, W).
-        config: configuration of any attention in `dat_ref.block.ATTENTIONS`.
+        config: configuration of any attention in `dat_ref.peers.ATTENTIONS`.
         itemsize: bytes per element, 4 or 8.
 
     >>> from dat_ref import DeformableAttentionConfig
@@ -106,13 +95,13 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
     >>> terms["offset network"].macs
     508032
     """
-    formula = formula_of(config)
+    row = row_of(config)
     tape = Tape(itemsize)
-    formula.memory(tape, batch, size, config)
-    macs = formula.macs(batch, size, config)
-    parameters = _parameters(ATTENTIONS[type(config)].shapes(config))
-    interpolated = {name: macs[name] for name in formula.interpolated(config) if name in macs}
-    gathers = interpolated if formula.data_dependent_points(config) else {}
+    row.memory(tape, batch, size, config)
+    macs = row.terms(batch, size, config)
+    parameters = _parameters(row, config)
+    interpolated = {name: macs[name] for name in row.interpolated(config) if name in macs}
+    gathers = interpolated if row.data_dependent_points(config) else {}
     names = dict.fromkeys([*macs, *parameters, *tape.saved_bytes])  # unique, in this order
     return {
         name: Term(
@@ -126,20 +115,19 @@ def attention_terms(batch: int, size: Size, config: Any, *, itemsize: int = 4) -
     }
 
 
-def _parameters(shapes: Tree) -> dict[str, int]:
+def _parameters(row: Attention, config: Any) -> dict[str, int]:
     """Return parameters by term; one third of a joint projection ``qkv`` belongs to the queries."""
     parameters: dict[str, int] = {}
 
     def add(term: str, amount: int) -> None:
         parameters[term] = parameters.get(term, 0) + amount
 
-    for name, shape in flatten(shapes).items():
-        part = name.split(".")[0]
-        if part == "qkv":
+    for name, shape in flatten(row.shapes(config)).items():
+        if name.startswith("qkv."):
             add("query and output", math.prod(shape) // 3)
             add("key and value", math.prod(shape) // 3 * 2)
         else:
-            add(TERM_OF_PARAMETER.get(part, part.replace("_", " ")), math.prod(shape))
+            add(row.parameter_term(name), math.prod(shape))
     return parameters
 
 
@@ -205,13 +193,13 @@ def _block_memory(tape: Tape, batch: int, size: Size, config: BlockConfig) -> No
     layer_scale_elements = elements if config.layer_scale is not None else 0
     if config.local_perception:
         tape.step("local perception", elements, depthwise_workspace(batch * config.dim, size, 3, 1, SAME_3X3))
-    formula = formula_of(config.attention)
-    if formula.saves_input(config.attention):
+    attention = row_of(config.attention)
+    if attention.saves_input(config.attention):
         tape.step("norms and sums", elements, elements)  # norm
-        formula.memory(tape, batch, size, config.attention)
+        attention.memory(tape, batch, size, config.attention)
     else:
         with tape.temporary(elements, workspace=elements):
-            formula.memory(tape, batch, size, config.attention)
+            attention.memory(tape, batch, size, config.attention)
     tape.step("norms and sums", elements, layer_scale_elements)  # sum
     tape.step("norms and sums", elements, elements)  # norm
     tape.step("mlp", hidden)

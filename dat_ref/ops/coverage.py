@@ -50,7 +50,7 @@ def read_pixels(size: Size, stride: int, convention: Convention = Convention.CEL
     kernel = stride // 2 * 2 + 3  # every odd kernel larger than the stride gives the same grid
     points = reference_points(key_grid_size(size, kernel, stride, convention), convention)
     points_px = to_pixels(np.clip(points, -1, 1), size, convention)
-    rows, columns = (_read_on_axis(points_px[..., axis].ravel(), length) for axis, length in enumerate(size))
+    rows, columns = _read_on_axis(points_px[:, 0, 0], size[0]), _read_on_axis(points_px[0, :, 1], size[1])
     return rows[:, None] & columns
 
 
@@ -134,3 +134,17 @@ def capture_radius(target: float) -> float:
     if not target > 0:
         raise ConfigError(f"target: expected a side above 0, got {target}")
     return target / 2 + 1
+
+
+def share_of_cell(kernel_size: int, stride: int) -> float:
+    """Return the share of a key cell of r × r pixels that the offset network's kernel sees, min(1, k/r)².
+
+    Args:
+        kernel_size: k.
+        stride: r, map pixels per key cell.
+
+    >>> share_of_cell(5, 4), round(share_of_cell(5, 8), 2)
+    (1.0, 0.39)
+    """
+    kernel_size, stride = integer(1)("kernel_size", kernel_size), integer(1)("stride", stride)
+    return float(min(1, kernel_size / stride) ** 2)

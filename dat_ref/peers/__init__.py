@@ -10,15 +10,20 @@ Each peer has a forward pass, a hand-written gradient (VJP), a cost formula and 
 `dat_ref.peers.deform_conv`      deformable convolution v1 and v2
 `dat_ref.peers.multi_scale`      multi-scale deformable sampling (Deformable DETR), in its usual signature
 `dat_ref.peers.ms_deform_attn`   Deformable DETR's attention module, and a variant with dot products
+`dat_ref.peers.ms_deform_layer`  the same attention in a block
 `dat_ref.peers.per_query`        separate sampled keys for every query, the design that DAT avoids
 `dat_ref.peers.dat_dcn`          Deformable DETR's attention as a block of DAT
-`dat_ref.peers.registry`         all attention layers by configuration type
+`dat_ref.peers.attention`        row of an attention: its functions, cost, receptive field, module, …
+`dat_ref.peers.memory`           memory formulas: record of the allocations of a forward pass
+`dat_ref.peers.deformable`       row of the deformable layer itself
+`dat_ref.peers.registry`         rows of all attention systems by configuration type
 `dat_ref.peers.receptive_field`  the pixels that a query attends to
 `dat_ref.peers.matching`         replacement of a backbone's deformable layers, matched in keys or cost
 ===============================  ====================================================================================
 """
 
 from .._deprecation import deprecated_names
+from .attention import Attention
 from .dat_dcn import DATDCNAttentionConfig
 from .deform_conv import DeformableConvConfig, deform_conv2d
 from .matching import CONTROLS, REPLACEMENTS, matched_peer, replace_attention
@@ -28,12 +33,13 @@ from .multi_scale import multi_scale_deformable_attention
 from .per_query import PerQueryAttentionConfig
 from .pyramid import PyramidAttentionConfig
 from .receptive_field import receptive_field
-from .registry import ATTENTIONS
+from .registry import ATTENTIONS, register
 
 __all__ = [
     "ATTENTIONS",
     "CONTROLS",
     "REPLACEMENTS",
+    "Attention",
     "DATDCNAttentionConfig",
     "DeformableConvConfig",
     "MultiHeadAttentionConfig",
@@ -44,6 +50,7 @@ __all__ = [
     "matched_peer",
     "multi_scale_deformable_attention",
     "receptive_field",
+    "register",
     "replace_attention",
 ]
 

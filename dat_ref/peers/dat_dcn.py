@@ -17,19 +17,38 @@ offset weights scaled by half the map. It is not known whether the article's own
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .._checks import Array, ConfigError, Tree, check_divides, check_fields, check_map, integer
-from ..config import CHECK_CONVENTION, PeerConfig
+from ..config import CHECK_CONVENTION, DeformableAttentionConfig, PeerConfig
 from ..conventions import Convention
 from ..official import NameMapping, ReleasedName
 from ..ops.basic import linear, linear_macs, linear_vjp, softmax, softmax_vjp
 from ..ops.grid import Size, reference_points, to_pixels, to_pixels_vjp
 from ..ops.sampling import bilinear_sample_macs
+from .attention import (
+    Attention,
+    Candidate,
+    Pixel,
+    check_traced_size,
+    point_counts,
+    sampled_pixels,
+    sampling_term,
+    with_remainder,
+)
+from .memory import Macs, Tape
 from .ms_deform_attn import ring_offsets
-from .multi_scale import sample_tokens, sample_tokens_vjp, weighted_sum, weighted_sum_vjp
+from .multi_scale import (
+    sample_tokens,
+    sample_tokens_memory,
+    sample_tokens_vjp,
+    weighted_sum,
+    weighted_sum_vjp,
+)
 
 
 @dataclass(frozen=True)
@@ -159,3 +178,60 @@ def dat_dcn_attention_macs(batch: int, size: Size, config: DATDCNAttentionConfig
     predictor = linear_macs(pixels, dim, 3 * config.heads * config.points)
     samples = pixels * config.points
     return linear_macs(pixels, dim, 2 * dim) + predictor + bilinear_sample_macs(samples, dim) + samples * dim
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: DATDCNAttentionConfig) -> Macs:
+    pixels = batch * math.prod(size)
+    parts = {
+        "query and output": linear_macs(pixels, config.dim, config.dim),
+        "key and value": linear_macs(pixels, config.dim, config.dim),
+        "offset network": linear_macs(pixels, config.dim, 2 * config.heads * config.points),
+        "sampling": bilinear_sample_macs(pixels * config.points, config.dim),
+    }
+    return with_remainder("attention", dat_dcn_attention_macs(batch, size, config), parts)
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: DATDCNAttentionConfig) -> None:
+    pixels = batch * math.prod(size)
+    elements, points = pixels * config.dim, pixels * config.heads * config.points
+    with tape.temporary(2 * points):  # offsets
+        tape.step("offset network", 2 * 2 * points)
+        tape.step("attention", points, 2 * points)
+        tape.step("key and value", elements)
+        sample_tokens_memory(tape, batch, size, config.dim, config.heads, config.points)
+        tape.step("attention", elements)
+        tape.step("query and output", elements)
+
+
+def _receptive_field(query: Pixel, size: Size, config: DATDCNAttentionConfig, trace: DATDCNTrace, image: int) -> Array:
+    check_traced_size(trace.x.shape[2:], size)
+    return sampled_pixels(trace.points_px[image, query[0] * size[1] + query[1]], size)
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    # The released references do not exist on a map of one row or column.
+    convention = Convention.DATPP2023 if min(size) > 1 else Convention.CELL_CENTER
+    for points in point_counts(size):
+        yield Candidate(DATDCNAttentionConfig(layer.dim, layer.heads, points, convention), points)
+
+
+ATTENTION = Attention(
+    DATDCNAttentionConfig,
+    dat_dcn_shapes,
+    dat_dcn_attention,
+    dat_dcn_attention_vjp,
+    dat_dcn_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=_receptive_field,
+    module="dat_ref.torch.peers.dat_dcn:DATDCNAttention",
+    needs_trace=True,
+    init=dat_dcn_init,
+    replacements={"dat_dcn": _candidates},
+    released_names=dat_dcn_names,
+    parameter_terms={"offset": "offset network", "weights": "attention"},
+    interpolated=sampling_term,
+)

@@ -12,6 +12,8 @@ offsets and modulation from the map with zero-initialized convolutions.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +21,21 @@ import numpy as np
 from scipy.special import expit
 
 from .._checks import Array, ShapeError, Tree, boolean, check_array, check_divides, check_fields, check_map, integer
-from ..config import PeerConfig
+from ..config import DeformableAttentionConfig, PeerConfig
 from ..ops.basic import Padding, conv2d, conv2d_macs, conv2d_vjp
 from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
+from .attention import (
+    Attention,
+    Candidate,
+    Pixel,
+    check_traced_size,
+    odd_sizes,
+    sampled_pixels,
+    sampling_term,
+    with_remainder,
+)
+from .memory import Macs, Tape, conv_workspace, sampling_workspace
 
 Pair = int | tuple[int, int]  # one value for both axes, or (y, x)
 
@@ -354,3 +367,62 @@ def deformable_conv_macs(batch: int, size: Size, config: DeformableConvConfig) -
     predicted = (3 if config.modulated else 2) * config.offset_groups * config.taps
     predictor = conv2d_macs(pixels, dim, predicted, config.kernel_size)
     return predictor + deform_conv2d_macs(pixels, dim, dim, config.taps, config.groups)
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: DeformableConvConfig) -> Macs:
+    pixels = batch * math.prod(size)
+    channels = (3 if config.modulated else 2) * config.offset_groups * config.taps
+    parts = {
+        "offset network": conv2d_macs(pixels, config.dim, channels, config.kernel_size),
+        "sampling": bilinear_sample_macs(pixels * config.taps, config.dim),
+    }
+    return with_remainder("convolution", deformable_conv_macs(batch, size, config), parts)
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: DeformableConvConfig) -> None:
+    """Record the memory steps; the K samples per map element are temporary."""
+    pixels = batch * math.prod(size)
+    points = pixels * config.offset_groups * config.taps
+    for number in (2, 1) if config.modulated else (2,):  # offsets, modulation
+        channels = (config.dim, number * config.offset_groups * config.taps)
+        workspace = conv_workspace(batch, channels, size, config.kernel_size, 1, _same_padding(config))
+        tape.step("offset network", number * points, workspace)
+    elements, gathered = pixels * config.dim, pixels * config.taps * config.dim
+    sampling = elements + gathered + sampling_workspace(points, config.dim // config.offset_groups, tape.itemsize)
+    weighting = (3 if config.modulated else 2) * gathered
+    with tape.temporary(2 * points, max(sampling, weighting)):
+        tape.step("convolution", elements, elements)
+    tape.step("offset network", 2 * points)
+
+
+def _receptive_field(
+    query: Pixel, size: Size, config: DeformableConvConfig, trace: DeformableConvTrace, image: int
+) -> Array:
+    check_traced_size(trace.x.shape[2:], size)
+    return sampled_pixels(trace.points_px[image][:, :, query[0], query[1]], size)
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    for side in odd_sizes(size):
+        yield Candidate(DeformableConvConfig(layer.dim, side, offset_groups=layer.groups), side**2)
+
+
+ATTENTION = Attention(
+    DeformableConvConfig,
+    deformable_conv_shapes,
+    deformable_conv,
+    deformable_conv_vjp,
+    deformable_conv_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=_receptive_field,
+    module="dat_ref.torch.peers.deform_conv:DeformableConv",
+    needs_trace=True,
+    init=deformable_conv_init,
+    replacements={"deform_conv": _candidates},
+    parameter_terms={"offset": "offset network", "modulation": "offset network"},
+    interpolated=sampling_term,
+)

@@ -28,118 +28,18 @@ A deformable layer has Ns = Hk Wk keys. The last three are its controls: the sam
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from .._checks import ConfigError
-from ..config import (
-    AttentionConfig,
-    BiasKind,
-    DATConfig,
-    DeformableAttentionConfig,
-    NeighborhoodAttentionConfig,
-    OffsetBound,
-    WindowAttentionConfig,
-)
-from ..conventions import Convention
+from ..config import AttentionConfig, DATConfig, DeformableAttentionConfig, OffsetBound
 from ..ops.grid import Size, key_grid_size
-from .dat_dcn import DATDCNAttentionConfig
-from .deform_conv import DeformableConvConfig
-from .mhsa import MultiHeadAttentionConfig
-from .ms_deform_attn import MultiScaleDeformableConfig
-from .per_query import PerQueryAttentionConfig
-from .pyramid import PyramidAttentionConfig
-from .registry import ATTENTIONS
+from .attention import Candidate, Rule
+from .registry import REPLACEMENTS as REPLACEMENTS  # re-exported
+from .registry import row_of
 
 Match = Literal["keys", "macs"]
-
-
-class Candidate(NamedTuple):
-    """Candidate replacement of a layer, and its number of keys per query."""
-
-    config: AttentionConfig
-    keys: int
-
-
-Rule = Callable[[DeformableAttentionConfig, Size], Iterator[Candidate]]
-
-
-def _window_sizes(size: Size) -> range:
-    return range(1, max(size) + 1)
-
-
-def _odd_sizes(size: Size) -> range:
-    return range(1, max(size) + 1, 2)
-
-
-def _point_counts(size: Size) -> range:
-    return range(1, size[0] * size[1] + 1)
-
-
-def _multi_head(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    bias_size = size if layer.bias is BiasKind.TABLE else None
-    yield Candidate(
-        MultiHeadAttentionConfig(layer.dim, layer.heads, bias_size, **_dropout_rates(layer)), size[0] * size[1]
-    )
-
-
-def _dropout_rates(layer: DeformableAttentionConfig) -> dict[str, Any]:
-    return {"attention_dropout": layer.attention_dropout, "projection_dropout": layer.projection_dropout}
-
-
-def _window(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for side in _window_sizes(size):
-        yield Candidate(WindowAttentionConfig(layer.dim, layer.heads, side, **_dropout_rates(layer)), side**2)
-
-
-def _shifted_window(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for side in range(2, max(*size, 2) + 1):
-        shift = min(-(-side // 2), side - 1)
-        yield Candidate(WindowAttentionConfig(layer.dim, layer.heads, side, shift, **_dropout_rates(layer)), side**2)
-
-
-def _neighborhood(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for side in range(1, max(size) + 2, 2):  # the last one covers the map
-        keys = min(side, size[0]) * min(side, size[1])
-        yield Candidate(NeighborhoodAttentionConfig(layer.dim, layer.heads, side, **_dropout_rates(layer)), keys)
-
-
-def _pyramid(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for reduction in _window_sizes(size):
-        keys = -(-size[0] // reduction) * -(-size[1] // reduction)
-        yield Candidate(PyramidAttentionConfig(layer.dim, layer.heads, reduction, **_dropout_rates(layer)), keys)
-
-
-def _deform_conv(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for side in _odd_sizes(size):
-        yield Candidate(DeformableConvConfig(layer.dim, side, offset_groups=layer.groups), side**2)
-
-
-def _ms_deform(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for points in _point_counts(size):
-        yield Candidate(MultiScaleDeformableConfig(layer.dim, layer.heads, points), points)
-
-
-def _ms_deform_dot(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    for points in _point_counts(size):
-        config = MultiScaleDeformableConfig(layer.dim, layer.heads, points, scoring="dot_product")
-        yield Candidate(config, points)
-
-
-def _per_query(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    offset_kernel_size = layer.kernel_size + (layer.kernel_size + 1) % 2  # the next odd size
-    for side in _odd_sizes(size):
-        yield Candidate(
-            PerQueryAttentionConfig(layer.dim, layer.heads, layer.groups, side, offset_kernel_size), side**2
-        )
-
-
-def _dat_dcn(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
-    # The released references do not exist on a map of one row or column.
-    convention = Convention.DATPP2023 if min(size) > 1 else Convention.CELL_CENTER
-    for points in _point_counts(size):
-        yield Candidate(DATDCNAttentionConfig(layer.dim, layer.heads, points, convention), points)
 
 
 def _keys(layer: DeformableAttentionConfig, size: Size) -> int:
@@ -161,18 +61,6 @@ def _more_keys(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candida
     return _without_offsets(layer, size, stride=max(layer.stride // 2, 1))
 
 
-REPLACEMENTS: dict[str, Rule] = {
-    "multi_head": _multi_head,
-    "window": _window,
-    "shifted_window": _shifted_window,
-    "neighborhood": _neighborhood,
-    "pyramid": _pyramid,
-    "deform_conv": _deform_conv,
-    "ms_deform": _ms_deform,
-    "ms_deform_dot": _ms_deform_dot,
-    "per_query": _per_query,
-    "dat_dcn": _dat_dcn,
-}
 # The same layer without offsets: what they have to be compared with.
 CONTROLS: dict[str, Rule] = {
     "no_offsets": _without_offsets,
@@ -213,7 +101,7 @@ def matched_peer(layer: DeformableAttentionConfig, size: Size, kind: str, match:
 
 
 def _macs(config: AttentionConfig, size: Size) -> int:
-    return ATTENTIONS[type(config)].macs(1, size, config)
+    return row_of(config).macs(1, size, config)
 
 
 def replace_attention(config: DATConfig, kind: str, match: Match = "keys") -> DATConfig:
@@ -232,14 +120,10 @@ def replace_attention(config: DATConfig, kind: str, match: Match = "keys") -> DA
     15
     """
 
-    def matched(attention: AttentionConfig, reduction: int) -> AttentionConfig:
+    def matched(attention: AttentionConfig, stage: int) -> AttentionConfig:
         if not isinstance(attention, DeformableAttentionConfig):
             return attention
-        height, width = (-(-length // reduction) for length in config.image_size)
+        height, width = (-(-length // config.reductions[stage]) for length in config.image_size)
         return matched_peer(attention, (height, width), kind, match)
 
-    stages = tuple(
-        tuple(replace(block, attention=matched(block.attention, reduction)) for block in blocks)
-        for blocks, reduction in zip(config.stages, config.reductions, strict=True)
-    )
-    return replace(config, stages=stages)
+    return config.map_attention(matched)

@@ -9,18 +9,22 @@ bilinearly, at positions in fractions of the map. For its own size every read hi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .._checks import RATE, Array, Tree, check_divides, check_fields, check_map, integer, optional, size_pair
-from ..config import PeerConfig
+from ..config import BiasKind, DeformableAttentionConfig, PeerConfig
 from ..conventions import Convention
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
 from ..ops.basic import linear, linear_macs, linear_vjp
 from ..ops.bias import table_bias, table_bias_macs, table_bias_vjp
 from ..ops.grid import Size, reference_points
+from .attention import Attention, Candidate, dropout_rates, whole_map, with_remainder
+from .memory import Macs, Tape, sampling_workspace
 
 
 @dataclass(frozen=True)
@@ -130,3 +134,55 @@ def multi_head_attention_macs(batch: int, size: Size, config: MultiHeadAttention
     bias = 0 if config.size is None else table_bias_macs(1, config.heads, pixels, pixels)
     projections = linear_macs(batch * pixels, config.dim, 4 * config.dim)
     return projections + attend_macs(batch, pixels, pixels, config.dim) + bias
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: MultiHeadAttentionConfig) -> Macs:
+    pixels = math.prod(size)
+    projections = 2 * linear_macs(batch * pixels, config.dim, config.dim)
+    parts = {"query and output": projections, "key and value": projections}
+    if config.size is not None:
+        parts["bias"] = table_bias_macs(1, config.heads, pixels, pixels)
+    return with_remainder("attention", multi_head_attention_macs(batch, size, config), parts)
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: MultiHeadAttentionConfig) -> None:
+    """Record the memory steps; a bias is shared by all images and not saved."""
+    pixels = math.prod(size)
+    elements, pairs = batch * pixels * config.dim, pixels**2
+    tape.step("query and output", elements)
+    tape.step("key and value", 2 * elements)
+    bias, workspace = 0, 0
+    if config.size is not None:
+        bias, workspace = config.heads * pairs, 2 * pairs + sampling_workspace(pairs, config.heads, tape.itemsize)
+    with tape.temporary(bias, workspace):
+        tape.attend(batch * config.heads * pairs)
+        with tape.temporary(elements):
+            tape.step("attention", elements)
+            tape.step("query and output", elements)
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    bias_size = size if layer.bias is BiasKind.TABLE else None
+    config = MultiHeadAttentionConfig(layer.dim, layer.heads, bias_size, **dropout_rates(layer))
+    yield Candidate(config, size[0] * size[1])
+
+
+ATTENTION = Attention(
+    MultiHeadAttentionConfig,
+    multi_head_shapes,
+    multi_head_attention,
+    multi_head_attention_vjp,
+    multi_head_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=whole_map,
+    module="dat_ref.torch.peers.mhsa:MultiHeadAttention",
+    replacements={"multi_head": _candidates},
+    parameter_terms={"position_bias": "bias"},
+    interpolated=lambda config: {"bias"},
+    data_dependent_points=lambda config: False,
+    packed_layers=("qkv", "output"),
+)

@@ -28,7 +28,6 @@ from .._checks import (
     check_array,
     check_divides,
     check_fields,
-    check_map,
     choice,
     integer,
 )
@@ -341,55 +340,3 @@ def multi_scale_deformable_macs(
     if config.scoring == "query":
         return macs + linear_macs(queries, dim, config.samples)
     return macs + linear_macs(queries + tokens, dim, dim) + sampling
-
-
-# ------------------------------------------------------------------------------------------------ in a block
-
-
-def cell_centers(size: Size) -> Array:
-    """Return the pixel centers of a map, its own reference points: (H·W, 1, 2), (x, y) in [0, 1]."""
-    rows, columns = ((np.arange(length) + 0.5) / length for length in size)
-    return np.stack(np.meshgrid(columns, rows, indexing="xy"), axis=-1).reshape(-1, 1, 2)
-
-
-def _require_one_level(config: MultiScaleDeformableConfig) -> None:
-    if config.levels != 1:
-        raise ConfigError(f"levels: expected 1, a block attends to its own map, got {config.levels}")
-
-
-def multi_scale_deformable_layer(
-    x: Array, params: Tree, config: MultiScaleDeformableConfig
-) -> tuple[Array, MultiScaleDeformableTrace]:
-    """Attend from every pixel of a map to points around it.
-
-    Args:
-        x: input map (B, C, H, W), any H and W, used as queries and as values (without DETR's position embedding).
-        params: parameter tree with the shapes of `multi_scale_deformable_shapes` for one level.
-
-    Returns:
-        The output (B, C, H, W) and the trace.
-    """
-    _require_one_level(config)
-    x = check_map("x", x, config.dim)
-    size: Size = x.shape[2:]
-    tokens = x.reshape(len(x), config.dim, size[0] * size[1]).swapaxes(1, 2)
-    centers = cell_centers(size).astype(np.result_type(x.dtype, np.float32))
-    references = np.broadcast_to(centers, (len(x), *centers.shape))
-    y, trace = multi_scale_deformable(tokens, tokens, references, [size], params, config)
-    return y.swapaxes(1, 2).reshape(x.shape), trace
-
-
-def multi_scale_deformable_layer_vjp(
-    cotangent: Array, trace: MultiScaleDeformableTrace, params: Tree, config: MultiScaleDeformableConfig
-) -> tuple[Array, Tree]:
-    """Return (∂L/∂x, ∂L/∂params); the map receives gradient as query and as value."""
-    batch, dim, height, width = cotangent.shape
-    grad_tokens = cotangent.reshape(batch, dim, height * width).swapaxes(1, 2)
-    grads = multi_scale_deformable_vjp(grad_tokens, trace, params, config)
-    return (grads.query + grads.value).swapaxes(1, 2).reshape(cotangent.shape), grads.params
-
-
-def multi_scale_deformable_layer_macs(batch: int, size: Size, config: MultiScaleDeformableConfig) -> int:
-    """Return the multiply-adds of the layer on a map of `size`: H·W queries, one level."""
-    _require_one_level(config)
-    return multi_scale_deformable_macs(batch, size[0] * size[1], [size], config)

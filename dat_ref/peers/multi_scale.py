@@ -9,6 +9,7 @@ are (B, tokens, heads, d): each map is flattened row by row, and the maps are co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from .._checks import Array, check_array
 from ..ops.grid import Size
 from ..ops.sampling import bilinear_sample, bilinear_sample_vjp
+from .memory import Tape, sampling_workspace
 
 
 def level_sizes(spatial_shapes: Sequence[Size] | Array) -> list[Size]:
@@ -159,3 +161,14 @@ def _check(value: Array, spatial_shapes: Sequence[Size] | Array, locations: Arra
     check_array("sampling_locations", locations, {**axes, "(x, y)": 2})
     check_array("attention_weights", weights, {**axes, "Q": locations.shape[1], "P": locations.shape[4]})
     return shapes
+
+
+def sample_tokens_memory(tape: Tape, batch: int, size: Size, dim: int, heads: int, points: int) -> None:
+    """Record the memory step of `sample_tokens` for one level of `size`, where every pixel is a query.
+
+    The workspace is the map and the points in head order, and the samples before their final layout.
+    """
+    pixels = batch * math.prod(size)
+    sampled_points, gathered = pixels * heads * points, pixels * points * dim
+    workspace = sampling_workspace(sampled_points, dim // heads, tape.itemsize)
+    tape.step("sampling", gathered, gathered + 2 * sampled_points + pixels * dim + workspace)

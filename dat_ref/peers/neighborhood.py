@@ -17,15 +17,19 @@ shortest sub-map. The released DAT++ instead pads the map with zeros at the bott
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .._checks import Array, Tree, check_map
-from ..config import NeighborhoodAttentionConfig
+from ..config import DeformableAttentionConfig, NeighborhoodAttentionConfig
+from ..official import attention_names
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
 from ..ops.basic import linear, linear_macs, linear_vjp, scatter_add
 from ..ops.grid import Size
+from .attention import Attention, Candidate, Pixel, dropout_rates, projection_terms
+from .memory import INDEX, Macs, Tape
 
 
 def neighborhood_shapes(config: NeighborhoodAttentionConfig) -> Tree:
@@ -169,3 +173,65 @@ def neighborhood_attention_macs(batch: int, size: Size, config: NeighborhoodAtte
     pixels = math.prod(size)
     keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
     return linear_macs(batch * pixels, config.dim, 4 * config.dim) + attend_macs(batch, pixels, keys, config.dim)
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: NeighborhoodAttentionConfig) -> Macs:
+    pixels = batch * math.prod(padded_size(size, config))
+    return projection_terms(pixels, config.dim, neighborhood_attention_macs(batch, size, config))
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: NeighborhoodAttentionConfig) -> None:
+    size = padded_size(size, config)
+    pixels = math.prod(size)
+    keys = math.prod(axis_kernel(length, config.kernel_size, config.dilation) for length in size)
+    elements = batch * pixels * config.dim
+
+    if config.small_map == "pad":
+        tape.step("query and output", elements)  # the padded map, a copy even without padding
+    with tape.temporary(pixels * keys * INDEX // tape.itemsize):  # table indices of the displacements
+        tape.step("attention", pixels * keys, itemsize=INDEX)
+        tape.step("query and output", elements)
+        tape.step("key and value", 2 * elements + 2 * elements * keys)  # projected, then gathered per query
+        with tape.temporary(config.heads * pixels * keys):  # bias
+            tape.attend(batch * config.heads * pixels * keys)
+            with tape.temporary(elements):
+                tape.step("attention", elements)
+                tape.step("query and output", elements)
+
+
+def _receptive_field(query: Pixel, size: Size, config: NeighborhoodAttentionConfig, trace: object, image: int) -> Array:
+    padded = padded_size(size, config)
+    rows, columns = (
+        axis_neighbors(length, config.kernel_size, config.dilation)[index]
+        for length, index in zip(padded, query, strict=True)
+    )
+    mask = np.zeros(padded, dtype=bool)
+    mask[np.ix_(rows, columns)] = True
+    return mask[: size[0], : size[1]]
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    for side in range(1, max(size) + 2, 2):  # the last one covers the map
+        keys = min(side, size[0]) * min(side, size[1])
+        yield Candidate(NeighborhoodAttentionConfig(layer.dim, layer.heads, side, **dropout_rates(layer)), keys)
+
+
+ATTENTION = Attention(
+    NeighborhoodAttentionConfig,
+    neighborhood_shapes,
+    neighborhood_attention,
+    neighborhood_attention_vjp,
+    neighborhood_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=_receptive_field,
+    module="dat_ref.torch.peers.neighborhood:NeighborhoodAttention",
+    replacements={"neighborhood": _candidates},
+    released_names=attention_names,
+    parameter_terms={"neighborhood_bias": "bias"},
+    saves_input=lambda config: config.small_map == "shrink",
+    packed_layers=("qkv", "output"),
+)

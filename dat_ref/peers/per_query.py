@@ -14,18 +14,31 @@ every sample. As in DAT, they mix the samples of all G groups: group g contribut
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from .._checks import Array, Tree, check_divides, check_fields, check_map, integer
-from ..config import PeerConfig
+from ..config import DeformableAttentionConfig, PeerConfig
 from ..ops.attention import attend, attend_macs, attend_vjp, split_heads
 from ..ops.basic import Padding, depthwise_conv2d_macs, linear, linear_macs, linear_vjp
 from ..ops.grid import Size
 from ..ops.offsets import OffsetNetworkTrace, offset_network, offset_network_vjp
 from ..ops.sampling import bilinear_sample, bilinear_sample_macs, bilinear_sample_vjp
+from .attention import (
+    Attention,
+    Candidate,
+    Pixel,
+    check_traced_size,
+    odd_sizes,
+    sampled_pixels,
+    sampling_term,
+    with_remainder,
+)
+from .memory import Macs, Tape, depthwise_workspace, sampling_workspace
 
 # ------------------------------------------------------------------------------------------------ at given points
 
@@ -254,3 +267,72 @@ def per_query_attention_macs(batch: int, size: Size, config: PerQueryAttentionCo
     offsets = depthwise_conv2d_macs(pixels, dim, config.offset_kernel_size) + linear_macs(pixels, dim, 2 * keys)
     sampling = config.groups * bilinear_sample_macs(pixels * keys, 2 * dim)
     return linear_macs(pixels, dim, 4 * dim) + offsets + sampling + attend_macs(pixels, 1, keys, dim)
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: PerQueryAttentionConfig) -> Macs:
+    pixels = batch * math.prod(size)
+    projections = 2 * linear_macs(pixels, config.dim, config.dim)
+    offsets = depthwise_conv2d_macs(pixels, config.dim, config.offset_kernel_size)
+    parts = {
+        "query and output": projections,
+        "key and value": projections,
+        "offset network": offsets + linear_macs(pixels, config.dim, 2 * config.keys),
+        "sampling": config.groups * bilinear_sample_macs(pixels * config.keys, 2 * config.dim),
+    }
+    return with_remainder("attention", per_query_attention_macs(batch, size, config), parts)
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: PerQueryAttentionConfig) -> None:
+    """Record the memory steps; N keys and values are saved for every pixel."""
+    pixels = batch * math.prod(size)
+    elements, points = pixels * config.dim, pixels * config.keys
+    tape.step("query and output", elements)
+    workspace = depthwise_workspace(batch * config.dim, size, config.offset_kernel_size, 1, _padding(config))
+    tape.step("offset network", elements, workspace)
+    tape.step("offset network", elements, elements)  # layer norm
+    tape.step("offset network", elements, elements)  # GELU
+    tape.step("offset network", 2 * 2 * points * config.groups)  # offsets, points
+    projected = 2 * elements
+    tape.step("key and value", config.groups * projected, config.groups * projected)  # workspace: before stacking
+    sampled = 2 * elements * config.keys
+    partial_sum = sampled if config.groups > 1 else 0  # partial sum over the groups
+    workspace = projected + partial_sum + sampling_workspace(points, 2 * config.dim, tape.itemsize)
+    tape.step("sampling", sampled, workspace)
+    tape.attend(points * config.heads)
+    with tape.temporary(elements):
+        tape.step("attention", elements)
+        tape.step("query and output", elements)
+
+
+def _receptive_field(
+    query: Pixel, size: Size, config: PerQueryAttentionConfig, trace: PerQueryTrace, image: int
+) -> Array:
+    check_traced_size(trace.x.shape[2:], size)
+    return sampled_pixels(trace.points_px[image, :, query[0] * size[1] + query[1]], size)
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    offset_kernel_size = layer.kernel_size + (layer.kernel_size + 1) % 2  # the next odd size
+    for side in odd_sizes(size):
+        config = PerQueryAttentionConfig(layer.dim, layer.heads, layer.groups, side, offset_kernel_size)
+        yield Candidate(config, side**2)
+
+
+ATTENTION = Attention(
+    PerQueryAttentionConfig,
+    per_query_shapes,
+    per_query_attention,
+    per_query_attention_vjp,
+    per_query_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=_receptive_field,
+    module="dat_ref.torch.peers.per_query:PerQueryAttention",
+    needs_trace=True,
+    replacements={"per_query": _candidates},
+    parameter_terms={"offset_network": "offset network"},
+    interpolated=sampling_term,
+)

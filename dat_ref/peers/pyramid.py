@@ -10,12 +10,14 @@ released code drops the incomplete cells instead.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .._checks import RATE, Array, Tree, check_divides, check_fields, check_map, integer
-from ..config import PeerConfig
+from ..config import DeformableAttentionConfig, PeerConfig
 from ..official import NameMapping, ReleasedName
 from ..ops.attention import attend, attend_macs, attend_vjp, merge_heads, split_heads
 from ..ops.basic import (
@@ -30,6 +32,8 @@ from ..ops.basic import (
     linear_vjp,
 )
 from ..ops.grid import Size
+from .attention import Attention, Candidate, dropout_rates, whole_map, with_remainder
+from .memory import Macs, Tape, conv_workspace
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,59 @@ def pyramid_attention_macs(batch: int, size: Size, config: PyramidAttentionConfi
     projections = linear_macs(batch * (pixels + keys), dim, 2 * dim)
     reduction = conv2d_macs(batch * keys, dim, dim, cell) if cell > 1 else 0
     return projections + reduction + attend_macs(batch, pixels, keys, dim)
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _reduced(size: Size, cell: int) -> int:
+    return math.prod(-(-length // cell) for length in size)
+
+
+def _terms(batch: int, size: Size, config: PyramidAttentionConfig) -> Macs:
+    cell = config.reduction
+    pixels, keys = batch * math.prod(size), batch * _reduced(size, cell)
+    parts = {
+        "query and output": 2 * linear_macs(pixels, config.dim, config.dim),
+        "key and value": 2 * linear_macs(keys, config.dim, config.dim),
+    }
+    if cell > 1:
+        parts["reduction"] = conv2d_macs(keys, config.dim, config.dim, cell)
+    return with_remainder("attention", pyramid_attention_macs(batch, size, config), parts)
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: PyramidAttentionConfig) -> None:
+    cell, pixels, keys = config.reduction, math.prod(size), _reduced(size, config.reduction)
+    elements, reduced = batch * pixels * config.dim, batch * keys * config.dim
+    if cell > 1:
+        workspace = conv_workspace(batch, (config.dim, config.dim), size, cell, cell, _padding(size, cell))
+        tape.step("reduction", reduced, workspace)
+        tape.step("reduction", reduced, reduced)  # layer norm
+    tape.step("query and output", elements)
+    tape.step("key and value", 2 * reduced)
+    tape.attend(batch * config.heads * pixels * keys)
+    with tape.temporary(elements):
+        tape.step("attention", elements)
+        tape.step("query and output", elements)
+
+
+def _candidates(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    for reduction in range(1, max(size) + 1):
+        config = PyramidAttentionConfig(layer.dim, layer.heads, reduction, **dropout_rates(layer))
+        yield Candidate(config, _reduced(size, reduction))
+
+
+ATTENTION = Attention(
+    PyramidAttentionConfig,
+    pyramid_shapes,
+    pyramid_attention,
+    pyramid_attention_vjp,
+    pyramid_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=whole_map,
+    module="dat_ref.torch.peers.pyramid:PyramidAttention",
+    replacements={"pyramid": _candidates},
+    released_names=pyramid_names,
+    parameter_terms={"key_value": "key and value", "norm": "reduction"},
+)

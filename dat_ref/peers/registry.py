@@ -1,137 +1,56 @@
-"""Registry of attention layers by configuration type: the deformable layer and its peers.
+"""Registry of attention systems: one row for the deformable layer and one for each of its peers.
 
-A new layer needs a configuration derived from `PeerConfig`, the four functions of `Attention`, and a rule in
-`dat_ref.peers.receptive_field`. To replace deformable layers in a backbone it also needs a rule in
-`dat_ref.peers.matching`.
+A new system needs a file with its row, and its name in the list below; `register` adds a row from another package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from .._checks import Array, Tree
-from ..config import DeformableAttentionConfig, NeighborhoodAttentionConfig, WindowAttentionConfig
-from ..layer import LayerTrace, deformable_layer, deformable_layer_macs, deformable_layer_vjp, deformable_shapes
-from .dat_dcn import (
-    DATDCNAttentionConfig,
-    DATDCNTrace,
-    dat_dcn_attention,
-    dat_dcn_attention_macs,
-    dat_dcn_attention_vjp,
-    dat_dcn_init,
-    dat_dcn_shapes,
+from .._checks import ConfigError
+from . import (
+    dat_dcn,
+    deform_conv,
+    deformable,
+    mhsa,
+    ms_deform_layer,
+    neighborhood,
+    per_query,
+    pyramid,
+    window,
 )
-from .deform_conv import (
-    DeformableConvConfig,
-    DeformableConvTrace,
-    deformable_conv,
-    deformable_conv_init,
-    deformable_conv_macs,
-    deformable_conv_shapes,
-    deformable_conv_vjp,
-)
-from .mhsa import (
-    MultiHeadAttentionConfig,
-    MultiHeadTrace,
-    multi_head_attention,
-    multi_head_attention_macs,
-    multi_head_attention_vjp,
-    multi_head_shapes,
-)
-from .ms_deform_attn import (
-    MultiScaleDeformableConfig,
-    MultiScaleDeformableTrace,
-    multi_scale_deformable_init,
-    multi_scale_deformable_layer,
-    multi_scale_deformable_layer_macs,
-    multi_scale_deformable_layer_vjp,
-    multi_scale_deformable_shapes,
-)
-from .neighborhood import (
-    NeighborhoodTrace,
-    neighborhood_attention,
-    neighborhood_attention_macs,
-    neighborhood_attention_vjp,
-    neighborhood_shapes,
-)
-from .per_query import (
-    PerQueryAttentionConfig,
-    PerQueryTrace,
-    per_query_attention,
-    per_query_attention_macs,
-    per_query_attention_vjp,
-    per_query_shapes,
-)
-from .pyramid import (
-    PyramidAttentionConfig,
-    PyramidTrace,
-    pyramid_attention,
-    pyramid_attention_macs,
-    pyramid_attention_vjp,
-    pyramid_shapes,
-)
-from .window import (
-    WindowTrace,
-    window_attention,
-    window_attention_macs,
-    window_attention_vjp,
-    window_shapes,
-)
+from .attention import Attention, Rule
 
-AttentionTrace = (
-    LayerTrace
-    | WindowTrace
-    | NeighborhoodTrace
-    | MultiHeadTrace
-    | PyramidTrace
-    | DeformableConvTrace
-    | MultiScaleDeformableTrace
-    | PerQueryTrace
-    | DATDCNTrace
-)
+ATTENTIONS: dict[type, Attention] = {}  # by configuration type
+REPLACEMENTS: dict[str, Rule] = {}  # rules to replace a deformable layer, by kind
 
 
-class Attention(NamedTuple):
-    """Functions of an attention: parameter shapes, forward, gradient, cost, and optionally its initialization."""
+def register(attention: Attention) -> None:
+    """Add a row: blocks, cost, replacement, receptive field and the torch modules know the system from then on.
 
-    shapes: Callable[[Any], Tree]
-    forward: Callable[..., tuple[Array, Any]]
-    vjp: Callable[..., tuple[Array, Tree]]
-    macs: Callable[..., int]
-    init: Callable[[Tree, Any, np.random.Generator], None] | None = None
+    Raises:
+        ConfigError: if its configuration type or one of its kinds has a row already.
+    """
+    if attention.config in ATTENTIONS:
+        raise ConfigError(f"config: expected a type without a row, got {attention.config.__name__}")
+    for kind in attention.replacements:
+        if kind in REPLACEMENTS:
+            raise ConfigError(f"replacements: expected new kinds, got {kind!r}, which is registered already")
+    ATTENTIONS[attention.config] = attention
+    REPLACEMENTS.update(attention.replacements)
 
 
-def _deformable_macs(batch: int, size: tuple[int, int], config: DeformableAttentionConfig) -> int:
-    return sum(deformable_layer_macs(batch, size, config).values())
+def row_of(config: object) -> Attention:
+    """Return the row of a configuration.
+
+    Raises:
+        ConfigError: if its type has none.
+    """
+    if type(config) not in ATTENTIONS:
+        known = ", ".join(known.__name__ for known in ATTENTIONS)
+        raise ConfigError(f"config: expected one of {known}, got {type(config).__name__}")
+    return ATTENTIONS[type(config)]
 
 
-ATTENTIONS: dict[type, Attention] = {
-    DeformableAttentionConfig: Attention(deformable_shapes, deformable_layer, deformable_layer_vjp, _deformable_macs),
-    WindowAttentionConfig: Attention(window_shapes, window_attention, window_attention_vjp, window_attention_macs),
-    NeighborhoodAttentionConfig: Attention(
-        neighborhood_shapes, neighborhood_attention, neighborhood_attention_vjp, neighborhood_attention_macs
-    ),
-    MultiHeadAttentionConfig: Attention(
-        multi_head_shapes, multi_head_attention, multi_head_attention_vjp, multi_head_attention_macs
-    ),
-    PyramidAttentionConfig: Attention(pyramid_shapes, pyramid_attention, pyramid_attention_vjp, pyramid_attention_macs),
-    DeformableConvConfig: Attention(
-        deformable_conv_shapes, deformable_conv, deformable_conv_vjp, deformable_conv_macs, deformable_conv_init
-    ),
-    MultiScaleDeformableConfig: Attention(
-        multi_scale_deformable_shapes,
-        multi_scale_deformable_layer,
-        multi_scale_deformable_layer_vjp,
-        multi_scale_deformable_layer_macs,
-        multi_scale_deformable_init,
-    ),
-    PerQueryAttentionConfig: Attention(
-        per_query_shapes, per_query_attention, per_query_attention_vjp, per_query_attention_macs
-    ),
-    DATDCNAttentionConfig: Attention(
-        dat_dcn_shapes, dat_dcn_attention, dat_dcn_attention_vjp, dat_dcn_attention_macs, dat_dcn_init
-    ),
-}
+for _system in (
+    deformable, mhsa, window, neighborhood, pyramid, deform_conv, ms_deform_layer, per_query, dat_dcn,
+):  # fmt: skip
+    register(_system.ATTENTION)

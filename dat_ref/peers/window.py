@@ -12,15 +12,20 @@ whole windows only. It masks by adding -100 instead of -∞; the difference is a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .._checks import Array, Tree, check_map
-from ..config import WindowAttentionConfig
+from ..config import DeformableAttentionConfig, WindowAttentionConfig
+from ..official import attention_names
 from ..ops.attention import attend, attend_macs, attend_vjp
 from ..ops.basic import linear, linear_macs, linear_vjp, scatter_add
 from ..ops.grid import Size
+from .attention import Attention, Candidate, Pixel, dropout_rates, projection_terms
+from .memory import INDEX, Macs, Tape
 
 
 def window_shapes(config: WindowAttentionConfig) -> Tree:
@@ -170,3 +175,69 @@ def window_attention_macs(batch: int, size: Size, config: WindowAttentionConfig)
     windows = batch * -(-size[0] // config.window_size) * -(-size[1] // config.window_size)
     projections = linear_macs(batch * size[0] * size[1], config.dim, 4 * config.dim)
     return projections + attend_macs(windows, area, area, config.dim)
+
+
+# ------------------------------------------------------------------------------------------------ the row
+
+
+def _terms(batch: int, size: Size, config: WindowAttentionConfig) -> Macs:
+    return projection_terms(batch * math.prod(size), config.dim, window_attention_macs(batch, size, config))
+
+
+def _memory(tape: Tape, batch: int, size: Size, config: WindowAttentionConfig) -> None:
+    window_area = config.window_size**2
+    windows = math.prod(-(-length // config.window_size) for length in size)
+    pixels, window_elements = batch * math.prod(size) * config.dim, batch * windows * window_area * config.dim
+    masked = config.shift > 0 or any(length % config.window_size for length in size)
+    logits = batch * windows * config.heads * window_area**2
+    pairs = windows * window_area**2
+
+    tape.step("attention", 2 * windows * window_area, itemsize=INDEX)  # the pixel at each position
+    tape.step("query and output", window_elements)
+    # The workspace is the projected map, and its windows in another order.
+    tape.step("key and value", 2 * window_elements, 3 * pixels + 3 * window_elements)
+    # With masked keys, each window has its own bias, and there are a float mask and a boolean mask.
+    with tape.temporary(pairs // tape.itemsize + (logits + pairs if masked else config.heads * window_area**2)):
+        tape.attend(logits)
+        with tape.temporary(window_elements):  # heads before merging
+            # The workspace is the merged heads, and their pixels inside the map.
+            tape.step("attention", pixels, 2 * window_elements)
+            tape.step("query and output", pixels)
+
+
+def _receptive_field(query: Pixel, size: Size, config: WindowAttentionConfig, trace: object, image: int) -> Array:
+    _, cells = window_cells(size, config.window_size, config.shift)
+    visibility = window_visibility(cells, size, config.window_size, config.shift)
+    window, index = np.argwhere((cells == query).all(axis=-1))[0]
+    pixels = cells[window][visibility[window, index]]
+    mask = np.zeros(size, dtype=bool)
+    mask[pixels[:, 0], pixels[:, 1]] = True
+    return mask
+
+
+def _windows(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    for side in range(1, max(size) + 1):
+        yield Candidate(WindowAttentionConfig(layer.dim, layer.heads, side, **dropout_rates(layer)), side**2)
+
+
+def _shifted_windows(layer: DeformableAttentionConfig, size: Size) -> Iterator[Candidate]:
+    for side in range(2, max(*size, 2) + 1):
+        shift = min(-(-side // 2), side - 1)
+        yield Candidate(WindowAttentionConfig(layer.dim, layer.heads, side, shift, **dropout_rates(layer)), side**2)
+
+
+ATTENTION = Attention(
+    WindowAttentionConfig,
+    window_shapes,
+    window_attention,
+    window_attention_vjp,
+    window_attention_macs,
+    terms=_terms,
+    memory=_memory,
+    receptive_field=_receptive_field,
+    module="dat_ref.torch.peers.window:WindowAttention",
+    replacements={"window": _windows, "shifted_window": _shifted_windows},
+    released_names=attention_names,
+    parameter_terms={"window_bias": "bias"},
+    packed_layers=("qkv", "output"),
+)

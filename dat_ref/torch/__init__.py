@@ -5,7 +5,7 @@ Function names, coordinate conventions and parameter names are the same as in th
     import dat_ref.torch
 
     model = dat_ref.torch.create_model("dat_tiny", num_classes=10)
-    layer = dat_ref.torch.DeformableAttention(dim=96, heads=3, stride=2)
+    layer = dat_ref.torch.DeformableAttention(dim=96, heads=3, stride=4, init="zero_offset")
 
 ===============  ========================================================================================
 `functional`     tensor operations
@@ -18,6 +18,7 @@ Function names, coordinate conventions and parameter names are the same as in th
 `models`         `create_model` and `list_models`
 `inference`      `optimize_for_inference`, for CPUs
 `offset_report`  size, bound and use of a model's offsets, with a verdict
+`offset_log`     the same during training, as scalars for a log
 `bridge`         conversion to and from NumPy parameters and released names
 ===============  ========================================================================================
 
@@ -25,6 +26,7 @@ Run programs in `dat_ref` with ``python -m`` only. A file in ``dat_ref/`` that i
 ``torch``.
 """
 
+from .._checks import HyperparameterWarning
 from . import functional, peers
 from .backbone import DAT
 from .block import Block
@@ -34,7 +36,9 @@ from .functional import backends, deformable_attention
 from .inference import optimize_for_inference
 from .layer import DeformableAttention
 from .models import create_model, list_models
-from .offset_report import LayerOffsets, OffsetReport, offset_report
+from .offset_findings import LayerOffsets, OffsetReport
+from .offset_log import OffsetLog
+from .offset_report import offset_report
 from .peers import NeighborhoodAttention, WindowAttention
 
 __all__ = [
@@ -42,8 +46,10 @@ __all__ = [
     "Block",
     "DATFeatures",
     "DeformableAttention",
+    "HyperparameterWarning",
     "LayerOffsets",
     "NeighborhoodAttention",
+    "OffsetLog",
     "OffsetReport",
     "WindowAttention",
     "as_numpy",

@@ -5,7 +5,9 @@ Maps are ``(B, C, H, W)``, in channels_last layout from the patch embedding on. 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, Literal, overload
 
 import torch
@@ -16,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from .. import official
 from .._checks import ConfigError
 from ..backbone import DATTrace, EmbedTrace, StageTrace, Step
-from ..config import DATConfig, Init
-from ._checks import check_map, check_tensors
+from ..config import BiasKind, DATConfig, Init
+from ._checks import check_map, check_tensors, is_requested
 from .block import Block, ChannelNorm, attentions_with
 from .bridge import SpecModule, state_dtype
 from .functional._symbolic import statically_zero
@@ -25,6 +27,7 @@ from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # names of timm
 
 
 class Embed(nn.Module):
@@ -90,7 +93,8 @@ class DAT(SpecModule):
         backend: backend of deformable and neighborhood attention, one of `dat_ref.torch.backends()`, or ``"auto"``.
         sampler: sampling method, see `functional.bilinear_sample`.
         init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
-        global_pool: ``"avg"``, or ``""`` to classify every position of the last map; as the config says if None.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"`` (their mean), ``"catavgmax"`` (both, twice the features), or
+            ``""`` to classify every position of the last map; as the config says if None.
 
     `forward_features` returns the last map after the final norm. `forward_head` pools and classifies it.
     `forward_intermediates` returns the maps of all stages, and `feature_info` describes them.
@@ -106,15 +110,14 @@ class DAT(SpecModule):
         global_pool: str | None = None,
     ) -> None:
         super().__init__()
+        global_pool = config.global_pool if global_pool is None else global_pool
+        _check_pool(global_pool)
         self.config = config
-        self.global_pool = config.global_pool if global_pool is None else global_pool
-        _check_pool(self.global_pool)
-        self.num_classes, self.in_chans = config.num_classes, config.in_channels
-        self.num_features = self.head_hidden_size = config.dims[-1]
+        self.in_chans, self.num_features = config.in_channels, config.dims[-1]
         self.output_fmt = "NCHW"
         self.grad_checkpointing = False
         self.feature_info: Any = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}", "index": i}
             for i, (dim, reduction) in enumerate(zip(config.dims, config.reductions, strict=True))
         ]
 
@@ -132,25 +135,8 @@ class DAT(SpecModule):
             Embed(dims[i], dims[i + 1], downsample_kernel, bias=False) for i in range(len(dims) - 1)
         )
         self.norm: nn.Module = ChannelNorm(dims[-1])
-        self.head: nn.Module = _classifier(dims[-1], config.num_classes)
-        self.default_cfg = self.pretrained_cfg = self._data_settings()
-
-    def _data_settings(self) -> dict[str, Any]:
-        height, width = self.config.image_size
-        return {
-            "url": "",
-            "num_classes": self.num_classes,
-            "input_size": (self.in_chans, height, width),
-            "pool_size": (height // self.config.reductions[-1], width // self.config.reductions[-1]),
-            "crop_pct": 0.9 if max(height, width) <= 256 else 1.0,
-            "interpolation": "bicubic",
-            "fixed_input_size": False,
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "first_conv": "patch_embedding.0.projection",
-            "classifier": "head",
-            "license": "",
-        }
+        self.reset_classifier(config.num_classes, global_pool)
+        self.default_cfg = self.pretrained_cfg = data_settings(config)
 
     # -------------------------------------------------------------------------------------------- forward
 
@@ -169,11 +155,11 @@ class DAT(SpecModule):
         Raises:
             ShapeError, ConfigError: if the shape of the images does not fit the configuration.
         """
-        if not return_trace:
+        if not is_requested(return_trace):
             return self.forward_head(self.forward_features(x))
         stages, maps = self._trace(x)
         normed = self.norm(maps)
-        fields: dict[str, Any] = {"stages": stages, "normed": normed, "pooled": normed.mean(dim=(2, 3))}
+        fields: dict[str, Any] = {"stages": stages, "normed": normed, "pooled": _pool(normed, self.global_pool)}
         return self.forward_head(normed), DATTrace(**fields)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -190,11 +176,10 @@ class DAT(SpecModule):
             pre_logits: whether to return the features before the classifier.
         """
         check_tensors(x=x)
-        if self.global_pool == "avg":
-            x = x.mean(dim=(2, 3))
+        x = _pool(x, self.global_pool)
         if pre_logits or isinstance(self.head, nn.Identity):
             return x
-        return self.head(x) if x.ndim == 2 else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x) if self.global_pool else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_intermediates(
         self,
@@ -216,7 +201,8 @@ class DAT(SpecModule):
             intermediates_only: whether to return only the list of maps.
 
         Returns:
-            the list of maps, or (output of `forward_features`, list of maps).
+            the list of maps, or (output of `forward_features`, list of maps). If stages were skipped, the last computed
+            map takes the place of the output.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -224,13 +210,28 @@ class DAT(SpecModule):
         maps: list[Tensor] = []
         x = self._embed(x)
         last = len(self.stages) - 1
-        for index in range(max(selected, default=-1) + 1 if stop_early else last + 1):
+        computed = max(selected, default=-1) + 1 if stop_early else last + 1
+        for index in range(computed):
             x = self._run_stage(x, index)
             if index in selected:
                 maps.append(self.norm(x) if norm and index == last else x)
         if output_fmt == "NHWC":
             maps = [each.permute(0, 2, 3, 1) for each in maps]
-        return maps if intermediates_only else (self.norm(x), maps)
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if computed == last + 1 else x), maps
+
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = False
+    ) -> list[Tensor]:
+        """Return the outputs of some stages as tokens (B, H·W, C), or as maps (B, C, H, W) if `reshape`.
+
+        Args:
+            n: a number of last stages, or indices of stages.
+            norm: whether to apply the final norm to the last stage's map.
+        """
+        maps: list[Tensor] = self.forward_intermediates(x, n, norm=norm, stop_early=True, intermediates_only=True)
+        return maps if reshape else [each.flatten(2).transpose(1, 2) for each in maps]
 
     def _stage_indices(self, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
         """Return the selected stages in order of depth; an integer n selects the last n, as in timm."""
@@ -302,8 +303,39 @@ class DAT(SpecModule):
             _check_pool(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * (2 if self.global_pool == "catavgmax" else 1)
         weight = next(self.parameters())
-        self.head = _classifier(self.num_features, num_classes).to(weight.device, weight.dtype)
+        head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        self.head = head.to(weight.device, weight.dtype)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Resize the bias tables to another image size, as in a checkpoint that is loaded.
+
+        Images of any size can be fed without it; tables of another size are then read by `bias_resolution`.
+
+        Raises:
+            ConfigError: if a stage would have an empty map, or has a bias for a single size (``BiasKind.FIXED``).
+        """
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        config = self.config.resized(size)  # type: ignore[arg-type]  # it checks the length
+        blocks = [
+            (block, new)
+            for stage, configs in zip(self.stages, config.stages, strict=False)
+            for block, new in zip(stage.blocks, configs, strict=True)  # type: ignore[arg-type, union-attr]
+        ]
+        if any(getattr(new.attention, "bias", None) is BiasKind.FIXED for _, new in blocks):
+            raise ConfigError(
+                "img_size: expected a position bias that is a function of displacement, got BiasKind.FIXED"
+            )
+        self.config = config
+        for block, new in blocks:
+            block.resize(new)
+
+    def load_pretrained(self, path: str | PathLike[str]) -> None:
+        """Load a file of weights, see `load_weights` of `dat_ref.torch.models`."""
+        from .models import load_weights  # imports this module
+
+        load_weights(self, path)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Store only the input of each block during training, and recompute the block in the backward pass."""
@@ -359,12 +391,28 @@ class DAT(SpecModule):
         """
         selected = self._stage_indices(indices)
         count = max(selected, default=-1) + 1
+        cut = count < len(self.stages)  # norm and head belong to the last stage
         self.stages, self.downsamples = self.stages[:count], self.downsamples[: max(count - 1, 0)]
-        if prune_norm:
+        self.num_features = self.config.dims[max(count - 1, 0)]
+        if prune_norm or cut:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return selected
+
+    def sequential(self) -> nn.Sequential:
+        """Return stem and stages as one chain with the children ``stem``, ``stage0``, ``stage1``, …
+
+        For functions that take feature maps from the children of a network, such as torchvision's
+        ``IntermediateLayerGetter`` and ``BackboneWithFPN``. The chain shares the parameters of this model under other
+        names, and returns the last map without the final norm. Load checkpoints into this model, not into the chain.
+        """
+        first, *others = self.patch_embedding
+        stem = nn.Sequential(first, *(layer for embed in others for layer in (nn.GELU(), embed)))
+        parts: dict[str, nn.Module] = {"stem": stem, "stage0": self.stages[0]}
+        for i, downsample in enumerate(self.downsamples, start=1):
+            parts[f"stage{i}"] = nn.Sequential(downsample, self.stages[i])
+        return nn.Sequential(OrderedDict(parts))
 
     # -------------------------------------------------------------------------------------------- released names
 
@@ -405,10 +453,36 @@ def _stages(config: DATConfig, options: dict[str, Any]) -> list[Stage]:
     return stages
 
 
-def _classifier(dim: int, num_classes: int) -> nn.Module:
-    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+def data_settings(config: DATConfig) -> dict[str, Any]:
+    """Return timm's description of a model: preprocessing, classes, and names of the first and last layer."""
+    height, width = config.image_size
+    stride = config.reductions[-1]
+    return {
+        "url": "",
+        "num_classes": config.num_classes,
+        "input_size": (config.in_channels, height, width),
+        "pool_size": (height // stride, width // stride),
+        "crop_pct": 0.9 if max(height, width) <= 256 else 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "first_conv": "patch_embedding.0.projection",
+        "classifier": "head",
+        "license": "",
+    }
 
 
 def _check_pool(global_pool: str) -> None:
-    if global_pool not in ("avg", ""):
-        raise ConfigError(f"global_pool: expected 'avg' or '', got {global_pool!r}")
+    if global_pool not in POOLS:
+        raise ConfigError(f"global_pool: expected one of {', '.join(map(repr, POOLS))}, got {global_pool!r}")
+
+
+def _pool(x: Tensor, global_pool: str) -> Tensor:
+    """Pool a map: (B, C, H, W) → (B, C), twice the channels for ``"catavgmax"``, or the same map for ``""``."""
+    if not global_pool:
+        return x
+    if global_pool == "avg":
+        return x.mean(dim=(2, 3))
+    mean, peak = x.mean(dim=(2, 3)), x.amax(dim=(2, 3))
+    return {"max": peak, "avgmax": (mean + peak) / 2, "catavgmax": torch.cat((mean, peak), dim=1)}[global_pool]

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import ConfigError
 from ..block import BlockTrace, MLPTrace
-from ..config import CHECK_INIT, AttentionConfig, BlockConfig, DeformableAttentionConfig, Init
+from ..checkpoints import resize_table
+from ..config import CHECK_INIT, AttentionConfig, BlockConfig, Init
+from ..peers.registry import row_of
 from ._checks import check_tensors
+from .bridge import as_numpy
 from .functional.registry import check_backend
 from .functional.sampling import Sampler, check_sampler
-from .layer import DeformableAttention
-from .peers import (
-    PEER_MODULES,
-    DATDCNAttention,
-    DeformableConv,
-    MultiScaleDeformableAttention,
-    NeighborhoodAttention,
-    PerQueryAttention,
-)
+from .peers.registry import attentions_with as attentions_with  # re-exported
+from .peers.registry import module_class, module_options
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -96,29 +90,6 @@ class MLP(nn.Module):
         return y, MLPTrace(inputs, *maps)
 
 
-# Attention module for each type of configuration. Other modules may be added.
-ATTENTION_MODULES: dict[type, Callable[..., nn.Module]] = {
-    DeformableAttentionConfig: DeformableAttention,
-    **PEER_MODULES,
-}
-
-
-# Arguments of a module besides its configuration.
-_OPTIONS: dict[Any, tuple[str, ...]] = {
-    DeformableAttention: ("backend", "sampler", "init"),
-    NeighborhoodAttention: ("backend",),
-    DeformableConv: ("sampler",),
-    MultiScaleDeformableAttention: ("sampler",),
-    PerQueryAttention: ("sampler", "init"),
-    DATDCNAttention: ("sampler",),
-}
-
-
-def attentions_with(option: str) -> tuple[Any, ...]:
-    """Return the attention modules that have an option, such as ``"sampler"``."""
-    return tuple(module for module, options in _OPTIONS.items() if option in options)
-
-
 def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
     """Build the attention module for a configuration.
 
@@ -126,17 +97,14 @@ def attention_module(config: AttentionConfig, **options: Any) -> nn.Module:
         options: `backend`, `sampler` and `init`. A module receives only the options that it has.
 
     Raises:
-        ConfigError: if the value of an option is unknown, or there is no module for this type of configuration.
+        ConfigError: if the value of an option is unknown, or there is no row for this type of configuration.
     """
     check_backend(options.get("backend", "auto"))
     check_sampler(options.get("sampler", "gather"))
     CHECK_INIT("init", options.get("init", "released"))
-    if type(config) not in ATTENTION_MODULES:
-        known = ", ".join(each.__name__ for each in ATTENTION_MODULES)
-        raise ConfigError(f"attention: expected one of {known}, got {type(config).__name__}")
-    module = ATTENTION_MODULES[type(config)]
-    known_options = _OPTIONS.get(module, ())
-    return module(config, **{name: value for name, value in options.items() if name in known_options})
+    row = row_of(config)
+    known = module_options(row)
+    return module_class(row)(config, **{name: value for name, value in options.items() if name in known})
 
 
 class Block(nn.Module):
@@ -188,6 +156,16 @@ class Block(nn.Module):
             x = x + self.local_perception(x)
         x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x))))
         return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+    def resize(self, config: BlockConfig) -> None:
+        """Take over a configuration that differs in the map size of the position bias, and resize its table."""
+        self.config = config
+        self.attention.config = config.attention  # type: ignore[assignment]
+        bias: Any = getattr(self.attention, "position_bias", None)
+        if hasattr(bias, "table"):
+            rows, columns = (2 * side - 1 for side in config.attention.size)  # type: ignore[union-attr]
+            resized = torch.from_numpy(resize_table(as_numpy(bias.table), (rows, columns)))
+            bias.table = nn.Parameter(resized.to(bias.table), requires_grad=bias.table.requires_grad)
 
     def _traced(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
         lpu_out = x if self.local_perception is None else x + self.local_perception(x)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .._checks import CheckpointError
-from ..checkpoints import LoadReport, fit_state, official_state
+from ..checkpoints import LoadReport, official_state, read_checkpoint
 from ..config import DATConfig
 from ..params import unflatten
-from ..state_files import read_arrays, save_state, select_backbone
+from ..state_files import save_state
 from .backbone import DAT
 from .bridge import as_numpy
 from .features import DATFeatures
@@ -22,7 +22,14 @@ from .features import DATFeatures
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = True) -> LoadReport:
+def load_checkpoint(
+    model: DAT,
+    path: str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    new_head: bool = False,
+    prefix: str | None = None,
+) -> LoadReport:
     """Load a checkpoint of this project or of either release into a model. The model keeps its dtype and device.
 
     A features-only model does not use the final norm and the head, so the file may lack them. This allows loading the
@@ -36,7 +43,11 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
         path: ``.pth``, ``.safetensors`` or ``.npz`` file, see `dat_ref.checkpoints.read_state`. Code in it is never
             executed.
         strict: whether a missing, unexpected or mis-shaped array is an error. If False, parameters without a fitting
-            array keep their values; use it for fine-tuning with another number of classes.
+            array keep their values.
+        new_head: whether the head keeps its values if the file has none, or one for another number of classes; for
+            fine-tuning. All other parameters are still required.
+        prefix: prefix of the backbone's names in the file, with or without its last dot. None: found automatically, if
+            there is one backbone.
 
     Returns:
         A report on every array in the file.
@@ -47,12 +58,13 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
     _check_model(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     aliases = _aliases(parameters)
-    state, ignored = select_backbone(read_arrays(path), os.fspath(path))
+    found = read_checkpoint(path, prefix)
+    state = found.state
     # A file may contain a shared parameter only once, under the first of its names.
-    state = {**state, **{name: state[first] for name, first in aliases.items() if name not in state and first in state}}
+    state.update({name: state[first] for name, first in aliases.items() if name not in state and first in state})
     optional: tuple[str, ...] = ("norm.", "head.") if isinstance(model, DATFeatures) else ()
     wanted = {name for name in parameters if not name.startswith(optional)}
-    fit = fit_state(state, _config_with_head(model), strict=strict, wanted=wanted, source=os.fspath(path))
+    fit = found.fit(_config_with_head(model), strict=strict, new_head=new_head, wanted=wanted)
     for name, first in aliases.items():
         if not np.array_equal(fit.arrays.get(name, 0), fit.arrays.get(first, 0)):
             raise CheckpointError(
@@ -64,7 +76,7 @@ def load_checkpoint(model: DAT, path: str | os.PathLike[str], strict: bool = Tru
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-    return replace(fit.report, ignored=fit.report.ignored + ignored)
+    return fit.report
 
 
 def save_checkpoint(model: DAT, path: str | os.PathLike[str], official: bool = False) -> None:

@@ -23,23 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from ..conventions import Convention
+from ..peers.registry import ATTENTIONS
 from . import functional
 from .backbone import Stage
 from .block import MLP, Block, LayerScale
 from .functional.grid import Size
-from .layer import DeformableAttention
-from .peers import NeighborhoodAttention, WindowAttention
-from .peers.mhsa import MultiHeadAttention
+from .peers import WindowAttention
+from .peers.registry import module_class
 
 M = TypeVar("M", bound=nn.Module)
 
-# Projections that are packed, for each attention. Layers that predict positions are not: they need float32.
-_PROJECTIONS: dict[type[nn.Module], tuple[str, ...]] = {
-    DeformableAttention: ("query", "key", "value", "output"),
-    WindowAttention: ("qkv", "output"),
-    NeighborhoodAttention: ("qkv", "output"),
-    MultiHeadAttention: ("qkv", "output"),
-}
 _OPERATORS = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")  # not public in torch
 # Bytes of a stage's widest map for the images that are processed together. With far less, matrix products have too few
 # rows to be fast. With far more, the allocator returns the memory to the system after each use, and every page faults
@@ -113,12 +106,18 @@ def _supports_packing(dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------------------------------------ folding
 
 
+def _packed_layers(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's linear layers that are packed; none if it is not the module of an attention."""
+    row = ATTENTIONS.get(type(getattr(module, "config", None)))
+    return row.packed_layers if row is not None and type(module) is module_class(row) else ()
+
+
 def _fold_block(block: Block) -> None:
     if block.local_perception is not None:
         _fold_identity(block.local_perception)
     _fold_scale(block.layer_scale2, block.mlp.linear2)
     block.layer_scale2 = nn.Identity()
-    if type(block.attention) in _PROJECTIONS:
+    if _packed_layers(block.attention):
         _fold_scale(block.layer_scale1, block.attention.output)  # type: ignore[arg-type]
         block.layer_scale1 = nn.Identity()
 
@@ -317,7 +316,7 @@ def _replace(module: nn.Module, replaced: dict[nn.Module, nn.Module]) -> Any:
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = _replace(child, replaced)
-        for name in _PROJECTIONS.get(type(module), ()):
+        for name in _packed_layers(module):
             setattr(module, name, PackedLinear(getattr(module, name)))
         fast = _FAST.get(type(module))
         replaced[module] = module if fast is None else fast(module)

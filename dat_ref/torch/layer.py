@@ -14,10 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import official
-from .._checks import ShapeError
-from ..config import CHECK_INIT, LOG_CPB_HIDDEN, BiasKind, DeformableAttentionConfig, Init, OffsetBound
+from .._checks import HyperparameterWarning, ShapeError
+from .._deprecation import warn_caller
+from ..config import (
+    CHECK_INIT,
+    LOG_CPB_HIDDEN,
+    BiasKind,
+    DeformableAttentionConfig,
+    Init,
+    OffsetBound,
+    default_kernel_size,
+)
 from ..layer import BIAS_KERNEL, LayerTrace
 from ..ops.bias import LogBiasTrace
+from ..ops.coverage import share_of_cell
 from ..ops.offsets import OffsetNetworkTrace
 from . import functional
 from ._checks import check_map
@@ -124,7 +134,8 @@ class DeformableAttention(SpecModule):
         config: layer configuration, or None if its fields are given as keywords.
         backend: backend that computes the attention core, one of `dat_ref.torch.backends()`, or ``"auto"``.
         sampler: sampling method, ``"gather"`` or ``"grid_sample"``, see `functional.bilinear_sample`.
-        init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference.
+        init: ``"released"``, or ``"zero_offset"`` to start with every point on its reference. None: released, with a
+            warning if it can move points by more than one pixel.
         options: fields of `DeformableAttentionConfig`: `dim` and `heads`, and those that differ from their defaults.
 
     Raises:
@@ -135,6 +146,10 @@ class DeformableAttention(SpecModule):
     Alternatives: ``bias="log_cpb"`` (a small network of the displacement, more memory), ``bias="depthwise"`` (a
     convolution of the queries) and ``bias="none"``; or a table for a smaller `size`, which is read in fractions of the
     map.
+
+    A `HyperparameterWarning` points to settings with which offsets are hard to learn: a kernel smaller than the stride,
+    and the released initialization where it moves points by more than one pixel and `init` is not given. Models of
+    `create_model` do not warn.
 
     If the size of the map differs from ``config.size``, ``config.bias_resolution`` sets the unit of displacements in
     the bias table: ``"fractions"`` of the map, or ``"pixels"``.
@@ -151,14 +166,16 @@ class DeformableAttention(SpecModule):
         *,
         backend: str = "auto",
         sampler: Sampler = "gather",
-        init: Init = "released",
+        init: Init | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         config = DeformableAttentionConfig.from_keywords(config, options)
         check_backend(backend)
         check_sampler(sampler)
-        CHECK_INIT("init", init)
+        CHECK_INIT("init", "released" if init is None else init)
+        if config.offset_bound is not OffsetBound.NONE:
+            _warn_hyperparameters(config, init)
         self.config = config
         self.backend = backend
         self.sampler: Sampler = sampler
@@ -168,7 +185,7 @@ class DeformableAttention(SpecModule):
         self.output = nn.Linear(config.dim, config.dim)
         self.offset_network = None
         if config.offset_bound is not OffsetBound.NONE:
-            self.offset_network = OffsetNetwork(config, init)
+            self.offset_network = OffsetNetwork(config, init or "released")
         self.position_bias = _BIASES[config.bias](config) if config.bias in _BIASES else None
         self.projection_dropout = nn.Dropout(config.projection_dropout)
 
@@ -353,9 +370,29 @@ class DeformableAttention(SpecModule):
         Raises:
             CheckpointError: if the state dict does not fit; with a report of missing, unexpected and mis-shaped keys.
         """
-        layer = cls(DeformableAttentionConfig.from_official(mapping, release=release), **options).to(state_dtype(state))
+        config = DeformableAttentionConfig.from_official(mapping, release=release)
+        layer = cls(config, **{"init": "released", **options}).to(state_dtype(state))
         layer.load_official(state)
         return layer
+
+
+def _warn_hyperparameters(config: DeformableAttentionConfig, init: Init | None) -> None:
+    """Warn the caller of hyperparameters with which offsets are hard to learn."""
+    kernel, stride, limit = config.kernel_size, config.stride, config.max_offset_px
+    if kernel < stride:
+        warn_caller(
+            f"DeformableAttention: kernel_size={kernel} is smaller than stride={stride}, so the offset network sees "
+            f"{share_of_cell(kernel, stride):.0%} of the cell that its point should search; use "
+            f"kernel_size={default_kernel_size(stride)}, the default",
+            HyperparameterWarning,
+        )
+    if init is None and (limit is None or limit > 1):
+        distance = "without a limit in pixels" if limit is None else f"by up to {limit:g} pixels"
+        warn_caller(
+            f"DeformableAttention: the released initialization moves points {distance} at random, further than a "
+            'small target can pull them back; use init="zero_offset", or init="released" to keep it',
+            HyperparameterWarning,
+        )
 
 
 def _tokens_to_heads(tokens: Tensor, heads: int) -> Tensor:

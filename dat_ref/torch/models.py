@@ -5,13 +5,16 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
+import torch
+
 from .._checks import ConfigError
-from ..config import BlockConfig, DATConfig
+from ..config import DATConfig
 from ..peers.matching import CONTROLS, REPLACEMENTS, Match, replace_attention, resolve_kind
 from ..presets import OFFSET_INIT, PRESETS
 from .backbone import DAT
@@ -20,7 +23,6 @@ from .features import DATFeatures
 
 # Options of `create_model` that are passed to the module. All others change the configuration.
 _MODULE_OPTIONS = ("backend", "sampler", "init")
-_HEADS = ("head.", "cls_head.")  # our name and the released one
 _ATTENTION_OPTIONS = {"attn_drop_rate": "attention_dropout", "proj_drop_rate": "projection_dropout"}
 _CONFIG_ALIASES = {"drop_rate": "dropout", "img_size": "image_size"}
 
@@ -34,17 +36,18 @@ def list_models(filter: str = "") -> list[str]:  # noqa: A002 - timm's name
     return sorted(name for name in PRESETS if not filter or fnmatch.fnmatch(name, filter))
 
 
-def _load(model: DAT, checkpoint: str | PathLike[str]) -> None:
-    report = load_checkpoint(model, checkpoint, strict=False)
-    heads = [name for name, _, _ in report.misshaped if name.startswith(_HEADS)]
-    if report.missing or report.unexpected or len(heads) < len(report.misshaped):
-        load_checkpoint(model, checkpoint)  # raises an error with the report
-    if heads:
-        warnings.warn(
-            f"checkpoint: {', '.join(heads)} are for another number of classes and were not loaded; the head keeps "
-            "its random initialization",
-            stacklevel=3,
-        )
+def load_weights(model: DAT, checkpoint: str | PathLike[str], prefix: str | None = None) -> None:
+    """Load a checkpoint completely, except for a missing head or one of another size, with a warning.
+
+    Raises:
+        CheckpointError: if the file does not fit; with a report.
+    """
+    initialized = load_checkpoint(model, checkpoint, new_head=True, prefix=prefix).initialized
+    if initialized:
+        names = ", ".join(name for name, _, _ in initialized)
+        in_file = any(shape for _, _, shape in initialized)
+        reason = "for another number of classes and were not loaded" if in_file else "not in the file"
+        warnings.warn(f"checkpoint: {names} are {reason}; the head keeps its random initialization", stacklevel=3)
 
 
 def create_model(
@@ -58,6 +61,10 @@ def create_model(
     global_pool: str | None = None,
     attention: str | None = None,
     match: Match = "keys",
+    output_stride: int | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+    prefix: str | None = None,
     **overrides: Any,
 ) -> DAT:
     """Build a released backbone by name.
@@ -65,19 +72,25 @@ def create_model(
     Args:
         name: one of `list_models()`.
         checkpoint: a file of weights, see `dat_ref.torch.checkpoints.load_checkpoint`; random initialization if None. A
-            head for another number of classes is left out, with a warning: for fine-tuning.
+            head for another number of classes is left out, and a file without a head is accepted, with a warning: for
+            fine-tuning.
         num_classes: of the head; 0 for none.
         in_chans: channels of the images.
         features_only: whether to return a `DATFeatures`, whose forward gives a list of maps.
         out_indices: stages of those maps, counted from 0, or from the end if negative; a number n for the last n; all
             four if None.
         drop_path_rate: stochastic depth at the last block, the preset's if None.
-        global_pool: ``"avg"``, or ``""`` to classify every position; the preset's if None.
+        global_pool: ``"avg"``, ``"max"``, ``"avgmax"``, ``"catavgmax"``, or ``""`` to classify every position; the
+            preset's if None.
         attention: another kind in the place of every deformable one, see `dat_ref.peers.matching`: ``"multi_head"``,
             ``"window"``, ``"pyramid"``, ``"deform_conv"``, …; or a control, the same layers without offsets:
             ``"no_offsets"``, ``"average_pool"``, ``"more_keys"``. None leaves them.
         match: what the other kind is brought as near to the deformable one as it can be in, ``"keys"`` or ``"macs"``,
             at the size that bias tables are built for.
+        output_stride: stride of the last map, for timm's callers; it has one value, since stages cannot be dilated.
+        device, dtype: of the parameters, torch's defaults if None.
+        prefix: prefix of the backbone's names in `checkpoint`, such as ``student.backbone.``; found automatically if
+            None.
         overrides: ``backend``, ``sampler``, ``init`` of `DAT`; ``drop_rate``, ``attn_drop_rate``, ``proj_drop_rate``;
             ``img_size`` (what bias tables are built for; any size can be fed); or a field of `DATConfig`. None changes
             nothing.
@@ -105,9 +118,14 @@ def create_model(
         config = replace_attention(config, attention, match)
     if out_indices is not None and not features_only:
         raise ConfigError("out_indices: expected features_only=True with it")
-    model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
+    stride = config.reductions[-1]
+    if output_stride not in (None, stride):
+        raise ConfigError(f"output_stride: expected {stride}, got {output_stride}; the stages cannot be dilated")
+    with nullcontext() if device is None else torch.device(device):
+        model = (DATFeatures if features_only else DAT)(config, global_pool=global_pool, **options)
+    model = model.to(dtype=dtype)
     if checkpoint is not None:
-        _load(model, checkpoint)
+        load_weights(model, checkpoint, prefix)
     if isinstance(model, DATFeatures):
         model.keep_stages(range(len(config.dims)) if out_indices is None else out_indices)
     return model
@@ -137,14 +155,8 @@ def _override(config: DATConfig, changes: dict[str, Any]) -> DATConfig:
     if size is not None:
         config = config.resized((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
     if attention:
-        stages = tuple(tuple(_with_attention(block, attention) for block in blocks) for blocks in config.stages)
-        config = replace(config, stages=stages)
+        config = config.map_attention(lambda layer, stage: replace(layer, **attention))
     return replace(config, **changes)
-
-
-def _with_attention(block: BlockConfig, changes: dict[str, Any]) -> BlockConfig:
-    attention: Any = block.attention
-    return replace(block, attention=replace(attention, **changes))
 
 
 def _suggest(name: str, known: list[str]) -> str:

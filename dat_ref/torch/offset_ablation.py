@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import DeformableAttention
+from .offset_adapters import OffsetLayer, offset_layers
 
 # (raw offsets (B, G, 2, Hk, Wk), their mean over images and positions (G, 2, 1, 1)) → raw offsets
 Ablation = Callable[[Tensor, Tensor], Tensor]
@@ -20,40 +19,22 @@ ABLATIONS: dict[str, Ablation] = {
 }
 
 
-def deformable_layers(model: nn.Module) -> dict[str, DeformableAttention]:
-    """Return the layers of a model that have an offset network, by module name."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, DeformableAttention) and layer.offset_network is not None
-    }
-
-
 @contextmanager
-def replaced_offsets(layer: DeformableAttention, ablation: Ablation, mean: Tensor) -> Iterator[None]:
+def replaced_offsets(layer: OffsetLayer, ablation: Ablation, mean: Tensor) -> Iterator[None]:
     """Replace a layer's raw offsets inside the context.
 
     Args:
-        layer: with an offset network.
+        layer: one of `offset_layers`.
         ablation: function that returns the replacement.
         mean: mean raw offset of each group, (G, 2, 1, 1).
     """
-
-    def hook(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        raw = output[0].view(-1, layer.config.groups, *output[0].shape[1:])
-        return ablation(raw, mean).flatten(0, 1), output[1]
-
-    assert layer.offset_network is not None
-    handle = layer.offset_network.register_forward_hook(hook)
-    try:
+    with layer.intercepted(lambda raw, _: ablation(raw, mean)):
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
 def mean_offsets(model: nn.Module, images: Tensor, batch_size: int = 128) -> dict[str, Tensor]:
-    """Return the mean raw offset of each group, over images and positions, by name of the deformable layer.
+    """Return the mean raw offset of each group, over images and positions, by name of the layer.
 
     Args:
         model: takes images (B, channels, H, W).
@@ -63,9 +44,10 @@ def mean_offsets(model: nn.Module, images: Tensor, batch_size: int = 128) -> dic
     Returns:
         module name → (G, 2, 1, 1).
     """
-    sums: dict[str, list[Tensor]] = {name: [] for name in deformable_layers(model)}
+    layers = offset_layers(model)
+    sums: dict[str, list[Tensor]] = {name: [] for name in layers}
     with ExitStack() as stack:
-        for name, layer in deformable_layers(model).items():
+        for name, layer in layers.items():
 
             def record(raw: Tensor, _: Tensor, destination: list[Tensor] = sums[name]) -> Tensor:
                 destination.append(raw.mean((-2, -1), keepdim=True))
@@ -82,12 +64,12 @@ def ablated_offsets(model: nn.Module, kind: str, means: dict[str, Tensor]) -> It
     """Ablate the offsets of all deformable layers of a model inside the context.
 
     Args:
-        model: with at least one deformable layer.
+        model: with at least one of `offset_layers`.
         kind: ``"zero"`` (points stay at the reference points), ``"shift"`` (one offset for each group, from `means`),
             or ``"other"`` (offsets of the previous image in the batch).
         means: result of `mean_offsets`.
     """
     with ExitStack() as stack:
-        for name, layer in deformable_layers(model).items():
+        for name, layer in offset_layers(model).items():
             stack.enter_context(replaced_offsets(layer, ABLATIONS[kind], means[name]))
         yield

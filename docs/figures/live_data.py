@@ -1,4 +1,4 @@
-"""Write the data of the live figures: a photograph, a map of it, a bias table, and sampling points of one pass.
+"""Write the data of the live figures: a photograph, a map of it, a bias table, sampling points of one pass, accuracies.
 
     python docs/figures/live_data.py            writes docs/js/figures/data/*.mjs
     python docs/figures/live_data.py --photo    first makes the photograph and its map again (needs pillow)
@@ -19,6 +19,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from dat_ref import Convention, DeformableAttentionConfig, init_params
+from dat_ref.ops.coverage import coverage, fixed_grid_bound
 from dat_ref.peers import (
     ATTENTIONS,
     DATDCNAttentionConfig,
@@ -167,6 +168,56 @@ def check_receptive_field(name: str, trace: Any, points: np.ndarray) -> None:
         assert np.array_equal(actual, expected), f"{name}: rounding changes the receptive field of query {query}"
 
 
+# ------------------------------------------------------------------------------------------------ accuracy by keys
+
+RESULTS = DOCS.parent / "experiments" / "results"
+
+
+class Study(NamedTuple):
+    """Side of the map, stride of the layer, and the arms to show; a grid of half the stride has "more keys"."""
+
+    side: int
+    stride: int
+    classes: int
+    arms: dict[str, str]
+
+
+STUDIES = {
+    "discs": Study(
+        16,
+        8,
+        7,
+        {
+            "offsets": "offsets long",
+            "no offsets": "no offsets",
+            "more keys": "more keys long",
+            "average pooling": "average pooling long",
+        },
+    ),
+    "objects": Study(40, 10, 9, {arm: arm for arm in ("offsets", "no offsets", "more keys", "average pooling")}),
+}
+
+
+def accuracies(name: str) -> dict[str, Any]:
+    """Return the accuracies of an experiment, seed by seed, and the bound of a fixed grid of each stride."""
+    study = STUDIES[name]
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    seen = {study.stride: found["views"]["no offsets"], study.stride // 2: found["views"]["more keys"]}
+    hits = {stride: view["touching"] for stride, view in seen.items()}
+    hits |= {stride: coverage((study.side, study.side), stride) for stride in (2, 1)}
+    assert hits[2] == hits[1] == 1
+    return {
+        "side": study.side,
+        "classes": study.classes,
+        "strides": list(hits),
+        "keys": [(study.side // stride) ** 2 for stride in hits],
+        "bounds": [round(fixed_grid_bound(hit, study.classes), 4) for hit in hits.values()],
+        "runs": {
+            arm: [round(run["accuracy"], 4) for run in found["runs"][key].values()] for arm, key in study.arms.items()
+        },
+    }
+
+
 # ------------------------------------------------------------------------------------------------ the module
 
 HEAD = """\
@@ -175,6 +226,7 @@ HEAD = """\
 ABOUT = {
     "PHOTO": "A photograph, and the map [H, W] of bytes (red, green, blue) that is its average.",
     "BIAS": "A bias table for a map of `size`.",
+    "STUDIES": "Accuracies of two experiments, seed by seed, and bounds of fixed grids.",
     "POINTS": "Reference points (n / 100 pixels) and sampling points ((n + 0.5) / 100), [y, x], on a map of `size`.",
 }
 
@@ -191,6 +243,7 @@ def outputs() -> dict[str, str]:
         "js/figures/data/photo.mjs": module("PHOTO", photo()),
         "js/figures/data/table.mjs": module("BIAS", bias_table()),
         "js/figures/data/points.mjs": module("POINTS", points),
+        "js/figures/data/studies.mjs": module("STUDIES", {name: accuracies(name) for name in STUDIES}),
     }
 
 

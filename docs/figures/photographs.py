@@ -15,7 +15,6 @@ from PIL import Image
 
 from dat_ref import (
     DAT,
-    BlockConfig,
     Convention,
     DATConfig,
     DeformableAttentionConfig,
@@ -27,6 +26,7 @@ from dat_ref import (
 from dat_ref.backbone import Step
 from dat_ref.cli import spot
 from dat_ref.cli.photo import load_photo, prepare
+from dat_ref.config import AttentionConfig
 
 IMAGES = Path(__file__).parents[1] / "images"
 COLORS = 128
@@ -43,17 +43,14 @@ def last_blocks(model: DAT, photo: np.ndarray, stage: int) -> tuple[Step, Step |
 def with_bounded_offsets(model: DATConfig) -> DATConfig:
     """Return the backbone with this project's own geometry: cell centers, and offsets of at most one key cell."""
 
-    def bound_block(block: BlockConfig) -> BlockConfig:
-        if not isinstance(block.attention, DeformableAttentionConfig):
-            return block
-        geometry = {
-            "convention": Convention.CELL_CENTER,
-            "offset_bound": OffsetBound.TANH_CELLS,
-            "offset_range": 2.0,
-        }
-        return replace(block, attention=replace(block.attention, **geometry))
+    def bounded(attention: AttentionConfig, stage: int) -> AttentionConfig:
+        if not isinstance(attention, DeformableAttentionConfig):
+            return attention
+        return replace(
+            attention, convention=Convention.CELL_CENTER, offset_bound=OffsetBound.TANH_CELLS, offset_range=2.0
+        )
 
-    return replace(model, stages=tuple(tuple(map(bound_block, blocks)) for blocks in model.stages))
+    return model.map_attention(bounded)
 
 
 def save_png(figure: Figure, name: str, width: int) -> None:

@@ -34,7 +34,7 @@ class FigurePage:
         page.on("request", self._watch)
 
     def _watch(self, request):
-        if not request.url.startswith(("file:", "data:")):
+        if not request.url.startswith(("file:", "data:", "blob:")):
             self.errors.append(f"request: {request.url}")
 
     def open(self, path: Path):

@@ -15,7 +15,15 @@ function derived(kernel) {
     for (const { row, column, inside, weight } of found) if (inside) map[row * width + column] += weight;
     return map;
   };
+  const picture = (bytes, size, sharpness, near) => kernel.pictureOf(bytes, size, sharpness, near);
   return {
+    painted: (bytes, size, sharpness, near, points) => kernel.paint(picture(bytes, size, sharpness, near), points),
+    gradientOf: (bytes, size, sharpness, near, points) =>
+      kernel.paintGradient(picture(bytes, size, sharpness, near), points),
+    weightsOf: (bytes, size, sharpness, near, points, pixel) => {
+      const found = picture(bytes, size, sharpness, near);
+      return kernel.queryWeights(found, points, kernel.readings(found, points), pixel);
+    },
     weightMap: (point, size) => scatter(kernel.corners(point, size), size),
     windowSum: (table, size, point) => {
       const windows = kernel.biasWindows(table, size, point);
@@ -28,6 +36,7 @@ function derived(kernel) {
 }
 
 function agrees(found, expected, exact) {
+  if (ArrayBuffer.isView(found)) return agrees(Array.from(found), expected, exact);
   if (Array.isArray(expected)) {
     return (
       Array.isArray(found) &&

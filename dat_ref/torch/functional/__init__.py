@@ -4,6 +4,7 @@ Autograd computes the gradients. Geometry is float32 or wider, also under autoca
 """
 
 from ..._deprecation import deprecated_names
+from . import builtin_backends  # noqa: F401 (registers them)
 from .attention import attend, deformable_attention, merge_heads, split_heads
 from .bias import (
     AffineIndex,

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Before torch 2.8, `torch.compile` and strict export cannot trace `statically_known_true`. A guard takes its place, so
+# that a graph with symbolic sizes holds for the sizes of one branch only.
+_IS_TRACEABLE = torch.__version__ >= "2.8"
+
 
 def statically_zero(*values: int) -> bool:
     """Return whether all values are 0. Symbolic values must be 0 for all inputs.
@@ -18,9 +22,11 @@ def statically_zero(*values: int) -> bool:
     """
     if not torch.compiler.is_compiling():
         return not any(values)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from torch.fx.experimental import symbolic_shapes
 
-    return all(statically_known_true(value == 0) for value in values)
+    if _IS_TRACEABLE or not torch.compiler.is_dynamo_compiling():
+        return all(symbolic_shapes.statically_known_true(value == 0) for value in values)
+    return all(symbolic_shapes.guard_size_oblivious(value == 0) for value in values)
 
 
 def ceil_div(length: int, cell: int) -> int:

@@ -13,34 +13,30 @@
 ``"auto"``         the first of these that supports the call
 =================  ===============================================================================================
 
-The first three implement one PyTorch operation, `operation.fused_attention`, and never store all logits at once.
-`registry.register_backend` adds others.
+The first three are kernels of one PyTorch operation, `DEFORMABLE`, and never store all logits at once.
+`registry.register_backend` adds others; the built-in ones are in `builtin_backends`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import sdpa_flop_count
 
 from ...config import BiasResolution
 from ...conventions import Convention
 from ...ops.attention import check_core, check_options
-from .. import kernels
 from .._checks import check_tensor, check_tensors
-from ..kernels import self_check, triton_support
-from ..kernels.self_check import Checked
-from . import blockwise
-from ._sdpa import is_recording, masked_attention
-from .bias import SeparableInterp, sampled_table_bias, table_index
+from ._sdpa import masked_attention
+from .bias import AffineIndex, SeparableInterp, sampled_table_bias, table_index
+from .fused import FusedAttention, is_transformed
 from .grid import Size
-from .operation import fused_attention, is_transformed, register_kernels
-from .registry import Call, CoreFunction, choose_backend, constant, register_backend, warn_once
+from .registry import Call, CoreGeometry, choose_backend
 
 # ------------------------------------------------------------------------------------------------ building blocks
 
@@ -121,41 +117,63 @@ def deformable_attention(
     if not torch.compiler.is_compiling():
         check_core(check_tensor, q, k, v, points, bias_table, query_size)
         check_options(convention, resolution)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     selected = choose_backend(backend, Call(q, k, v, points, bias_table, dropout))
-    return selected.function(backend)(
-        q,
-        k,
-        v,
-        points,
-        bias_table,
-        query_size=query_size,
-        convention=convention,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        resolution=resolution,
-        dropout=dropout,
-    )
+    implementation = selected.operations["deformable"]
+    if implementation.run is not None:
+        run = implementation.run if backend == selected.name else implementation.safe_run or implementation.run
+        return run(q, k, v, points, bias_table, CoreGeometry(query_size, convention, scale, resolution, dropout))
+    if bias_table is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    origin, step = table_index(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
+    kernels = selected.kernels_for("deformable", backend)
+    return DEFORMABLE(q, k, v, origin, bias_table, geometry=(query_size, *step, scale), kernels=kernels)
+
+
+# ------------------------------------------------------------------------------------------------ the operation
+
+
+def _options(query_size: Size, step_y: float, step_x: float, scale: float) -> dict[str, Any]:
+    return {"query_size": tuple(query_size), "step": (step_y, step_x), "scale": scale}
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    origin: Tensor,
+    table: Tensor,
+    query_size: Size,
+    step: tuple[float, float],
+    scale: float,
+) -> Tensor:
+    bias = SeparableInterp(table, AffineIndex(origin, step), query_size).read(0, query_size[0])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
+
+
+# softmax(scale · q kᵀ + B) v, with the bias B read in `table` at the affine index (origin, step), see `table_index`.
+# `Scalar` instead of `float`: compilers keep a `Scalar` symbolic if it is computed from the size of a map.
+DEFORMABLE = FusedAttention(
+    "deformable",
+    ("q", "k", "v", "origin", "table"),
+    "SymInt[2] query_size, Scalar step_y, Scalar step_x, Scalar scale",
+    options=_options,
+    plain=_plain,
+    flops=lambda shapes, options: int(sdpa_flop_count(*shapes[:3])),  # type: ignore[no-untyped-call]
+)
 
 
 # ------------------------------------------------------------------------------------------------ "eager"
 
 
-def _eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    bias_table: Tensor | None,
-    *,
-    query_size: Size,
-    convention: Convention,
-    scale: float,
-    resolution: BiasResolution,
-    dropout: float,
-) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor | None, geometry: CoreGeometry) -> Tensor:
+    """Compute the released formulation."""
+    query_size, convention, scale, resolution, dropout = geometry
     logits = torch.einsum("bhmd,bhnd->bhmn", q, k) * scale
     if bias_table is not None:
-        geometry = {"query_size": query_size, "convention": convention, "resolution": resolution}
-        logits = logits + sampled_table_bias(bias_table, points, **geometry)  # type: ignore[arg-type]
+        logits = logits + sampled_table_bias(
+            bias_table, points, query_size=query_size, convention=convention, resolution=resolution
+        )
     weights = F.dropout(torch.softmax(logits, dim=-1).to(v.dtype), dropout)
     return torch.einsum("bhmn,bhnd->bhmd", weights, v)
 
@@ -167,19 +185,11 @@ _MAX_LOGITS = {"cpu": 1 << 21}
 _DEFAULT_MAX_LOGITS = 1 << 28
 
 
-def _matmul(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    points: Tensor,
-    bias_table: Tensor | None,
-    *,
-    query_size: Size,
-    convention: Convention,
-    scale: float,
-    resolution: BiasResolution,
-    dropout: float,
+def matmul(
+    q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor | None, geometry: CoreGeometry
 ) -> Tensor:
+    """Compute the bias with two matrix products, then torch's fused attention."""
+    query_size, convention, scale, resolution, dropout = geometry
     if bias_table is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
     index = table_index(points, (bias_table.shape[1], bias_table.shape[2]), query_size, convention, resolution)
@@ -211,158 +221,3 @@ def _attend_row_chunks(
 def _rows_per_chunk(q: Tensor, k: Tensor, width: int) -> int:
     budget = _MAX_LOGITS.get(q.device.type, _DEFAULT_MAX_LOGITS)
     return max(budget // max(q.shape[0] * q.shape[1] * width * k.shape[2], 1), 1)
-
-
-# ------------------------------------------------------------------------------------------------ kernels
-
-
-def kernel_backend(name: str) -> CoreFunction:
-    """Return the backend that runs `fused_attention` with a registered kernel module."""
-
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        points: Tensor,
-        bias_table: Tensor | None,
-        *,
-        query_size: Size,
-        convention: Convention,
-        scale: float,
-        resolution: BiasResolution,
-        dropout: float,
-    ) -> Tensor:
-        if bias_table is None:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
-        table_size = (bias_table.shape[1], bias_table.shape[2])
-        origin, step = table_index(points, table_size, query_size, convention, resolution)
-        return fused_attention(q, k, v, origin, bias_table, query_size=query_size, step=step, scale=scale, kernels=name)
-
-    return run
-
-
-def _unsupported_by_kernels(call: Call) -> str:
-    """Return the reason why no kernel module supports a call, or ``""``."""
-    if call.dropout:
-        return "it has no dropout of attention weights"
-    if is_recording():
-        return "an exported or traced program has plain operations only"
-    if is_transformed(*call[:5]):
-        return "torch.func and forward-mode derivatives need plain operations"
-    return ""
-
-
-def _unsupported_by_blockwise(call: Call) -> str:
-    if call.q.device.type not in ("cpu", "meta") and torch.are_deterministic_algorithms_enabled():
-        return f"on {call.q.device.type!r} the order of summation of the table's gradient is not deterministic"
-    return _unsupported_by_kernels(call)
-
-
-def _unsupported_by_cpu(call: Call) -> str:
-    if call.q.device.type != "cpu":
-        return f"it runs on CPUs, and the tensors are on {call.q.device.type!r}"
-    return _unsupported_by_kernels(call)
-
-
-def _unsupported_by_triton(call: Call) -> str:
-    if call.q.device.type != "cuda" and not kernels.triton_is_interpreted():
-        return f"it runs on CUDA devices, and the tensors are on {call.q.device.type!r}"
-    return _unsupported_by_kernels(call)
-
-
-@constant
-def _dtype_under_autocast(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Return the dtype that `autocast_rule` gives q, k and v."""
-    if dtype is torch.float64 or not torch.is_autocast_enabled(device_type):
-        return dtype
-    return torch.get_autocast_dtype(device_type)
-
-
-def triton_failure(checked: Checked, *, always_float32: bool = False) -> Callable[[Call, bool], str]:
-    """Return the function `fails` of Triton kernels: see `register_backend`.
-
-    Args:
-        checked: the operation.
-        always_float32: whether it has float32 products for every dtype.
-    """
-
-    # A constant of compiled graphs: the self-check runs while the compiler traces, on real tensors.
-    @constant
-    def reason(dtype: torch.dtype, depth: int, device: torch.device, requested: bool) -> str:
-        if triton_support.absent_reason():
-            return ""  # the backend is missing
-        facts = (triton_support.capability(device), torch.version.hip, triton_support.installed_version())
-        unsupported = triton_support.unsupported_reason(dtype, depth, *facts, always_float32=always_float32)
-        if unsupported:
-            return unsupported
-        cause = self_check.failure(checked, device, dtype)
-        if cause and not requested and cause is not self_check.CAPTURING:
-            warn_of_kernels(self_check.report(checked, device, dtype, cause))
-        return cause
-
-    def fails(call: Call, requested: bool) -> str:
-        if call.bias_table is None:
-            return ""  # torch's own attention runs instead
-        q, k, v = (_dtype_under_autocast(each.dtype, each.device.type) for each in (call.q, call.k, call.v))
-        if q is not k or q is not v:
-            return f"q, k and v have different dtypes, {q}, {k} and {v}"
-        depth = call.q.shape[-1]
-        if torch.compiler.is_compiling():  # a symbolic depth is no constant, its comparison is
-            limit = _max_depth(q)
-            depth = limit + 1 if depth > limit else limit
-        return reason(q, depth, call.q.device, requested)
-
-    return fails
-
-
-@constant
-def _max_depth(dtype: torch.dtype) -> int:
-    return triton_support.MAX_DEPTH.get(dtype, 0)
-
-
-def warn_of_kernels(message: str) -> None:
-    """Warn that kernels fail, once per message."""
-    warn_once(message, RuntimeWarning)
-
-
-_TRITON = Checked(
-    "deformable",
-    partial(kernels.load, "triton"),
-    blockwise,
-    self_check.deformable_examples,
-    ("q", "k", "v", "origin", "table"),
-)
-register_kernels("blockwise", lambda: blockwise)
-register_kernels("cpu", partial(kernels.load, "cpu"))
-register_kernels("triton", lambda: _TRITON.load())
-register_kernels("triton_or_blockwise", partial(self_check.with_fallback, _TRITON, warn_of_kernels))
-
-register_backend("eager", _eager, "formulation of the released code: table sampled at all displacements, einsum")
-register_backend(
-    "matmul", _matmul, "plain operations for exporters: bias as two matrix products, fused attention", priority=10
-)
-register_backend(
-    "blockwise",
-    kernel_backend("blockwise"),
-    "plain PyTorch, one tile of logits at a time, on any device",
-    priority=20,
-    refuses=_unsupported_by_blockwise,
-)
-register_backend(
-    "cpu",
-    kernel_backend("cpu"),
-    "Numba, compiled for the host CPU: bias, softmax and products in one pass",
-    priority=30,
-    missing=partial(kernels.missing, "cpu"),
-    refuses=_unsupported_by_cpu,
-)
-register_backend(
-    "triton",
-    kernel_backend("triton"),
-    "Triton, fused, for CUDA devices",
-    priority=40,
-    missing=partial(kernels.missing, "triton"),
-    refuses=_unsupported_by_triton,
-    fails=triton_failure(_TRITON),
-    safe_run=kernel_backend("triton_or_blockwise"),
-)

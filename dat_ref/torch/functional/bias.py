@@ -14,7 +14,7 @@ On lattice points all implementations return the right derivative, as the spec d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from ...config import BiasResolution
 from ...conventions import Convention
 from .._checks import check_tensors
 from ._dtypes import autocast_disabled, wide_dtype, wide_linear
+from ._sdpa import is_recording
 from .grid import Size, pixels_per_unit, query_points
 from .sampling import Sampler, bilinear_sample
 
@@ -77,18 +78,36 @@ def table_index(
         resolution: see `table_scale`.
     """
     check_tensors(points=points)
+    wide = points.to(wide_dtype(points))
+    geometry = (table_size[0], table_size[1]), (query_size[0], query_size[1]), convention, resolution
+    is_symbolic = torch.compiler.is_compiling() or is_recording() or {*map(type, geometry[0] + geometry[1])} != {int}
+    if is_symbolic or wide.device.type != "cpu":
+        firsts, cells, step = _affine_coefficients(*geometry)
+        axes = zip(wide.unbind(-1), firsts, cells, strict=True)
+        return AffineIndex(torch.stack([torch.rsub(axis, first, alpha=cell) for axis, first, cell in axes], -1), step)
+    # On the CPU one operation does the same. Other devices would have to wait for a copy of the constants.
+    firsts, cells, step = _cached_coefficients(*geometry)
+    first, cell = torch.tensor((firsts, cells), dtype=wide.dtype).unbind()
+    return AffineIndex(torch.addcmul(first, wide, cell, value=-1), step)
+
+
+def _affine_coefficients(
+    table_size: Size, query_size: Size, convention: Convention, resolution: BiasResolution
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, float]]:
+    """Return the table position of query (0, 0) for a point at 0, the cells per unit, and the step, of both axes."""
     spacing = convention.value.query
     scale = table_scale(table_size, query_size, convention, resolution)
     units = pixels_per_unit(query_size, convention)
-    origins, steps = [], []
-    for axis, coordinates in enumerate(points.to(wide_dtype(points)).unbind(-1)):
-        length = query_size[axis]
-        cells = scale[axis] * units[axis]  # per unit
-        first = spacing.coordinate(0, length) * cells + (table_size[axis] - 1) // 2
-        origins.append(torch.rsub(coordinates, first, alpha=cells))  # first - cells · coordinates
+    firsts, cells, steps = [], [], []
+    for axis, length in enumerate(query_size):
+        cells.append(scale[axis] * units[axis])
+        firsts.append(spacing.coordinate(0, length) * cells[axis] + (table_size[axis] - 1) // 2)
         # The step of a single query has no effect; 1 selects the common case.
-        steps.append(1.0 if length == 1 else cells / ((length - spacing.gap) / 2))
-    return AffineIndex(torch.stack(origins, dim=-1), (steps[0], steps[1]))
+        steps.append(1.0 if length == 1 else cells[axis] / ((length - spacing.gap) / 2))
+    return tuple(firsts), tuple(cells), (steps[0], steps[1])
+
+
+_cached_coefficients = lru_cache(maxsize=256)(_affine_coefficients)
 
 
 def table_positions(

@@ -13,11 +13,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
-from typing import Protocol
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +22,12 @@ from torch import Tensor
 
 from ..._checks import ShapeError
 from ...peers.neighborhood import axis_kernel
-from .. import kernels
 from .._checks import check_tensor
-from ..kernels import self_check
-from ..kernels.self_check import Checked
-from . import neighborhood_tiles
-from .attention import (
-    _unsupported_by_cpu,
-    _unsupported_by_kernels,
-    _unsupported_by_triton,
-    attend,
-    triton_failure,
-    warn_of_kernels,
-)
+from .attention import attend
+from .fused import FusedAttention
 from .grid import Size
-from .neighborhood_operation import fused_neighborhood_attention, register_neighborhood_kernels
 from .neighborhood_tiles import first_key, submap_length, tiled_attention
-from .operation import is_transformed
-from .registry import Backend, Call, check_backend, choose_backend
+from .registry import Call, NeighborhoodGeometry, check_backend, choose_backend
 
 
 def axis_neighbors(length: int, kernel: int, dilation: int = 1, device: torch.device | None = None) -> Tensor:
@@ -112,8 +97,13 @@ def neighborhood_attention(
         return _gather_attention(qkv, table, scale, dilation)
     heads, kernel, size = table.shape[0], (table.shape[1] + 1) // 2, (qkv.shape[1], qkv.shape[2])
     q, k, v = (_split_heads(part, heads) for part in qkv.split(qkv.shape[3] // 3, dim=3))
-    run = choose_backend(backend, Call(q, k, v, None, table, dropout), _BACKENDS).function(backend)
-    attended = run(q, k, v, table, size=size, kernel=kernel, dilation=dilation, scale=scale, dropout=dropout)
+    selected = choose_backend(backend, Call(q, k, v, None, table, dropout, "neighborhood"))
+    run = selected.operations["neighborhood"].run
+    if run is not None:
+        attended = run(q, k, v, table, NeighborhoodGeometry(size, kernel, dilation, scale, dropout))
+    else:
+        kernels = selected.kernels_for("neighborhood", backend)
+        attended = NEIGHBORHOOD(q, k, v, table, geometry=(size, kernel, dilation, scale), kernels=kernels)
     return attended.transpose(1, 2).flatten(2).unflatten(1, size), {}
 
 
@@ -150,130 +140,42 @@ def _gather_attention(qkv: Tensor, table: Tensor, scale: float, dilation: int) -
     return merged, {"q": q, "k": k, "v": v, "attention": weights, "neighbors": neighbors}
 
 
-def _eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    *,
-    size: Size,
-    kernel: int,
-    dilation: int,
-    scale: float,
-    dropout: float,
-) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor, geometry: NeighborhoodGeometry) -> Tensor:
+    """Gather the keys of each query, then compute einsum and softmax."""
+    size, kernel, dilation, scale, dropout = geometry
     neighbors, table_index = neighbor_index(size, kernel, dilation, q.device)
     logits = torch.einsum("bhmd,bhmnd->bhmn", q * scale, k[:, :, neighbors]) + table.flatten(1)[:, table_index]
     weights = F.dropout(torch.softmax(logits, dim=-1).to(v.dtype), dropout)
     return torch.einsum("bhmn,bhmnd->bhmd", weights, v[:, :, neighbors])
 
 
-# ------------------------------------------------------------------------------------------------ backends
+# ------------------------------------------------------------------------------------------------ the operation
 
 
-class NeighborhoodFunction(Protocol):
-    """Function of a backend: q, k, v (B, heads, H·W, d) and table (heads, 2K-1, 2K-1) → (B, heads, H·W, d)."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor,
-        *,
-        size: Size,
-        kernel: int,
-        dilation: int,
-        scale: float,
-        dropout: float,
-    ) -> Tensor: ...
+def _options(size: Size, kernel: int, dilation: int, scale: float) -> dict[str, Any]:
+    return {"size": tuple(size), "kernel": kernel, "dilation": dilation, "scale": scale}
 
 
-def _kernel_backend(name: str) -> NeighborhoodFunction:
-    """Return the backend that runs a registered kernel module."""
-
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor,
-        *,
-        size: Size,
-        kernel: int,
-        dilation: int,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        geometry = {"size": size, "kernel": kernel, "dilation": dilation, "scale": scale}
-        return fused_neighborhood_attention(q, k, v, table, **geometry, kernels=name)  # type: ignore[arg-type]
-
-    return run
+def _plain(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **options: Any) -> Tensor:
+    return tiled_attention(q, k, v, table, NeighborhoodGeometry(**options, dropout=0.0))
 
 
-def _load_kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{kernels.load(name).__name__}.neighborhood")
+def _flops(shapes: Any, options: dict[str, Any]) -> int:
+    q, _, v, _ = shapes
+    keys = math.prod(axis_kernel(length, options["kernel"], options["dilation"]) for length in options["size"])
+    return int(2 * keys * (math.prod(q) + math.prod(v)))
 
 
-_TRITON = Checked(
+NEIGHBORHOOD = FusedAttention(
     "neighborhood",
-    partial(_load_kernels, "triton"),
-    neighborhood_tiles,
-    self_check.neighborhood_examples,
     ("q", "k", "v", "table"),
+    "SymInt[2] size, int kernel, int dilation, Scalar scale",
+    options=_options,
+    plain=_plain,
+    flops=_flops,
 )
-register_neighborhood_kernels("blockwise", lambda: neighborhood_tiles)
-register_neighborhood_kernels("cpu", partial(_load_kernels, "cpu"))
-register_neighborhood_kernels("triton", lambda: _TRITON.load())
-register_neighborhood_kernels("triton_or_blockwise", partial(self_check.with_fallback, _TRITON, warn_of_kernels))
-
-
-def _unsupported_by_matmul(call: Call) -> str:
-    if is_transformed(*call[:5]):
-        return "torch.func and forward-mode derivatives need plain operations, and torch's fused attention is not one"
-    return ""
-
-
-_MAX_TRITON_KERNEL = 32  # `MAX_KERNEL` of the Triton kernels, which cannot be imported without Triton
-
-
-def _unsupported_by_triton_neighborhood(call: Call) -> str:
-    assert call.bias_table is not None
-    if call.bias_table.shape[1] > 2 * _MAX_TRITON_KERNEL - 1:
-        return f"its neighborhoods have at most {_MAX_TRITON_KERNEL}² keys"
-    return _unsupported_by_triton(call)
-
-
-def _backend(
-    name: str,
-    run: NeighborhoodFunction,
-    priority: int,
-    refuses: Callable[[Call], str],
-    fails: Callable[[Call, bool], str] = lambda call, requested: "",
-    safe_run: NeighborhoodFunction | None = None,
-) -> Backend:
-    """Return a backend with the name of a backend of `deformable_attention`, which has the same requirements."""
-    return Backend(name, run, "neighborhood attention", priority, lambda: "", refuses, fails, safe_run)
-
-
-_BACKENDS = {
-    backend.name: backend
-    for backend in (
-        _backend("eager", _eager, 0, lambda call: ""),
-        _backend("matmul", tiled_attention, 10, _unsupported_by_matmul),
-        _backend("blockwise", _kernel_backend("blockwise"), 20, _unsupported_by_kernels),
-        _backend("cpu", _kernel_backend("cpu"), 30, _unsupported_by_cpu),
-        _backend(
-            "triton",
-            _kernel_backend("triton"),
-            40,
-            _unsupported_by_triton_neighborhood,
-            triton_failure(_TRITON, always_float32=True),  # the sums of the table's gradient
-            _kernel_backend("triton_or_blockwise"),
-        ),
-    )
-}
 
 
 def check_neighborhood_backend(name: str) -> None:
     """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a backend of `neighborhood_attention`."""
-    check_backend(name, _BACKENDS)
+    check_backend(name, "neighborhood")

@@ -21,6 +21,7 @@ from ._dtypes import wide_dtype
 from ._sdpa import masked_attention
 from ._symbolic import ceil_div
 from .grid import Size
+from .registry import NeighborhoodGeometry
 
 # Maximum number of logits that the kernels compute at once: they fit into the cache of a CPU, or occupy an accelerator.
 _MAX_LOGITS = {"cpu": 1 << 20}
@@ -140,32 +141,18 @@ def _mask(table: Tensor, axis_y: Axis, axis_x: Axis) -> Tensor:
 # ------------------------------------------------------------------------------------------------ "matmul"
 
 
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    *,
-    size: Size,
-    kernel: int,
-    dilation: int,
-    scale: float,
-    dropout: float,
-) -> Tensor:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, geometry: NeighborhoodGeometry) -> Tensor:
     """Attend with plain operations; compilers and exporters can treat all sizes as symbols.
 
     Args:
         q, k, v: (B, heads, H·W, d).
         table: (heads, 2K-1, 2K-1).
-        size: (H, W).
-        kernel: K, keys per axis.
-        dilation: δ, distance in pixels between neighboring keys.
-        scale: factor of the dot products.
-        dropout: probability of dropping an attention weight.
+        geometry: size (H, W), K, dilation, scale and dropout.
 
     Returns:
         (B, heads, H·W, d).
     """
+    size, kernel, dilation, scale, dropout = geometry
     axis_y, axis_x = (tile_axis(length, kernel, dilation, (kernel + 1) // 2, q.device) for length in size)
     pixels = _pixel_index(axis_y.keys, axis_x.keys, size[1])
     queries = _gather_tiles(q, _pixel_index(axis_y.queries, axis_x.queries, size[1]), axis_y, axis_x)
@@ -181,7 +168,7 @@ def tiled_attention(
 def neighborhood_forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, size: Size, kernel: int, dilation: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp, see `neighborhood_operation`."""
+    """Compute output and log-sum-exp, see `dat_ref.torch.kernels`."""
     axis_y, axis_x = _axes(size, kernel, dilation, q.device)
     wide, count = wide_dtype(q), axis_y.queries.numel() * axis_x.queries.numel()
     out = q.new_empty(*q.shape[:2], count, v.shape[3], dtype=v.dtype)  # in tile order
@@ -219,7 +206,7 @@ def neighborhood_backward(
     scale: float,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k, v and table, see `neighborhood_operation`."""
+    """Compute the gradients of q, k, v and table, see `dat_ref.torch.kernels`."""
     axis_y, axis_x = _axes(size, kernel, dilation, q.device)
     wide, count = lse.dtype, axis_y.queries.numel() * axis_x.queries.numel()
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)

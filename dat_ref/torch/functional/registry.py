@@ -47,6 +47,26 @@ class CoreFunction(Protocol):
     ) -> Tensor: ...
 
 
+class CoreGeometry(NamedTuple):
+    """Arguments of `deformable_attention` that are not tensors, as backends receive them."""
+
+    query_size: Size
+    convention: Convention
+    scale: float
+    resolution: BiasResolution
+    dropout: float
+
+
+class NeighborhoodGeometry(NamedTuple):
+    """Arguments of `neighborhood_attention` that are not tensors, as backends receive them."""
+
+    size: Size  # (H, W)
+    kernel: int  # K, keys per axis
+    dilation: int  # δ, distance in pixels between neighboring keys
+    scale: float
+    dropout: float
+
+
 class Call(NamedTuple):
     """Arguments of a call that decide whether a backend supports it."""
 
@@ -56,27 +76,43 @@ class Call(NamedTuple):
     points: Tensor | None  # None for a neighborhood
     bias_table: Tensor | None
     dropout: float
+    operation: str = "deformable"  # or "neighborhood"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Implementation of one operation by a backend: either a function or kernels, and what it refuses.
+
+    The safe variants serve calls that did not request the backend by name: where the others would fail, they do not.
+    """
+
+    run: Callable[..., Tensor] | None = None  # (tensors, geometry) → output
+    safe_run: Callable[..., Tensor] | None = None
+    kernels: Callable[[], Any] | None = None  # loads the kernel module of the fused operation
+    safe_kernels: Callable[[], Any] | None = None
+    refuses: Callable[[Call], str] = lambda call: ""  # returns the reason why it does not support a call, or ""
+    fails: Callable[[Call, bool], str] = lambda call, requested: ""  # see `register_backend`
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Implementation of attention."""
+    """Backend of the attention operations."""
 
     name: str
-    run: Callable[..., Tensor]  # `CoreFunction`, or the function type of another operation
     description: str  # one line for users
     priority: int  # "auto" prefers higher values
-    missing: Callable[[], str]  # returns the reason why this machine cannot run it, or ""
-    refuses: Callable[[Call], str]  # returns the reason why it does not support a call, or ""
-    fails: Callable[[Call, bool], str] = lambda call, requested: ""  # see `register_backend`
-    safe_run: Callable[..., Tensor] | None = None
+    operations: Mapping[str, Implementation]
+    missing: Callable[[], str] = lambda: ""  # returns the reason why this machine cannot run it, or ""
 
-    def function(self, requested: str) -> Callable[..., Tensor]:
-        """Return the function for a call that requested a backend or ``"auto"``."""
-        return self.run if self.safe_run is None or requested == self.name else self.safe_run
+    def kernels_for(self, operation: str, requested: str) -> str:
+        """Return the name of the kernels, see `kernel_module`, for a call that requested a backend or ``"auto"``."""
+        if requested == self.name or self.operations[operation].safe_kernels is None:
+            return self.name
+        return self.name + _SAFE_SUFFIX
 
 
 _BACKENDS: dict[str, Backend] = {}
+_SAFE_SUFFIX = "_or_blockwise"
 _WARNED: set[str] = set()
 
 
@@ -92,7 +128,7 @@ def register_backend(
     fails: Callable[[Call, bool], str] = lambda call, requested: "",
     safe_run: CoreFunction | None = None,
 ) -> None:
-    """Add a backend, or replace the backend with the same name.
+    """Add a backend of `deformable_attention`, or replace the backend with the same name.
 
     Args:
         name: value of ``backend=``.
@@ -115,7 +151,44 @@ def register_backend(
     """
     if name == "auto":
         raise ValueError("name: expected any name but 'auto', which selects one of the others")
-    _BACKENDS[name] = Backend(name, run, description, priority, missing, refuses, fails, safe_run)
+    implementation = Implementation(
+        run=_with_keywords(run),
+        safe_run=None if safe_run is None else _with_keywords(safe_run),
+        refuses=refuses,
+        fails=fails,
+    )
+    others = _BACKENDS[name].operations if name in _BACKENDS else {}
+    add_backend(Backend(name, description, priority, {**others, "deformable": implementation}, missing))
+
+
+def _with_keywords(run: CoreFunction) -> Callable[..., Tensor]:
+    """Return the function of a backend that takes a `CoreGeometry` instead of keywords."""
+
+    def with_geometry(
+        q: Tensor, k: Tensor, v: Tensor, points: Tensor, bias_table: Tensor | None, geometry: CoreGeometry
+    ) -> Tensor:
+        return run(q, k, v, points, bias_table, **geometry._asdict())
+
+    return with_geometry
+
+
+def add_backend(backend: Backend) -> None:
+    """Add a row to the registry, or replace the row with the same name."""
+    _BACKENDS[backend.name] = backend
+
+
+def kernel_module(operation: str, name: str) -> Any:
+    """Return the kernel module of an operation.
+
+    Args:
+        operation: name of the operation.
+        name: name of a backend. With the suffix ``_or_blockwise``, kernels that hand over where the backend's own fail.
+    """
+    backend = name.removesuffix(_SAFE_SUFFIX)
+    implementation = _BACKENDS[backend].operations[operation]
+    load = implementation.kernels if backend == name else implementation.safe_kernels
+    assert load is not None
+    return load()
 
 
 def backends(*, missing: bool = False) -> dict[str, str]:
@@ -130,47 +203,47 @@ def backends(*, missing: bool = False) -> dict[str, str]:
     return {name: _BACKENDS[name].description for name, reason in reasons.items() if not reason}
 
 
-def check_backend(name: str, candidates: Mapping[str, Backend] = _BACKENDS) -> None:
-    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a candidate."""
-    if name != "auto" and name not in candidates:
-        raise ConfigError(f"backend: expected 'auto' or one of {', '.join(candidates)}, got {name!r}")
+def check_backend(name: str, operation: str = "deformable") -> None:
+    """Raise `ConfigError` unless `name` is ``"auto"`` or the name of a backend of the operation."""
+    if name != "auto" and (name not in _BACKENDS or operation not in _BACKENDS[name].operations):
+        known = ", ".join(each for each, backend in _BACKENDS.items() if operation in backend.operations)
+        raise ConfigError(f"backend: expected 'auto' or one of {known}, got {name!r}")
 
 
-def choose_backend(name: str, call: Call, candidates: Mapping[str, Backend] = _BACKENDS) -> Backend:
+def choose_backend(name: str, call: Call) -> Backend:
     """Return the named backend if it supports the call, otherwise the best one that does.
 
     A backend that would fail is never returned.
-
-    Args:
-        name: name of a backend, or ``"auto"``.
-        call: the arguments of the call.
-        candidates: backends by name. Each name must be registered with `register_backend`.
 
     Raises:
         ValueError: for an unknown name.
         BackendError: if the named backend would fail.
     """
     if name == "auto":
-        return _best_supported(call, candidates)
-    check_backend(name, candidates)
-    requested = candidates[name]
+        return _best_supported(call)
+    check_backend(name, call.operation)
+    requested = _BACKENDS[name].operations[call.operation]
     reason = requested.refuses(call)
     if not reason and (failure := requested.fails(call, True)):
         raise BackendError(f"backend={name!r} cannot compute this call: {failure}")
     reason = reason or _missing_reason(name)
     if not reason:
-        return requested
-    fallback = _best_supported(call, candidates)
+        return _BACKENDS[name]
+    fallback = _best_supported(call)
     warn_once(f"backend={name!r} does not support this call: {reason}. Using {fallback.name!r}.")
     return fallback
 
 
-def _best_supported(call: Call, candidates: Mapping[str, Backend]) -> Backend:
+def _best_supported(call: Call) -> Backend:
     best = None
-    for backend in candidates.values():
-        better = best is None or backend.priority > best.priority
-        if better and not (backend.refuses(call) or backend.fails(call, False) or _missing_reason(backend.name)):
-            best = backend
+    # The built-in rows are in ascending order. In descending order most of them need not be asked.
+    for backend in reversed(list(_BACKENDS.values())):
+        if call.operation not in backend.operations or (best is not None and backend.priority < best.priority):
+            continue
+        implementation = backend.operations[call.operation]
+        reason = implementation.refuses(call) or implementation.fails(call, False) or _missing_reason(backend.name)
+        if not reason:
+            best = backend  # of equal priorities the one that was registered first
     if best is None:
         raise ValueError("backend: no registered backend supports this call")
     return best

@@ -1,4 +1,4 @@
-"""Hand-written kernels for deformable attention, imported by name on first use.
+"""Hand-written kernels for deformable and neighborhood attention, imported by name on first use.
 
 ============  ===================  ======================================================================
 name          requires             implementation
@@ -17,6 +17,13 @@ the bias of key n at row origin[n, 0] + i·step[0] and column origin[n, 1] + j·
 Shapes: q, out and grad_out (B, heads, H·W, d); k and v (B, heads, Ns, d); origin (B, G, Ns, 2); table
 (heads, T_y, T_x); lse (B, heads, H·W), the log-sum-exp of each query's logits. Inputs may have any strides. The output
 has the memory layout of q, and each gradient that of its input.
+
+Its submodule `neighborhood` has the counterparts for neighborhood attention, with k and v (B, heads, H·W, d), table
+(heads, 2K-1, 2K-1), size (H, W), kernel K and dilation δ::
+
+    neighborhood_forward(q, k, v, table, *, size, kernel, dilation, scale) -> (out, lse)
+    neighborhood_backward(grad_out, q, k, v, table, out, lse, *, size, kernel, dilation, scale, deterministic)
+        -> (grad_q, grad_k, grad_v, grad_table)
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ... import official
+from ..._checks import ConfigError
 from ...config import AttentionConfig
+from ...official import NameMapping
+from ...peers.registry import row_of
 from .._checks import check_map
 from ..bridge import SpecModule
 
@@ -33,13 +35,16 @@ class PeerAttention(SpecModule):
         """Return y and the trace, which may be None if `traced` is False."""
         raise NotImplementedError
 
-    def official_names(self) -> official.NameMapping:
+    def official_names(self) -> NameMapping:
         """Return the released name and layout of each parameter.
 
         Raises:
             ConfigError: if there is no released module for this configuration.
         """
-        return official.attention_names(self.config)
+        names = row_of(self.config).released_names
+        if names is None:
+            raise ConfigError(f"config: expected an attention with a released module, got {self.config.kind}")
+        return names(self.config)
 
 
 def map_to_tokens(x: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ... import official
 from ..._checks import ConfigError
-from ...peers.dat_dcn import DATDCNAttentionConfig, DATDCNTrace, dat_dcn_names
+from ...peers.dat_dcn import DATDCNAttentionConfig, DATDCNTrace
 from .. import functional
 from ..functional.grid import Size
 from ..functional.multi_scale import sample_levels, weighted_sum
@@ -82,7 +81,3 @@ class DATDCNAttention(PeerAttention):
                 f"convention: {self.config.convention.name} has no references on a map of one row or column, got "
                 f"{size}; use CELL_CENTER"
             )
-
-    def official_names(self) -> official.NameMapping:
-        """Return the name and layout of each parameter in the released ``DAttentionDCN``."""
-        return dat_dcn_names(self.config)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import official
 from ..._checks import ConfigError, ShapeError
 from ...peers.ms_deform_attn import (
     MultiScaleDeformableConfig,
     MultiScaleDeformableTrace,
-    multi_scale_deformable_names,
     ring_offsets,
 )
 from .._checks import check_tensor
@@ -168,10 +166,6 @@ class MultiScaleDeformableAttention(PeerAttention):
         centers = cell_centers(size, dtype=wide_dtype(x), device=x.device)
         y, trace = self.attend(tokens, tokens, centers.expand(x.shape[0], *centers.shape), [size])
         return tokens_to_map(y, size), trace
-
-    def official_names(self) -> official.NameMapping:
-        """Return the name and layout of each parameter in Deformable DETR's ``MSDeformAttn``."""
-        return multi_scale_deformable_names(self.config)
 
 
 def init_ring_offsets(offset: nn.Linear, heads: int, levels: int, points: int) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import official
 from ...config import NeighborhoodAttentionConfig
 from ...peers.neighborhood import NeighborhoodTrace, neighborhood_padding
 from .. import functional
-from .._checks import check_map
-from ..bridge import SpecModule
 from ..functional._symbolic import crop, statically_zero
 from ..functional.neighborhood import check_neighborhood_backend
+from .base import PeerAttention
 from .window import RelativeBias
 
 
-class NeighborhoodAttention(SpecModule):
+class NeighborhoodAttention(PeerAttention):
     """Attention of each pixel over the K × K pixels around it: (B, C, H, W) → (B, C, H, W), for any H and W.
 
     On an axis shorter than K times the dilation, the neighborhood shrinks to the map (``small_map="shrink"``), or the
@@ -34,6 +32,8 @@ class NeighborhoodAttention(SpecModule):
     torch.Size([2, 12, 5, 7])
     """
 
+    config: NeighborhoodAttentionConfig
+
     def __init__(self, config: NeighborhoodAttentionConfig, *, backend: str = "auto") -> None:
         super().__init__()
         check_neighborhood_backend(backend)
@@ -44,16 +44,8 @@ class NeighborhoodAttention(SpecModule):
         self.output = nn.Linear(config.dim, config.dim)
         self.projection_dropout = nn.Dropout(config.projection_dropout)
 
-    @overload
-    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
-
-    @overload
-    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, NeighborhoodTrace]: ...
-
-    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, NeighborhoodTrace]:
-        """Return y (B, C, H, W), and the trace if requested (then without attention dropout)."""
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, NeighborhoodTrace | None]:
         config = self.config
-        check_map("x", x, config.dim)
         height, width = x.shape[2:]
         padded = x  # (B, C, H', W')
         bottom, right = neighborhood_padding((height, width), config)
@@ -66,13 +58,13 @@ class NeighborhoodAttention(SpecModule):
             scale=config.scale,
             dilation=config.dilation,
             dropout=config.attention_dropout if self.training else 0.0,
-            return_weights=return_trace,
+            return_weights=traced,
             backend=self.backend,
         )
         cropped = crop(merged, (height, width)) if padding else merged
         y = self.projection_dropout(self.output(cropped)).permute(0, 3, 1, 2)
-        if not return_trace:
-            return y
+        if not traced:
+            return y, None
         fields: dict[str, Any] = {
             "padded": padded,
             **weights,
@@ -80,7 +72,3 @@ class NeighborhoodAttention(SpecModule):
             "size": (height, width),
         }
         return y, NeighborhoodTrace(**fields)
-
-    def official_names(self) -> official.NameMapping:
-        """Return the released name and layout of each parameter."""
-        return official.attention_names(self.config)

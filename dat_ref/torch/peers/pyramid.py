@@ -7,8 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import official
-from ...peers.pyramid import PyramidAttentionConfig, PyramidTrace, pyramid_names
+from ...peers.pyramid import PyramidAttentionConfig, PyramidTrace
 from .. import functional
 from ..functional._symbolic import statically_zero
 from .base import PeerAttention, map_to_tokens, tokens_to_map
@@ -66,7 +65,3 @@ class PyramidAttention(PeerAttention):
         if not statically_zero(bottom, right):
             x = F.pad(x, (0, right, 0, bottom))
         return self.reduction(x)
-
-    def official_names(self) -> official.NameMapping:
-        """Return the name and layout of each parameter in the released ``PyramidAttention``."""
-        return pyramid_names(self.config)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import official
 from ...config import WindowAttentionConfig
 from ...peers.window import WindowTrace
 from .. import functional
-from .._checks import check_map
-from ..bridge import SpecModule
 from ..functional._symbolic import statically_zero
 from ..functional.grid import Size
 from ..initialization import init_table
+from .base import PeerAttention
 
 
 class RelativeBias(nn.Module):
@@ -31,7 +29,7 @@ class RelativeBias(nn.Module):
         return self.table
 
 
-class WindowAttention(SpecModule):
+class WindowAttention(PeerAttention):
     """Attention within (shifted) windows: (B, C, H, W) → (B, C, H, W), for any H and W.
 
     Incomplete windows at the border are padded and masked.
@@ -41,6 +39,8 @@ class WindowAttention(SpecModule):
     torch.Size([2, 12, 5, 7])
     """
 
+    config: WindowAttentionConfig
+
     def __init__(self, config: WindowAttentionConfig) -> None:
         super().__init__()
         self.config = config
@@ -49,18 +49,10 @@ class WindowAttention(SpecModule):
         self.output = nn.Linear(config.dim, config.dim)
         self.projection_dropout = nn.Dropout(config.projection_dropout)
 
-    @overload
-    def forward(self, x: Tensor, return_trace: Literal[False] = ...) -> Tensor: ...
+    def _attend(self, x: Tensor, traced: bool) -> tuple[Tensor, WindowTrace | None]:
+        return self._traced(x) if traced else (self._plain(x), None)
 
-    @overload
-    def forward(self, x: Tensor, return_trace: Literal[True]) -> tuple[Tensor, WindowTrace]: ...
-
-    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | tuple[Tensor, WindowTrace]:
-        """Return y (B, C, H, W), and the trace if requested (then without attention dropout)."""
-        check_map("x", x, self.config.dim)
-        return self._traced(x) if return_trace else self._attend(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
+    def _plain(self, x: Tensor) -> Tensor:
         config, size = self.config, (x.shape[2], x.shape[3])
         geometry = (config.window_size, config.shift)
         tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
@@ -96,7 +88,3 @@ class WindowAttention(SpecModule):
         grid, cells = functional.window_cells(size, config.window_size, config.shift, x.device)
         fields: dict[str, Any] = {"x": x, **weights, "merged": merged.permute(0, 3, 1, 2), "grid": grid, "cells": cells}
         return y, WindowTrace(**fields)
-
-    def official_names(self) -> official.NameMapping:
-        """Return the released name and layout of each parameter."""
-        return official.attention_names(self.config)

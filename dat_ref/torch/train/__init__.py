@@ -3,6 +3,7 @@
 =============  ===================================================================================
 `data`         data sets: scenes and image folders
 `optimizer`    AdamW as in the releases, moving average of the weights
+`finetune`     initial weights from a checkpoint, frozen stages, layer-wise learning rates
 `mixup`        mixup and CutMix
 `checkpoint`   atomic checkpoint files with checksums
 `run_folder`   the folder of a run and its lock

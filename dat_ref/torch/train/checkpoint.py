@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ..._checks import CheckpointError
+from ...state_files import RUN_MAGIC as MAGIC
 from ...state_files import atomic_write
 
-MAGIC = b"dat_ref run 1\n"
 KEEP_LAST = 2
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
 _RENAMED = {"recipe": "config", "average": "ema"}  # fields of checkpoints of an earlier version

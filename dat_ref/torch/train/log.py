@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..._checks import ConfigError
+from ..offset_log import PREFIX
 from .checkpoint import write_atomic
 
 FIELDS = ("step", "epoch", "loss", "learning_rate", "held_out_loss", "held_out_accuracy")
@@ -21,22 +23,24 @@ class Log:
         path: file; existing rows are kept if they are before `step`.
         step: first step of the rows to come.
         tensorboard: write events for TensorBoard to the same folder.
+        offsets: names of the columns for the offsets, see `OffsetLog`.
 
     Raises:
         ConfigError: if tensorboard is missing, or the file has rows that this class does not write.
     """
 
-    def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, step: int, tensorboard: bool = False, offsets: Sequence[str] = ()) -> None:
         self._path = path
         previous = [row for row in read_rows(path) if row["step"] < step]
+        self._fields = tuple(dict.fromkeys([*FIELDS, *offsets, *(name for row in previous for name in row)]))
         text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(text, self._fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(previous)
         write_atomic(path, text.getvalue().encode())
         self._events = import_summary_writer()(str(path.parent), purge_step=step) if tensorboard else None
         self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, FIELDS, lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, self._fields, lineterminator="\n")
 
     def add(self, **row: Any) -> None:
         """Add a row and pass it to the operating system.
@@ -49,7 +53,7 @@ class Log:
         except OSError as error:
             self._warn(error)
         if self._events is not None:
-            for name in FIELDS[2:]:
+            for name in self._fields[2:]:
                 if name in row:
                     self._events.add_scalar(name, row[name], row["step"])
 
@@ -81,7 +85,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     if reader.fieldnames is None:
         return []
-    if sorted(reader.fieldnames) != sorted(FIELDS):
+    if sorted(name for name in reader.fieldnames if not name.startswith(PREFIX)) != sorted(FIELDS):
         raise _log_error(path, f"the columns {','.join(FIELDS)}", ",".join(reader.fieldnames))
     return [_numbers(path, reader.line_num, row) for row in reader]
 

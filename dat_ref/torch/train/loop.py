@@ -27,19 +27,24 @@ from torch.utils.data import DataLoader
 
 from ..._checks import CheckpointError, ConfigError
 from ..._deprecation import deprecated_keywords
+from ...checkpoints import LoadReport
 from ...train import scheduled_rate
 from ...train_config import CONFIG_FILE, TrainConfig
 from .. import models
+from ..offset_adapters import offset_layers
+from ..offset_log import OffsetLog
 from . import checkpoint, sharding
 from .data import worker_errors
 from .distributed import DistributedContext
 from .evaluate import Scores, evaluate, per_sample_loss
+from .finetune import freeze_stages, load_initial_weights
 from .log import Log, import_summary_writer
 from .mixup import mix_batch
 from .optimizer import ModelEma, create_optimizer
 from .run_folder import check_folder, locked_folder
 
 BEST_FILE = "best.safetensors"  # in the folder of a run
+OFFSET_STEPS = 50  # steps between rows of the log with the offsets, besides the last of each epoch
 MAX_CHANGES = 8  # differences that a message lists
 # Fields of a checkpoint and their types.
 STATE_FIELDS = {
@@ -93,28 +98,32 @@ def fit(
     context: DistributedContext | None = None,
     model: nn.Module | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    on_init: Callable[[LoadReport], None] | None = None,
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> Result:
     """Train a model. A run that was stopped resumes from the last checkpoint in its folder.
 
-    The folder is locked for the time of the call: a second run in it is refused.
+    The folder is locked for the time of the call: a second run in it is refused. A run that resumes does not read
+    ``config.init_from`` again.
 
     Args:
         config: training config.
         train, held_out: data sets, see `data`.
         out: folder for ``train_config.json``, ``log.csv``, checkpoints and the best weights, ``best.safetensors``.
         context: distributed context; None: this process alone.
-        model: model to train, images → logits; None: built from the config.
+        model: model to train, images → logits; None: built from the config. ``config.init_from`` needs a `DAT`.
+        on_init: called with the report on ``config.init_from`` when a run starts from it.
         on_step: called with the number and the loss of each step.
         quiet: no progress bar.
         tensorboard: write events for TensorBoard as well.
 
     Raises:
         ConfigError: if `out` has a run with another config or on other data (the message names the differences), or is
-            in use by another run, there are no images, a picture cannot be read, a package is missing, or the
-            processes do not see the same folder.
-        CheckpointError: if no checkpoint in `out` can be read, or the last one does not fit the model.
+            in use by another run, there are no images, a picture cannot be read, a package is missing, the
+            processes do not see the same folder, or random weights would be frozen.
+        CheckpointError: if no checkpoint in `out` can be read, or the last one does not fit the model; or if
+            ``config.init_from`` cannot be read or does not fit.
         ChildProcessError: if a data loading process was killed.
         OSError: if a file cannot be written at the start, or nothing of the run could be saved.
     """
@@ -125,7 +134,8 @@ def fit(
     if context.is_main:
         _check_packages(progress_bar=not quiet, tensorboard=tensorboard)
     data = _data_summary(train, held_out)
-    run = _Run(config, model or build_model(config, len(train.classes)), len(train), data, context)
+    model = _initial_model(config, len(train.classes), folder, model, on_init if context.is_main else None)
+    run = _Run(config, model, len(train), data, context)
     last_scores = None
     with ExitStack() as stack:
         if context.is_main:
@@ -133,11 +143,18 @@ def fit(
         stack.enter_context(worker_errors())
         _resume(run, folder)
         _prepare_folder(folder, run)
-        log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard))) if context.is_main else None
+        log, offsets = None, None
+        if context.is_main:
+            if offset_layers(run.model):
+                offsets = stack.enter_context(OffsetLog(run.model))
+            names = offsets.names if offsets else []
+            log = stack.enter_context(closing(Log(folder / "log.csv", run.step, tensorboard, names)))
         report = stack.enter_context(_progress_bar(run, quiet or not context.is_main))
         while run.step < run.steps:
             for row, scores in _epoch(run, train, held_out):
                 if log is not None:
+                    if offsets is not None and (scores is not None or row["step"] % OFFSET_STEPS == 0):
+                        row |= offsets.scalars()
                     log.add(**row)
                 report(row["loss"], scores)
                 if on_step is not None:
@@ -157,6 +174,28 @@ def fit(
     return Result(run.model, last_scores, run.best, run.step, saved_steps)
 
 
+def _initial_model(
+    config: TrainConfig,
+    classes: int,
+    folder: Path,
+    model: nn.Module | None,
+    on_init: Callable[[LoadReport], None] | None,
+) -> nn.Module:
+    """Return the given model, or the one that the config describes, with the weights that a run starts from."""
+    if model is None:
+        if config.frozen_stages and not config.init_from:
+            raise ConfigError(
+                f"frozen_stages: expected init_from as well, got {config.frozen_stages} alone: random weights would be "
+                "frozen"
+            )
+        model = build_model(config, classes)
+    if config.init_from and not checkpoint.list_checkpoints(folder):
+        report = load_initial_weights(model, config)
+        if on_init is not None:
+            on_init(report)
+    return model
+
+
 def _check_packages(progress_bar: bool, tensorboard: bool) -> None:
     """Raise `ConfigError` for a missing package before the run begins."""
     needed = {"safetensors": "to save weights", **({"tqdm": "for the progress bar"} if progress_bar else {})}
@@ -172,6 +211,7 @@ def _check_packages(progress_bar: bool, tensorboard: bool) -> None:
 def _epoch(run: _Run, train: Any, held_out: Any) -> Iterator[tuple[dict[str, Any], Scores | None]]:
     """Take the remaining steps of an epoch; yield a log row for each, and the scores after the last."""
     epoch, skipped = divmod(run.step, run.steps_per_epoch)
+    run.set_train_mode()
     train.set_epoch(epoch)
     for images, targets, batch_size in run.batches(train, epoch, skipped):
         loss = run.train_step(images, targets, batch_size)
@@ -305,7 +345,9 @@ class _Run:
         self, config: TrainConfig, model: nn.Module, num_images: int, data: dict[str, Any], context: DistributedContext
     ) -> None:
         self.config, self.context, self.num_images, self.data = config, context, num_images, data
-        self.model = model.to(context.device).train()
+        self.model = model.to(context.device)
+        self.frozen = freeze_stages(self.model, config.frozen_stages)
+        self.set_train_mode()
         context.broadcast(self.model)  # a model of the caller may have different weights in each process
         if config.shard and context.world_size > 1:
             sharding.shard(self.model, context)
@@ -320,6 +362,12 @@ class _Run:
             devices = [context.device.index] if context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(self.model, devices)
         self.forward = torch.compile(forward) if config.compile else forward
+
+    def set_train_mode(self) -> None:
+        """Set the modes of a training step: frozen modules stay in eval mode."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
 
     def batches(self, train: Any, epoch: int, skipped: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield this process's images and targets for each remaining step, and the global number of its images."""
@@ -340,7 +388,7 @@ class _Run:
         warmup = round(config.warmup_epochs * self.steps_per_epoch)
         self.rate = scheduled_rate(self.step, self.steps, config.learning_rate, warmup, config.min_learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.rate * group.get("lr_scale", 1.0)  # absent in checkpoints of earlier versions
         has_images = batch_size > context.rank
         images, lam = mix_batch(images, config.mixup, config.cutmix)
         with self._autocast():

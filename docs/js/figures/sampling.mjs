@@ -1,13 +1,16 @@
 /** Bilinear sampling: a movable point on a small map, with its four weights, value, gradients and kinks. */
 
-import { clip, corners, profile, sample } from "./kernel.mjs";
-import { fixed, frame, handle, html, markup, panel, signed, surface, svg } from "./ui.mjs";
+import { clip, corners, profile, sample, sampleNearest } from "./kernel.mjs";
+import { choice, fixed, frame, handle, html, markup, panel, signed, surface, svg } from "./ui.mjs";
 
 export const title = "Bilinear sampling";
 
 const SIZE = [4, 5];
 const MAP = [1, 2, 4, 3, 1, 2, 5, 8, 5, 2, 1, 6, 9, 4, 3, 0, 2, 5, 6, 2];
-const MOST = Math.max(...MAP);
+// A position bias: one number for each displacement of -2 … 1 pixels down and -2 … 2 to the right; near points get more.
+const TABLE = [1, 2, 3, 2, 1, 2, 5, 7, 5, 2, 3, 7, 9, 7, 3, 2, 5, 7, 5, 2];
+const MAPS = { features: MAP, bias: TABLE };
+const MOST = 9;
 const START = [1.35, 1.7];
 const EDGE = 1.25; // distance in pixels outside the outermost pixel centers
 const UNIT = 60; // drawing units per pixel
@@ -20,7 +23,8 @@ const SNAP = 0.04; // distance in pixels at which a dragged point snaps to the l
 const across = (x) => LEFT + x * UNIT;
 const down = (y) => TOP + y * UNIT;
 
-export function mount(element) {
+/** With `choices` the reader may read the position bias instead of features, and round instead of interpolating. */
+export function mount(element, { choices = false } = {}) {
   const { body, say, expose } = frame(element, "sampling", title);
   const drawing = panel(
     WIDTH,
@@ -29,26 +33,48 @@ export function mount(element) {
   );
   const numbers = html("div");
   body.append(drawing, numbers);
-  drawMap(drawing);
+  const ground = svg("g", { class: "live-map" });
   const moving = svg("g");
-  drawing.append(moving);
+  drawing.append(ground, moving);
+  const controls = [
+    choice({
+      label: "read",
+      options: [
+        ["features", "a feature"],
+        ["bias", "the position bias"],
+      ],
+      value: "features",
+      change: (map) => move({ map }),
+    }),
+    choice({
+      label: "between pixels",
+      options: [
+        ["interpolate", "interpolate"],
+        ["round", "round"],
+      ],
+      value: "interpolate",
+      change: (rule) => move({ rule }),
+    }),
+  ];
+  if (choices) body.append(html("div", { class: "live-wide live-controls" }, ...controls.map((each) => each.element)));
   const point = handle(drawing, {
     label: "Sampling point",
     shape: svg("circle", { class: "live-dot", r: 7 }),
     reach: 24,
-    drag: ([y, x]) => move([snapped((y - TOP) / UNIT), snapped((x - LEFT) / UNIT)]),
-    nudge: ([y, x], fine) => move([state[0] + y * (fine ? 0.01 : 0.1), state[1] + x * (fine ? 0.01 : 0.1)]),
+    drag: (spot) => move({ point: under(spot) }),
+    nudge: (step, fine) => move({ point: state.point.map((at, axis) => at + step[axis] * (fine ? 0.01 : 0.1)) }),
   });
-  surface(drawing, drawing.querySelector(".live-map"), ([y, x]) =>
-    move([snapped((y - TOP) / UNIT), snapped((x - LEFT) / UNIT)]),
-  );
+  surface(drawing, ground, (spot) => move({ point: under(spot) }));
 
-  let state = START;
+  const state = { point: START, map: "features", rule: "interpolate" };
   function move(wanted) {
-    state = wanted.map((value, axis) => clip(Math.round(value * 100) / 100, -EDGE, SIZE[axis] - 1 + EDGE));
+    Object.assign(state, wanted);
+    state.point = state.point.map((at, axis) => clip(Math.round(at * 100) / 100, -EDGE, SIZE[axis] - 1 + EDGE));
     const found = look(state);
-    point.at([down(state[0]), across(state[1])]);
-    point.describe(`row ${fixed(state[0])}, column ${fixed(state[1])}`, state[0]);
+    const [y, x] = state.point;
+    point.at([down(y), across(x)]);
+    point.describe(`row ${fixed(y)}, column ${fixed(x)}`, y);
+    drawMap(ground, MAPS[state.map]);
     moving.replaceChildren(...drawPieces(found), ...drawGuides(found), ...drawProfiles(found), ...drawArrow(found));
     numbers.replaceChildren(...readout(found));
     say(
@@ -57,26 +83,44 @@ export function mount(element) {
     );
     expose({
       size: SIZE,
-      map: MAP,
-      point: state,
+      map: MAPS[state.map],
+      rule: state.rule,
+      point: state.point,
       value: found.value,
       slope: found.slope,
       weights: found.corners.map((c) => c.weight),
     });
   }
-  move(START);
+  move({});
 }
 
 /** All values that the figure shows for a point. */
-function look(point) {
-  const read = sample(MAP, SIZE, point);
+function look({ point, map: name, rule }) {
+  const map = MAPS[name];
+  if (rule === "round") {
+    const read = sampleNearest(map, SIZE, point);
+    const note =
+      "Rounded: a small move changes nothing, then the value jumps. The slope is zero, so no gradient moves the point.";
+    const nearest = point.map(Math.round);
+    return { point, name, map, rule, ...read, corners: corners(nearest, SIZE).slice(0, 1), before: read.slope, note };
+  }
+  const read = sample(map, SIZE, point);
   // The slope along an axis is constant inside a cell; half a pixel back is in the previous cell.
   const before = point.map((place, axis) => {
     const back = [...point];
     back[axis] -= 0.5;
-    return Number.isInteger(place) ? sample(MAP, SIZE, back).slope[axis] : read.slope[axis];
+    return Number.isInteger(place) ? sample(map, SIZE, back).slope[axis] : read.slope[axis];
   });
-  return { point, ...read, corners: corners(point, SIZE), before, note: noteOn(point, read.slope, before) };
+  return {
+    point,
+    name,
+    map,
+    rule,
+    ...read,
+    corners: corners(point, SIZE),
+    before,
+    note: noteOn(point, read.slope, before),
+  };
 }
 
 function noteOn(point, slope, before) {
@@ -94,6 +138,9 @@ function noteOn(point, slope, before) {
   return "Inside a cell: moving the point changes the weights smoothly.";
 }
 
+/** The position at a place of the drawing. */
+const under = ([y, x]) => [snapped((y - TOP) / UNIT), snapped((x - LEFT) / UNIT)];
+
 /** A position, snapped to the lattice when it is near. */
 function snapped(place) {
   const whole = Math.round(place);
@@ -102,16 +149,12 @@ function snapped(place) {
 
 // ------------------------------------------------------------------------------------------------ drawing
 
-function drawMap(drawing) {
-  const map = svg(
-    "g",
-    { class: "live-map" },
-    svg("rect", { x: 0, y: 0, width: RIGHT, height: BOTTOM, fill: "transparent" }),
-  );
-  MAP.forEach((value, n) => {
+function drawMap(ground, values) {
+  ground.replaceChildren(svg("rect", { x: 0, y: 0, width: RIGHT, height: BOTTOM, fill: "transparent" }));
+  values.forEach((value, n) => {
     const [row, column] = [Math.floor(n / SIZE[1]), n % SIZE[1]];
     const [x, y] = [across(column - 0.5), down(row - 0.5)];
-    map.append(
+    ground.append(
       svg("rect", {
         class: "live-cell",
         x,
@@ -126,9 +169,8 @@ function drawMap(drawing) {
   const lines = [];
   for (let x = 0; x < SIZE[1]; x += 1) lines.push(`M${across(x)} ${down(-1)}V${BOTTOM + PLOT}`);
   for (let y = 0; y < SIZE[0]; y += 1) lines.push(`M${across(-1)} ${down(y)}H${RIGHT + PLOT}`);
-  map.append(svg("path", { class: "live-line live-lattice", d: lines.join("") }));
-  drawing.append(
-    map,
+  ground.append(
+    svg("path", { class: "live-line live-lattice", d: lines.join("") }),
     svg("path", {
       class: "live-line",
       d: `M${across(-1.3)} ${BOTTOM + PLOT}H${across(SIZE[1] + 0.3)}M${RIGHT} ${down(-1.3)}V${down(SIZE[0] + 0.3)}`,
@@ -139,7 +181,8 @@ function drawMap(drawing) {
 }
 
 /** The unit square around the point: its overlap with a pixel is that pixel's weight. */
-function drawPieces({ point, corners: found }) {
+function drawPieces({ point: place, rule, corners: found }) {
+  const point = rule === "round" ? place.map(Math.round) : place;
   const pieces = found.flatMap(({ row, column, inside, weight }) => {
     const [top, left] = [Math.max(point[0], row) - 0.5, Math.max(point[1], column) - 0.5];
     const [height, width] = [1 - Math.abs(point[0] - row), 1 - Math.abs(point[1] - column)];
@@ -165,7 +208,7 @@ function drawGuides({ point: [y, x], value }) {
 }
 
 /** φ along the row and along the column, with the tangent that the gradient gives. */
-function drawProfiles({ point, value, slope, before }) {
+function drawProfiles({ point, map, rule, value, slope, before }) {
   const scale = PLOT / MOST;
   const spots = [
     (place, height) => [RIGHT + scale * height, down(place)], // along y, values to the right
@@ -176,7 +219,8 @@ function drawProfiles({ point, value, slope, before }) {
       spots[axis](place, height)
         .map((number) => number.toFixed(1))
         .join(" ");
-    const knots = [[-1.3, 0], ...profile(MAP, SIZE, point, axis), [SIZE[axis] + 0.3, 0]];
+    const curve = rule === "round" ? stairs(map, point, axis) : profile(map, SIZE, point, axis);
+    const knots = [[-1.3, 0], ...curve, [SIZE[axis] + 0.3, 0]];
     const line = knots.map(([place, height]) => spot(place, height)).join("L");
     const piece = (side, rise) => `M${spot(point[axis], value)}L${spot(point[axis] + side, value + side * rise)}`;
     const [cx, cy] = spots[axis](point[axis], value);
@@ -188,6 +232,19 @@ function drawProfiles({ point, value, slope, before }) {
     parts.push(svg("circle", { class: "live-dot", cx, cy, r: 5, style: "pointer-events: none" }));
     return parts;
   });
+}
+
+/** The vertices of the rounded value along one axis through a point. */
+function stairs(map, point, axis) {
+  return Array.from({ length: SIZE[axis] + 2 }, (_, n) => {
+    const place = [...point];
+    place[axis] = n - 1;
+    const { value } = sampleNearest(map, SIZE, place);
+    return [
+      [n - 1.5, value],
+      [n - 0.5, value],
+    ];
+  }).flat();
 }
 
 /** The gradient at the point: the direction of steepest ascent. */
@@ -207,14 +264,20 @@ function drawArrow({ point, slope }) {
 
 // ------------------------------------------------------------------------------------------------ numbers
 
-function readout({ point, value, slope, corners: found, note }) {
+/** A pixel of the map, or the displacement of an entry of the table. */
+function placeName(name, row, column) {
+  if (name === "features") return `row ${row}, column ${column}`;
+  return `${signed(row - 2, 0)} down, ${signed(column - 2, 0)} right`;
+}
+
+function readout({ point, name, map, rule, value, slope, corners: found, note }) {
   const rows = found.map(({ row, column, inside, weight }) => {
-    const pixel = inside ? MAP[row * SIZE[1] + column] : 0;
-    const full = (1 - Math.abs(point[0] - row)) * (1 - Math.abs(point[1] - column));
+    const pixel = inside ? map[row * SIZE[1] + column] : 0;
+    const full = rule === "round" ? 0 : (1 - Math.abs(point[0] - row)) * (1 - Math.abs(point[1] - column));
     return html(
       "tr",
       {},
-      html("td", {}, inside ? `row ${row}, column ${column}` : "outside"),
+      html("td", {}, inside ? placeName(name, row, column) : "outside"),
       html("td", { class: "live-where" }, fixed(inside ? weight : Math.max(full, 0), 3)),
       html("td", { class: "live-what" }, `× ${pixel}`),
       html("td", {}, fixed(weight * pixel)),
@@ -240,7 +303,7 @@ function readout({ point, value, slope, corners: found, note }) {
       "p",
       { class: "live-number", style: "margin: .7rem 0 .5rem" },
       `<span class="live-slope">∂φ/∂<i>p</i> = (${signed(slope[0])}, ${signed(slope[1])})</span><br>` +
-        "∂φ/∂<i>z</i> = the four weights",
+        (rule === "round" ? "" : "∂φ/∂<i>z</i> = the four weights"),
     ),
     html("p", { class: "live-note" }, note),
   ];

@@ -52,6 +52,19 @@ export function panel(width, height, label, attributes = {}) {
   });
 }
 
+/** A canvas of one picture element per pixel of a map [height, width], as wide as its container. */
+export function raster([height, width], attributes = {}) {
+  const element = html("canvas", { width, height, class: "live-raster", ...attributes });
+  const context = element.getContext("2d");
+  /** Paint all pixels; `color(pixel)` returns red, green, blue and alpha in 0 … 255. */
+  const fill = (color) => {
+    const image = context.createImageData(width, height);
+    for (let pixel = 0; pixel < height * width; pixel += 1) image.data.set(color(pixel), 4 * pixel);
+    context.putImageData(image, 0, 0);
+  };
+  return { element, fill };
+}
+
 /** Empty the container of a figure and set up its frame. */
 export function frame(element, name, label) {
   element.replaceChildren();
@@ -167,6 +180,41 @@ export function surface(panel, shape, drag) {
   for (const end of ["pointerup", "pointercancel"]) shape.addEventListener(end, () => (held = false));
   shape.addEventListener("click", (event) => drag(place(panel, event)));
   shape.classList.add("live-surface");
+}
+
+/**
+ * Handles of many points with one stop for the tab key: page up and page down select another point.
+ *
+ * `drag(n, [y, x])` receives positions in units of the panel, `nudge(n, [down, right], fine)` the arrow keys.
+ */
+export function handles(panel, { count, label, shape, reach, drag, nudge, focus = () => {} }) {
+  const all = Array.from({ length: count }, (_, n) =>
+    handle(panel, {
+      label: label(n),
+      shape: shape(n),
+      reach,
+      drag: (spot) => drag(n, spot),
+      nudge: (step, fine) => nudge(n, step, fine),
+      focus: () => {
+        select(n);
+        focus(n);
+      },
+      hint: "Arrow keys move it, finely with shift; page up and page down select another point.",
+    }),
+  );
+  let chosen = 0;
+  const select = (n) => {
+    chosen = n;
+    all.forEach(({ element }, other) => set(element, { tabindex: other === n ? 0 : -1 }));
+  };
+  panel.addEventListener("keydown", (event) => {
+    const step = { PageUp: -1, PageDown: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    all[(chosen + step + count) % count].element.focus();
+  });
+  select(0);
+  return { all, select };
 }
 
 // ------------------------------------------------------------------------------------------------ controls

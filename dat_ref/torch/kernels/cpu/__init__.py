@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import deformable, launch
 from .bias import GENERAL, NEAR_UNIT, UNIT
-from .tiling import backward_offsets, forward_offsets, make_tiling
+from .tiling import backward_sizes, forward_sizes, make_tiling
 
 Size = tuple[int, int]
 
@@ -80,16 +80,16 @@ def deformable_forward(
     """
     dtype = _compute_dtype(q, k, v)
     out = _empty_like(q, _storage_dtype(v.dtype, dtype))
-    lse = torch.empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     if not q.numel():
         return out.to(v.dtype), lse
     threads = torch.get_num_threads()
-    packed, _ = _pack_arguments(
-        dtype, False, *q.shape, k.shape[2], origin.shape[1], *table.shape[1:], *query_size, *step, scale, threads
-    )
-    tensors = _prepare(dtype, q=q, k=k, v=v, origin=origin, table=table) | {"out": out, "lse": lse}
+    sizes = (q.shape, k.shape[2], origin.shape[1], table.shape, query_size)
+    packed, _ = _pack_arguments(dtype, False, *sizes, step, scale, threads)
+    tensors = _prepare(dtype, q=q, k=k, v=v, origin=origin, table=table)
+    tensors["out"], tensors["lse"] = out, lse
     launch.run(deformable.forward, deformable.FIELDS, dtype, packed, tensors, threads)
-    return out.to(v.dtype), lse
+    return _cast(out, v.dtype), lse
 
 
 def deformable_backward(
@@ -117,16 +117,15 @@ def deformable_backward(
     if not q.numel():
         return tuple(torch.zeros_like(x) for x in (q, k, v, origin, table))  # type: ignore[return-value]
     dtype, threads = _compute_dtype(q, k, v), torch.get_num_threads()
-    packed, splits = _pack_arguments(
-        dtype, True, *q.shape, k.shape[2], origin.shape[1], *table.shape[1:], *query_size, *step, scale, threads
-    )
+    sizes = (q.shape, k.shape[2], origin.shape[1], table.shape, query_size)
+    packed, splits = _pack_arguments(dtype, True, *sizes, step, scale, threads)
     batch, heads, groups, samples = q.shape[0], q.shape[1], origin.shape[1], k.shape[2]
     grads = [_empty_like(q, _storage_dtype(q.dtype, dtype))]
     # The kernel writes one partial gradient per split; partial gradients are summed in full precision.
     grads += [_empty_like(x, dtype if splits > 1 else _storage_dtype(x.dtype, dtype)) for x in (k, v)]
     grads_kv = grads[1:] if splits == 1 else [torch.empty(batch * splits, *x.shape[1:], dtype=dtype) for x in (k, v)]
-    grad_origin = torch.empty((groups, heads // groups, batch, splits, samples, 2), dtype=dtype)
-    grad_table = torch.empty((heads, batch * splits, *table.shape[1:]), dtype=dtype)
+    grad_origin = q.new_empty((groups, heads // groups, batch, splits, samples, 2), dtype=dtype)
+    grad_table = q.new_empty((heads, batch * splits, *table.shape[1:]), dtype=dtype)
     tensors = _prepare(dtype, q=q, k=k, v=v, origin=origin, table=table, out=out, lse=lse, grad_out=grad_out)
     tensors |= {"grad_q": grads[0], "grad_k": grads_kv[0], "grad_v": grads_kv[1], "grad_origin": grad_origin}
     tensors["grad_table"] = grad_table
@@ -135,8 +134,8 @@ def deformable_backward(
         for grad, partial in zip(grads[1:], grads_kv):
             torch.sum(partial.unflatten(0, (batch, splits)), 1, out=grad)
     grads.append(grad_origin.sum(dim=(1, 3)).transpose(0, 1))  # sum over the heads of a group and splits
-    grads.append(grad_table.sum(dim=1) if batch * splits > 1 else grad_table[:, 0])  # sum over images and splits
-    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v, origin, table)))  # type: ignore[return-value]
+    grads.append(grad_table.sum(dim=1) if batch * splits > 1 else grad_table.squeeze(1))  # sum over images and splits
+    return tuple(_cast(grad, x.dtype) for grad, x in zip(grads, (q, k, v, origin, table)))  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -148,32 +147,29 @@ _CONTIGUOUS = {"origin", "table", "lse"}  # the kernels require these to be cont
 def _pack_arguments(
     dtype: torch.dtype,
     backward: bool,
-    batch: int,
-    heads: int,
-    queries: int,
-    depth: int,
+    query_shape: tuple[int, ...],
     samples: int,
     groups: int,
-    table_rows: int,
-    table_columns: int,
-    height: int,
-    width: int,
-    step_y: float,
-    step_x: float,
+    table_shape: tuple[int, ...],
+    query_size: Size,
+    step: tuple[float, float],
     scale: float,
     threads: int,
 ) -> tuple[launch.PackedArguments, int]:
     """Return the kernel arguments without the addresses, and the number of query splits in the backward pass."""
-    tiling = make_tiling(batch * heads, depth, (height, width), (table_rows, table_columns), threads)
-    array_offsets, work_items = backward_offsets(tiling, table_rows, samples), batch * heads * tiling.splits
+    (batch, heads, _, depth), (height, width), (_, table_rows, table_columns) = query_shape, query_size, table_shape
+    tiling = make_tiling(batch * heads, depth, query_size, (table_rows, table_columns), threads)
+    array_sizes: tuple[int, ...] = backward_sizes(tiling, table_rows, samples)
+    work_items = batch * heads * tiling.splits
     if not backward:  # more work items than threads balance the load when one thread is slow
-        array_offsets, work_items = forward_offsets(tiling, table_rows), min(batch * heads * tiling.tiles, 8 * threads)
+        array_sizes, work_items = forward_sizes(tiling, table_rows), min(batch * heads * tiling.tiles, 8 * threads)
+    step_kind, step_y, step_x = _classify_step(*step, height, width)
     values = {
         "batch": batch, "heads": heads, "groups": groups, "height": height, "width": width, "samples": samples,
         "depth": depth, "table_rows": table_rows, "table_columns": table_columns, "scale": scale,
-        **dict(zip(("step_kind", "step_y", "step_x"), _classify_step(step_y, step_x, height, width))),
+        "step_kind": step_kind, "step_y": step_y, "step_x": step_x, **tiling._asdict(),
     }  # fmt: skip
-    packed = launch.pack_arguments(deformable.FIELDS, dtype, values | tiling._asdict(), array_offsets, work_items)
+    packed = launch.pack_arguments(deformable.FIELDS, dtype, values, array_sizes, work_items)
     return packed, tiling.splits
 
 
@@ -192,7 +188,7 @@ def _prepare(dtype: torch.dtype, **tensors: Tensor) -> dict[str, Tensor]:
     """
     for name, tensor in tensors.items():
         storage = dtype if name in _CONTIGUOUS else _storage_dtype(tensor.dtype, dtype)
-        x = tensor if tensor.dtype == storage else tensor.to(storage)
+        x = _cast(tensor, storage)
         tensors[name] = x.contiguous() if name in _CONTIGUOUS or x.stride(-1) != 1 else x
     return tensors
 
@@ -202,8 +198,13 @@ def _storage_dtype(dtype: torch.dtype, compute_dtype: torch.dtype) -> torch.dtyp
     return dtype if dtype == torch.bfloat16 and compute_dtype == torch.float32 else compute_dtype
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a dtype; `Tensor.to` takes a microsecond also where nothing changes."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ file is damaged             one warning; the kernel's files are replaced
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 
+_LOGGER = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 
 
@@ -59,6 +61,8 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
         try:
             code = super().load_overload(sig, target_context)
             # After an interrupted write the index can name a file with code for another signature.
+            if code is None:
+                _announce_compilation(self.cache_path)
             if code is None or code.signature.args == sig.args:
                 return code
             reason = "it contains other code"
@@ -88,6 +92,17 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             for path in sorted(found, key=lambda path: path.suffix != ".nbi"):
                 if path.suffix in (".nbi", ".nbc"):
                     path.unlink(missing_ok=True)
+
+
+def _announce_compilation(directory: str) -> None:
+    """Log once that the call waits for a compiler, at a level that Python prints by default."""
+    if "compilation" not in _WARNED:
+        _WARNED.add("compilation")
+        _LOGGER.warning(
+            "Compiling the CPU attention kernels for this processor, once: about 5 seconds each. The code is stored in "
+            "%s. `dat-ref bench --warm` compiles all of them in advance.",
+            directory,
+        )
 
 
 def _warn_uncached(error: Exception) -> None:

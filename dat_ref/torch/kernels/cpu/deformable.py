@@ -15,15 +15,15 @@ The kernels compute powers of 2: queries and table are multiplied by log₂ e on
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import carray
 
 from .bias import Step, Table, Tile, add_bias_gradients, fill_table, write_bias
-from .launch import ArgumentLayout
+from .launch import ArgumentLayout, array_reader
 from .strided_io import StridedTensor, load_rows, store_rows, strided_tensor
 from .tiles import TILE_STRIDE, add_outer, add_product, copy_rows, transpose
-from .tiling import BLOCK_N, Tiling
+from .tiling import BLOCK_N, Backward, Forward, Tiling
 from .vectors import (
     NARROW,
     PAIR,
@@ -53,6 +53,9 @@ FIELDS = ArgumentLayout(
     operands=("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"),
     addresses=("origin", "table", "lse", "grad_origin", "grad_table"),
 )
+
+
+_forward_arrays, _backward_arrays = array_reader(Forward), array_reader(Backward)
 
 
 # ------------------------------------------------------------------------------------------------ rows and tiles
@@ -91,6 +94,13 @@ def _table(call: Any, cells: Any) -> Table:
 
 
 @compiled
+def _fill_table(call: Any, cells: Any, head: int) -> None:
+    """Copy the table of a head to scratch memory."""
+    entries = array_at(call.table, call.zero)
+    fill_table(_table(call, cells), entries, head * call.table_rows * call.table_columns, LOG2_E)
+
+
+@compiled
 def _step(call: Any) -> Step:
     return Step(call.step_kind, call.step_y, call.step_x)
 
@@ -110,33 +120,10 @@ def _is_wide(lanes: int) -> bool:
 # ------------------------------------------------------------------------------------------------ forward
 
 
-class Forward(NamedTuple):
-    """Scratch arrays of a thread. The lanes of a tile are queries."""
-
-    table: Table
-    keys: Any  # one row of channels per key
-    values: Any  # one row of channels per key
-    logits: Any  # tile with one row per key
-    queries: Any  # tile with one row per channel
-    acc: Any  # tile with one row per channel: unnormalized output
-    query_rows: Any  # one row of channels per query
-    m: Any  # running maximum of each query's logits
-    l: Any  # running sum Σ 2^(logit - m) of each query
-
-
-@compiled
-def _forward_memory(call: Any) -> Forward:
-    mem, off = _scratch(call), call.array_offsets
-    return Forward(
-        _table(call, mem[: off[1]]), mem[off[1] : off[2]], mem[off[2] : off[3]], mem[off[3] : off[4]],
-        mem[off[4] : off[5]], mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]],
-    )  # fmt: skip
-
-
 def forward(pointer: Any) -> None:
     """Forward kernel, see `launch`. A work item is a range of the tiles of all heads and images."""
     call = carray(pointer, 1)[0]
-    memory = _forward_memory(call)
+    memory = _forward_arrays(_scratch(call), call.array_offsets)
     num_tiles = call.heads * call.batch * call.tiles
     head = -1
     work_item = fetch_add(call, 0)
@@ -145,8 +132,7 @@ def forward(pointer: Any) -> None:
         for tile_index in range(first, num_tiles * (work_item + 1) // call.work_items):
             if head != tile_index // (call.batch * call.tiles):
                 head = tile_index // (call.batch * call.tiles)
-                table = array_at(call.table, call.zero)
-                fill_table(memory.table, table, head * call.table_rows * call.table_columns, LOG2_E)
+                _fill_table(call, memory.table, head)
             _forward_tile(call, memory, tile_index // call.tiles % call.batch, head, tile_index % call.tiles)
         work_item = fetch_add(call, 0)
 
@@ -160,13 +146,13 @@ def _forward_tile(call: Any, memory: Forward, image: int, head: int, tile_index:
     memory.l[:] = 0
     memory.acc[: call.depth * TILE_STRIDE] = 0
     k, v = strided_tensor(call, call.k), strided_tensor(call, call.v)
-    origin, step = array_at(call.origin, call.zero), _step(call)
+    origin, step, table = array_at(call.origin, call.zero), _step(call), _table(call, memory.table)
     first_point = (image * call.groups + head * call.groups // call.heads) * call.samples
     for key in range(0, call.samples, BLOCK_N):
         num_keys = min(BLOCK_N, call.samples - key)
         _load(memory.keys, call, k, image, head, key, num_keys, 1.0)
         _load(memory.values, call, v, image, head, key, num_keys, 1.0)
-        write_bias(memory.logits, memory.table, origin, 2 * (first_point + key), num_keys, tile, step)
+        write_bias(memory.logits, table, origin, 2 * (first_point + key), num_keys, tile, step)
         lane = 0
         while lane < num_queries:
             if _is_wide(num_queries - lane):
@@ -217,48 +203,16 @@ def _normalize(call: Any, memory: Forward, num_queries: int) -> None:
 # ------------------------------------------------------------------------------------------------ backward
 
 
-class Backward(NamedTuple):
-    """Scratch arrays of a thread. The lanes of a tile are queries."""
-
-    table: Table
-    grad_table: Table
-    keys: Any  # one row of channels per key of a block
-    values: Any
-    logits: Any  # tile with one row per key: logits, then weights
-    grad_logits: Any
-    queries: Any  # tile with one row per channel
-    grad_out: Any
-    grad_queries: Any
-    query_rows: Any  # one row of channels per query
-    grad_out_rows: Any
-    lse: Any  # log-sum-exp of each query, base 2
-    delta: Any  # ∂O·O of each query
-    grad_keys: Any  # one row of channels per key, all keys
-    grad_values: Any
-
-
-@compiled
-def _backward_memory(call: Any) -> Backward:
-    mem, off = _scratch(call), call.array_offsets
-    return Backward(
-        _table(call, mem[: off[1]]), _table(call, mem[off[1] : off[2]]), mem[off[2] : off[3]], mem[off[3] : off[4]],
-        mem[off[4] : off[5]], mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]],
-        mem[off[9] : off[10]], mem[off[10] : off[11]], mem[off[11] : off[12]], mem[off[12] : off[13]],
-        mem[off[13] : off[14]], mem[off[14] : off[15]],
-    )  # fmt: skip
-
-
 def backward(pointer: Any) -> None:
     """Backward kernel, see `launch`. A work item is one split of the queries of one image and head."""
     call = carray(pointer, 1)[0]
-    memory = _backward_memory(call)
+    memory = _backward_arrays(_scratch(call), call.array_offsets)
     head = -1
     work_item = fetch_add(call, 0)
     while work_item < call.work_items:
         if head != work_item // (call.batch * call.splits):
             head = work_item // (call.batch * call.splits)
-            table = array_at(call.table, call.zero)
-            fill_table(memory.table, table, head * call.table_rows * call.table_columns, LOG2_E)
+            _fill_table(call, memory.table, head)
         _backward_split(call, memory, work_item // call.splits % call.batch, head, work_item % call.splits)
         work_item = fetch_add(call, 0)
 
@@ -266,7 +220,7 @@ def backward(pointer: Any) -> None:
 @compiled
 def _backward_split(call: Any, memory: Backward, image: int, head: int, split: int) -> None:
     """Compute the gradients of a split's queries, and its contributions to keys, values, points and table."""
-    memory.grad_table.cells[:] = 0
+    memory.grad_table[:] = 0
     memory.grad_keys[:] = 0
     memory.grad_values[:] = 0
     row = (head * call.batch + image) * call.splits + split
@@ -280,7 +234,7 @@ def _backward_split(call: Any, memory: Backward, image: int, head: int, split: i
     _store(strided_tensor(call, call.grad_v), split_image, head, 0, call.samples, call, memory.grad_values, 1.0)
     for n in range(2 * call.samples):
         grad_points[n] *= 1 / LOG2_E
-    grad_table, cells = memory.grad_table, array_at(call.grad_table, call.zero)
+    grad_table, cells = _table(call, memory.grad_table), array_at(call.grad_table, call.zero)
     copy_rows(
         cells, row * grad_table.rows * grad_table.columns, grad_table.columns, grad_table.cells, grad_table.start,
         grad_table.stride, grad_table.rows, grad_table.columns, 1.0,
@@ -292,13 +246,13 @@ def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, he
     tile, first, num_queries = _tile(call, tile_index)
     _load_tile(call, memory, image, head, first, num_queries)
     k, v = strided_tensor(call, call.k), strided_tensor(call, call.v)
-    origin, step = array_at(call.origin, call.zero), _step(call)
+    origin, step, table = array_at(call.origin, call.zero), _step(call), _table(call, memory.table)
     first_point = (image * call.groups + head * call.groups // call.heads) * call.samples
     for key in range(0, call.samples, BLOCK_N):
         num_keys = min(BLOCK_N, call.samples - key)
         _load(memory.keys, call, k, image, head, key, num_keys, 1.0)
         _load(memory.values, call, v, image, head, key, num_keys, 1.0)
-        write_bias(memory.logits, memory.table, origin, 2 * (first_point + key), num_keys, tile, step)
+        write_bias(memory.logits, table, origin, 2 * (first_point + key), num_keys, tile, step)
         lane = 0
         while lane < num_queries:
             if _is_wide(num_queries - lane):
@@ -309,8 +263,8 @@ def _backward_tile(call: Any, memory: Backward, grad_points: Any, image: int, he
                 lane += NARROW
         _add_key_gradients(call, memory, key, num_keys, num_queries)
         add_bias_gradients(
-            memory.grad_logits, memory.table, memory.grad_table, origin, 2 * (first_point + key), grad_points, 2 * key,
-            num_keys, tile, step,
+            memory.grad_logits, table, _table(call, memory.grad_table), origin, 2 * (first_point + key), grad_points,
+            2 * key, num_keys, tile, step,
         )  # fmt: skip
     transpose(memory.query_rows, call.padded_depth, memory.grad_queries, TILE_STRIDE, call.depth, num_queries)
     _store(strided_tensor(call, call.grad_q), image, head, first, num_queries, call, memory.query_rows, call.scale)

@@ -14,7 +14,9 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numba
@@ -24,15 +26,17 @@ from numba import types
 from torch import Tensor, empty
 
 from .code_cache import compile_cached
+from .vectors import compiled
 
 
-class ArgumentLayout(NamedTuple):
-    """Field names of an argument record. Kernels with equal layouts share the compiled code of common functions.
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
+class ArgumentLayout:
+    """Field names of an argument record. Kernels with the same layout share the compiled code of common functions.
 
     Every record also has these fields: ``ticket``, the counter for work items; ``slot``, the counter for parts of the
     scratch buffer; ``work_items``, the number of work items; ``scratch_size``, bytes of scratch memory per thread;
-    ``array_offsets``, offsets of the arrays in it; ``scratch``, address of the scratch buffer; and ``zero``, a zero of
-    the compute dtype.
+    ``array_offsets``, offsets of the arrays in it, see `array_reader`; ``scratch``, address of the scratch buffer; and
+    ``zero``, a zero of the compute dtype.
     """
 
     module: str  # name of the module that defines the kernels
@@ -46,7 +50,7 @@ class ArgumentLayout(NamedTuple):
         fields: list[Any] = [
             (name, np.int64) for name in ("ticket", "slot", "work_items", "scratch_size", *self.integers)
         ]
-        fields += [("array_offsets", np.int64, (16,)), *((name, np.float64) for name in self.floats)]
+        fields += [("array_offsets", np.int64, (_MAX_ARRAYS + 1,)), *((name, np.float64) for name in self.floats)]
         # An operand: address, three strides, and 1 if it is bfloat16.
         fields += [(name, np.int64, (5,)) for name in self.operands]
         fields += [(name, np.int64) for name in (*self.addresses, "scratch")]
@@ -61,6 +65,7 @@ class PackedArguments(NamedTuple):
     """Argument record without strides and addresses. It depends only on dtype and sizes, so callers cache it."""
 
     record: bytes
+    pack_addresses: Callable[..., None]  # (buffer, byte offset, strides and addresses)
     address_offset: int  # byte offset of the first address in the record
     scratch_elements: int  # elements of scratch memory per thread
 
@@ -69,25 +74,28 @@ def pack_arguments(
     fields: ArgumentLayout,
     dtype: torch.dtype,
     values: Mapping[str, float],
-    array_offsets: tuple[int, ...],
+    array_sizes: tuple[int, ...],
     work_items: int,
 ) -> PackedArguments:
     """Fill the integers and floats of a record.
 
     Args:
         values: integers and floats by name; missing ones are 0.
-        array_offsets: offsets of the arrays in a thread's scratch memory and the total size, in elements.
+        array_sizes: elements of each array in a thread's scratch memory, see `array_reader`.
         work_items: number of work items.
     """
+    # Arrays start at multiples of 64 elements, so all vectors of one array have the same alignment.
+    offsets = list(accumulate((-(-size // 64) * 64 for size in array_sizes), initial=0))
     layout = fields.record_dtype(dtype)
     record = np.zeros((), layout)
     for name, value in values.items():
         record[name] = value
-    record["array_offsets"][: len(array_offsets)] = array_offsets
+    record["array_offsets"][: len(offsets)] = offsets
     record["work_items"] = work_items
-    record["scratch_size"] = array_offsets[-1] * record["zero"].itemsize
+    record["scratch_size"] = offsets[-1] * record["zero"].itemsize
     assert layout.fields is not None
-    return PackedArguments(record.tobytes(), layout.fields[fields.operands[0]][1], array_offsets[-1])
+    addresses = struct.Struct(f"{5 * len(fields.operands) + len(fields.addresses) + 1}q")
+    return PackedArguments(record.tobytes(), addresses.pack_into, layout.fields[fields.operands[0]][1], offsets[-1])
 
 
 def run(
@@ -108,18 +116,56 @@ def run(
         tensors: operands and contiguous tensors by name; the kernel must not use missing ones.
         threads: number of threads.
     """
+    function = compile_kernel(kernel, fields, dtype)
     scratch = empty(threads * packed.scratch_elements, dtype=dtype)
     addresses: list[int] = []
     for name in fields.operands:
-        addresses += _operand_fields(tensors[name]) if name in tensors else (0, 0, 0, 0, 0)
-    addresses += [tensors[name].data_ptr() if name in tensors else 0 for name in fields.addresses]
+        x = tensors.get(name)
+        addresses += _NO_OPERAND if x is None else (x.data_ptr(), *x.stride()[:3], x.dtype is torch.bfloat16)
+    for name in fields.addresses:
+        x = tensors.get(name)
+        addresses.append(0 if x is None else x.data_ptr())
     record = bytearray(packed.record)
-    struct.pack_into(f"{len(addresses) + 1}q", record, packed.address_offset, *addresses, scratch.data_ptr())
-    _run_on_threads(compile_kernel(kernel, fields, dtype), (ctypes.c_char * len(record)).from_buffer(record), threads)
+    packed.pack_addresses(record, packed.address_offset, *addresses, scratch.data_ptr())
+    argument = (ctypes.c_char * len(record)).from_buffer(record)
+    if threads == 1:
+        _callable(function)(argument)
+    else:
+        _run_on_threads(function, argument, threads)
 
 
-def _operand_fields(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16)
+_NO_OPERAND = (0, 0, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ fields by name
+
+_MAX_ARRAYS = 19
+
+
+def array_reader(kind: Any) -> Any:
+    """Return a compiled function that cuts scratch memory into arrays: (memory, array_offsets) → `kind`, a named tuple.
+
+    The fields of `kind` are the only list of the arrays: a caller passes an instance with their sizes to
+    `pack_arguments`, and a kernel reads an instance with the arrays.
+    """
+    count = len(kind._fields)
+    assert count <= _MAX_ARRAYS
+    arrays = [f"memory[offsets[{index}] : offsets[{index + 1}]]" for index in range(count)]
+    return _compile_constructor(kind, "arrays", "memory, offsets", arrays)
+
+
+def field_reader(kind: Any) -> Any:
+    """Return a compiled function that copies fields of a record to local values: record → `kind`, a named tuple."""
+    fields = [f"record.{name}" for name in kind._fields]
+    return _compile_constructor(kind, "fields", "record", fields)
+
+
+def _compile_constructor(kind: Any, what: str, parameters: str, values: list[str]) -> Any:
+    # Numba cannot unpack a sequence of computed length into a named tuple, so the values are written out here.
+    name = f"{kind.__name__.lower()}_{what}"
+    namespace: dict[str, Any] = {"kind": kind, "__name__": kind.__module__}
+    exec(f"def {name}({parameters}):\n    return kind({', '.join(values)})", namespace)
+    return compiled(namespace[name])
 
 
 # ------------------------------------------------------------------------------------------------ compiled code
@@ -163,20 +209,18 @@ _KEEP_ALIVE: list[Any] = []  # Numba frees compiled code together with its Pytho
 
 
 def _run_on_threads(address: int, argument: Any, threads: int) -> None:
-    if threads == 1:
-        _function(address)(argument)
-    elif (parallel := _openmp()) is not None:
+    if (parallel := _openmp()) is not None:
         parallel(address, argument, threads, 0)
     else:
         with ThreadPoolExecutor(threads - 1) as pool:
-            futures = [pool.submit(_function(address), argument) for _ in range(threads - 1)]
-            _function(address)(argument)
+            futures = [pool.submit(_callable(address), argument) for _ in range(threads - 1)]
+            _callable(address)(argument)
         for future in futures:
             future.result()
 
 
 @cache
-def _function(address: int) -> Any:
+def _callable(address: int) -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 

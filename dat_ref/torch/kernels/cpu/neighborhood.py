@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from . import _compute_dtype, _empty_like, _prepare, _storage_dtype, launch, neighborhood_kernels
 from .lane_shuffles import LANES, QUAD
-from .neighborhood_kernels import CHANNELS
+from .neighborhood_kernels import CHANNELS, Backward, Forward
 from .neighborhood_packing import PAD_PIXELS, Shape
 
 Size = tuple[int, int]
@@ -60,7 +59,7 @@ def neighborhood_forward(
     """
     dtype, threads = _compute_dtype(q, k, v), torch.get_num_threads()
     out = _empty_like(q, _storage_dtype(v.dtype, dtype))
-    lse = torch.empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     if q.numel():
         packed = _pack_arguments(dtype, False, 0, *q.shape[:2], q.shape[3], *size, kernel, dilation, scale)
         tensors = {**_prepare(dtype, q=q, k=k, v=v, table=table), "out": out, "lse": lse}
@@ -137,7 +136,7 @@ def _pack_arguments(
     bands = len(range(group, shape.num_bands, shape.band_groups)) if backward else shape.num_bands
     values = {**shape._asdict(), "group": group, "scale": scale}
     return launch.pack_arguments(
-        neighborhood_kernels.FIELDS, dtype, values, tuple(_array_offsets(shape, backward)), _work_items(shape, bands)
+        neighborhood_kernels.FIELDS, dtype, values, _scratch_sizes(shape, backward), _work_items(shape, bands)
     )
 
 
@@ -165,9 +164,10 @@ def make_shape(batch: int, heads: int, depth: int, height: int, width: int, kern
     pixel_stride = -(-depth // CHANNELS) * CHANNELS
     phases = -(-2 * kernel // LANES) * QUAD
     return Shape(
-        batch, heads, height, width, depth, kernel, dilation, keys_y, keys_x, band_rows, -(-rows // band_rows),
-        band_groups, pixel_stride, (columns + PAD_PIXELS) * pixel_stride, 2 * kernel * QUAD * phases * LANES, phases,
-        phases * QUAD + LANES,
+        batch=batch, heads=heads, height=height, width=width, depth=depth, kernel=kernel, dilation=dilation,
+        keys_y=keys_y, keys_x=keys_x, band_rows=band_rows, num_bands=-(-rows // band_rows), band_groups=band_groups,
+        pixel_stride=pixel_stride, row_stride=(columns + PAD_PIXELS) * pixel_stride,
+        bias_size=2 * kernel * QUAD * phases * LANES, phases=phases, table_row_stride=phases * QUAD + LANES,
     )  # fmt: skip
 
 
@@ -195,18 +195,19 @@ def _band_key_ranges(length: int, band: int, num_keys: int) -> Iterator[tuple[in
         yield start, end + num_keys
 
 
-def _array_offsets(shape: Shape, backward: bool) -> Iterator[int]:
-    """Return the offsets of the arrays of `neighborhood_kernels.Forward` or `Backward`, and the total size.
-
-    In elements; every offset is a multiple of 64.
-    """
+def _scratch_sizes(shape: Shape, backward: bool) -> Forward | Backward:
+    """Return the elements of each scratch array."""
     keys, queries = (shape.band_rows + shape.keys_y) * shape.row_stride, shape.band_rows * shape.row_stride
     window = -(-(shape.keys_x + 1) // QUAD) * LANES  # logits per row of keys
     logits, quads = (shape.keys_y + 1) * window, QUAD * shape.pixel_stride
-    padded_table = (2 * shape.kernel + 1) * shape.table_row_stride
-    if backward:
-        delta = queries // shape.pixel_stride
-        sizes: tuple[int, ...] = (*4 * (keys,), *3 * (queries,), 3 * window, 2 * quads, logits, logits, LANES, delta)
-    else:
-        sizes = (keys, keys, queries, queries, 3 * window, quads, logits, LANES)
-    return accumulate((-(-size // 64) * 64 for size in (shape.bias_size, padded_table, *sizes)), initial=0)
+    bias, padded_table = shape.bias_size, (2 * shape.kernel + 1) * shape.table_row_stride
+    if not backward:
+        return Forward(
+            bias=bias, padded_table=padded_table, keys=keys, values=keys, queries=queries, out=queries,
+            masks=3 * window, quad_queries=quads, logits=logits, factors=LANES,
+        )  # fmt: skip
+    return Backward(
+        bias=bias, padded_table=padded_table, keys=keys, values=keys, grad_keys=keys, grad_values=keys,
+        queries=queries, grad_out=queries, grad_queries=queries, masks=3 * window, quad_queries=quads,
+        quad_grad_out=quads, weights=logits, grad_logits=logits, factors=LANES, delta=queries // shape.pixel_stride,
+    )  # fmt: skip

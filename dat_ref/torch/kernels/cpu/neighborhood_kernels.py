@@ -31,7 +31,7 @@ from .lane_shuffles import (
     quad_sum,
     quad_sums,
 )
-from .launch import ArgumentLayout
+from .launch import ArgumentLayout, array_reader
 from .neighborhood_packing import (
     LOG2_E,
     NO_WINDOW,
@@ -170,7 +170,7 @@ def _add_outer(target: Any, tile: Tile, weights: Any, rows: Any, shape: Shape, z
 
 
 class Forward(NamedTuple):
-    """Scratch arrays of a thread, in the order of `neighborhood._array_offsets`."""
+    """Scratch arrays of a thread in the forward kernel."""
 
     bias: Any
     padded_table: Any
@@ -184,19 +184,14 @@ class Forward(NamedTuple):
     factors: Any  # 1 / l, one query per quad
 
 
-@compiled
-def _forward_memory(call: Any) -> Forward:
-    mem, off = _zeroed_scratch(call, 10), call.array_offsets
-    return Forward(
-        mem[off[0] : off[1]], mem[off[1] : off[2]], mem[off[2] : off[3]], mem[off[3] : off[4]], mem[off[4] : off[5]],
-        mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]], mem[off[9] : off[10]],
-    )  # fmt: skip
+_forward_arrays = array_reader(Forward)
 
 
 @compiled
-def _zeroed_scratch(call: Any, arrays: int) -> Any:
+def _zeroed_scratch(call: Any) -> Any:
     """Return the scratch memory of this thread, zeroed, because packed pixels may have padding channels."""
-    memory = array_at(call.scratch + fetch_add(call, 1) * call.scratch_size, call.zero)[: call.array_offsets[arrays]]
+    memory = array_at(call.scratch + fetch_add(call, 1) * call.scratch_size, call.zero)
+    memory = memory[: call.scratch_size // memory.itemsize]
     memory[:] = 0
     return memory
 
@@ -204,7 +199,7 @@ def _zeroed_scratch(call: Any, arrays: int) -> Any:
 def forward(call: Any) -> None:
     """Forward kernel. Each thread processes one band of a map after the other until no work item is left."""
     call = carray(call, 1)[0]
-    memory, shape = _forward_memory(call), load_shape(call)
+    memory, shape = _forward_arrays(_zeroed_scratch(call), call.array_offsets), load_shape(call)
     head, work_item = -1, fetch_add(call, 0)
     while work_item < call.work_items:
         for column in range(min(shape.dilation, shape.width)):
@@ -269,7 +264,7 @@ def _attend(memory: Forward, tile: Tile, shape: Shape, factor: float) -> Any:
 
 
 class Backward(NamedTuple):
-    """Scratch arrays of a thread, as in `Forward`."""
+    """Scratch arrays of a thread in the backward kernel, as in `Forward`."""
 
     bias: Any
     padded_table: Any
@@ -289,22 +284,13 @@ class Backward(NamedTuple):
     delta: Any  # ∂O·O for each query of a band
 
 
-@compiled
-def _backward_memory(call: Any) -> Backward:
-    mem, off = _zeroed_scratch(call, 15), call.array_offsets
-    quads = mem[off[10] : off[11]]
-    return Backward(
-        mem[off[0] : off[1]], mem[off[1] : off[2]], mem[off[2] : off[3]], mem[off[3] : off[4]], mem[off[4] : off[5]],
-        mem[off[5] : off[6]], mem[off[6] : off[7]], mem[off[7] : off[8]], mem[off[8] : off[9]], mem[off[9] : off[10]],
-        quads, quads[QUAD * call.pixel_stride :], mem[off[11] : off[12]], mem[off[12] : off[13]],
-        mem[off[13] : off[14]], mem[off[14] : off[15]],
-    )  # fmt: skip
+_backward_arrays = array_reader(Backward)
 
 
 def backward(call: Any) -> None:
     """Backward kernel for one group of bands. The bands of a group have no key in common."""
     call = carray(call, 1)[0]
-    memory, shape = _backward_memory(call), load_shape(call)
+    memory, shape = _backward_arrays(_zeroed_scratch(call), call.array_offsets), load_shape(call)
     group_bands = -(-(shape.num_bands - call.group) // shape.band_groups)  # bands of this group per sub-map
     head, work_item = -1, fetch_add(call, 0)
     while work_item < call.work_items:

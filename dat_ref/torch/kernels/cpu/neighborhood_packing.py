@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .lane_shuffles import LANES, QUAD, inlined, interleave
+from .launch import field_reader
 from .strided_io import StridedTensor, load_rows, store_rows
 from .tiles import copy_rows
 from .vectors import broadcast, compiled, load, store
@@ -48,14 +49,8 @@ class Shape(NamedTuple):
     table_row_stride: int  # elements per row of the padded table, enough to load four blocks at its last column
 
 
-@compiled
-def load_shape(call: Any) -> Shape:
-    """Copy the sizes from the argument record to local values. LLVM would reload them from memory after each store."""
-    return Shape(
-        call.batch, call.heads, call.height, call.width, call.depth, call.kernel, call.dilation, call.keys_y,
-        call.keys_x, call.band_rows, call.num_bands, call.band_groups, call.pixel_stride, call.row_stride,
-        call.bias_size, call.phases, call.table_row_stride,
-    )  # fmt: skip
+# Copies the sizes from the argument record to local values. LLVM would reload them from memory after each store.
+load_shape = field_reader(Shape)
 
 
 class Map(NamedTuple):

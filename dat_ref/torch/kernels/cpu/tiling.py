@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .bias import table_padding
 from .tiles import BLOCK_M, TILE_STRIDE
@@ -48,33 +47,67 @@ def make_tiling(
     return Tiling(rows, columns, tiles, splits, above * stride + before, stride, -(-depth // PAIR) * PAIR)
 
 
-def forward_offsets(tiling: Tiling, table_rows: int) -> tuple[int, ...]:
-    """Return the offsets of the arrays of `deformable.Forward` in scratch memory and the total size, in elements."""
-    padded_depth = tiling.padded_depth
-    block, logits, tile = BLOCK_N * padded_depth, BLOCK_N * TILE_STRIDE, padded_depth * TILE_STRIDE
-    return _aligned_offsets(
-        _table_elements(tiling, table_rows), block, block, logits, tile, tile, tile, TILE_STRIDE, TILE_STRIDE
-    )
+# ------------------------------------------------------------------------------------------------ scratch memory
 
 
-def backward_offsets(tiling: Tiling, table_rows: int, samples: int) -> tuple[int, ...]:
-    """Return the offsets of the arrays of `deformable.Backward` in scratch memory and the total size, in elements."""
-    padded_depth, cells = tiling.padded_depth, _table_elements(tiling, table_rows)
-    block, logits, tile = BLOCK_N * padded_depth, BLOCK_N * TILE_STRIDE, padded_depth * TILE_STRIDE
-    all_keys = (samples + 3) * padded_depth
-    return _aligned_offsets(
-        cells, cells, block, block, logits, logits, *5 * (tile,), TILE_STRIDE, TILE_STRIDE, all_keys, all_keys
-    )
+class Forward(NamedTuple):
+    """Scratch arrays of a thread in the forward kernel. The lanes of a tile are queries."""
+
+    table: Any  # cells of the padded table
+    keys: Any  # one row of channels per key
+    values: Any  # one row of channels per key
+    logits: Any  # tile with one row per key
+    queries: Any  # tile with one row per channel
+    acc: Any  # tile with one row per channel: unnormalized output
+    query_rows: Any  # one row of channels per query
+    m: Any  # running maximum of each query's logits
+    l: Any  # running sum Σ 2^(logit - m) of each query
+
+
+def forward_sizes(tiling: Tiling, table_rows: int) -> Forward:
+    """Return the elements of each scratch array."""
+    block, tile = BLOCK_N * tiling.padded_depth, TILE_STRIDE * tiling.padded_depth
+    logits = BLOCK_N * TILE_STRIDE
+    return Forward(
+        table=_table_elements(tiling, table_rows), keys=block, values=block, logits=logits, queries=tile, acc=tile,
+        query_rows=tile, m=TILE_STRIDE, l=TILE_STRIDE,
+    )  # fmt: skip
+
+
+class Backward(NamedTuple):
+    """Scratch arrays of a thread in the backward kernel. The lanes of a tile are queries."""
+
+    table: Any  # cells of the padded table
+    grad_table: Any
+    keys: Any  # one row of channels per key of a block
+    values: Any
+    logits: Any  # tile with one row per key: logits, then weights
+    grad_logits: Any
+    queries: Any  # tile with one row per channel
+    grad_out: Any
+    grad_queries: Any
+    query_rows: Any  # one row of channels per query
+    grad_out_rows: Any
+    lse: Any  # log-sum-exp of each query, base 2
+    delta: Any  # ∂O·O of each query
+    grad_keys: Any  # one row of channels per key, all keys
+    grad_values: Any
+
+
+def backward_sizes(tiling: Tiling, table_rows: int, samples: int) -> Backward:
+    """Return the elements of each scratch array."""
+    cells, logits = _table_elements(tiling, table_rows), BLOCK_N * TILE_STRIDE
+    block, tile, all_keys = (rows * tiling.padded_depth for rows in (BLOCK_N, TILE_STRIDE, samples + 3))
+    return Backward(
+        table=cells, grad_table=cells, keys=block, values=block, logits=logits, grad_logits=logits, queries=tile,
+        grad_out=tile, grad_queries=tile, query_rows=tile, grad_out_rows=tile, lse=TILE_STRIDE, delta=TILE_STRIDE,
+        grad_keys=all_keys, grad_values=all_keys,
+    )  # fmt: skip
 
 
 def _table_elements(tiling: Tiling, table_rows: int) -> int:
     """Return the number of elements of the padded table."""
     return (table_rows + 2 * table_padding(tiling.tile_rows, tiling.tile_columns)[0]) * tiling.table_stride
-
-
-def _aligned_offsets(*lengths: int) -> tuple[int, ...]:
-    """Return the offsets of consecutive arrays, each aligned to 16 elements (a cache line), and the total size."""
-    return tuple(accumulate((-(-size // 16) * 16 for size in lengths), initial=0))
 
 
 # ------------------------------------------------------------------------------------------------ tiles

@@ -1,16 +1,16 @@
-"""Bundle each live figure into one HTML file that opens without a server: docs/figures-live/*.html.
-
-    python docs/figures/bundle.py
+"""Live figures: each is also an HTML file of the site, figures-live/*.html, that opens without a server.
 
 Browsers refuse to import modules from a disk. Each module that a figure needs is therefore written into the file, as a
-function that returns its exports. The caption is the one on the figure's page of the site. A test fails if the files
-differ from the output of this script.
+function that returns its exports. The caption is the one on the figure's page of the site.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 DOCS = Path(__file__).parents[1]
 MODULES = DOCS / "js" / "figures"
@@ -111,10 +111,11 @@ def page(name: str) -> str:
 
 
 def outputs() -> dict[str, str]:
-    """Return the files of this script by path inside docs/."""
+    """Return the pages by path inside the site."""
     return {f"figures-live/{name}.html": page(name) for name in FIGURES}
 
 
-if __name__ == "__main__":
-    for name, content in outputs().items():
-        (DOCS / name).write_text(content, encoding="utf-8")
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the pages to the files of the site."""
+    for path, content in outputs().items():
+        files.append(File.generated(config, path, content=content))
