@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels for GPUs that need not exist, and the resources of the machine code."""
+"""Ahead-of-time compilation of the Triton kernels, for GPUs that need not exist, and resources of the machine code."""
 
 import re
 import subprocess
@@ -45,7 +45,9 @@ class Compiler:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         target = GPUTarget("cuda", self.capability, 32)
         compiled = compile_source(source, target=target, options=options)
-        self.compiled[self.kernel.__name__] = Compiled(compiled, num_warps, values.get("BLOCK_M"), values.get("BLOCK_N"))
+        self.compiled[self.kernel.__name__] = Compiled(
+            compiled, num_warps, values.get("BLOCK_M"), values.get("BLOCK_N")
+        )
 
 
 @dataclass(frozen=True)

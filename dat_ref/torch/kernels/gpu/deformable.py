@@ -36,7 +36,16 @@ from .common import (
     store_rows,
     strides,
 )
-from .lookup import Lookup, cells_of_positions, keys_of_head, locate, next_positions, prepare_lookup, query_cells, read_bias
+from .lookup import (
+    Lookup,
+    cells_of_positions,
+    keys_of_head,
+    locate,
+    next_positions,
+    prepare_lookup,
+    query_cells,
+    read_bias,
+)
 from .table_gradient import AtomicTableGradient, DeterministicTableGradient, add_atomically
 from .tile_config import Kernel, TileConfig, autotune, default_config
 
