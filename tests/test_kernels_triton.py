@@ -4,17 +4,20 @@ Importing Triton fixes whether a process interprets or compiles. This process co
 `triton_kernels.py`, runs in a separate process.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+from helpers import gpu_compile, gpu_resources  # noqa: E402
+from helpers.tensors import rejects  # noqa: E402
 
 CHECKS = Path(__file__).with_name("triton_kernels.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,157 +46,129 @@ def test_kernels_agree_with_the_spec_on_a_device():
 
 # ------------------------------------------------------------------------------------------------ compilation
 
-
-class Compiler:
-    """Stand-in for a kernel that compiles each launch for a GPU that need not exist."""
-
-    def __init__(self, kernel, capability, compiled):
-        self.kernel, self.capability, self.compiled = kernel, capability, compiled
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *arguments, num_warps=4, num_stages=3, **named):
-        """Compile the kernel for these arguments, specialised as a launch would."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.compiler import compile as compile_source
-
-        values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
-        assert set(values) == set(self.kernel.arg_names)
-        signature, constants, attributes = {}, {}, {}
-        for parameter in self.kernel.params:
-            name, value = parameter.name, values[parameter.name]
-            looked_at = not parameter.do_not_specialize and not isinstance(value, float)
-            if parameter.is_constexpr or (looked_at and not torch.is_tensor(value) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = self.type_of(value)
-            if looked_at and (value.data_ptr() if torch.is_tensor(value) else value) % 16 == 0:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        target = GPUTarget("cuda", self.capability, 32)
-        self.compiled[self.kernel.__name__] = compile_source(source, target=target, options=options)
-
-    @staticmethod
-    def type_of(value):
-        """Return Triton's name for the type of an argument."""
-        if torch.is_tensor(value):
-            names = {torch.int32: "i32", torch.int64: "i64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-            return "*" + names.get(value.dtype, "fp32")
-        return "fp32" if isinstance(value, float) else "i32"
+TABLE = json.loads(gpu_resources.PATH.read_text())
+ROWS = {
+    (row.pop("capability"), row.pop("dtype"), row.pop("depth"), row.pop("kernel")): gpu_compile.Resources(**row)
+    for row in TABLE["rows"]
+}
+FAMILIES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}  # "mma" also for tiles of fewer than 64 rows
+MAX_SHARED = 99 * 1024  # what every device since sm_80 has
+MAX_SPILLS_OF_MODELS = 0.005  # share of the instructions in half precision with at most 64 channels per head
+MAX_SPILLS = {80: 0.06, 89: 0.06, 90: 0.06, 100: 0.09}  # of all others
 
 
-def compile_kernels(attention, dtype, capability, *, depth=32, step=(1.0, 1.0), deterministic=True):
-    """Return the compiled kernels of an attention, forward and backward, by name."""
-    from dat_ref.torch.kernels.gpu import deformable, lookup, neighborhood, table_gradient
-
-    size, heads = (14, 15), 4
-    q, k, v, out, cotangent = (torch.zeros(2, heads, size[0] * size[1], depth, dtype=dtype) for _ in range(5))
-    lse = torch.zeros(q.shape[:3])
-    compiled = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (lookup, deformable, table_gradient, neighborhood):
-            for name in ("_fill_cells", "_locate_keys", "_forward", "_grad_queries", "_collect", "_grad_keys"):
-                if hasattr(module, name):
-                    patch.setattr(module, name, Compiler(getattr(module, name), capability, compiled))
-        if attention == "deformable":
-            table, origin = torch.zeros(heads, 27, 29), torch.zeros(2, 2, q.shape[2], 2)
-            geometry = {"query_size": size, "step": step, "scale": 0.2}
-            deformable.deformable_forward(q, k, v, origin, table, **geometry)
-            values = (cotangent, q, k, v, origin, table, out, lse)
-            deformable.deformable_backward(*values, **geometry, deterministic=deterministic)
-        else:
-            geometry = {"size": size, "kernel": 7, "dilation": 1, "scale": 0.2}
-            neighborhood.neighborhood_forward(q, k, v, torch.zeros(heads, 13, 13), **geometry)
-            neighborhood.neighborhood_backward(cotangent, q, k, v, torch.zeros(heads, 13, 13), out, lse, **geometry)
-    return compiled
+def assert_sound(measured, capability, dtype, depth, kernel):
+    """Assert products on tensor cores, limited shared memory, few spilled registers, and fewer where models run."""
+    case = f"sm_{capability} {dtype} d={depth} {kernel}"
+    assert measured.instructions > 50, case
+    share = MAX_SPILLS_OF_MODELS if dtype != "float32" and depth <= 64 else MAX_SPILLS[capability]
+    assert measured.spills <= share * measured.instructions, f"{case}: {measured.spills} access local memory"
+    assert measured.shared <= MAX_SHARED, f"{case}: {measured.shared} bytes of shared memory"
+    if not kernel.endswith("collect"):
+        narrow = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}[dtype]
+        fitting = {f"mma {narrow}", f"{FAMILIES[capability]} {narrow}", *(["tcgen05 f16"] if narrow == "bf16" else [])}
+        assert any(each in measured.products for each in fitting), f"{case}: products by {measured.products!r}"
 
 
-@cache
-def tool(name):
-    """Return the path of a tool that is part of Triton."""
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
-def disassemble(kernel, folder):
-    """Return the instructions of a compiled kernel."""
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    return subprocess.run([tool("nvdisasm"), "-c", binary], capture_output=True, text=True, check=True).stdout
+def assert_no_worse(measured, recorded, case):
+    """Assert that a kernel needs no more than the table says."""
+    for name in ("spills", "stack", "shared"):
+        found, allowed = getattr(measured, name), getattr(recorded, name)
+        assert found <= allowed, f"{case}: {name} is {found}, and {allowed} in {gpu_resources.PATH.name}"
+    assert measured.products == recorded.products, case
 
 
-def assert_sound(compiled, dtype, capability, folder):
-    """Assert products on tensor cores, limited shared memory, and almost no local memory."""
-    instruction_in_line = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.M)
-    for name, kernel in compiled.items():
-        instructions = instruction_in_line.findall(disassemble(kernel, folder))
-        assert len(instructions) > 50, name
-        spilled = sum(instruction in ("LDL", "STL") for instruction in instructions)
-        assert spilled <= 0.06 * len(instructions), f"{name}: {spilled} of {len(instructions)} access local memory"
-        assert kernel.metadata.shared <= 99 * 1024, name
-        if name in ("_forward", "_grad_queries", "_grad_keys"):
-            products = kernel.asm["ptx"]
-            assert ("wgmma.mma_async" if capability >= 90 else "mma.sync.aligned") in products, name
-            kind = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[dtype]
-            assert re.search(rf"mma\S*\.{kind}\.{kind}", products), name
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: "-".join(map(str, case)))
+def test_the_recorded_kernels_are_sound(case):
+    """Almost no kernel spills registers in half precision with at most 64 channels, and the others few."""
+    assert_sound(ROWS[case], *case)
+
+
+def test_the_table_is_complete():
+    """The table has every kernel, architecture, dtype and head dimension."""
+    kernels = {kernel for _, _, _, kernel in ROWS}
+    cases = [(dtype, depth) for dtype, depths in gpu_resources.DEPTHS.items() for depth in depths]
+    assert len(kernels) == 13
+    assert len(ROWS) == len(TABLE["rows"]) == 13 * len(gpu_resources.CAPABILITIES) * len(cases)
+
+
+same_compiler = pytest.mark.skipif(
+    triton.__version__ != TABLE["triton"], reason=f"the table is of Triton {TABLE['triton']}"
+)
 
 
 @compiles
-@pytest.mark.parametrize("attention", ["deformable", "neighborhood"])
-def test_kernels_compile_for_hopper(attention, tmp_path, monkeypatch):
+@same_compiler
+@pytest.mark.parametrize("variant", ["neighborhood", "deformable, step unit"])
+def test_kernels_compile_for_hopper(variant, tmp_path, monkeypatch):
     """The kernels compile for sm_90 with heads of 32 in bfloat16, as in the models under autocast."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    compiled = compile_kernels(attention, torch.bfloat16, 90)
-    only_there = {"_fill_cells", "_locate_keys", "_collect"} if attention == "deformable" else set()
-    assert set(compiled) == {"_forward", "_grad_queries", "_grad_keys"} | only_there
-    assert_sound(compiled, torch.bfloat16, 90, tmp_path)
+    for kernel, measured in gpu_resources.measure_variant(variant, 90, torch.bfloat16, 32).items():
+        case = (90, "bfloat16", 32, kernel)
+        assert_no_worse(measured, ROWS[case], case)
 
 
 @compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_every_kernel_compiles(capability, dtype, tmp_path, monkeypatch):
-    """All head depths, query spacings and forms of the table's gradient compile for Ampere and Hopper."""
+@same_compiler
+@pytest.mark.slow  # 416 compilations
+@pytest.mark.parametrize("dtype", gpu_resources.DEPTHS, ids=gpu_resources.dtype_name)
+@pytest.mark.parametrize("capability", gpu_resources.CAPABILITIES)
+def test_no_kernel_needs_more_than_recorded(capability, dtype, tmp_path, monkeypatch):
+    """All kernels compile for every architecture, and none spills more registers than the table says."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for depth in (32, 64) if dtype is torch.float32 else (32, 64, 128):
-        assert_sound(compile_kernels("neighborhood", dtype, capability, depth=depth), dtype, capability, tmp_path)
-        for step in ((1.0, 1.0), (13 / 14, 14 / 15)):
-            for deterministic in (True, False):
-                options = {"depth": depth, "step": step, "deterministic": deterministic}
-                compiled = compile_kernels("deformable", dtype, capability, **options)
-                assert_sound(compiled, dtype, capability, tmp_path)
+    for depth in gpu_resources.DEPTHS[dtype]:
+        for kernel, measured in gpu_resources.measure(capability, dtype, depth).items():
+            case = (capability, gpu_resources.dtype_name(dtype), depth, kernel)
+            assert_no_worse(measured, ROWS[case], case)
 
 
-class Poor:
-    """A kernel that multiplies without tensor cores."""
-
-    asm = {"ptx": "fma.rn.f32 %f1, %f2, %f3, %f4;", "cubin": b""}  # noqa: RUF012
-
-    class metadata:
-        """Metadata with the shared memory that a test sets."""
-
-        shared = 0
+GOOD = gpu_compile.Resources(128, 0, 0, 1000, 12.5, 1024, "mma bf16")
 
 
 @pytest.mark.parametrize(
-    ("listing", "shared", "message"),
+    ("poor", "message"),
     [
-        (90 * ["FFMA R1, R2, R3"] + 10 * ["@!P0 LDL.64 R4, [R1]"], 0, "access local memory"),
-        (90 * ["FFMA R1, R2, R3"] + 10 * ["STL [R1+0x4], R4"], 0, "access local memory"),
-        (90 * ["FFMA R1, R2, R3"], 100 * 1024, "_forward"),
-        (90 * ["FFMA R1, R2, R3"], 0, "_forward"),
-        ([], 0, "_forward"),
+        ({"spills": 6}, "6 access local memory"),
+        ({"shared": 100 * 1024}, "102400 bytes of shared memory"),
+        ({"products": ""}, "products by ''"),
+        ({"products": "mma tf32"}, "products by 'mma tf32'"),
+        ({"instructions": 0}, "d=64 forward"),
     ],
 )
-def test_the_check_rejects_poor_machine_code(listing, shared, message, monkeypatch, tmp_path):
+def test_the_check_rejects_poor_machine_code(poor, message):
     """The check rejects spilled registers, much shared memory, products without tensor cores, and empty code."""
-    lines = "\n".join(f"        /*{16 * place:04x}*/                   {line} ;" for place, line in enumerate(listing))
-    monkeypatch.setitem(globals(), "disassemble", lambda kernel, folder: lines)
-    monkeypatch.setattr(Poor.metadata, "shared", shared)
-    with pytest.raises(AssertionError, match=message):
-        assert_sound({"_forward": Poor}, torch.bfloat16, 90, tmp_path)
+    case = (80, "bfloat16", 64, "forward")
+    assert_sound(GOOD, *case)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        assert_sound(replace(GOOD, **poor), *case)
+    assert_sound(replace(GOOD, spills=60), 80, "bfloat16", 128, "forward")
+    assert rejects(lambda: assert_sound(replace(GOOD, spills=61), 80, "bfloat16", 128, "forward"))
+
+
+@pytest.mark.parametrize("worse", [{"spills": 3}, {"stack": 8}, {"shared": 2048}, {"products": "mma f16"}])
+def test_the_comparison_rejects_more_than_recorded(worse):
+    """More spills, local memory or shared memory than recorded, or other products, are rejected."""
+    assert_no_worse(replace(GOOD, registers=255, instructions=999, per_pair=99.0), GOOD, "case")
+    assert rejects(lambda: assert_no_worse(replace(GOOD, **worse), GOOD, "case"))
+
+
+def test_the_machine_code_is_read():
+    """Spills are counted with and without predicates; the products' family and dtype are found."""
+    lines = [*(90 * ["FFMA R1, R2, R3"]), "@!P0 LDL.64 R4, [R1]", "STL [R1+0x4], R4", "@UP1 STL [R1], R4"]
+    listing = "\n".join(f"        /*{16 * place:04x}*/                   {line} ;" for place, line in enumerate(lines))
+    assert gpu_compile.count_spills(listing) == (3, 93)
+    assert gpu_compile.count_spills("") == (0, 0)
+    loop = "before:", "FADD", ".L_x_1:", "FMUL", ".L_x_2:", "FFMA", "@P1 BRA `(.L_x_2)", "@P0 BRA `(.L_x_1)", "EXIT"
+    listing = "\n".join(
+        line if line.endswith(":") else f"        /*{16 * place:04x}*/                   {line} ;"
+        for place, line in enumerate(loop)
+    )
+    assert gpu_compile.longest_loop(listing) == 4
+    assert gpu_compile.longest_loop("") == 0
+    assert gpu_compile.products("fma.rn.f32 %f1, %f2, %f3, %f4;") == ""
+    ampere = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }"
+    hopper = "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 { %r1 }"
+    blackwell = "@%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 ], %rd1;"
+    assert gpu_compile.products(ampere) == "mma bf16"
+    assert gpu_compile.products(hopper) == "wgmma tf32"
+    assert gpu_compile.products(blackwell) == "tcgen05 f16"

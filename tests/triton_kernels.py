@@ -336,7 +336,7 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     """Autotuning runs only with cudnn.benchmark, on a CUDA device, without deterministic algorithms."""
 
     class Elsewhere:
-        device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (2, 3, 196, 32)
+        device, dtype, shape, is_cuda = torch.device("cuda", 0), torch.bfloat16, (2, 3, 196, 32), True
 
     measured = []
 
@@ -348,7 +348,8 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     monkeypatch.setattr(tile_config, "_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    usual = tile_config.default_config("grad_queries", 32, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    usual = tile_config.default_config("grad_queries", Elsewhere)
     search = ("grad_queries", Elsewhere, 196, True, None)
     assert tile_config.autotune(*search) == usual
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -363,6 +364,14 @@ def test_the_fastest_tiles_are_autotuned_once(monkeypatch):
     assert tile_config.autotune(*search) == tile_config.TileConfig(128, 32, 8)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert tile_config.autotune(*search) == usual
+
+
+def test_tiles_follow_the_generation_of_the_device(monkeypatch):
+    """Devices before 9.0 have other tiles where those of newer ones would spill registers."""
+    q = torch.zeros(1, 1, 4, 128, dtype=torch.bfloat16)
+    assert tile_config.default_config("forward", q) == tile_config.TileConfig(32, 32)
+    monkeypatch.setattr(tile_config, "has_wgmma", lambda q: True)
+    assert tile_config.default_config("forward", q) == tile_config.TileConfig(64, 32)
 
 
 # ------------------------------------------------------------------------------------------------ device

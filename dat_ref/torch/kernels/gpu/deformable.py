@@ -36,9 +36,18 @@ from .common import (
     store_rows,
     strides,
 )
-from .lookup import Lookup, keys_of_head, locate, prepare_lookup, query_cells, read_bias
+from .lookup import (
+    Lookup,
+    cells_of_positions,
+    keys_of_head,
+    locate,
+    next_positions,
+    prepare_lookup,
+    query_cells,
+    read_bias,
+)
 from .table_gradient import AtomicTableGradient, DeterministicTableGradient, add_atomically
-from .tile_config import TileConfig, autotune, default_config
+from .tile_config import Kernel, TileConfig, autotune, default_config
 
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 # Kernels are compiled once for all values of these arguments. Triton specializes strides, which affect memory access.
@@ -228,7 +237,7 @@ def _launch_grad_queries(
     batch, heads, queries, depth = q.shape
     table_gradient: AtomicTableGradient | DeterministicTableGradient
     if deterministic:
-        block_n = default_config("grad_queries", depth, q.dtype).block_n
+        block_n = default_config("grad_queries", q).block_n
         table_gradient = DeterministicTableGradient(table, lookup, q, query_size, block_n)
     else:
         table_gradient = AtomicTableGradient(table, lookup)
@@ -250,7 +259,8 @@ def _launch_grad_queries(
             **config.arguments(depth, q.dtype),
         )
 
-    config = autotune("grad_queries", q, lookup.samples, lookup.unit, lambda candidate: launch(candidate, *key_runs[0]))
+    kernel: Kernel = "grad_queries" if deterministic else "grad_queries_atomic"
+    config = autotune(kernel, q, lookup.samples, lookup.unit, lambda candidate: launch(candidate, *key_runs[0]))
     table_gradient.reset()
     for start, stop in key_runs:
         launch(config, start, stop)
@@ -330,15 +340,15 @@ def _add_query_gradient(
     if not EVEN_N:
         grad_logits = tl.where(mask[None, :], grad_logits, 0.0)
     grad_logits_cast = grad_logits.to(k_tile.dtype)
+    dq = tl.dot(grad_logits_cast, k_tile, dq, input_precision=PRECISION)
     if ATOMIC:
         cell_offset, y, x = locate(keys, offs_n, pitch, frac_y, frac_x, width, UNIT)
-        pair_mask = (offs_m < queries)[None, :] & mask[:, None]
-        add_atomically(buffer[None, :] + cell_offset, plane, y, x, tl.trans(grad_logits), pair_mask)
+        add_atomically(buffer[None, :] + cell_offset, plane, y, x, tl.trans(grad_logits))
     else:
         # The workspace is padded to whole tiles of keys, and its rows to a multiple of 16 queries, for aligned stores.
         row_offsets = (offs_n - run_start)[None, :] * buffer_row
         tl.store(buffer[:, None] + row_offsets, grad_logits_cast, mask=(offs_m < buffer_row)[:, None])
-    return tl.dot(grad_logits_cast, k_tile, dq, input_precision=PRECISION)
+    return dq
 
 
 # ------------------------------------------------------------------------------------------------ backward, keys
@@ -350,7 +360,7 @@ def _launch_grad_keys(
     """Compute `grad_k` and `grad_v` in place; return the gradient of `origin`."""
     q, k = tensors[:2]
     batch, heads, samples, depth = k.shape
-    config = default_config("grad_keys", depth, q.dtype)
+    config = default_config("grad_keys", q)
     grad_by_head = torch.empty((batch, heads, samples, 2), dtype=torch.float32, device=q.device)
     _grad_keys[(triton.cdiv(samples, config.block_n) * batch * heads,)](
         *tensors,
@@ -388,13 +398,17 @@ def _grad_keys(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dy = tl.zeros([BLOCK_N], tl.float32)
     dx = tl.zeros([BLOCK_N], tl.float32)
+    last_row = queries // map_width - 1
+    i, j = tl.arange(0, BLOCK_M) // map_width, tl.arange(0, BLOCK_M) % map_width  # row and column of each query
     for start in range(0, queries, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         q_tile = load_rows(q, offs_m, q_m, offs_m < queries, DEPTH, BLOCK_D)
         grad_out_tile = load_rows(grad_out, offs_m, out_m, offs_m < queries, DEPTH, BLOCK_D)
         lse_tile = tl.load(lse + row + offs_m, mask=offs_m < queries, other=float("inf")) * _LOG2_E
         delta_tile = tl.load(delta + row + offs_m, mask=offs_m < queries, other=0.0)
-        cell_offset, frac_y, frac_x = query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT)
+        # Padding queries after the last row have no weight; they must only read inside the table's border.
+        cell_offset, frac_y, frac_x = cells_of_positions(tl.minimum(i, last_row), j, width, step_y, step_x, UNIT)
+        i, j = next_positions(i, j, BLOCK_M // map_width, BLOCK_M % map_width, map_width)
         bias, slope_y, slope_x = read_bias(
             cells + cell_offset, frac_y, frac_x, keys, offs_n, pitch, width, plane, UNIT, PACKED
         )

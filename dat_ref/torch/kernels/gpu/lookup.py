@@ -196,14 +196,27 @@ def query_cells(offs_m, queries, map_width, width, step_y, step_x, UNIT: tl.cons
     Padding queries after the last one get the values of the last one.
     """
     offs_m = tl.minimum(offs_m, queries - 1)
-    i, j = offs_m // map_width, offs_m % map_width
+    return cells_of_positions(offs_m // map_width, offs_m % map_width, width, step_y, step_x, UNIT)
+
+
+@triton.jit
+def cells_of_positions(i, j, width, step_y, step_x, UNIT: tl.constexpr):
+    """Return what `query_cells` returns, for queries in rows i and columns j."""
     if UNIT:
-        zero = tl.zeros(offs_m.shape, tl.float32)
+        zero = tl.zeros(i.shape, tl.float32)
         return i * width + j, zero, zero
     else:
         y, x = i.to(tl.float32) * step_y, j.to(tl.float32) * step_x
         floor_y, floor_x = tl.floor(y), tl.floor(x)
         return floor_y.to(tl.int32) * width + floor_x.to(tl.int32), y - floor_y, x - floor_x
+
+
+@triton.jit
+def next_positions(i, j, rows, columns, map_width):
+    """Return the positions of the queries that follow after `rows` rows and `columns` columns, without a division."""
+    j += columns
+    wraps = j >= map_width
+    return i + rows + wraps.to(tl.int32), tl.where(wraps, j - map_width, j)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def neighborhood_forward(
     q, k, v = check_qkv(q, k, v)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    launch = _LaunchConfig("forward", q, table, size, kernel, dilation, scale)
+    launch = _LaunchConfig("neighborhood_forward", q, table, size, kernel, dilation, scale)
     if out.numel() > 0:
         _forward[launch.grid](q, k, v, launch.table, out, lse, *strides(q, k, v, out), **launch.arguments)
     return restore_layout(out, inputs), lse
@@ -100,7 +100,7 @@ def neighborhood_backward(
     out = contiguous_last_dim(out)
     grad_out = match_strides(grad_out, out)
     delta = torch.empty_like(lse)
-    launch = _LaunchConfig("grad_queries", q, table, size, kernel, dilation, scale)
+    launch = _LaunchConfig("neighborhood_grad_queries", q, table, size, kernel, dilation, scale)
     side = triton.next_power_of_2(max(2 * kernel - 1, 16))
     partials = torch.empty((*q.shape[:2], launch.num_tiles, side, side), dtype=torch.float32, device=q.device)
     _grad_queries[launch.grid](
@@ -109,7 +109,7 @@ def neighborhood_backward(
         SIDE=side,
         **launch.arguments,
     )
-    launch = _LaunchConfig("grad_keys", q, table, size, kernel, dilation, scale)
+    launch = _LaunchConfig("neighborhood_grad_keys", q, table, size, kernel, dilation, scale)
     _grad_keys[launch.grid](
         *(q, k, v, launch.table, grad_out, lse, delta, grad_k, grad_v),
         *strides(q, k, v, out, grad_k, grad_v),
@@ -136,9 +136,9 @@ class _LaunchConfig:
         if kernel > MAX_KERNEL:
             raise ValueError(f"kernel: expected at most {MAX_KERNEL}, got {kernel}")
         batch, heads, _, depth = q.shape
-        config = default_config(kernel_name, depth, q.dtype)
+        config = default_config(kernel_name, q)
         own_size, other_size = config.block_m, config.block_n
-        if kernel_name == "grad_keys":
+        if kernel_name == "neighborhood_grad_keys":
             own_size, other_size = other_size, own_size
         edge = {64: 8, 16: 4}[own_size]
         rows = max(other_size // 16, 16 // edge)  # so that the products in `_add_diagonals` sum over 16 pairs or more

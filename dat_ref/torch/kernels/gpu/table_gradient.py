@@ -142,13 +142,17 @@ def _max_readers(step: float) -> int:
 
 
 @triton.jit
-def add_atomically(ptr, plane, y, x, s, mask):
-    """Add the logit gradients s of a tile to the gradients of the coefficients. `ptr` points to c₀ of their cells."""
+def add_atomically(ptr, plane, y, x, s):
+    """Add the logit gradients s of a tile to the gradients of the coefficients. `ptr` points to c₀ of their cells.
+
+    Without a mask, which would cost registers and a branch per addition: padding queries and keys have s = 0, and the
+    cells of other queries and keys, or empty ones.
+    """
     x_s = x * s
-    tl.atomic_add(ptr, s, mask=mask, sem="relaxed")
-    tl.atomic_add(ptr + plane, x_s, mask=mask, sem="relaxed")
-    tl.atomic_add(ptr + 2 * plane, y * s, mask=mask, sem="relaxed")
-    tl.atomic_add(ptr + 3 * plane, y * x_s, mask=mask, sem="relaxed")
+    tl.atomic_add(ptr, s, sem="relaxed")
+    tl.atomic_add(ptr + plane, x_s, sem="relaxed")
+    tl.atomic_add(ptr + 2 * plane, y * s, sem="relaxed")
+    tl.atomic_add(ptr + 3 * plane, y * x_s, sem="relaxed")
 
 
 _NOT_SPECIALIZED = (

@@ -11,7 +11,15 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-Kernel = Literal["forward", "grad_queries", "grad_keys"]
+Kernel = Literal[
+    "forward",
+    "grad_queries",
+    "grad_queries_atomic",
+    "grad_keys",
+    "neighborhood_forward",
+    "neighborhood_grad_queries",
+    "neighborhood_grad_keys",
+]
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,51 @@ def _padded_depth(depth: int) -> int:
     return max(16, 1 << (depth - 1).bit_length())
 
 
-# By padded depth. According to the compiler, for sm_80 and sm_90: almost no register spills, at least two programs per
-# multiprocessor, and less than the 99 KB of shared memory that every device since sm_80 has.
-_HALF_CONFIGS: dict[Kernel, dict[int, TileConfig]] = {
+_Choices = dict[int, TileConfig]
+
+# By kernel and padded depth: for devices with `wgmma` (9.0 and newer), and for older ones where these spill registers
+# that the newer ones do not. According to the compiler: no spills in half precision with at most 64 channels per head,
+# few otherwise, and less than the 99 KB of shared memory that every device since sm_80 has. The table of all resources
+# is in docs/performance/triton.
+_HALF: dict[Kernel, _Choices] = {
     "forward": {128: TileConfig(64, 32)},
     "grad_queries": {128: TileConfig(64, 32)},
-    "grad_keys": {64: TileConfig(32, 64), 128: TileConfig(16, 64)},
+    "grad_queries_atomic": {32: TileConfig(64, 32), 64: TileConfig(64, 16), 128: TileConfig(64, 32)},
+    "grad_keys": {32: TileConfig(32, 64), 128: TileConfig(16, 64)},
+    "neighborhood_forward": {128: TileConfig(64, 32)},
+    "neighborhood_grad_queries": {32: TileConfig(64, 32), 128: TileConfig(64, 16)},
+    "neighborhood_grad_keys": {64: TileConfig(32, 64), 128: TileConfig(16, 64)},
 }
-_FLOAT32_CONFIGS: dict[Kernel, dict[int, TileConfig]] = {
-    "forward": {64: TileConfig(64, 32)},
-    "grad_queries": {32: TileConfig(64, 32), 64: TileConfig(64, 16)},
-    "grad_keys": {32: TileConfig(32, 64), 64: TileConfig(16, 64)},
+_HALF_BEFORE_HOPPER: dict[Kernel, _Choices] = {
+    "forward": {64: TileConfig(64, 32), 128: TileConfig(32, 32)},
+    "grad_queries": {64: TileConfig(64, 32), 128: TileConfig(32, 32)},
+    "grad_queries_atomic": {32: TileConfig(64, 32), 128: TileConfig(32, 32)},
+    "grad_keys": {32: TileConfig(32, 64), 64: TileConfig(16, 64), 128: TileConfig(32, 64, num_warps=8)},
+}
+_FLOAT32: dict[Kernel, _Choices] = {
+    "forward": {32: TileConfig(64, 32), 64: TileConfig(64, 16)},
+    "grad_queries": {32: TileConfig(64, 16), 64: TileConfig(16, 32)},
+    "grad_queries_atomic": {32: TileConfig(64, 16), 64: TileConfig(16, 32)},
+    "grad_keys": {64: TileConfig(16, 64)},
+    "neighborhood_forward": {32: TileConfig(64, 32), 64: TileConfig(64, 16)},
+    "neighborhood_grad_queries": {64: TileConfig(64, 16)},
+    "neighborhood_grad_keys": {32: TileConfig(32, 64), 64: TileConfig(16, 64)},
+}
+_FLOAT32_BEFORE_HOPPER: dict[Kernel, _Choices] = {
+    "grad_keys": {32: TileConfig(16, 64), 64: TileConfig(32, 32, num_warps=8)},
 }
 
 
-def default_config(kernel: Kernel, depth: int, dtype: torch.dtype) -> TileConfig:
-    """Return the tile config for heads of this depth."""
-    configs = (_FLOAT32_CONFIGS if dtype is torch.float32 else _HALF_CONFIGS)[kernel]
-    return next(config for max_depth, config in configs.items() if _padded_depth(depth) <= max_depth)
+def default_config(kernel: Kernel, q: Tensor) -> TileConfig:
+    """Return the tile config for heads of this depth, in this dtype and on this device."""
+    configs, older = (_FLOAT32, _FLOAT32_BEFORE_HOPPER) if q.dtype is torch.float32 else (_HALF, _HALF_BEFORE_HOPPER)
+    choices = configs[kernel] if has_wgmma(q) or kernel not in older else older[kernel]
+    return next(config for max_depth, config in choices.items() if _padded_depth(q.shape[-1]) <= max_depth)
+
+
+def has_wgmma(q: Tensor) -> bool:
+    """Return whether the device has the matrix products of compute capability 9.0."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 # ------------------------------------------------------------------------------------------------ autotuning
@@ -81,7 +116,7 @@ def autotune(kernel: Kernel, q: Tensor, samples: int, unit: bool, launch: Callab
         unit: whether the step is 1.
         launch: runs the kernel with a tile config; may be called many times.
     """
-    default = default_config(kernel, q.shape[-1], q.dtype)
+    default = default_config(kernel, q)
     enabled = torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
     if not enabled or q.device.type != "cuda":
         return default
@@ -95,12 +130,6 @@ def autotune(kernel: Kernel, q: Tensor, samples: int, unit: bool, launch: Callab
 
 
 def _candidates(kernel: Kernel, default: TileConfig) -> list[TileConfig]:
-    if kernel == "grad_keys":
-        return [
-            default,
-            replace(default, block_m=2 * default.block_m),
-            replace(default, block_n=2 * default.block_n, num_warps=8),
-        ]
     # `block_n` of `grad_queries` must not change: the workspace of the table's gradient has whole tiles of keys.
     wider = replace(default, block_m=2 * default.block_m)
     candidates = [default, wider, replace(wider, num_warps=8)]
