@@ -41,7 +41,9 @@ def differences(english, translated):
         if one is None or other is None or one[0] != other[0]:
             return [*found, f"section {index}: a heading is missing or has another level"]
         for name, pattern in PARTS.items():
-            ours, theirs = ([each for each in pattern.findall(text[1]) if each not in LANGUAGES] for text in (one, other))
+            ours, theirs = (
+                [each for each in pattern.findall(text[1]) if each not in LANGUAGES] for text in (one, other)
+            )
             if ours != theirs:
                 found.append(f"section {index}: other {name}: {ours} and {theirs}")
         ours, theirs = ({re.sub(r"\D", "", each) for each in NUMBER.findall(text[1])} for text in (one, other))
@@ -84,3 +86,11 @@ make 3
 def test_a_translation_out_of_step_is_detected(old, new, kind):
     assert differences(ENGLISH, ENGLISH.replace("reads", "liest")) == []
     assert any(kind in each for each in differences(ENGLISH, ENGLISH.replace(old, new)))
+
+
+def test_a_translated_page_names_its_language(site_folder):
+    pages = {
+        path: (site_folder / path / "index.html").read_text(encoding="utf-8") for path in ("introduction.zh", "faq")
+    }
+    assert '<html lang="zh-Hans"' in pages["introduction.zh"]
+    assert '<html lang="en"' in pages["faq"]
