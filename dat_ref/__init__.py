@@ -56,7 +56,7 @@ from .layer import DeformableAttention, LayerTrace
 from .ops.attention import deformable_attention
 from .presets import PRESETS, config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DAT",

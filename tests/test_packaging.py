@@ -138,6 +138,7 @@ def test_version_is_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert importlib.metadata.version("dat-ref") == dat_ref.__version__
     assert f"\nversion: {dat_ref.__version__}\n" in citation
+    assert f"\n## [{dat_ref.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 # How it starts ------------------------------------------------------------------------------------
