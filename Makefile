@@ -29,7 +29,8 @@ help:
 	@echo "make clean       remove the environment and everything built"
 
 # The environment grows in two steps: what `make demo` needs, then what `make test` needs (torch among it).
-.venv/demo.stamp: pyproject.toml constraints.txt
+# `__init__.py` has the version, which pip stores.
+.venv/demo.stamp: pyproject.toml constraints.txt dat_ref/__init__.py
 	@echo "== installing what the demo needs into .venv"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dat_ref needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv .venv

@@ -155,8 +155,15 @@ def _check_type(name: str, value: Any, kind: type[Any]) -> None:
     accepted: tuple[type[Any], ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(float(value)):
+    if kind is float and not _is_finite(value):
         raise ConfigError(f"{name}: expected a finite number, got {value}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is larger than every float
+        return False
 
 
 # The network that ships: objects on photographs, an hour or less on two cores.

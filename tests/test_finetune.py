@@ -262,6 +262,7 @@ def test_layer_decay_and_frozen_stages_need_a_backbone():
     [
         ({"layer_decay": 0.0}, "layer_decay: expected 0 < layer_decay ≤ 1, got 0.0"),
         ({"layer_decay": 1.1}, "layer_decay: expected 0 < layer_decay ≤ 1, got 1.1"),
+        ({"layer_decay": 10**400}, "layer_decay: expected a finite number, got 1000"),
         ({"frozen_stages": -1}, "frozen_stages: expected 0 or more, got -1"),
         ({"init_prefix": "net"}, "init_prefix: expected init_from as well, got 'net' alone"),
         ({"init_from": "w.pth", "init": "zero_offset"}, "init: expected '' with init_from, .*, got 'zero_offset'"),
