@@ -307,7 +307,7 @@ def test_figures_of_a_notebook_are_described(path):
 def test_a_live_figure_gets_its_still_picture():
     pytest.importorskip("mkdocs")
     config = SimpleNamespace(docs_dir=str(DOCS))
-    replace = load(DOCS / "extensions" / "live.py").on_page_content
+    replace = load(DOCS / "extensions" / "still_pictures.py").on_page_content
     html = '<div data-figure="{}"><noscript>words</noscript></div>'
     page = replace(html.format("bias"), page=SimpleNamespace(url="spec/bias/"), config=config)
     assert '<noscript><img src="../../images/still_bias.png" alt="Still picture of the live figure.' in page

@@ -1,5 +1,6 @@
 """Experiments: intervals against cases by hand, arms that differ in one thing, and the published results."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ pytest.importorskip("torch")
 
 from dat_ref.data import network_card
 from dat_ref.scenes import Scenes
+from dat_ref.train_config import TrainConfig
 from experiments import discs, load_results, objects
 from experiments.statistics import interval, welch_difference
 
@@ -95,7 +97,7 @@ def test_network_that_ships_is_seed_0(found):
 
 
 def test_results_are_of_the_present_training_configuration(found):
-    assert found["config"] == asdict(objects.config_of("offsets", 0))
+    assert TrainConfig.from_json(json.dumps(found["config"])) == objects.config_of("offsets", 0)
     assert all(set(runs) <= set(map(str, range(objects.SEEDS[arm]))) for arm, runs in found["runs"].items())
     assert set(found["runs"]) == set(objects.ARMS)
 

@@ -1,15 +1,13 @@
 """Figures of the introduction and the network in the page, in a headless browser: they show the spec's values."""
 
 import base64
-import importlib.util
 import json
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.browser import tab
+from helpers.figures import DOCS, load
 from helpers.painting import Painting
 
 from dat_ref import Convention, OffsetBound
@@ -18,25 +16,15 @@ from dat_ref.ops.grid import reference_points, to_pixels
 from dat_ref.ops.offsets import bound_offsets
 from dat_ref.ops.sampling import bilinear_sample
 
-DOCS = Path(__file__).parents[1] / "docs"
 CELLS = Convention.CELL_CENTER
 FIGURES = ("painting", "attention", "leash", "sampling", "gradient", "keys", "live")
 OPTIONS = {"sampling": {"choices": True}}
 
 
-def load(name):
-    """Import a script of docs/figures, which is not a package."""
-    spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def write_page(tmp_path_factory):
     """Return a function that writes a page with one figure and returns its path."""
-    bundle, folder = load("bundle"), tmp_path_factory.mktemp("figures")
+    bundle, folder = load("extensions/live_figures.py"), tmp_path_factory.mktemp("figures")
 
     def write(name, options):
         path = folder / f"{name}.html"
@@ -129,12 +117,12 @@ def test_a_finger_moves_a_point_and_not_the_page(chromium, write_page):
 @pytest.mark.slow  # trains the layer of the first notebook
 def test_learned_points_are_those_of_the_notebook(lesson, spec):
     """`python docs/figures/painting.py` regenerates them; the notebook's layer paints with the same error."""
-    found = load("painting").painting()
+    found = load("figures/painting.py").painting()
     for name in ("size", "keys", "sharpness", "near", "pixels"):
         assert found[name] == lesson[name]
     for name in ("activated", "pointwise", "learned"):
         assert_close(found[name], lesson[name], 2e-2)  # another processor rounds otherwise in 200 steps
-    notebook = load("painting").lesson(until="network")
+    notebook = load("figures/painting.py").lesson(until="network")
     assert abs(spec().error(lesson["learned"]) - notebook["errors"][-1]) < 2e-5
 
 

@@ -1,39 +1,28 @@
 """The network that runs in the page, against the spec: the same weights, the same images, in Node.js."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.figures import DOCS, load
 
 from dat_ref.cli.photo import normalise
 from dat_ref.cli.spot import load_network
 from dat_ref.scenes import Scenes
 from dat_ref.scenes.measures import received
 
-DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = DOCS / "js" / "figures"
 RUNNER = Path(__file__).parent / "helpers" / "run_network.mjs"
 NODE = shutil.which("node")
 TOLERANCE = 1e-4
 
 
-def load(name):
-    """Import a script of docs/figures, which is not a package."""
-    spec = importlib.util.spec_from_file_location(f"figures_{name}", DOCS / "figures" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_weights_and_pictures_are_those_of_the_package():
     """`python docs/figures/network.py` regenerates them."""
-    for name, content in load("network").outputs().items():
+    for name, content in load("figures/network.py").outputs().items():
         assert (DOCS / name).read_text(encoding="utf-8") == content, f"docs/{name} is out of step"
 
 
