@@ -29,9 +29,10 @@ def lesson(until: str) -> dict[str, Any]:
     matplotlib.use("Agg")
     found: dict[str, Any] = {}
     for cell in NOTEBOOK.read_text(encoding="utf-8").split("\n# %%")[1:]:
-        if cell.startswith(" [markdown]"):
+        header, _, code = cell.partition("\n")
+        if "[markdown]" in header:
             continue
-        exec(compile(cell, str(NOTEBOOK), "exec"), found)
+        exec(compile(code, str(NOTEBOOK), "exec"), found)
         found["plt"].close("all")
         if until in found:
             return found
