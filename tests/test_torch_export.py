@@ -45,7 +45,7 @@ def assert_same(actual, expected):
 
 def deformable(convention=Convention.CELL_CENTER, **options):
     config = DeformableAttentionConfig(dim=12, heads=4, groups=2, stride=2, size=(6, 9), convention=convention)
-    return dt.DeformableAttention(config, **options).eval()
+    return dt.DeformableAttention(config, init="released", **options).eval()
 
 
 LAYERS = {
@@ -61,7 +61,7 @@ LAYERS = {
 
 def biased(kind):
     config = DeformableAttentionConfig(dim=12, heads=4, groups=2, stride=2, size=(16, 24), bias=kind)
-    return dt.DeformableAttention(config).eval()
+    return dt.DeformableAttention(config, init="released").eval()
 
 
 # Every other attention whose mask is learned, for maps of 16 × 24.
