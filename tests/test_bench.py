@@ -225,10 +225,10 @@ def test_a_processor_without_packed_bfloat16_is_reported_in_its_row(tiny_cases, 
     """AVX2 alone has no packed layers in bfloat16: the row says so, nothing warns, and float32 is measured."""
     monkeypatch.setattr("dat_ref.torch.inference._supports_packing", lambda dtype: dtype == torch.float32)
     assert bench("--shapes", "dat_tiny", "--backends", "blockwise", "--dtypes", "bfloat16") == 0
-    told = capsys.readouterr().out
-    assert re.search(r"bfloat16 +optimized: not available on this processor( +–)+", told)
-    assert "dat_tiny, bfloat16: optimized: this CPU has no packed linear layers in torch.bfloat16." in told
-    assert re.search(r"float32 +optimized +\d", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"bfloat16 +optimized: not available on this processor( +–)+", printed)
+    assert "dat_tiny, bfloat16: optimized: this CPU has no packed linear layers in torch.bfloat16." in printed
+    assert re.search(r"float32 +optimized +\d", printed)
 
 
 @pytest.mark.parametrize("numbers", sorted(DOCS.glob("performance/*.json")), ids=lambda path: path.name)

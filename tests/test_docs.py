@@ -17,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from helpers.figures import load
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -153,16 +154,6 @@ def test_commands_of_the_page_exist(page):
 
 
 # ------------------------------------------------------------------------------------------------ names
-
-
-def load(path):
-    """Import a file of docs/, which is not a package; it can import the scripts in its folder, as when it is run."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def documented():

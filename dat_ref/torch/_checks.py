@@ -60,7 +60,6 @@ def check_tensor(name: str, value: Any, axes: Mapping[str, int | None], rule: st
 
 
 def _fits(shape: Sequence[int], axes: Mapping[str, int | None]) -> bool:
-    shape = tuple(shape)  # a proxy of symbolic tracing raises `TraceError` here
     if len(shape) != len(axes):
         return False
     for size, actual in zip(axes.values(), shape):  # noqa: SIM110 (a generator costs as much as the whole check)

@@ -53,7 +53,6 @@ except ImportError as error:
 __all__ = ["checkpoint_filter_fn", "default_cfgs"]
 
 _STEM = "patch_embedding.0.projection.weight"
-_HEADS = ("head.", "cls_head.")  # our name and the released one
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -86,11 +85,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: DAT) -> dict[s
     """
     state, _ = select_backbone(as_numpy(dict(state_dict)))
     stem = state.get(_STEM, state.get("patch_proj.0.weight"))
-    fit = _fit(state, model, model.in_chans if stem is None else stem.shape[1])
-    report = fit.report
-    mismatched = [*report.missing, *report.unexpected, *(name for name, _, _ in report.misshaped)]
-    if any(not name.startswith(_HEADS) for name in mismatched):
-        raise CheckpointError(f"state_dict: expected the parameters of this model\n{report}")
+    fit = _fit(state, model, model.in_chans if stem is None else stem.shape[1], new_head=True)
     classes = model.default_cfg.get("num_classes", model.num_classes)
     if "head.weight" in fit.arrays and classes != model.num_classes:
         raise CheckpointError(
@@ -100,9 +95,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: DAT) -> dict[s
     return _tensors(fit)
 
 
-def _fit(state: Mapping[str, Any], model: DAT, channels: int) -> Fit:
+def _fit(state: Mapping[str, Any], model: DAT, channels: int, **options: bool) -> Fit:
     config = replace(model.config, num_classes=model.num_classes, in_channels=channels)
-    return fit_state(state, config, strict=False, wanted=dict(model.named_parameters()))
+    return fit_state(state, config, wanted=dict(model.named_parameters()), source="state_dict", **options)
 
 
 def _tensors(fit: Fit) -> dict[str, Tensor]:
@@ -113,7 +108,7 @@ def _rename_released(model: DAT, state_dict: dict[str, Any], prefix: str, *_: An
     """Convert a state dict with released names to our names, in place, before it is loaded."""
     if prefix or not any(name.startswith("patch_proj.") for name in state_dict):
         return
-    ours = _tensors(_fit(select_backbone(as_numpy(state_dict))[0], model, model.in_chans))
+    ours = _tensors(_fit(select_backbone(as_numpy(state_dict))[0], model, model.in_chans, strict=False))
     state_dict.clear()
     state_dict.update(ours)
 

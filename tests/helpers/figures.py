@@ -10,7 +10,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def load(path):
-    """Import a script of docs/, which is not a package, by its path there."""
+    """Import a script of docs/, which is not a package; it can import the scripts in its folder, as when it is run.
+
+    Args:
+        path: path in docs/, or an absolute one.
+    """
+    folder = str((DOCS / path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(f"docs_{Path(path).stem}", DOCS / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and named tuples look up their module

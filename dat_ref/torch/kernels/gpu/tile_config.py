@@ -53,7 +53,7 @@ def _padded_depth(depth: int) -> int:
 _Choices = dict[int, TileConfig]
 
 # By kernel and padded depth: for devices with `wgmma` (9.0 and newer), and for older ones where these spill registers
-# that the newer ones do not. According to the compiler: no spills in half precision with at most 64 channels per head,
+# that the newer ones do not. According to the compiler: next to no spills in half precision with at most 64 channels,
 # few otherwise, and less than the 99 KB of shared memory that every device since sm_80 has. The table of all resources
 # is in docs/performance/triton.
 _HALF: dict[Kernel, _Choices] = {
